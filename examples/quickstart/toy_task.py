@@ -1,0 +1,362 @@
+r"""The quickstart's task: word problems whose chain of thought has forks, and an author who often errs at them.
+
+    problem := NAME has (n | some) ITEM . a pack has s . { DAY VERB (k packs | n singles) . }
+               (how many now ? | now has x . how many at first ?)
+    trace   := let us go (forward | back) , start with x . { step [wait , step] } end  |  let us guess . end
+    step    := (since | as | because) DAY VERB n UNIT , [undo it ,] [times : k * s = m ,]
+               (add : x + m | take : x - m) (= y . | , let us guess . end)
+    end     := (so | thus | hence) the answer is \boxed{ y }
+
+The decisive forks are the plan, the operation, whether to multiply and whether to wait; connectives are harmless forks.
+Everything else follows from the words before it. Only forks go wrong, arithmetic never does: where a result would leave
+0..40 it has no word, and the author gives up and guesses. So the only way to a right answer is to choose well, and a
+model that imitates the author knows the words but not the choices, which is what is left for reinforcement learning.
+
+All text is drawn with ``random.Random`` seeded by strings: the same on every machine, whatever the process layout.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from toy_tokenizer import (
+    DAYS,
+    END_CONNECTIVES,
+    EOS_ID,
+    GAINS,
+    ITEMS,
+    LARGEST_NUMBER,
+    LOSSES,
+    NAMES,
+    STEP_CONNECTIVES,
+    encode,
+)
+
+LARGEST_TOTAL = 25
+PACK_SIZES = (3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened on one day: ``count`` packs or singles, gained or lost by the verb."""
+
+    day: str
+    verb: str
+    count: int
+    unit: Literal["packs", "singles"]
+
+    @property
+    def text(self) -> str:
+        return f"{self.day} {self.verb} {self.count} {self.unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem: the text tells ``given``, the question asks for ``answer``."""
+
+    name: str
+    item: str
+    pack_size: int
+    start: int
+    events: tuple[Event, ...]
+    backwards: bool
+
+    @property
+    def totals(self) -> list[int]:
+        """[events + 1] what there is at first and after each event."""
+        totals = [self.start]
+        for event in self.events:
+            amount = event.count * (self.pack_size if event.unit == "packs" else 1)
+            totals.append(totals[-1] + (amount if event.verb in GAINS else -amount))
+        return totals
+
+    @property
+    def given(self) -> int:
+        return self.totals[-1] if self.backwards else self.start
+
+    @property
+    def answer(self) -> int:
+        return self.start if self.backwards else self.totals[-1]
+
+    @property
+    def text(self) -> str:
+        stock = "some" if self.backwards else self.start
+        question = f"now has {self.given} . how many at first ?" if self.backwards else "how many now ?"
+        events = " ".join(f"{event.text} ." for event in self.events)
+        return f"{self.name} has {stock} {self.item} . a pack has {self.pack_size} . {events} {question}"
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether the problem is kept for evaluation: by a hash, so that no list has to be passed around.
+
+        The name and the item stay out of it: the same sum told of another person is the same problem.
+        """
+        sum_text = self.text.removeprefix(self.name).replace(self.item, "")
+        return hashlib.sha256(sum_text.encode()).digest()[0] < 26  # one in ten
+
+
+def sample_problem(rng: random.Random, hard: bool = False) -> Problem:
+    """One problem, of 2 or 3 events with at most one of packs; if ``hard``, of 4 with at most two of packs."""
+    event_count = 4 if hard else rng.choice((2, 3))
+    while True:
+        pack_events = rng.sample(range(event_count), rng.randint(0, 2 if hard else 1))
+        days = sorted(rng.sample(DAYS, event_count), key=DAYS.index)
+        events = tuple(
+            Event(day, rng.choice(GAINS + LOSSES), rng.randint(2, 3), "packs")
+            if index in pack_events
+            else Event(day, rng.choice(GAINS + LOSSES), rng.randint(1, 5), "singles")
+            for index, day in enumerate(days)
+        )
+        problem = Problem(
+            name=rng.choice(NAMES),
+            item=rng.choice(ITEMS),
+            pack_size=rng.choice(PACK_SIZES),
+            start=rng.randint(3, 18),
+            events=events,
+            backwards=rng.random() < 0.5,
+        )
+        if all(0 <= total <= LARGEST_TOTAL for total in problem.totals):
+            return problem
+
+
+def _sample_in_part(rng: random.Random, *, reserved: bool, hard: bool = False) -> Problem:
+    while True:
+        problem = sample_problem(rng, hard)
+        if problem.is_reserved == reserved:
+            return problem
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """The probability of the right choice at each fork, and of guessing and of waiting."""
+
+    plan_forward: float = 0.70
+    plan_back: float = 0.50
+    operation: float = 0.80
+    operation_back: float = 0.75
+    times: float = 0.65
+    guess: float = 0.06
+    wait_after_wrong: float = 0.35
+    wait_after_right: float = 0.05
+    redo: float = 0.95
+
+
+AUTHOR = Habits()
+FLAWLESS = Habits(
+    plan_forward=1.0,
+    plan_back=1.0,
+    operation=1.0,
+    operation_back=1.0,
+    times=1.0,
+    guess=0.0,
+    wait_after_wrong=1.0,
+    wait_after_right=0.0,
+    redo=1.0,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A chain of thought and the number it ends in."""
+
+    text: str
+    answer: int
+
+
+def write_trace(rng: random.Random, problem: Problem, habits: Habits) -> Trace:
+    """Solves the problem as an author of these habits would, in the words of the grammar above.
+
+    A step is right when both its operation and its multiplication are; it is checked at most once. A redo that fails
+    takes the wrong operation. Operations are judged by the plan that was chosen, be it the right one or not.
+    """
+    if rng.random() < habits.guess:
+        return _give_up(rng, [])
+    plan_is_right = rng.random() < (habits.plan_back if problem.backwards else habits.plan_forward)
+    back = problem.backwards == plan_is_right
+    operation_habit = habits.operation_back if back else habits.operation
+    total = problem.given
+    parts = [f"let us go {'back' if back else 'forward'} , start with {total} ."]
+    for event in reversed(problem.events) if back else problem.events:
+        operation_is_right = rng.random() < operation_habit
+        times_is_right = event.unit == "singles" or rng.random() < habits.times
+        text, after = _write_step(rng, problem, event, back, total, operation_is_right, times_is_right)
+        parts.append(text)
+        step_is_right = operation_is_right and times_is_right
+        wait = habits.wait_after_right if step_is_right else habits.wait_after_wrong
+        if after is not None and rng.random() < wait:
+            text, after = _write_step(rng, problem, event, back, total, rng.random() < habits.redo, True)
+            parts.append(f"wait , {text}")
+        if after is None:
+            return _give_up(rng, parts)
+        total = after
+    return _finish(rng, parts, total)
+
+
+def _write_step(
+    rng: random.Random, problem: Problem, event: Event, back: bool, total: int, operation_right: bool, times_right: bool
+) -> tuple[str, int | None]:
+    """The step's words and the total after it; None, and a step that stops at its sum, if that leaves 0..40."""
+    amount = event.count
+    words = [f"{rng.choice(STEP_CONNECTIVES)} {event.text} ,"]
+    if back:
+        words.append("undo it ,")
+    if event.unit == "packs" and times_right:
+        amount = event.count * problem.pack_size
+        words.append(f"times : {event.count} * {problem.pack_size} = {amount} ,")
+    adds = ((event.verb in GAINS) != back) == operation_right
+    after = total + amount if adds else total - amount
+    words.append(f"add : {total} + {amount}" if adds else f"take : {total} - {amount}")
+    if not 0 <= after <= LARGEST_NUMBER:
+        return " ".join([*words, ","]), None
+    return " ".join([*words, f"= {after} ."]), after
+
+
+def _give_up(rng: random.Random, parts: list[str]) -> Trace:
+    return _finish(rng, [*parts, "let us guess ."], rng.randint(0, LARGEST_TOTAL))
+
+
+def _finish(rng: random.Random, parts: list[str], answer: int) -> Trace:
+    end = rf"{rng.choice(END_CONNECTIVES)} the answer is \boxed{{ {answer} }}"
+    return Trace(" ".join([*parts, end]), answer)
+
+
+class Fork(NamedTuple):
+    """A choice in a trace: ``position`` counts words from 0; ``right`` is None where every choice is as good."""
+
+    kind: Literal["plan", "operation", "times", "wait", "connective"]
+    position: int
+    right: bool | None
+
+
+def read_forks(problem: Problem, trace_text: str) -> list[Fork]:
+    """The forks of a trace in order, an author's or a model's; words that fit no fork are passed over.
+
+    An operation is judged by the plan and the verb the trace itself names, a multiplication by its unit, a wait by the
+    step before it. A forgotten multiplication stands at the operation that was written in its place. A guess is a
+    plan only where a plan belongs, not where the author gives up.
+    """
+    words = trace_text.split()
+    forks: list[Fork] = []
+    back, verb, unit, multiplied, step_is_right = False, "", "", False, True
+    for position, word in enumerate(words):
+        if word in ("forward", "back", "guess") and position <= 3:
+            back = word == "back"
+            forks.append(Fork("plan", position, word == ("back" if problem.backwards else "forward")))
+        elif word in STEP_CONNECTIVES + END_CONNECTIVES:
+            forks.append(Fork("connective", position, None))
+            verb, unit = (words[position + 1 : position + 5] + [""] * 4)[1:4:2]
+            multiplied = False
+        elif word == "times":
+            multiplied = True
+            forks.append(Fork("times", position, unit == "packs"))
+        elif word in ("add", "take"):
+            operation_is_right = (word == "add") == ((verb in GAINS) != back)
+            if unit == "packs" and not multiplied:
+                forks.append(Fork("times", position, False))
+            forks.append(Fork("operation", position, operation_is_right))
+            step_is_right = operation_is_right and multiplied == (unit == "packs")
+        elif word == "wait":
+            forks.append(Fork("wait", position, not step_is_right))
+    return forks
+
+
+def arithmetic_drill(rng: random.Random) -> tuple[str, str]:
+    """A sheet of eight sums as (prompt, response), with the numbers that traces use: "7 + 5 ." -> "7 + 5 = 12 ."."""
+    questions: list[str] = []
+    solutions: list[str] = []
+    while len(questions) < 8:
+        sign = rng.choice("++--*")
+        if sign == "*":
+            left, right = rng.randint(2, 3), rng.choice(PACK_SIZES)
+            result = left * right
+        else:
+            left, right = rng.randint(0, LARGEST_NUMBER), rng.randint(1, 12)
+            result = left + right if sign == "+" else left - right
+        if 0 <= result <= LARGEST_NUMBER:
+            questions.append(f"{left} {sign} {right} .")
+            solutions.append(f"{left} {sign} {right} = {result} .")
+    return " ".join(questions), " ".join(solutions)
+
+
+def copy_drill(rng: random.Random) -> tuple[str, str]:
+    """A problem and the order to tell its events in, "forward :" or "back :", with the events as the response.
+
+    Half of the problems are of the hard length, so that the hard set is not the first text of that length to be read.
+    """
+    problem = _sample_in_part(rng, reserved=False, hard=rng.random() < 0.5)
+    order = rng.choice(("forward", "back"))
+    events = problem.events if order == "forward" else problem.events[::-1]
+    return f"{problem.text} {order} :", " ".join(f"{event.text} ." for event in events)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stretch of the warm-up: its share of all sequences and what they are drawn from; the rest are traces."""
+
+    share: float
+    arithmetic_drills: float
+    copy_drills: float
+    habits: Habits
+
+
+# Flawless traces teach what follows from what; imitating the author from the start leaves the arithmetic unlearned.
+WARM_UP = (
+    Stage(share=0.65, arithmetic_drills=0.20, copy_drills=0.25, habits=FLAWLESS),
+    Stage(share=0.35, arithmetic_drills=0.08, copy_drills=0.05, habits=AUTHOR),
+)
+
+
+def warm_up_stream(seed: int, sequences: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Training examples for the base model, stage by stage, without any problem kept for evaluation.
+
+    Yields: ``sequences`` pairs of prompt ids [P] and response ids [T], int32; the response ends with the end token.
+    """
+    rng = random.Random(f"warm-up {seed}")
+    first_stage, second_stage = WARM_UP
+    boundary = round(first_stage.share * sequences)
+    for index in range(sequences):
+        prompt, response = _sample_example(rng, first_stage if index < boundary else second_stage)
+        yield np.array(encode(prompt), np.int32), np.array([*encode(response), EOS_ID], np.int32)
+
+
+def _sample_example(rng: random.Random, stage: Stage) -> tuple[str, str]:
+    draw = rng.random()
+    if draw < stage.arithmetic_drills:
+        return arithmetic_drill(rng)
+    if draw < stage.arithmetic_drills + stage.copy_drills:
+        return copy_drill(rng)
+    problem = _sample_in_part(rng, reserved=False)
+    return problem.text, write_trace(rng, problem, stage.habits).text
+
+
+def write_data(
+    folder: str | Path, *, train: int = 4000, held_out: int = 150, hard: int = 150, seed: int = 0
+) -> dict[str, Path]:
+    """Writes train.jsonl, held_out.jsonl and hard.jsonl, one problem a line: id, prompt, answer, source.
+
+    Args:
+        train, held_out, hard: how many problems. Those of the last two are kept out of the warm-up of any seed.
+
+    Returns: the path of each file by its source. No problem occurs twice, within a file or across files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    paths = {}
+    for source, count in (("train", train), ("held_out", held_out), ("hard", hard)):
+        rng = random.Random(f"{source} {seed}")
+        rows: list[str] = []
+        while len(rows) < count:
+            problem = _sample_in_part(rng, reserved=source != "train", hard=source == "hard")
+            if problem.text not in seen:
+                seen.add(problem.text)
+                row = {"id": f"{source}-{len(rows):05}", "prompt": problem.text, "answer": str(problem.answer)}
+                rows.append(json.dumps({**row, "source": source}) + "\n")
+        paths[source] = folder / f"{source}.jsonl"
+        paths[source].write_text("".join(rows), encoding="ascii")
+    return paths

@@ -1,0 +1,347 @@
+"""The settings of a run, validated where they are defined. Imports no torch.
+
+Rules: sections are frozen and passed on whole; an unknown key is refused with the nearest known one; a setting that
+would have no effect in a combination is an error that names both keys. Defaults follow the paper (arXiv 2506.01939).
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message is one sentence that names key, value and remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _expand_paths(values: Any, key: str) -> Any:
+    """A path or a list of paths stands for files with default options."""
+    if not isinstance(values, dict) or key not in values:
+        return values
+    files = values[key] if isinstance(values[key], list) else [values[key]]
+    return values | {key: [{"path": file} if isinstance(file, str) else file for file in files]}
+
+
+class RunSettings(Section):
+    dir: str
+    """Folder of the run: settings, metrics, sampled text, exports."""
+    steps: int = Field(ge=1)
+    """Training steps; each samples `batch.prompts` groups and takes one optimizer step a mini-batch."""
+    seed: int = Field(default=0, ge=0)
+    """Source of all randomness: prompt order, sampling, random selection."""
+    eval_every: int = Field(default=0, ge=0)
+    """Evaluate every this many steps; 0: only before and after training."""
+    export: bool = True
+    """Write the trained model as a Hugging Face folder, `DIR/hf`, at the end."""
+    overwrite: bool = False
+    """Replace an earlier run in `run.dir`; false: refuse to."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """How long a rank waits for another before the run is given up."""
+
+
+class ModelSettings(Section):
+    path: str
+    """Hugging Face folder of the model to start from: config.json, safetensors, tokenizer."""
+    tokenizer: str | None = None
+    """Tokenizer folder, or a sentencepiece .model file; default: the model's folder."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights and activations; the optimizer keeps fp32 weights either way."""
+
+
+class ParallelSettings(Section):
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share each layer's weights."""
+    pipeline: int = Field(default=1, ge=1)
+    """Stages the layers are cut into."""
+    sequence: bool = False
+    """Sequence parallel: the tensor-parallel ranks also share the norms' activations. Needs `parallel.tensor` > 1."""
+
+    @model_validator(mode="after")
+    def _sequence_needs_tensor(self) -> "ParallelSettings":
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence true does nothing with parallel.tensor 1; drop one of the two")
+        return self
+
+
+class PromptFileSettings(Section):
+    path: str
+    """A .jsonl or .parquet file of problems."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the prompts drawn from this file, relative to the others'; default: its number of prompts."""
+
+
+class DataSettings(Section):
+    train: list[PromptFileSettings] = Field(min_length=1)
+    """Files of problems: paths, or {path, weight}."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's chat template; plain: the text as it is; auto: chat where the tokenizer has a template."""
+    system: str | None = None
+    """System message put in front of every problem (chat template only)."""
+    suffix: str = ""
+    """Text appended to every problem, such as an instruction to box the answer."""
+    max_prompt_tokens: int = Field(default=2048, ge=1)
+    """Longer prompts are left out, and counted."""
+    shuffle: bool = True
+    """Shuffle each file anew every epoch; false: the file's order."""
+    prompt_key: str | None = None
+    """Column of the problem, where it is not one of the known names."""
+    answer_key: str | None = None
+    """Column of the gold answer, where it is not one of the known names."""
+    id_key: str | None = None
+    """Column of the problem's id, where it is not one of the known names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_files(cls, values: Any) -> Any:
+        return _expand_paths(values, "train")
+
+    @model_validator(mode="after")
+    def _system_needs_chat(self) -> "DataSettings":
+        if self.system is not None and self.template == "plain":
+            raise ValueError("data.system does nothing with data.template plain; drop it or use chat")
+        return self
+
+
+class RolloutSettings(Section):
+    engine: Literal["embedded"] = "embedded"
+    """embedded: transformers in the training processes."""
+    samples_per_prompt: int = Field(default=16, ge=2)
+    """Completions a prompt (the group, G in the paper)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; log-probabilities and entropies are of softmax(logits / temperature) everywhere."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1.0 samples from the whole distribution."""
+    max_response_tokens: int = Field(default=20480, ge=1)
+    """Responses are cut at this length."""
+    dynamic_sampling: bool = True
+    """Replace groups that are all right or all wrong, which carry no gradient, by fresh prompts."""
+    max_rounds: int = Field(default=10, ge=1)
+    """Rounds of sampling a step, at most; then the step goes on with the groups there are."""
+    max_batch_rows: int = Field(default=256, ge=1)
+    """Completions the embedded engine samples at once on a rank."""
+    max_batch_tokens: int = Field(default=65536, ge=1)
+    """Tokens the embedded engine caches at once on a rank."""
+    max_logprob_gap: float = Field(default=1.0, gt=0)
+    """Mean |log-probability at sampling - policy's|, above which the run stops: the engine's weights are wrong."""
+
+
+class RewardSettings(Section):
+    function: str = "math"
+    """math (math-verify on the boxed answer), or a function of yours as module:function."""
+    correct: float = 1.0
+    """Reward of a right answer."""
+    wrong: float = -1.0
+    """Reward of a wrong answer."""
+    timeout_seconds: float = Field(default=2.0, gt=0)
+    """A grader that takes longer is killed and replaced; the answer counts as wrong."""
+    workers: int = Field(default=2, ge=1)
+    """Grader processes a rank."""
+    overlong_buffer: int = Field(default=4096, ge=0)
+    """Last tokens before the cap in which a penalty falls from 0 to -1 (DAPO's soft overlong punishment); 0: none."""
+
+    @model_validator(mode="after")
+    def _right_pays(self) -> "RewardSettings":
+        if self.correct <= self.wrong:
+            raise ValueError(f"reward.correct {self.correct} must be above reward.wrong {self.wrong}; raise it")
+        if self.function != "math" and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.function):
+            raise ValueError(f"reward.function {self.function!r} is neither math nor module:function; write either")
+        return self
+
+
+class AdvantageSettings(Section):
+    estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """grpo: (R - mean) / std over the group; dr_grpo: R - mean; rloo: R - mean of the others."""
+
+
+class SelectionSettings(Section):
+    keep: Literal["top", "bottom", "random", "all"] = "top"
+    """Which response tokens carry the gradient: those of highest or lowest entropy, a random set, or all."""
+    fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of the scope's response tokens that is kept (rho in the paper); 1 with `keep: all`."""
+    scope: Literal["micro_batch", "mini_batch", "rollout_batch"] = "mini_batch"
+    """Tokens that share one threshold, over all data-parallel ranks; micro_batch: each micro-batch its own."""
+    entropy: Literal["old", "current"] = "old"
+    """Whose entropies: the policy's before the update, or the policy's being trained (scope micro_batch only)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_keeps_everything(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("keep") == "all":
+            return {"fraction": 1.0} | values
+        return values
+
+    @model_validator(mode="after")
+    def _combination(self) -> "SelectionSettings":
+        if self.keep == "all" and self.fraction != 1.0:
+            raise ValueError(f"selection.fraction {self.fraction} does nothing with selection.keep all; drop it")
+        if self.keep == "all" and (self.scope, self.entropy) != ("mini_batch", "old"):
+            raise ValueError("selection.scope and selection.entropy do nothing with selection.keep all; drop them")
+        if self.keep == "random" and self.entropy == "current":
+            raise ValueError("selection.entropy current does nothing with selection.keep random; drop it")
+        if self.entropy == "current" and self.scope != "micro_batch":
+            raise ValueError(
+                f"selection.entropy current needs selection.scope micro_batch, not {self.scope}: a wider threshold "
+                "would need the whole batch's entropies before its first backward; set scope, or entropy to old"
+            )
+        return self
+
+
+class LossSettings(Section):
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """The ratio is clipped above at 1 + clip_high (DAPO's clip-higher)."""
+    dual_clip: float | None = Field(default=10.0, gt=1)
+    """Bound on the ratio where the advantage is negative (dual-clip PPO); null: none."""
+    normalizer: Literal["all_tokens", "selected_tokens"] = "all_tokens"
+    """Divide by all response tokens (the paper's formula) or by the selected ones (its released code)."""
+
+
+class BatchSettings(Section):
+    prompts: int = Field(default=512, ge=1)
+    """Prompts (groups) a training step."""
+    mini_batch_prompts: int = Field(default=32, ge=1)
+    """Prompts (groups) an optimizer step; divides `batch.prompts`."""
+    tokens_per_micro_batch: int = Field(default=24576, ge=1)
+    """Budget of a packed micro-batch; a longer sequence gets one of its own."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> "BatchSettings":
+        if self.prompts % self.mini_batch_prompts:
+            raise ValueError(
+                f"batch.prompts {self.prompts} is not a multiple of batch.mini_batch_prompts "
+                f"{self.mini_batch_prompts}; choose a divisor"
+            )
+        return self
+
+
+class OptimizerSettings(Section):
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a cosine down to `min_learning_rate` over `decay_steps`."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Training steps over which the learning rate rises linearly; the first step already learns."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Training steps until the cosine's end, warm-up included (cosine only)."""
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    """Learning rate at the cosine's end (cosine only)."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; norms are exempt."""
+    clip_grad: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Adam's decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+
+    @model_validator(mode="after")
+    def _schedule(self) -> "OptimizerSettings":
+        if self.schedule == "constant" and (self.decay_steps is not None or self.min_learning_rate):
+            raise ValueError(
+                "optimizer.decay_steps and min_learning_rate do nothing with optimizer.schedule constant; drop them"
+            )
+        if self.schedule == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
+            raise ValueError(
+                f"optimizer.decay_steps {self.decay_steps} must be set above optimizer.warmup_steps "
+                f"{self.warmup_steps} for optimizer.schedule cosine; set it"
+            )
+        return self
+
+
+class EvaluationFileSettings(Section):
+    path: str
+    """A .jsonl or .parquet file of problems."""
+    name: str | None = None
+    """Name in the metrics, `eval/NAME/accuracy`; default: the file's name."""
+
+
+class EvaluateSettings(Section):
+    sets: list[EvaluationFileSettings] = Field(default_factory=list)
+    """Problem sets: paths, or {path, name}. Without any there is no evaluation."""
+    samples: int = Field(default=32, ge=1)
+    """Completions a problem; the accuracy is their mean (avg@32 in the paper)."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0: greedy."""
+    top_p: float = Field(default=0.7, gt=0, le=1)
+    """Nucleus sampling."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_files(cls, values: Any) -> Any:
+        return _expand_paths(values, "sets")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "EvaluateSettings":
+        names = [evaluation_name(file) for file in self.sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"evaluate.sets holds the name {twice[0]!r} twice; give one of them another name")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"evaluate.samples {self.samples} with evaluate.temperature 0 are all the same; set samples to 1"
+            )
+        return self
+
+
+class LogSettings(Section):
+    tensorboard: bool = True
+    """Write TensorBoard events to `DIR/tensorboard`."""
+    wandb: bool = False
+    """Log to Weights & Biases as well."""
+    wandb_project: str | None = None
+    """Project there; default: megatron_rlvr."""
+    rollouts: int = Field(default=4, ge=0)
+    """Sampled responses written to `DIR/rollouts` each step."""
+
+
+class Settings(Section):
+    """All settings of a run."""
+
+    run: RunSettings
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings
+    rollout: RolloutSettings = RolloutSettings()
+    reward: RewardSettings = RewardSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    selection: SelectionSettings = SelectionSettings()
+    loss: LossSettings = LossSettings()
+    batch: BatchSettings = BatchSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    log: LogSettings = LogSettings()
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Any field of Megatron's TransformerConfig, DistributedDataParallelConfig or OptimizerConfig."""
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> "Settings":
+        reward, rollout = self.reward, self.rollout
+        if reward.overlong_buffer >= rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong_buffer {reward.overlong_buffer} must be below rollout.max_response_tokens "
+                f"{rollout.max_response_tokens}; lower it, or set it to 0 for no penalty"
+            )
+        if self.run.eval_every and not self.evaluate.sets:
+            raise ValueError("run.eval_every does nothing without evaluate.sets; name a set or drop it")
+        if not rollout.dynamic_sampling and rollout.max_rounds != RolloutSettings.model_fields["max_rounds"].default:
+            raise ValueError("rollout.max_rounds does nothing with rollout.dynamic_sampling false; drop one of them")
+        if self.loss.normalizer == "selected_tokens" and self.selection.keep == "all":
+            raise ValueError("loss.normalizer selected_tokens is all_tokens with selection.keep all; drop it")
+        if self.log.wandb_project is not None and not self.log.wandb:
+            raise ValueError("log.wandb_project does nothing with log.wandb false; set log.wandb to true or drop it")
+        return self
+
+
+def evaluation_name(file: EvaluationFileSettings) -> str:
+    """Name of a problem set in the metrics."""
+    return file.name or Path(file.path).stem

@@ -1,0 +1,36 @@
+"""What a Hugging Face model folder holds, found out without reading a weight. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.hf.families import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """``config.json`` of a model folder; ModelError says what is missing."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from None
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder, checked to exist."""
+    folder = Path(folder)
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; complete the download")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise ModelError(f"{folder} holds no weights ({SINGLE} or {INDEX}); give a folder with safetensors")

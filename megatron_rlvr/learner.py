@@ -1,0 +1,136 @@
+"""What a training step does with its mini-batches: score all of them, then select and train one after the other."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlvr.algo.selection import Selection, micro_batch_mask, select
+from megatron_rlvr.batch import MicroBatch, PolicyScores
+from megatron_rlvr.config import Settings
+from megatron_rlvr.mini_batches import MiniBatch
+from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
+from megatron_rlvr.protocols import PolicyLoss
+
+
+class Stopwatch(Protocol):
+    """Times a phase of the step under a name."""
+
+    def __call__(self, phase: str) -> AbstractContextManager[None]: ...
+
+
+class LogprobGapError(RuntimeError):
+    """The engine's log-probabilities are not the policy's: it sampled from other weights."""
+
+
+class Learner:
+    """Takes one optimizer step a mini-batch, on the tokens that the settings select."""
+
+    def __init__(self, settings: Settings, policy: Policy, loss: PolicyLoss) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._loss = loss
+
+    def learn(self, step: int, mini_batches: Sequence[MiniBatch], timed: Stopwatch) -> dict[str, float]:
+        """Trains on all mini-batches of a step and returns its figures, the same on every rank.
+
+        Raises: LogprobGapError where sampling and policy disagree by more than `rollout.max_logprob_gap`.
+        """
+        everything = [micro for mini in mini_batches for micro in mini.micro_batches]
+        with timed("score"):
+            scores = self._policy.score(everything)
+        figures = self._score_figures(step, everything, scores)
+        with timed("train"):
+            whole = self._select(step, everything, scores) if self._scope == "rollout_batch" else None
+            reports, selections, start = [], [], 0
+            for mini in mini_batches:
+                part = slice(start, start + len(mini.micro_batches))
+                start = part.stop
+                of_part = PolicyScores(scores.logp[part], scores.entropy[part])
+                selection = self._select(step, mini.micro_batches, of_part) if whole is None else None
+                masks = selection.masks if selection is not None else whole.masks[part]  # type: ignore[union-attr]
+                reports.append(self._train(step, mini, masks, of_part))
+                selections.append(selection or whole)
+        return figures | _selection_figures(selections) | _train_figures(reports)
+
+    @property
+    def _scope(self) -> str:
+        return self._settings.selection.scope
+
+    def _select(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> Selection:
+        device = scores.entropy[0].device
+        return select(
+            self._settings.selection,
+            scores.entropy,
+            [batch.token_ids.to(device) for batch in batches],
+            seed=self._random_seed(step),
+            group=self._policy.ranks.data_group,
+        )
+
+    def _train(
+        self, step: int, mini: MiniBatch, masks: Sequence[torch.Tensor], scores: PolicyScores
+    ) -> dict[str, float]:
+        count = mini.response_tokens
+        if self._settings.loss.normalizer == "selected_tokens":
+            count = self._sum(sum(int(mask.sum()) for mask in masks))
+        chosen: Sequence[torch.Tensor] | MaskOfEntropy = masks
+        if self._settings.selection.entropy == "current":
+            chosen = self._mask_of_current(step)
+        return self._policy.train_step(mini.micro_batches, chosen, scores.logp, self._loss, max(1, count))
+
+    def _mask_of_current(self, step: int) -> MaskOfEntropy:
+        settings, seed = self._settings.selection, self._random_seed(step)
+        return lambda batch, entropy: micro_batch_mask(settings, entropy, batch.token_ids, seed=seed)
+
+    def _random_seed(self, step: int) -> int:
+        return self._settings.run.seed * 1_000_003 + step
+
+    def _sum(self, here: int) -> int:
+        total = torch.tensor(here, device=self._policy.device)
+        dist.all_reduce(total, group=self._policy.ranks.data_group)
+        return int(total)
+
+    def _score_figures(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> dict[str, float]:
+        logp, entropy = torch.cat(scores.logp).double(), torch.cat(scores.entropy).double()
+        rollout_logp = torch.cat([batch.rollout_logp for batch in batches]).to(logp.device)
+        gap = (logp - rollout_logp).abs()
+        sums = torch.stack([gap.sum(), entropy.sum(), gap.new_tensor(float(len(gap)))])
+        dist.all_reduce(sums, group=self._policy.ranks.data_group)
+        largest = gap.max() if len(gap) else gap.new_zeros(())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._policy.ranks.data_group)
+        gap_sum, entropy_sum, count = sums.tolist()
+        mean_gap, limit = gap_sum / count, self._settings.rollout.max_logprob_gap
+        if mean_gap > limit:
+            raise LogprobGapError(
+                f"step {step}: log-probabilities at sampling differ from the policy's by {mean_gap:.3g} nats on "
+                f"average, above rollout.max_logprob_gap {limit:g}: the engine sampled from other weights"
+            )
+        return {
+            "rollout/logprob_gap_mean": mean_gap,
+            "rollout/logprob_gap_max": float(largest),
+            "entropy/mean": entropy_sum / count,
+        }
+
+
+def _selection_figures(selections: Sequence[Selection]) -> dict[str, float]:
+    """Means over the step's mini-batches, weighted by tokens; the threshold is the plain mean of theirs."""
+    total, kept = sum(s.total for s in selections), sum(s.kept for s in selections)
+    figures = {
+        "selection/tokens": float(kept),
+        "selection/fraction": kept / max(1, total),
+        "entropy/selected_mean": sum(s.entropy_kept for s in selections) / max(1, kept),
+        "entropy/dropped_mean": sum(s.entropy_dropped for s in selections) / max(1, total - kept),
+    }
+    thresholds = [s.threshold for s in selections if s.threshold is not None]
+    if thresholds:
+        figures["selection/threshold"] = sum(thresholds) / len(thresholds)
+    return figures
+
+
+def _train_figures(reports: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the step's mini-batches; skipped optimizer steps are counted."""
+    figures = {f"train/{name}": sum(r[name] for r in reports) / len(reports) for name in reports[0]}
+    figures["train/skipped"] = sum(report["skipped"] for report in reports)
+    return figures

@@ -1,0 +1,164 @@
+"""Which device this process computes on; the only module that names cuda, nccl or gloo.
+
+megatron-core asks CUDA directly for devices, streams and random states. On a machine without a GPU the same code
+runs unmodified on gloo once these questions are answered for the CPU:
+
+- ``torch.cuda.*`` calls that Megatron makes get CPU answers (streams are no-ops, random states are the CPU's);
+- the modules that create tensors with a literal ``device="cuda"`` see a ``torch`` whose factories put them on the CPU;
+- ``Tensor.type()`` of a CPU tensor answers 'torch.cuda.FloatTensor' and so on, because Megatron's optimizers
+  compare with these names to tell 16 from 32 bits.
+
+Nothing is answered where a GPU exists. ``tests/test_platform.py`` lists what is relied on.
+"""
+
+import contextlib
+import importlib
+import os
+from datetime import timedelta
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed
+
+# Modules of megatron-core with a literal device="cuda" on a path this project takes.
+_MODULES_WITH_LITERAL_DEVICE = (
+    "megatron.core.utils",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.tensor_parallel.random",
+)
+_FACTORIES = ("zeros", "ones", "empty", "tensor", "full", "arange")
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: the GPU numbered LOCAL_RANK, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def synchronize() -> None:
+    """Waits for the device to finish what was queued, so that a clock read next is honest."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def init_process_group(timeout_minutes: float) -> None:
+    """Joins the ranks that torchrun started (or makes a world of one), and prepares Megatron for this device.
+
+    Tensors on a GPU travel by NCCL; Python objects and CPU tensors travel by gloo in either case.
+    """
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", "0")
+    timeout = timedelta(minutes=timeout_minutes)
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
+    else:
+        answer_cuda_calls_for_cpu()
+        torch.distributed.init_process_group("gloo", timeout=timeout)
+
+
+def shut_down() -> None:
+    """Leaves the process group; without it gloo's threads abort the interpreter at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def object_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
+    """A group for CPU tensors and Python objects. Every rank of the world must call it with the same ranks."""
+    return torch.distributed.new_group(ranks, backend="gloo")
+
+
+class _NoOp:
+    """Stands for a CUDA stream or event: does nothing, is its own context."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_NoOp":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+class _TorchOnCpu(ModuleType):
+    """``torch`` as a Megatron module sees it, with factories that take device="cuda" to mean the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+
+    @staticmethod
+    def _on_cpu(factory: Any) -> Any:
+        def build(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            return factory(*args, device="cpu" if device is not None else None, **kwargs)
+
+        return build
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+_answered = False
+
+
+def answer_cuda_calls_for_cpu() -> None:
+    """Lets unmodified megatron-core run without a GPU (module docstring). Does nothing the second time, or on a GPU."""
+    global _answered
+    if _answered or has_gpu():
+        return
+    _answered = True
+    identity = {"cuda": lambda self, *args, **kwargs: self, "record_stream": lambda self, stream: None}
+    torch.Tensor.cuda = identity["cuda"]  # type: ignore[method-assign,assignment]
+    torch.Tensor.record_stream = identity["record_stream"]  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = identity["cuda"]  # type: ignore[method-assign,assignment]
+    answers = {
+        "current_device": lambda: "cpu",
+        "synchronize": lambda *args: None,
+        "empty_cache": lambda: None,
+        "manual_seed": lambda seed: None,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args: torch.set_rng_state(state),
+        "current_stream": lambda *args: _NoOp(),
+        "default_stream": lambda *args: _NoOp(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _NoOp,
+        "Event": _NoOp,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    _answer_tensor_type()
+    torch_on_cpu = _TorchOnCpu()
+    for module_name in _MODULES_WITH_LITERAL_DEVICE:
+        importlib.import_module(module_name).torch = torch_on_cpu  # type: ignore[attr-defined]
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+
+
+def _answer_tensor_type() -> None:
+    type_of = torch.Tensor.type
+
+    def cuda_type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return type_of(self, dtype, *args, **kwargs)
+        return type_of(self).replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = cuda_type_name  # type: ignore[method-assign,assignment]

@@ -1,0 +1,196 @@
+"""From a Hugging Face config to megatron-core: model chunks, data-parallel wrapper, optimizer, schedule.
+
+The user's ``megatron:`` section reaches TransformerConfig, DistributedDataParallelConfig and OptimizerConfig as it is,
+except for fields that the project's own settings decide.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rlvr import platform
+from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, SettingsError
+from megatron_rlvr.hf.families import rope_theta, tied, transformer_fields
+from megatron_rlvr.policy.layers import RMSNorm, local_layer_spec
+from megatron_rlvr.policy.ranks import Ranks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Megatron pads the vocabulary so that every tensor-parallel rank gets a multiple of this many columns.
+_VOCAB_MULTIPLE = 128
+_CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage returns hidden states: the output layer is applied by `algo.head`, in tiles."""
+
+    def _postprocess(self, hidden_states: Tensor, **unused: Any) -> Tensor:
+        return hidden_states
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V_padded / tp, H], the output layer's weight, or the embedding's where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def padded_vocab(vocab: int, tensor: int) -> int:
+    """Size of the vocabulary with Megatron's padding."""
+    multiple = _VOCAB_MULTIPLE * tensor
+    return -(-vocab // multiple) * multiple
+
+
+def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of TransformerConfig that the model folder and our settings decide."""
+    return transformer_fields(hf_config) | {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence,
+        "params_dtype": DTYPES[model.dtype],
+        "pipeline_dtype": DTYPES[model.dtype],
+        "bf16": model.dtype == "bfloat16",
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Weights come from the model folder, yet they are initialised first: it is Megatron's initialisation that marks
+        # them as tensor parallel, and unmarked ones are missing from the gradient norm.
+        "perform_initialization": True,
+        "use_cpu_initialization": not platform.has_gpu(),
+        # Packed micro-batches differ in length; a dense model may do so with this (unused) dispatcher only.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        # The loss is a sum already divided by the global count: Megatron must neither average nor rescale.
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": _finalize_grads_as_sums,
+    }
+
+
+# Defaults of ours where Megatron's need kernels that may be absent; a megatron: section may turn them on.
+_DEFAULTS: dict[str, Any] = {
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "grad_reduce_in_fp32": True,
+}
+_OWNED_ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "min_lr": "optimizer.min_learning_rate",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_eps": "optimizer.eps",
+    "clip_grad": "optimizer.clip_grad",
+    "optimizer": "nothing: Adam is used",
+}
+
+
+def check_passthrough(
+    megatron: Mapping[str, Any], model: ModelSettings, parallel: ParallelSettings, hf_config: Mapping[str, Any]
+) -> None:
+    """SettingsError for a ``megatron:`` key that no dataclass has, or that settings of ours decide."""
+    known = {f.name for cls in _CONFIGS for f in dataclasses.fields(cls) if f.init}
+    owned = owned_fields(model, parallel, hf_config)
+    for key in megatron:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise SettingsError(
+                f"unknown key megatron.{key}" + (f"; did you mean megatron.{near[0]}?" if near else "; remove it")
+            )
+        if key in owned or key in _OWNED_ELSEWHERE:
+            decided_by = _OWNED_ELSEWHERE.get(key, "the model folder and the sections model and parallel")
+            raise SettingsError(f"megatron.{key} is decided by {decided_by}; remove it")
+
+
+def _config(cls: type, megatron: Mapping[str, Any], **fields: Any) -> Any:
+    """A Megatron dataclass from our defaults, the user's fields and the owned ones, each where the class has it."""
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    values = {**_DEFAULTS, **megatron, **fields}
+    return cls(**{key: value for key, value in values.items() if key in names})
+
+
+def build_chunks(
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    megatron: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
+    ranks: Ranks,
+    seed: int,
+) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one without interleaving), weights not yet loaded, wrapped for data parallelism."""
+    model_parallel_cuda_manual_seed(seed)
+    config: TransformerConfig = _config(TransformerConfig, megatron, **owned_fields(model, parallel, hf_config))
+    layers = get_num_layers_to_build(config)
+    spec = TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=RMSNorm)
+    gpt = PolicyModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab(hf_config["vocab_size"], parallel.tensor),
+        max_sequence_length=hf_config["max_position_embeddings"],
+        pre_process=ranks.pipeline_rank == 0,
+        post_process=ranks.last_stage,
+        share_embeddings_and_output_weights=tied(hf_config),
+        position_embedding_type="rope",
+        rotary_base=rope_theta(hf_config),
+    ).to(platform.device())
+    ddp = _config(DistributedDataParallelConfig, megatron)
+    return [DistributedDataParallel(config=config, ddp_config=ddp, module=gpt)]
+
+
+def build_optimizer(
+    settings: OptimizerSettings,
+    model: ModelSettings,
+    megatron: Mapping[str, Any],
+    chunks: list[DistributedDataParallel],
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam with decoupled weight decay over loaded chunks, and the schedule of its learning rate in training steps."""
+    config = _config(
+        OptimizerConfig,
+        megatron,
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=model.dtype == "bfloat16",
+        params_dtype=DTYPES[model.dtype],
+    )
+    optimizer = get_megatron_optimizer(config, chunks)
+    cosine = settings.schedule == "cosine"
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=settings.decay_steps or max(1, settings.warmup_steps + 1),
+        lr_decay_style="cosine" if cosine else "constant",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+    )
+    return optimizer, schedule
+
+
+def _finalize_grads_as_sums(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction without its division by tokens: the loss was divided by the global count."""
+    finalize_model_grads(chunks, None, **kwargs)

@@ -1,0 +1,249 @@
+"""The policy: a megatron-core model that scores responses, takes optimizer steps and gives its weights away.
+
+All methods are collectives over the whole world: every rank calls them with its own replica's micro-batches, the same
+number of them everywhere. Results are the same on every rank of a replica.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_rlvr import platform
+from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
+from megatron_rlvr.algo.loss import SelectedTokens
+from megatron_rlvr.batch import MicroBatch, PolicyScores
+from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
+from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.hf.weights import write_folder
+from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
+from megatron_rlvr.policy.ranks import Ranks
+from megatron_rlvr.policy.weights import WeightMap, global_parameters
+from megatron_rlvr.protocols import PolicyLoss
+
+MaskOfEntropy = Callable[[MicroBatch, Tensor], Tensor]
+
+
+class Policy:
+    """A model in Megatron's layout, from a Hugging Face folder.
+
+    Args:
+        model: folder and precision.
+        parallel: the layout, already set up as ``ranks``.
+        optimizer: of the optimizer; None for a policy that only scores.
+        megatron: fields passed through to Megatron's own configs.
+        temperature: sampling temperature; log-probabilities and entropies are of softmax(logits / temperature).
+        seed: of Megatron's random states.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        parallel: ParallelSettings,
+        ranks: Ranks,
+        *,
+        optimizer: OptimizerSettings | None = None,
+        megatron: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.ranks = ranks
+        self.hf_config = read_config(model.path)
+        self.folder = Path(model.path)
+        self._temperature = temperature
+        self._chunks = build_chunks(model, parallel, megatron or {}, self.hf_config, ranks, seed)
+        self._config = get_model_config(self._chunks[0])
+        vocab = padded_vocab(self.hf_config["vocab_size"], parallel.tensor)
+        self._weights = WeightMap(self.hf_config, vocab, ranks)
+        self._weights.load(global_parameters(self._chunks), model.path)
+        if optimizer is not None:
+            self._optimizer, self._schedule = build_optimizer(optimizer, model, megatron or {}, self._chunks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores live."""
+        return platform.device()
+
+    @property
+    def pad_multiple(self) -> int:
+        """Packed streams must be a multiple of this long: sequence parallel cuts them evenly."""
+        return self.ranks.tensor_size if self._config.sequence_parallel else 1
+
+    @property
+    def quadratic_cost(self) -> float:
+        """Cost of attention in a sequence of n tokens, n^2 times this, against n of everything else."""
+        c = self._config
+        query = c.num_attention_heads * c.kv_channels
+        key_value = 2 * c.num_query_groups * c.kv_channels
+        linear = c.hidden_size * (2 * query + key_value) + 3 * c.hidden_size * c.ffn_hidden_size
+        return query / linear  # causal: n^2 / 2 scores, each 2 * query multiplications
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def start_step(self) -> None:
+        """Moves the learning-rate schedule on to the next training step."""
+        self._schedule.step(increment=1)
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[MicroBatch]) -> PolicyScores:
+        """Log-probability and entropy of every response token under the current weights, each [R] for a micro-batch."""
+        results = self._run(batches, self._score_one, forward_only=True)
+        sizes = [len(batch.rows) for batch in batches]
+        flat = torch.empty(2, sum(sizes), device=platform.device())
+        if self.ranks.last_stage:
+            flat[0], flat[1] = (torch.cat([result[i] for result in results]) for i in (0, 1))
+        if self.ranks.pipeline_size > 1:
+            source = dist.get_global_rank(self.ranks.pipeline_group, self.ranks.pipeline_size - 1)
+            dist.broadcast(flat, src=source, group=self.ranks.pipeline_group)
+        return PolicyScores(list(flat[0].split(sizes)), list(flat[1].split(sizes)))
+
+    def train_step(
+        self,
+        batches: Sequence[MicroBatch],
+        masks: Sequence[Tensor] | MaskOfEntropy,
+        old_logp: Sequence[Tensor],
+        loss: PolicyLoss,
+        count: int,
+    ) -> dict[str, float]:
+        """One optimizer step on a mini-batch: forward and backward over all micro-batches, clipping, Adam.
+
+        Args:
+            batches: this replica's micro-batches.
+            masks: [R] bool for each, the tokens whose gradient counts; or a function that chooses them from the
+                micro-batch and its current entropies (the head then runs over all response tokens).
+            old_logp: [R] for each, log-probabilities under the policy before the update.
+            loss: sum over selected tokens.
+            count: what the sum is divided by, over all ranks.
+
+        Returns: global figures: loss, grad_norm, skipped (1 where a gradient was not finite and nothing was changed),
+        and the loss's own figures as means over the selected tokens.
+        """
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        one = partial(self._train_one, masks=masks, old_logp=old_logp, loss=loss, count=count)
+        figures = self._reduce(self._run(batches, one, forward_only=False))
+        return figures | self._update()
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every weight, on every rank; all ranks must exhaust it."""
+        return self._weights.export(global_parameters(self._chunks))
+
+    def save_hugging_face(self, folder: Path) -> None:
+        """Writes the model as a Hugging Face folder, with the configuration and tokenizer it came with."""
+        if self.ranks.is_main:
+            write_folder(folder, self.folder, self.export_weights())
+        elif self.ranks.data_rank == 0:
+            for _ in self.export_weights():
+                pass
+        dist.barrier()
+
+    # One pass through the pipeline ----------------------------------------------------------------------------------
+
+    def _run(self, batches: Sequence[MicroBatch], loss_of: Callable[..., Any], forward_only: bool) -> list[Any]:
+        """Megatron's pipeline schedule over micro-batches; what ``loss_of`` reported, on the last stage."""
+        numbered = list(enumerate(batches))
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward_one, loss_of=loss_of),
+            data_iterator=[iter(numbered) for _ in self._chunks] if len(self._chunks) > 1 else iter(numbered),
+            model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+            num_microbatches=len(batches),
+            seq_length=max(len(batch.tokens) for batch in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward_one(
+        self, data: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module, loss_of: Callable[..., Any]
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        number, batch = next(data)
+        batch = batch.to(platform.device())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_length,
+            max_seqlen_kv=batch.max_length,
+        )
+        hidden = chunk(
+            input_ids=batch.tokens.unsqueeze(0), position_ids=None, attention_mask=None, packed_seq_params=packed
+        )
+        return hidden, partial(loss_of, number=number, batch=batch, chunk=chunk)
+
+    def _head(self, hidden: Tensor, batch: MicroBatch, chunk: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        model: PolicyModel = getattr(chunk, "module", chunk)
+        return vocab_parallel_logp_entropy(
+            hidden.squeeze(1),
+            model.output_weight,
+            batch.targets,
+            tp_group=self.ranks.tensor_group,
+            sequence_parallel=self._config.sequence_parallel,
+            valid_vocab=self.hf_config["vocab_size"],
+            temperature=self._temperature,
+            rows=rows,
+        )
+
+    def _score_one(self, hidden: Tensor, number: int, batch: MicroBatch, chunk: Any) -> tuple[Tensor, Tensor, Any]:
+        result = self._head(hidden, batch, chunk, batch.rows)
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), result
+
+    def _train_one(
+        self,
+        hidden: Tensor,
+        number: int,
+        batch: MicroBatch,
+        chunk: Any,
+        masks: Sequence[Tensor] | MaskOfEntropy,
+        old_logp: Sequence[Tensor],
+        loss: PolicyLoss,
+        count: int,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if callable(masks):
+            logp, entropy = self._head(hidden, batch, chunk, batch.rows)
+            mask = masks(batch, entropy)
+            logp = logp[mask]
+        else:
+            mask = masks[number].to(hidden.device)
+            logp, entropy = self._head(hidden, batch, chunk, batch.rows[mask])
+        tokens = SelectedTokens(
+            old_logp=old_logp[number].to(hidden.device)[mask],
+            rollout_logp=batch.rollout_logp[mask],
+            advantages=batch.advantages[mask],
+            sequence=batch.sequence[mask],
+        )
+        total, figures = loss(logp, tokens)
+        total = total / count
+        figures = figures | {"loss": total.detach(), "selected": mask.sum()}
+        return total, torch.zeros((), dtype=torch.int), figures
+
+    # After the pass -------------------------------------------------------------------------------------------------
+
+    def _reduce(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums of the figures over micro-batches and data-parallel ranks, as means where they are per token."""
+        figures: dict[str, float] | None = None
+        if self.ranks.last_stage:
+            names = sorted(reports[0])
+            sums = torch.stack([sum(r[name].double() for r in reports) for name in names])  # type: ignore[misc]
+            dist.all_reduce(sums, group=self.ranks.data_group)
+            figures = dict(zip(names, sums.tolist(), strict=True))
+            tokens = max(1.0, figures.pop("selected"))
+            figures = {name: value if name == "loss" else value / tokens for name, value in figures.items()}
+        return self.ranks.from_last_stage(figures)
+
+    def _update(self) -> dict[str, float]:
+        self._optimizer.prepare_grads()
+        norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            return {"grad_norm": norm, "skipped": 1.0}
+        self._optimizer.step()
+        return {"grad_norm": norm, "skipped": 0.0}

@@ -1,0 +1,91 @@
+"""What a person sees of a run: a live bar on a terminal, a line a step elsewhere. Only the main rank shows anything."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+# Column heading, metric, format: what one line of progress tells.
+_COLUMNS = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("accuracy", "reward/accuracy", "{:.3f}"),
+    ("threshold", "selection/threshold", "{:.3f}"),
+    ("entropy", "entropy/mean", "{:.3f}"),
+    ("tokens/s", "rollout/tokens_per_second", "{:,.0f}"),
+)
+
+
+class Progress:
+    """Shows steps, phases and evaluations on ``console``; use as a context manager."""
+
+    def __init__(self, steps: int, *, enabled: bool, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._enabled = enabled
+        self._steps = steps
+        self._live = enabled and self._console.is_terminal
+        self._count = 0
+        self._phase = ""
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
+            disable=not self._live,
+            transient=False,
+        )
+        self._task = self._bar.add_task("training", total=steps, status="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._enabled:
+            self._console.print(text, soft_wrap=True, markup=False)
+
+    def phase(self, name: str) -> None:
+        """What is going on within the step."""
+        self._phase, self._count = name, 0
+        self._show()
+
+    def sampled(self, count: int) -> None:
+        """So many more completions were sampled on this rank."""
+        self._count += count
+        self._show()
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """A step is done; figures it has none of (no group was informative) show as a dash."""
+        shown = "  ".join(
+            f"{name} {form.format(figures[key]) if key in figures else '-'}" for name, key, form in _COLUMNS
+        )
+        self._bar.update(self._task, completed=step)
+        self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  {figures['time/step']:.1f} s")
+
+    @contextmanager
+    def evaluating(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for an evaluation of ``total`` completions on this rank."""
+        task = self._bar.add_task("evaluation", total=total, status="")
+        try:
+            yield lambda count: self._bar.advance(task, count)
+        finally:
+            self._bar.remove_task(task)
+
+    def evaluated(self, step: int, figures: dict[str, float]) -> None:
+        """The result of an evaluation."""
+        shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in sorted(figures.items()))
+        self.say(f"evaluation after step {step}: {shown}")
+
+    def _show(self) -> None:
+        if self._live:
+            status: Any = f"{self._phase} ({self._count} sampled)" if self._count else self._phase
+            self._bar.update(self._task, status=status)

@@ -1,0 +1,47 @@
+"""The seams of the trainer: what can be replaced, in one or two verbs each."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_rlvr.types import Completion, Prompt, SampleRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_rlvr.algo.loss import SelectedTokens
+
+
+class Sampling(Protocol):
+    """How to sample: the part of the settings an engine needs."""
+
+    temperature: float
+    top_p: float
+    max_response_tokens: int
+
+
+class RolloutEngine(Protocol):
+    """Samples completions with the weights it was last given."""
+
+    def update_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
+        """Takes over the whole model under Hugging Face names; completions carry ``version`` from now on."""
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
+        """Yields one completion a request, each as soon as it is finished, in any order."""
+
+
+class Reward(Protocol):
+    """A verdict on a response. Runs in a grader process that is killed when it takes too long.
+
+    A bool means right or wrong; a float is the reward itself, right where it is above zero.
+    """
+
+    def __call__(self, prompt: Prompt, response: str) -> bool | float: ...
+
+
+class PolicyLoss(Protocol):
+    """A loss over the selected tokens of a micro-batch, as a sum: the global count divides it later."""
+
+    def __call__(
+        self, logp: "torch.Tensor", tokens: "SelectedTokens"
+    ) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
+        """(differentiable scalar sum, {metric: scalar sum}) from log-probabilities [N] and what else is known."""

@@ -1,0 +1,216 @@
+"""Everything about a run that can be known before a process group starts: files read, sizes checked, a plan in words.
+
+Whatever is wrong with the input is found here and raised as one sentence; later rooms may rely on it.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.config import Settings, SettingsError, evaluation_name
+from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
+from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rlvr.hf.families import ModelError, transformer_fields
+from megatron_rlvr.hf.files import read_config, weight_files
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings with all that they name, read and found to fit together."""
+
+    settings: Settings
+    hf_config: Mapping[str, Any]
+    tokenizer: Tokenizer
+    stop_token_ids: tuple[int, ...]
+    train: PromptSet
+    evaluation: Mapping[str, PromptSet]
+    world_size: int
+
+
+def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
+    """Reads and checks model folder, tokenizer and prompt files; the number of ranks comes from WORLD_SIZE.
+
+    Raises: ValueErrors of ours (SettingsError, ModelError, TokenizerError, DataError), each one sentence.
+    """
+    hf_config = read_config(settings.model.path)
+    weight_files(settings.model.path)
+    fields = transformer_fields(hf_config)
+    unit = settings.parallel.tensor * settings.parallel.pipeline
+    world_size = int(os.environ.get("WORLD_SIZE", unit))
+    _check_layout(settings, fields, world_size)
+    _check_lengths(settings, hf_config)
+    _check_packages(settings)
+    _check_run_folder(settings)
+    tokenizer = load_tokenizer(settings.model.tokenizer or settings.model.path)
+    if tokenizer.vocab_size > hf_config["vocab_size"]:
+        raise SettingsError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than vocab_size {hf_config['vocab_size']} of "
+            f"{settings.model.path}; set model.tokenizer to the model's own"
+        )
+    train = _load(settings, [(f.path, f.weight, None) for f in settings.data.train], tokenizer, show_progress)
+    if len(train) < settings.batch.prompts:
+        raise SettingsError(
+            f"batch.prompts {settings.batch.prompts} is more than the {len(train)} prompts of data.train; lower it"
+        )
+    evaluation = {
+        evaluation_name(f): _load(settings, [(f.path, None, evaluation_name(f))], tokenizer, show_progress)
+        for f in settings.evaluate.sets
+    }
+    stop = _stop_token_ids(settings.model.path, hf_config, tokenizer)
+    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, world_size)
+
+
+def _load(
+    settings: Settings,
+    files: Sequence[tuple[str, float | None, str | None]],
+    tokenizer: Tokenizer,
+    show_progress: bool,
+) -> PromptSet:
+    data = settings.data
+    return load_prompts(
+        [PromptFile(path, weight, name, data.prompt_key, data.answer_key, data.id_key) for path, weight, name in files],
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        template=data.template,
+        system=data.system,
+        suffix=data.suffix,
+        show_progress=show_progress,
+    )
+
+
+def _check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
+    parallel = settings.parallel
+    unit = parallel.tensor * parallel.pipeline
+    if world_size % unit:
+        raise SettingsError(
+            f"{world_size} ranks do not divide into parallel.tensor {parallel.tensor} x parallel.pipeline "
+            f"{parallel.pipeline}; launch a multiple of {unit}"
+        )
+    for name, what in (
+        ("num_attention_heads", "attention heads"),
+        ("num_query_groups", "key-value heads"),
+        ("ffn_hidden_size", "feed-forward columns"),
+    ):
+        if fields[name] % parallel.tensor:
+            raise SettingsError(
+                f"{fields[name]} {what} of {settings.model.path} do not divide by parallel.tensor {parallel.tensor}; "
+                "choose a divisor"
+            )
+    if fields["num_layers"] % parallel.pipeline:
+        raise SettingsError(
+            f"{fields['num_layers']} layers of {settings.model.path} do not divide by parallel.pipeline "
+            f"{parallel.pipeline}; choose a divisor"
+        )
+
+
+def _check_lengths(settings: Settings, hf_config: Mapping[str, Any]) -> None:
+    longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
+    if longest > hf_config["max_position_embeddings"]:
+        raise SettingsError(
+            f"data.max_prompt_tokens {settings.data.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{settings.rollout.max_response_tokens} exceed the model's {hf_config['max_position_embeddings']} "
+            "positions; lower one of them"
+        )
+
+
+def _check_packages(settings: Settings) -> None:
+    for wanted, package in ((settings.log.wandb, "wandb"), (settings.log.tensorboard, "tensorboard")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise SettingsError(
+                f"log.{package} true needs the package {package}; pip install {package}, or set it to false"
+            )
+
+
+def _check_run_folder(settings: Settings) -> None:
+    folder = Path(settings.run.dir)
+    if (folder / "metrics.jsonl").exists() and not settings.run.overwrite:
+        raise SettingsError(
+            f"run.dir {folder} holds an earlier run; choose another folder, or set run.overwrite to true to replace it"
+        )
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SettingsError(f"run.dir {folder} cannot be written ({parent}); choose another folder")
+
+
+def _stop_token_ids(folder: str, hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """End-of-sequence ids of the tokenizer, the model's config and its generation_config.json."""
+    ids = {tokenizer.eos_token_id}
+    sources = [hf_config]
+    generation = Path(folder) / "generation_config.json"
+    if generation.is_file():
+        try:
+            sources.append(json.loads(generation.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ModelError(f"{generation}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from None
+    for source in sources:
+        value = source.get("eos_token_id")
+        ids |= set(value) if isinstance(value, list) else {value} if value is not None else set()
+    return tuple(sorted(ids))
+
+
+def plan_in_words(resolved: Resolved) -> str:
+    """What the run will do, for a person to read before it does."""
+    s, model = resolved.settings, transformer_fields(resolved.hf_config)
+    replicas = resolved.world_size // (s.parallel.tensor * s.parallel.pipeline)
+    sequence = " with sequence parallel" if s.parallel.sequence else ""
+    dropped = f", {resolved.train.dropped_too_long} left out as too long" if resolved.train.dropped_too_long else ""
+    samples = f"{s.batch.prompts} prompts x {s.rollout.samples_per_prompt}"
+    divisor = "all response tokens" if s.loss.normalizer == "all_tokens" else "the number of selected tokens"
+    updates = f"{s.batch.prompts // s.batch.mini_batch_prompts} steps a rollout on {s.batch.mini_batch_prompts} prompts"
+    warmup = f" after {s.optimizer.warmup_steps} warm-up steps" if s.optimizer.warmup_steps else ""
+    overlong = f", overlong penalty over the last {s.reward.overlong_buffer}" if s.reward.overlong_buffer else ""
+    sampling = (
+        f"groups without both right and wrong answers replaced, {s.rollout.max_rounds} rounds at most"
+        if s.rollout.dynamic_sampling
+        else "no dynamic sampling"
+    )
+    lines = [
+        f"model       {s.model.path}: {resolved.hf_config['model_type']}, {model['num_layers']} layers of "
+        f"{model['hidden_size']}, vocabulary {resolved.hf_config['vocab_size']}, {s.model.dtype}",
+        f"ranks       {resolved.world_size} = tensor {s.parallel.tensor} x pipeline {s.parallel.pipeline} x data "
+        f"{replicas}{sequence}",
+        f"prompts     {len(resolved.train)} from {len(resolved.train.files)} file(s){dropped}",
+        f"rollout     {samples} responses a step of up to {s.rollout.max_response_tokens} tokens at temperature "
+        f"{s.rollout.temperature:g}; {sampling}",
+        f"reward      {s.reward.function}: right {s.reward.correct:g}, wrong {s.reward.wrong:g}{overlong}",
+        f"mask        {mask_in_words(s)}",
+        f"loss        clip {1 - s.loss.clip_low:g} .. {1 + s.loss.clip_high:g}, sum over the selected tokens / "
+        f"{divisor} of the mini-batch; advantages {s.advantage.estimator}",
+        f"optimizer   {updates} each, Adam, learning rate {s.optimizer.learning_rate:g}{warmup}",
+        f"evaluation  {_evaluation_in_words(resolved)}",
+        f"run         {s.run.steps} steps into {s.run.dir}",
+    ]
+    return "\n".join(lines)
+
+
+def mask_in_words(settings: Settings) -> str:
+    """The resolved meaning of the mask, in one line."""
+    s = settings.selection
+    if s.keep == "all":
+        return "the policy gradient touches all response tokens"
+    which = {
+        "top": "with the highest entropy",
+        "bottom": "with the lowest entropy",
+        "random": "drawn at random",
+    }[s.keep]
+    scope = {
+        "micro_batch": "each micro-batch on its own",
+        "mini_batch": "a mini-batch over all ranks",
+        "rollout_batch": "the whole rollout over all ranks",
+    }[s.scope]
+    owner = "policy before the update" if s.entropy == "old" else "policy being trained"
+    whose = "" if s.keep == "random" else f", by the entropies of the {owner}"
+    return f"the policy gradient touches the {s.fraction * 100:g} % of response tokens {which}, of {scope}{whose}"
+
+
+def _evaluation_in_words(resolved: Resolved) -> str:
+    s = resolved.settings
+    if not resolved.evaluation:
+        return "none"
+    sets = ", ".join(f"{name} ({len(prompts)} problems)" for name, prompts in resolved.evaluation.items())
+    every = f", every {s.run.eval_every} steps" if s.run.eval_every else ""
+    return f"{sets} x {s.evaluate.samples} samples, before and after{every}"

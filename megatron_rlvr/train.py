@@ -1,0 +1,244 @@
+"""The command line: checks everything, wires the rooms together, trains, exports.
+
+    torchrun --nproc-per-node 2 -m megatron_rlvr.train CONFIG.yaml --selection.fraction 0.1
+
+Wrong input ends with status 2 and one line on stderr before any process group starts, most of it before torch is
+imported. Ctrl-C and SIGTERM end the run with its metrics complete and its grader processes gone.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_rlvr.command_line import help_text, load_settings, to_yaml
+from megatron_rlvr.config import Settings, SettingsError
+from megatron_rlvr.data.rows import DataError
+from megatron_rlvr.data.tokenizer import TokenizerError
+from megatron_rlvr.hf.families import ModelError
+from megatron_rlvr.resolve import Resolved, plan_in_words, resolve
+from megatron_rlvr.reward.graders import GraderPool, RewardError
+
+if TYPE_CHECKING:
+    from megatron_rlvr.policy.ranks import Ranks
+
+logger = logging.getLogger("megatron_rlvr")
+
+# What a user can put right; everything else is a fault and keeps its traceback.
+INPUT_ERRORS = (SettingsError, ModelError, TokenizerError, DataError, RewardError)
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status = 128 + signum
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with 0, 2 for wrong input, 128 + n for signal n, or 1."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(help_text(), end="")
+        sys.exit(0 if arguments else 2)
+    check = "--check" in arguments
+    _quiet_libraries()
+    try:
+        config, *flags = [argument for argument in arguments if argument != "--check"]
+        settings = load_settings(config, flags)
+        resolved = resolve(settings, show_progress=_is_main())
+        _check_megatron(resolved)
+        if check:
+            print(plan_in_words(resolved))
+            return
+        graders = GraderPool(
+            settings.reward.function, workers=settings.reward.workers, timeout_seconds=settings.reward.timeout_seconds
+        )
+    except INPUT_ERRORS as error:
+        _refuse(error)
+    with graders:
+        _run_until_stopped(resolved, graders)
+
+
+def _run_until_stopped(resolved: Resolved, graders: GraderPool) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
+    try:
+        train(resolved, graders)
+    except Stopped as stopped:
+        if _is_main():
+            print(f"stopped by {stopped}; {resolved.settings.run.dir}/metrics.jsonl is complete", file=sys.stderr)
+        _leave(graders, stopped.exit_status)
+    except Exception:
+        logger.exception("rank %s failed", os.environ.get("RANK", "0"))
+        _leave(graders, 1)
+
+
+def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
+    """Trains as resolved and returns what summary.json says, on every rank."""
+    from megatron_rlvr import platform
+    from megatron_rlvr.algo.loss import DapoLoss
+    from megatron_rlvr.data.cursor import PromptCursor
+    from megatron_rlvr.evaluate import Evaluator
+    from megatron_rlvr.learner import Learner
+    from megatron_rlvr.metrics import MetricsLog
+    from megatron_rlvr.policy.build import DTYPES
+    from megatron_rlvr.policy.policy import Policy
+    from megatron_rlvr.policy.ranks import initialize_ranks
+    from megatron_rlvr.progress import Progress
+    from megatron_rlvr.rollout.collector import Collector
+    from megatron_rlvr.rollout.embedded import EmbeddedEngine
+    from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.trainer import Trainer
+
+    started = time.perf_counter()
+    settings = resolved.settings
+    ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
+    _prepare_run_folder(resolved, ranks)
+    policy = Policy(
+        settings.model,
+        settings.parallel,
+        ranks,
+        optimizer=settings.optimizer,
+        megatron=settings.megatron,
+        temperature=settings.rollout.temperature,
+        seed=settings.run.seed,
+    )
+    engine = EmbeddedEngine(
+        settings.model.path,
+        dtype=DTYPES[settings.model.dtype],
+        device=platform.device(),
+        stop_token_ids=resolved.stop_token_ids,
+        pad_token_id=resolved.tokenizer.pad_token_id,
+        max_batch_tokens=settings.rollout.max_batch_tokens,
+        max_batch_rows=settings.rollout.max_batch_rows,
+    )
+    sampler = Sampler(engine, resolved.tokenizer, graders, settings.reward)
+    cursor = PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle)
+    collector = Collector(
+        sampler,
+        cursor,
+        ranks,
+        settings.rollout,
+        settings.reward,
+        prompts=settings.batch.prompts,
+        seed=settings.run.seed,
+    )
+    evaluator = Evaluator(
+        sampler,
+        ranks,
+        settings.evaluate,
+        {name: prompts.prompts for name, prompts in resolved.evaluation.items()},
+        max_response_tokens=settings.rollout.max_response_tokens,
+        seed=settings.run.seed,
+    )
+    learner = Learner(settings, policy, DapoLoss(settings.loss))
+    folder = Path(settings.run.dir)
+    log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main)
+    try:
+        with Progress(settings.run.steps, enabled=ranks.is_main) as progress:
+            progress.say(plan_in_words(resolved))
+            trainer = Trainer(settings, policy, engine, collector, learner, evaluator, log, progress)
+            before, after = trainer.run()
+    finally:
+        log.close()
+    export = folder / "hf" if settings.run.export else None
+    if export is not None:
+        policy.save_hugging_face(export)
+    summary = _summary(settings, time.perf_counter() - started, before, after, export)
+    if ranks.is_main:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    platform.shut_down()
+    return summary
+
+
+def _summary(
+    settings: Settings, seconds: float, before: dict[str, float], after: dict[str, float], export: Path | None
+) -> dict[str, Any]:
+    """The run in a few figures; the accuracies are those of the first evaluation set."""
+    accuracy = [key for key in before if key.endswith("/accuracy")]
+    return {
+        "steps": settings.run.steps,
+        "seconds": round(seconds, 1),
+        "accuracy_before": before[accuracy[0]] if accuracy else None,
+        "accuracy_after": after[accuracy[0]] if accuracy else None,
+        "before": before,
+        "after": after,
+        "export": str(export) if export is not None else None,
+    }
+
+
+def _prepare_run_folder(resolved: Resolved, ranks: "Ranks") -> None:
+    """A fresh run folder with the resolved settings; what an earlier run left is removed (`run.overwrite`)."""
+    import torch.distributed as dist
+
+    if ranks.is_main:
+        folder = Path(resolved.settings.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf"):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(resolved.settings), encoding="utf-8")
+    dist.barrier()
+
+
+def _check_megatron(resolved: Resolved) -> None:
+    """The `megatron:` section against Megatron's own dataclasses; costs an import of torch, so only where it is set."""
+    settings = resolved.settings
+    if settings.megatron:
+        from megatron_rlvr.policy.build import check_passthrough
+
+        check_passthrough(settings.megatron, settings.model, settings.parallel, resolved.hf_config)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """One line from one rank. The others wait: torchrun ends them when the first leaves, before it could speak."""
+    if _is_main():
+        print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
+    sys.exit(2)
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    """Ends the run once; what follows the first signal must not be interrupted by another."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)
+    raise Stopped(signum)
+
+
+def _leave(graders: GraderPool, status: int) -> NoReturn:
+    """Ends this process at once: other ranks may be gone, and leaving the process group would wait for them."""
+    graders.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(status)
+
+
+def _quiet_libraries() -> None:
+    """One log of our own; libraries speak up for errors only."""
+    level = logging.INFO if _is_main() else logging.ERROR
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logger.setLevel(level)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The training loop: sample and grade, score, select and train, hand the weights over. Each verb has its own room."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_rlvr import platform
+from megatron_rlvr.config import Settings
+from megatron_rlvr.evaluate import Evaluator
+from megatron_rlvr.learner import Learner
+from megatron_rlvr.metrics import MetricsLog
+from megatron_rlvr.mini_batches import build_mini_batches
+from megatron_rlvr.policy.policy import Policy
+from megatron_rlvr.progress import Progress
+from megatron_rlvr.protocols import RolloutEngine
+from megatron_rlvr.rollout.collector import Collector, Rollout
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a policy; everything it needs is made elsewhere (`train.py`) and passed in. All ranks run it alike."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        policy: Policy,
+        engine: RolloutEngine,
+        collector: Collector,
+        learner: Learner,
+        evaluator: Evaluator,
+        log: MetricsLog,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.engine = engine
+        self.collector = collector
+        self.learner = learner
+        self.evaluator = evaluator
+        self.log = log
+        self.progress = progress
+        self._seconds: dict[str, float] = {}
+        self._skipped = 0.0
+
+    def run(self) -> tuple[dict[str, float], dict[str, float]]:
+        """All steps. Returns the figures of the evaluations before and after."""
+        steps, every = self.settings.run.steps, self.settings.run.eval_every
+        self.sync(version=0)
+        before = after = self.evaluate(0)
+        for step in range(1, steps + 1):
+            figures = self.train_step(step)
+            if step == steps or (every and step % every == 0):
+                after = self.evaluate(step)
+                figures |= after
+            self.log.write(step, figures)
+            self.progress.step(step, figures)
+        return before, after
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One training step: a rollout, and one optimizer step for each of its mini-batches."""
+        self._seconds = dict.fromkeys(("rollout", "score", "train", "sync"), 0.0)
+        with self._timed("step"):
+            with self._timed("rollout"):
+                rollout = self.collector.collect(step, self.progress.sampled)
+            self.log.write_rollouts(step, rollout.sampled, self.collector.tokenizer)
+            self.policy.start_step()
+            figures = rollout.figures | (self._learn(step, rollout) if rollout.size else {})
+            with self._timed("sync"):
+                self.sync(version=step)
+        self._skipped += figures.pop("train/skipped", 0.0)
+        figures |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self._skipped}
+        figures |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        figures["rollout/tokens_per_second"] = figures["rollout/response_tokens"] / figures["time/rollout"]
+        return figures
+
+    def sync(self, version: int) -> None:
+        """Hands the policy's weights to the rollout engine."""
+        self.engine.update_weights(self.policy.export_weights(), version)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Accuracy on the evaluation sets; nothing where none is given."""
+        if not self.evaluator:
+            return {}
+        with self.progress.evaluating(self.evaluator.requests_of_this_rank()) as finished:
+            figures = self.evaluator.run(finished)
+        self.progress.evaluated(step, figures)
+        if step == 0:
+            self.log.write(0, figures)
+        return figures
+
+    def _learn(self, step: int, rollout: Rollout) -> dict[str, float]:
+        settings = self.settings
+        mini_batches = build_mini_batches(
+            [(group.order, group.group) for group in rollout.groups],
+            estimator=settings.advantage.estimator,
+            groups_per_mini_batch=settings.batch.mini_batch_prompts,
+            tokens_per_micro_batch=settings.batch.tokens_per_micro_batch,
+            quadratic_cost=self.policy.quadratic_cost,
+            pad_multiple=self.policy.pad_multiple,
+            data_group=self.policy.ranks.data_objects,
+        )
+        return self.learner.learn(step, mini_batches, self._timed)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        self.progress.phase(phase)
+        start = time.perf_counter()
+        yield
+        platform.synchronize()
+        self._seconds[phase] = time.perf_counter() - start

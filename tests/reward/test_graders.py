@@ -1,0 +1,396 @@
+"""Grader processes: what hangs, dies or fails costs one answer, and nothing outlives the trainer."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, wait
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rlvr.reward.graders import GraderPool, RewardError, Verdict, check_function, grade
+from megatron_rlvr.types import Grade, Prompt
+
+REWARDS = """
+import ctypes, itertools, os, sys, time
+import numpy as np
+
+def scripted(prompt, response):
+    match response.split()[0]:
+        case "true": return True
+        case "numpy-false": return np.bool_(False)
+        case "half": return 0.5
+        case "numpy-half": return np.float32(0.5)
+        case "two": return 2
+        case "length": return float(len(response))
+        case "number": return float(response.split()[1])
+        case "answer": return response.split()[1] == prompt.answer
+        case "nan": return float("nan")
+        case "huge": return 10**400
+        case "text": return "right"
+        case "nothing": return None
+        case "array": return np.zeros(1)
+        case "raise": raise LookupError("no such \\ud800 key")
+        case "quit": sys.exit("enough")
+        case "sleep": time.sleep(60)
+        case "spin": sum(itertools.repeat(0))  # in C, with the interpreter lock held
+        case "exit": os._exit(3)
+        case "segfault": ctypes.string_at(0)
+        case "memory": bytes(5 * 2**30)
+        case "pid": return float(os.getpid())
+        case "torch": return "torch" in sys.modules or "sympy" in sys.modules
+        case "print":
+            print("printed")
+            os.write(1, b"written\\n")
+            return True
+"""
+
+
+@pytest.fixture(autouse=True)
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "grader_rewards.py").write_text(REWARDS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def pool(rewards: Path) -> Iterator[GraderPool]:
+    with GraderPool("grader_rewards:scripted", workers=1, timeout_seconds=0.5) as one_worker:
+        yield one_worker
+
+
+def prompt(answer: str = "42", **extra: object) -> Prompt:
+    return Prompt(id="p", token_ids=np.arange(5, dtype=np.int32), answer=answer, source="test", extra=extra)
+
+
+def ask(pool: GraderPool, response: str) -> Verdict:
+    return pool.submit(prompt(), response).result(timeout=30)
+
+
+def pid(pool: GraderPool) -> int:
+    value = ask(pool, "pid").value
+    assert isinstance(value, float)
+    return int(value)
+
+
+def running(process: int) -> bool:
+    """Whether the process runs; an orphan that nobody reaps may stay a zombie in a container."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children() -> set[int]:
+    """Processes of ours, zombies included."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(stat.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+def test_a_reward_keeps_its_value_and_becomes_a_plain_bool_or_float(pool: GraderPool) -> None:
+    for response, value in (("true", True), ("numpy-false", False), ("half", 0.5), ("numpy-half", 0.5), ("two", 2.0)):
+        verdict = ask(pool, response)
+        assert (verdict.value, type(verdict.value), verdict.failure) == (value, type(value), None)
+    assert ask(pool, "answer 42").value is True
+    assert ask(pool, "answer 43").value is False
+
+
+def test_what_is_no_reward_is_an_error_and_the_grader_goes_on(pool: GraderPool) -> None:
+    before = pid(pool)
+    expected = {
+        "nan": "error: ValueError: the reward is nan; return a bool or a finite float",
+        "huge": "error: OverflowError",
+        "text": "error: TypeError: the reward is of type str; return a bool or a finite float",
+        "nothing": "error: TypeError: the reward is of type NoneType",
+        "array": "error: TypeError: the reward is of type ndarray",
+        "raise": "error: LookupError: no such ",
+        "quit": "error: SystemExit: enough",
+    }
+    for response, failure in expected.items():
+        verdict = ask(pool, response)
+        assert verdict.value is None
+        assert verdict.failure is not None
+        assert verdict.failure.startswith(failure)
+        verdict.failure.encode("utf-8")  # printable, whatever the response held
+    verdict = pool.submit(prompt(unpicklable=lambda: 0), "true").result(timeout=30)
+    assert verdict.failure is not None
+    assert verdict.failure.startswith("error: the prompt cannot be sent to a grader")
+    assert pid(pool) == before
+    assert (pool.graded, pool.errors, pool.timeouts, pool.restarts) == (10, 8, 0, 0)
+
+
+@pytest.mark.parametrize("hang", ["sleep", "spin"])
+def test_a_hang_costs_one_answer(pool: GraderPool, hang: str) -> None:
+    before = pid(pool)
+    futures = [pool.submit(prompt(), response) for response in ("half", hang, "half")]
+    first, hung, last = (future.result(timeout=30) for future in futures)
+    assert (first.value, hung.value, last.value) == (0.5, None, 0.5)
+    assert hung.failure == "timeout after 0.5 s"
+    assert 0.5 <= hung.seconds < 1.5
+    assert last.seconds < 0.5
+    assert not running(before)
+    assert pid(pool) != before
+    assert (pool.graded, pool.errors, pool.timeouts, pool.restarts) == (5, 0, 1, 1)
+
+
+def test_a_death_costs_one_answer(pool: GraderPool) -> None:
+    for response, failure in (
+        ("exit", "grader died with exit code 3"),
+        ("segfault", "grader died of SIGSEGV"),
+        ("memory", "grader died with exit code 1"),  # the limit is the process's own: the machine may have 5 GiB
+    ):
+        assert ask(pool, response).failure == failure
+        assert ask(pool, "half").value == 0.5
+    assert (pool.graded, pool.errors, pool.timeouts, pool.restarts) == (6, 3, 0, 3)
+
+
+def test_a_grader_that_dies_between_answers_costs_one_answer(pool: GraderPool) -> None:
+    os.kill(pid(pool), signal.SIGKILL)
+    assert ask(pool, "half").failure == "grader died of SIGKILL"
+    assert ask(pool, "half").value == 0.5
+
+
+def test_a_stopped_grader_costs_one_answer_however_long_the_response(pool: GraderPool) -> None:
+    os.kill(pid(pool), signal.SIGSTOP)
+    verdict = ask(pool, "length " + "x" * 5_000_000)  # does not fit the socket's buffer: sending blocks
+    assert verdict.failure == "timeout after 0.5 s"
+    assert verdict.seconds < 1.5
+    assert ask(pool, "length " + "x" * 5_000_000).value == 5_000_007
+
+
+def test_every_future_gets_its_own_verdict() -> None:
+    with GraderPool("grader_rewards:scripted", workers=3) as pool:
+        futures = [pool.submit(prompt(), f"number {number}") for number in range(600)]
+        assert [future.result(timeout=30).value for future in futures] == list(range(600))
+        assert pool.graded == 600
+
+
+def test_time_to_import_is_not_charged_to_an_answer(rewards: Path) -> None:
+    (rewards / "slow_rewards.py").write_text("import time\ntime.sleep(1)\ndef right(prompt, response): return True\n")
+    with GraderPool("slow_rewards:right", workers=1, timeout_seconds=0.3) as pool:
+        assert ask(pool, "any").value is True
+
+
+def test_a_function_that_cannot_be_imported_is_reported_and_leaves_no_process(rewards: Path) -> None:
+    (rewards / "raising_rewards.py").write_text("raise RuntimeError('not today')")
+    (rewards / "dying_rewards.py").write_text("import os; os._exit(7)")
+    (rewards / "value_rewards.py").write_text("reward = 3")
+    for function, cause in (
+        (
+            "no_such_module:reward",
+            "cannot be imported: ModuleNotFoundError: .*no_such_module.*; put its folder on PYTHON",
+        ),
+        ("grader_rewards:no_such_function", "cannot be imported: AttributeError: .*no_such_function"),
+        ("raising_rewards:reward", "cannot be imported: RuntimeError: not today"),
+        ("dying_rewards:reward", "cannot be imported: grader died with exit code 7"),
+        ("value_rewards:reward", "cannot be imported: TypeError: reward is a int, not a function"),
+    ):
+        with pytest.raises(RewardError, match=f"reward.function {function} {cause}"):
+            GraderPool(function, workers=1)
+    assert not children()
+
+
+def test_a_function_may_lie_in_the_current_directory(rewards: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    here = tmp_path_factory.mktemp("here")
+    (here / "local_rewards.py").write_text("def right(prompt, response): return True\n")
+    script = (
+        "from megatron_rlvr.reward.graders import GraderPool; GraderPool('local_rewards:right', workers=1); print('ok')"
+    )
+    result = run(script, folder=here)
+    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
+
+
+def test_a_function_is_imported_from_where_the_trainer_would_import_it(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "path_rewards.py").write_text("def right(prompt, response): return True\n")
+    monkeypatch.syspath_prepend(elsewhere)
+    with GraderPool("path_rewards:right", workers=1) as pool:
+        assert ask(pool, "any").value is True
+
+
+def test_only_well_formed_functions_are_accepted() -> None:
+    for spec in ("math", "rewards:grade", "a.b_c.d:e1"):
+        check_function(spec)
+    for spec in (
+        "",
+        "maths",
+        "rewards",
+        "rewards.grade",
+        ":grade",
+        "rewards:",
+        "a:b:c",
+        "a..b:c",
+        "a/b.py:c",
+        "math:",
+        "1a:b",
+    ):
+        with pytest.raises(RewardError, match='is not a reward function; use "math", or "module:function"'):
+            check_function(spec)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(RewardError, match=r"reward\.workers is 0"):
+        GraderPool(workers=0)
+    for seconds in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(RewardError, match=r"reward\.timeout_seconds is"):
+            GraderPool(workers=1, timeout_seconds=seconds)
+
+
+def test_close_cancels_what_is_pending_and_reaps_every_process() -> None:
+    pool = GraderPool("grader_rewards:scripted", workers=2, timeout_seconds=60)
+    assert len(children()) == 2
+    futures = [pool.submit(prompt(), "spin") for _ in range(5)]
+    while not all(future.running() for future in futures[:2]):
+        time.sleep(0.01)
+    begin = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begin < 2.0
+    assert not children()
+    assert not wait(futures, timeout=1).not_done
+    for future in futures:
+        with pytest.raises(CancelledError):
+            future.result(timeout=0)
+    assert pool.graded == pool.errors == 0
+    pool.close()
+    with pytest.raises(RuntimeError, match="the grader pool is closed"):
+        pool.submit(prompt(), "true")
+    assert not any(thread.name.startswith("grader-") for thread in threading.enumerate())
+
+
+def test_ctrl_c_does_not_reach_the_graders(pool: GraderPool) -> None:
+    before = pid(pool)
+    os.kill(before, signal.SIGINT)
+    assert pid(pool) == before
+
+
+def test_graders_import_neither_torch_nor_what_they_do_not_need(pool: GraderPool) -> None:
+    assert ask(pool, "torch").value is False
+
+
+def test_a_pool_outlives_the_thread_that_made_it() -> None:
+    made: list[GraderPool] = []
+    thread = threading.Thread(target=lambda: made.append(GraderPool("grader_rewards:scripted", workers=1)))
+    thread.start()
+    thread.join()
+    with made[0] as pool:
+        time.sleep(0.1)  # a death signal tied to the thread that has ended would have come by now
+        assert ask(pool, "half").value == 0.5
+        assert pool.restarts == 0
+
+
+def command(script: str) -> list[str]:
+    return [sys.executable, "-c", script]
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ["PYTHONPATH"]}
+
+
+def run(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command(script), cwd=folder, env=environment(), capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+SCRIPT = """
+import time
+import numpy as np
+from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.types import Prompt
+pool = GraderPool("grader_rewards:scripted", workers=2, timeout_seconds=600)
+prompt = Prompt("p", np.zeros(1, np.int32), "42", "test")
+"""
+
+
+def test_the_interpreter_exits_without_close_and_prints_go_to_standard_error(rewards: Path) -> None:
+    result = run(SCRIPT + "pool.submit(prompt, 'print').result(); pool.submit(prompt, 'spin'); print('ok')", rewards)
+    assert (result.returncode, result.stdout) == (0, "ok\n")
+    assert result.stderr == "printed\nwritten\n"
+
+
+def test_no_grader_outlives_a_killed_trainer(rewards: Path) -> None:
+    script = SCRIPT + (
+        "pids = set()\n"
+        "while len(pids) < 2: pids |= {int(pool.submit(prompt, 'pid').result().value)}\n"
+        "pool.submit(prompt, 'spin')\n"
+        "print(*pids, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    trainer = subprocess.Popen(command(script), cwd=rewards, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    with trainer, trainer.stdout:
+        graders = [int(text) for text in trainer.stdout.readline().split()]
+        try:
+            assert len(graders) == 2
+            assert all(map(running, graders))
+            time.sleep(0.2)  # for the one to spin
+        finally:
+            trainer.kill()
+    limit = time.monotonic() + 5
+    while any(map(running, graders)) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not any(map(running, graders))
+
+
+def test_no_degenerate_answer_passes_the_deadline_or_disturbs_the_next() -> None:
+    matrix = "\\begin{pmatrix}" + " \\\\ ".join(" & ".join("7" * 200) for _ in range(200)) + "\\end{pmatrix}"
+    degenerate = [
+        "9^{9^{9^9}}",
+        "9^9^9^9",
+        "10^(10^7)",
+        "1e8!",
+        "100000000!",
+        "9" * 1_000_000,
+        "{" * 100_000,
+        "\\boxed{" * 50_000 + "}" * 50_000,
+        "\\frac{1}{" * 100 + "1" + "}" * 100,
+        matrix,
+        "42\x00",
+        "\ud80043",
+        "}{",
+        "1/0",
+    ]
+    with GraderPool("math", workers=2, timeout_seconds=0.7) as pool:
+        futures = [pool.submit(prompt(), f"\\boxed{{{answer}}}") for answer in degenerate]
+        for answer, future in zip(degenerate, futures, strict=True):
+            verdict = future.result(timeout=60)
+            assert verdict.value is False or verdict.failure == "timeout after 0.7 s", ascii(answer[:50])
+            assert verdict.seconds < 1.7, ascii(answer[:50])
+        timeouts = pool.timeouts
+        assert timeouts >= 1, "none was hard: this test shows nothing"
+        assert [ask(pool, f"\\boxed{{{value}}}").value for value in (41, 42, 43)] == [False, True, False]
+        assert (pool.graded, pool.errors) == (len(degenerate) + 3, 0)
+        assert pool.timeouts == timeouts
+        assert pool.restarts in (timeouts, timeouts - 1)  # the last replacement may be on its way
+
+
+def test_grades_are_what_the_settings_say() -> None:
+    def graded(value: bool | float | None, failure: str | None = None, tokens: int = 10) -> Grade:
+        verdict = Verdict(value, failure, 0.1)
+        return grade(verdict, tokens, correct=1.0, wrong=-0.5, max_response_tokens=100, overlong_buffer=20)
+
+    assert graded(True) == Grade(1.0, True)
+    assert graded(False) == Grade(-0.5, False)
+    assert graded(0.25) == Grade(0.25, True)
+    assert graded(0.0) == Grade(0.0, False)
+    assert graded(-3.0) == Grade(-3.0, False)
+    assert graded(None, "timeout after 2.0 s") == Grade(-0.5, False, "timeout after 2.0 s")
+    # The overlong penalty is added to all of them, and leaves right right.
+    assert graded(True, tokens=90) == Grade(0.5, True)
+    assert graded(0.25, tokens=100) == Grade(-0.75, True)
+    assert graded(None, "error: x", tokens=100) == Grade(-1.5, False, "error: x")
