@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -43,34 +44,42 @@ class Learner:
             scores = self._policy.score(everything)
         figures = self._score_figures(step, everything, scores)
         with timed("train"):
-            whole = self._select(step, everything, scores) if self._scope == "rollout_batch" else None
-            reports, selections, start = [], [], 0
-            for mini in mini_batches:
+            selections = self._selections(step, mini_batches, scores)
+            reports, start = [], 0
+            for mini, selection in zip(mini_batches, selections, strict=True):
                 part = slice(start, start + len(mini.micro_batches))
                 start = part.stop
-                of_part = PolicyScores(scores.logp[part], scores.entropy[part])
-                selection = self._select(step, mini.micro_batches, of_part) if whole is None else None
-                masks = selection.masks if selection is not None else whole.masks[part]  # type: ignore[union-attr]
-                reports.append(self._train(step, mini, masks, of_part))
-                selections.append(selection or whole)
-        return figures | _selection_figures(selections) | _train_figures(reports)
+                reports.append(self._train(step, mini, selection.masks, scores.logp[part]))
+        scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
+        return figures | _selection_figures(scopes) | _train_figures(reports)
 
-    @property
-    def _scope(self) -> str:
-        return self._settings.selection.scope
+    def _selections(self, step: int, mini_batches: Sequence[MiniBatch], scores: PolicyScores) -> list[Selection]:
+        """One selection a mini-batch; with scope rollout_batch they share one threshold."""
+        sizes = [len(mini.micro_batches) for mini in mini_batches]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        if self._settings.selection.scope == "rollout_batch":
+            everything = [micro for mini in mini_batches for micro in mini.micro_batches]
+            whole = self._select(step, everything, scores.entropy)
+            return [
+                replace(whole, masks=whole.masks[start : start + size])
+                for start, size in zip(starts, sizes, strict=True)
+            ]
+        return [
+            self._select(step, mini.micro_batches, scores.entropy[start : start + size])
+            for mini, start, size in zip(mini_batches, starts, sizes, strict=True)
+        ]
 
-    def _select(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> Selection:
-        device = scores.entropy[0].device
+    def _select(self, step: int, batches: Sequence[MicroBatch], entropies: Sequence[torch.Tensor]) -> Selection:
         return select(
             self._settings.selection,
-            scores.entropy,
-            [batch.token_ids.to(device) for batch in batches],
+            entropies,
+            [batch.token_ids.to(self._policy.device) for batch in batches],
             seed=self._random_seed(step),
             group=self._policy.ranks.data_group,
         )
 
     def _train(
-        self, step: int, mini: MiniBatch, masks: Sequence[torch.Tensor], scores: PolicyScores
+        self, step: int, mini: MiniBatch, masks: Sequence[torch.Tensor], old_logp: Sequence[torch.Tensor]
     ) -> dict[str, float]:
         count = mini.response_tokens
         if self._settings.loss.normalizer == "selected_tokens":
@@ -78,7 +87,7 @@ class Learner:
         chosen: Sequence[torch.Tensor] | MaskOfEntropy = masks
         if self._settings.selection.entropy == "current":
             chosen = self._mask_of_current(step)
-        return self._policy.train_step(mini.micro_batches, chosen, scores.logp, self._loss, max(1, count))
+        return self._policy.train_step(mini.micro_batches, chosen, old_logp, self._loss, max(1, count))
 
     def _mask_of_current(self, step: int) -> MaskOfEntropy:
         settings, seed = self._settings.selection, self._random_seed(step)
@@ -114,16 +123,16 @@ class Learner:
         }
 
 
-def _selection_figures(selections: Sequence[Selection]) -> dict[str, float]:
-    """Means over the step's mini-batches, weighted by tokens; the threshold is the plain mean of theirs."""
-    total, kept = sum(s.total for s in selections), sum(s.kept for s in selections)
+def _selection_figures(scopes: Sequence[Selection]) -> dict[str, float]:
+    """Figures over the tokens of all scopes of the step; the threshold is the plain mean of theirs."""
+    total, kept = sum(s.total for s in scopes), sum(s.kept for s in scopes)
     figures = {
         "selection/tokens": float(kept),
         "selection/fraction": kept / max(1, total),
-        "entropy/selected_mean": sum(s.entropy_kept for s in selections) / max(1, kept),
-        "entropy/dropped_mean": sum(s.entropy_dropped for s in selections) / max(1, total - kept),
+        "entropy/selected_mean": sum(s.entropy_kept for s in scopes) / max(1, kept),
+        "entropy/dropped_mean": sum(s.entropy_dropped for s in scopes) / max(1, total - kept),
     }
-    thresholds = [s.threshold for s in selections if s.threshold is not None]
+    thresholds = [s.threshold for s in scopes if s.threshold is not None]
     if thresholds:
         figures["selection/threshold"] = sum(thresholds) / len(thresholds)
     return figures

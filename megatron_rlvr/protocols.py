@@ -14,9 +14,17 @@ if TYPE_CHECKING:
 class Sampling(Protocol):
     """How to sample: the part of the settings an engine needs."""
 
-    temperature: float
-    top_p: float
-    max_response_tokens: int
+    @property
+    def temperature(self) -> float:
+        """The logits are divided by it; 0: greedy."""
+
+    @property
+    def top_p(self) -> float:
+        """Share of the probability that may be sampled."""
+
+    @property
+    def max_response_tokens(self) -> int:
+        """A response is cut at this length."""
 
 
 class RolloutEngine(Protocol):

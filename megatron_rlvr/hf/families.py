@@ -73,7 +73,7 @@ class ModelError(ValueError):
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face ``config.json``, or ModelError naming those that are known."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} has no table; known families are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
