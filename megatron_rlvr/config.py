@@ -30,11 +30,11 @@ def _expand_paths(values: Any, key: str) -> Any:
 
 
 class RunSettings(Section):
-    dir: str
+    dir: str = Field(min_length=1)
     """Folder of the run: settings, metrics, sampled text, exports."""
     steps: int = Field(ge=1)
     """Training steps; each samples `batch.prompts` groups and takes one optimizer step a mini-batch."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Source of all randomness: prompt order, sampling, random selection."""
     eval_every: int = Field(default=0, ge=0)
     """Evaluate every this many steps; 0: only before and after training."""
@@ -47,7 +47,7 @@ class RunSettings(Section):
 
 
 class ModelSettings(Section):
-    path: str
+    path: str = Field(min_length=1)
     """Hugging Face folder of the model to start from: config.json, safetensors, tokenizer."""
     tokenizer: str | None = None
     """Tokenizer folder, or a sentencepiece .model file; default: the model's folder."""
@@ -105,7 +105,7 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _system_needs_chat(self) -> "DataSettings":
         if self.system is not None and self.template == "plain":
-            raise ValueError("data.system does nothing with data.template plain; drop it or use chat")
+            raise ValueError(f"data.system {self.system!r} does nothing with data.template plain; drop it or use chat")
         return self
 
 
@@ -118,7 +118,7 @@ class RolloutSettings(Section):
     """Sampling temperature; log-probabilities and entropies are of softmax(logits / temperature) everywhere."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; 1.0 samples from the whole distribution."""
-    max_response_tokens: int = Field(default=20480, ge=1)
+    max_response_tokens: int = Field(default=20480, ge=1, lt=2**20)
     """Responses are cut at this length."""
     dynamic_sampling: bool = True
     """Replace groups that are all right or all wrong, which carry no gradient, by fresh prompts."""
@@ -139,7 +139,7 @@ class RewardSettings(Section):
     """Reward of a right answer."""
     wrong: float = -1.0
     """Reward of a wrong answer."""
-    timeout_seconds: float = Field(default=2.0, gt=0)
+    timeout_seconds: float = Field(default=2.0, gt=0, le=86400)
     """A grader that takes longer is killed and replaced; the answer counts as wrong."""
     workers: int = Field(default=2, ge=1)
     """Grader processes a rank."""
@@ -181,8 +181,10 @@ class SelectionSettings(Section):
     def _combination(self) -> "SelectionSettings":
         if self.keep == "all" and self.fraction != 1.0:
             raise ValueError(f"selection.fraction {self.fraction} does nothing with selection.keep all; drop it")
-        if self.keep == "all" and (self.scope, self.entropy) != ("mini_batch", "old"):
-            raise ValueError("selection.scope and selection.entropy do nothing with selection.keep all; drop them")
+        if self.keep == "all" and self.scope != "mini_batch":
+            raise ValueError(f"selection.scope {self.scope} does nothing with selection.keep all; drop it")
+        if self.keep == "all" and self.entropy != "old":
+            raise ValueError(f"selection.entropy {self.entropy} does nothing with selection.keep all; drop it")
         if self.keep == "random" and self.entropy == "current":
             raise ValueError("selection.entropy current does nothing with selection.keep random; drop it")
         if self.entropy == "current" and self.scope != "micro_batch":
@@ -246,14 +248,21 @@ class OptimizerSettings(Section):
 
     @model_validator(mode="after")
     def _schedule(self) -> "OptimizerSettings":
-        if self.schedule == "constant" and (self.decay_steps is not None or self.min_learning_rate):
-            raise ValueError(
-                "optimizer.decay_steps and min_learning_rate do nothing with optimizer.schedule constant; drop them"
-            )
+        for key, value in (("decay_steps", self.decay_steps), ("min_learning_rate", self.min_learning_rate or None)):
+            if self.schedule == "constant" and value is not None:
+                raise ValueError(
+                    f"optimizer.{key} {value} does nothing with optimizer.schedule constant; drop it or set cosine"
+                )
         if self.schedule == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
+            found = "is missing" if self.decay_steps is None else f"{self.decay_steps} is too small"
             raise ValueError(
-                f"optimizer.decay_steps {self.decay_steps} must be set above optimizer.warmup_steps "
-                f"{self.warmup_steps} for optimizer.schedule cosine; set it"
+                f"optimizer.decay_steps {found} for optimizer.schedule cosine; set it above optimizer.warmup_steps "
+                f"{self.warmup_steps}"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate {self.min_learning_rate} is above optimizer.learning_rate "
+                f"{self.learning_rate}; lower it"
             )
         return self
 
@@ -332,13 +341,25 @@ class Settings(Section):
                 f"{rollout.max_response_tokens}; lower it, or set it to 0 for no penalty"
             )
         if self.run.eval_every and not self.evaluate.sets:
-            raise ValueError("run.eval_every does nothing without evaluate.sets; name a set or drop it")
+            raise ValueError(f"run.eval_every {self.run.eval_every} does nothing without evaluate.sets; name a set")
         if not rollout.dynamic_sampling and rollout.max_rounds != RolloutSettings.model_fields["max_rounds"].default:
-            raise ValueError("rollout.max_rounds does nothing with rollout.dynamic_sampling false; drop one of them")
+            raise ValueError(
+                f"rollout.max_rounds {rollout.max_rounds} does nothing with rollout.dynamic_sampling false; drop it"
+            )
         if self.loss.normalizer == "selected_tokens" and self.selection.keep == "all":
             raise ValueError("loss.normalizer selected_tokens is all_tokens with selection.keep all; drop it")
         if self.log.wandb_project is not None and not self.log.wandb:
-            raise ValueError("log.wandb_project does nothing with log.wandb false; set log.wandb to true or drop it")
+            raise ValueError(
+                f"log.wandb_project {self.log.wandb_project!r} does nothing with log.wandb false; drop it, or set "
+                "log.wandb to true"
+            )
+        longest = self.data.max_prompt_tokens + rollout.max_response_tokens
+        if rollout.max_batch_tokens < longest:
+            raise ValueError(
+                f"rollout.max_batch_tokens {rollout.max_batch_tokens} cannot hold a sequence of "
+                f"data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_response_tokens "
+                f"{rollout.max_response_tokens}; raise it"
+            )
         return self
 
 

@@ -56,8 +56,8 @@ class Evaluator:
 
     def requests_of_this_rank(self) -> int:
         """How many completions `run` will sample on this rank."""
-        total = sum(len(prompts) for prompts in self._sets.values()) * self._settings.samples
-        return len(range(self._ranks.rank, total, self._ranks.world_size))
+        ranks, samples = self._ranks, self._settings.samples
+        return sum(len(range(ranks.rank, len(p) * samples, ranks.world_size)) for p in self._sets.values())
 
     def _one(self, prompts: Sequence[Prompt], on_finished: Callable[[int], None]) -> dict[str, float]:
         samples = self._settings.samples

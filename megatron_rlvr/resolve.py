@@ -11,11 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import ParallelSettings, Settings, SettingsError, evaluation_name
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_rlvr.hf.families import ModelError, transformer_fields
+from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
+
+RUN_FILES = ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf")
+"""What a run writes into `run.dir` besides config.yaml, and a new run there would replace."""
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,10 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     """
     hf_config = read_config(settings.model.path)
     weight_files(settings.model.path)
+    _check_config(settings.model.path, hf_config)
     fields = transformer_fields(hf_config)
-    unit = settings.parallel.tensor * settings.parallel.pipeline
-    world_size = int(os.environ.get("WORLD_SIZE", unit))
-    _check_layout(settings, fields, world_size)
+    ranks = world_size(settings.parallel)
+    _check_layout(settings, fields, ranks)
     _check_lengths(settings, hf_config)
     _check_packages(settings)
     _check_run_folder(settings)
@@ -61,7 +73,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
         for f in settings.evaluate.sets
     }
     stop = _stop_token_ids(settings.model.path, hf_config, tokenizer)
-    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, world_size)
+    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, ranks)
 
 
 def _load(
@@ -80,6 +92,28 @@ def _load(
         suffix=data.suffix,
         show_progress=show_progress,
     )
+
+
+def _check_config(folder: str, hf_config: Any) -> None:
+    """The entries of config.json that are relied on from here."""
+    path = Path(folder) / "config.json"
+    if not isinstance(hf_config, dict):
+        raise ModelError(f"{path} holds no JSON object; copy the model's own")
+    family_of(hf_config)
+    for key in _SIZES:
+        value = hf_config.get(key)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{path}: {key} is {json.dumps(value)}, not a whole number above 0; copy the model's own")
+    if not isinstance(hf_config.get("rms_norm_eps"), float | int):
+        raise ModelError(f"{path}: rms_norm_eps is missing or not a number; copy the model's own")
+
+
+def world_size(parallel: ParallelSettings) -> int:
+    """Number of ranks that torchrun starts, or that hold one copy of the model without it."""
+    text = os.environ.get("WORLD_SIZE", str(parallel.tensor * parallel.pipeline))
+    if not text.isdecimal() or int(text) < 1:
+        raise SettingsError(f"WORLD_SIZE {text!r} is not a number of ranks; set a whole number above 0 or unset it")
+    return int(text)
 
 
 def _check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
@@ -127,13 +161,29 @@ def _check_packages(settings: Settings) -> None:
 
 def _check_run_folder(settings: Settings) -> None:
     folder = Path(settings.run.dir)
-    if (folder / "metrics.jsonl").exists() and not settings.run.overwrite:
+    earlier = [name for name in RUN_FILES if (folder / name).exists()]
+    if earlier and not settings.run.overwrite:
         raise SettingsError(
-            f"run.dir {folder} holds an earlier run; choose another folder, or set run.overwrite to true to replace it"
+            f"run.dir {folder} holds an earlier run ({', '.join(earlier)}); choose another folder, or set "
+            "run.overwrite to true to replace it"
         )
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    for key, needed in _inputs(settings):
+        for name in earlier:
+            if Path(needed).resolve().is_relative_to((folder / name).resolve()):
+                raise SettingsError(f"{key} {needed} is in run.dir {folder}, where {name} is replaced; choose another")
+    parent = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SettingsError(f"run.dir {folder} cannot be written ({parent}); choose another folder")
+
+
+def _inputs(settings: Settings) -> list[tuple[str, str]]:
+    """(key, path) of all that the run reads."""
+    return [
+        ("model.path", settings.model.path),
+        ("model.tokenizer", settings.model.tokenizer or settings.model.path),
+        *(("data.train", file.path) for file in settings.data.train),
+        *(("evaluate.sets", file.path) for file in settings.evaluate.sets),
+    ]
 
 
 def _stop_token_ids(folder: str, hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -149,6 +199,12 @@ def _stop_token_ids(folder: str, hf_config: Mapping[str, Any], tokenizer: Tokeni
     for source in sources:
         value = source.get("eos_token_id")
         ids |= set(value) if isinstance(value, list) else {value} if value is not None else set()
+    outside = [token for token in ids if type(token) is not int or not 0 <= token < hf_config["vocab_size"]]
+    if outside:
+        raise ModelError(
+            f"eos_token_id {outside[0]!r} of {folder} is no token of its vocabulary of {hf_config['vocab_size']}; "
+            "correct config.json or generation_config.json"
+        )
     return tuple(sorted(ids))
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,7 +23,7 @@ from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.data.rows import DataError
 from megatron_rlvr.data.tokenizer import TokenizerError
 from megatron_rlvr.hf.families import ModelError
-from megatron_rlvr.resolve import Resolved, plan_in_words, resolve
+from megatron_rlvr.resolve import RUN_FILES, Resolved, plan_in_words, resolve, world_size
 from megatron_rlvr.reward.graders import GraderPool, RewardError
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ logger = logging.getLogger("megatron_rlvr")
 
 # What a user can put right; everything else is a fault and keeps its traceback.
 INPUT_ERRORS = (SettingsError, ModelError, TokenizerError, DataError, RewardError)
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 class Stopped(BaseException):
@@ -45,26 +58,33 @@ class Stopped(BaseException):
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, 2 for wrong input, 128 + n for signal n, or 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or "--help" in arguments or "-h" in arguments:
+    if "--help" in arguments or "-h" in arguments:
         print(help_text(), end="")
-        sys.exit(0 if arguments else 2)
+        return
     check = "--check" in arguments
     _quiet_libraries()
     try:
-        config, *flags = [argument for argument in arguments if argument != "--check"]
+        config, *flags = [argument for argument in arguments if argument != "--check"] or [""]
+        if not config or config.startswith("--"):
+            raise SettingsError("the first argument is not a settings file; give CONFIG.yaml, or --help for its keys")
         settings = load_settings(config, flags)
+        if not check:
+            _check_launch(settings)
         resolved = resolve(settings, show_progress=_is_main())
         _check_megatron(resolved)
-        if check:
-            print(plan_in_words(resolved))
-            return
         graders = GraderPool(
-            settings.reward.function, workers=settings.reward.workers, timeout_seconds=settings.reward.timeout_seconds
+            settings.reward.function,
+            workers=1 if check else settings.reward.workers,
+            timeout_seconds=settings.reward.timeout_seconds,
         )
     except INPUT_ERRORS as error:
-        _refuse(error)
+        _complain(error)
+        sys.exit(2)
     with graders:
-        _run_until_stopped(resolved, graders)
+        if check:
+            print(plan_in_words(resolved))
+        else:
+            _run_until_stopped(resolved, graders)
 
 
 def _run_until_stopped(resolved: Resolved, graders: GraderPool) -> None:
@@ -76,6 +96,9 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool) -> None:
         if _is_main():
             print(f"stopped by {stopped}; {resolved.settings.run.dir}/metrics.jsonl is complete", file=sys.stderr)
         _leave(graders, stopped.exit_status)
+    except INPUT_ERRORS as error:  # found only now, such as a tensor that the model's files lack
+        _complain(error)
+        _leave(graders, 2)
     except Exception:
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         _leave(graders, 1)
@@ -151,12 +174,21 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
         log.close()
     export = folder / "hf" if settings.run.export else None
     if export is not None:
-        policy.save_hugging_face(export)
+        policy.save_hugging_face(export, partial(_replace_tokenizer, resolved))
     summary = _summary(settings, time.perf_counter() - started, before, after, export)
     if ranks.is_main:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     platform.shut_down()
     return summary
+
+
+def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
+    """The run's own tokenizer, if it has one, in place of the model's: a file left of that would be read first."""
+    if resolved.settings.model.tokenizer is None:
+        return
+    for name in _TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    resolved.tokenizer.save(folder)
 
 
 def _summary(
@@ -182,7 +214,7 @@ def _prepare_run_folder(resolved: Resolved, ranks: "Ranks") -> None:
     if ranks.is_main:
         folder = Path(resolved.settings.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf"):
+        for name in RUN_FILES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (folder / "config.yaml").write_text(to_yaml(resolved.settings), encoding="utf-8")
@@ -198,17 +230,24 @@ def _check_megatron(resolved: Resolved) -> None:
         check_passthrough(settings.megatron, settings.model, settings.parallel, resolved.hf_config)
 
 
+def _check_launch(settings: Settings) -> None:
+    ranks = world_size(settings.parallel)
+    if ranks > 1 and "RANK" not in os.environ:
+        raise SettingsError(
+            f"{ranks} ranks are needed, and this is one process; start it with "
+            f"torchrun --nproc-per-node {ranks} -m megatron_rlvr.train"
+        )
+
+
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _refuse(error: Exception) -> NoReturn:
-    """One line from one rank. The others wait: torchrun ends them when the first leaves, before it could speak."""
-    if _is_main():
-        print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    else:
+def _complain(error: Exception) -> None:
+    """One line from one rank: torchrun ends the others when the first leaves. A fault of another's own is told late."""
+    if not _is_main():
         time.sleep(10)
-    sys.exit(2)
+    print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def _stop(signum: int, frame: object) -> NoReturn:

@@ -13,9 +13,9 @@ _EPSILON = 1e-6
 def group_advantages(rewards: np.ndarray, estimator: str) -> np.ndarray:
     """[G] float32 advantages from [G] rewards; zeros where all rewards are equal."""
     rewards = rewards.astype(np.float64)
-    centered = rewards - rewards.mean()
-    if not np.any(centered):
+    if np.all(rewards == rewards[0]):  # their rounded mean may differ from them
         return np.zeros(len(rewards), dtype=np.float32)
+    centered = rewards - rewards.mean()
     if estimator == "grpo":
         centered = centered / (rewards.std() + _EPSILON)
     elif estimator == "rloo":

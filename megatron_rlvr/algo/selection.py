@@ -58,6 +58,7 @@ def select(
     sizes = [len(entropy) for entropy in entropies]
     flat = torch.cat([*entropies]) if entropies else torch.empty(0)
     ids = torch.cat([*token_ids]) if token_ids else torch.empty(0, dtype=torch.int64)
+    _refuse_non_finite(flat, ids, group)
     if settings.keep == "all":
         mask, threshold = torch.ones_like(flat, dtype=torch.bool), None
     elif settings.scope == "micro_batch":
@@ -78,6 +79,16 @@ def select(
     return Selection(list(mask.split(sizes)), int(total), int(kept), threshold, entropy_kept, entropy_dropped)
 
 
+def _refuse_non_finite(entropy: Tensor, token_ids: Tensor, group: dist.ProcessGroup | None) -> None:
+    """ValueError on every rank if one of them holds an entropy that is not finite, so that none is left waiting."""
+    none = torch.iinfo(torch.int64).max
+    first = torch.cat([token_ids[~entropy.isfinite()], token_ids.new_tensor([none])]).min()
+    if group is not None:
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
+    if first != none:
+        raise ValueError(f"the entropy of token id {int(first)} is not finite")
+
+
 def micro_batch_mask(settings: SelectionSettings, entropy: Tensor, token_ids: Tensor, *, seed: int) -> Tensor:
     """[R] bool for one micro-batch on its own."""
     scores = selection_scores(settings, entropy, token_ids, seed)
@@ -93,7 +104,8 @@ def selection_scores(settings: SelectionSettings, entropy: Tensor, token_ids: Te
 
 def _noise(token_ids: Tensor, seed: int) -> Tensor:
     """[n] float32 in [0, 1): a mix of token id and seed by multiplications and shifts in wrapping int64."""
-    x = token_ids + seed * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019 % 2**62
+    offset = (seed * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019) % 2**64
+    x = token_ids + (offset - 2**64 if offset >= 2**63 else offset)
     for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     x = x ^ ((x >> 31) & ((1 << 33) - 1))

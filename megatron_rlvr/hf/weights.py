@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,15 @@ class TensorReader:
         return self._handles[name].get_tensor(name)
 
 
-def write_folder(target: Path, source: Path, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_folder(
+    target: Path,
+    source: Path,
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Writes a model folder: weights from ``named_tensors``, configuration and tokenizer from ``source``.
 
-    It is built under a temporary name beside ``target`` and renamed when complete, replacing what was there.
+    ``finish`` may add files, such as another tokenizer. The folder is built under a temporary name beside ``target`` and renamed when complete, replacing what was there.
     """
     building = target.with_name(target.name + ".incomplete")
     shutil.rmtree(building, ignore_errors=True)
@@ -52,6 +57,7 @@ def write_folder(target: Path, source: Path, named_tensors: Iterable[tuple[str, 
         if path.is_file() and not path.name.endswith(_WEIGHTS):
             shutil.copy2(path, building / path.name)
     _write_weights(building, named_tensors)
+    finish(building)
     if target.exists():
         shutil.rmtree(target)
     building.rename(target)

@@ -139,10 +139,13 @@ class Policy:
         """(Hugging Face name, whole tensor) of every weight, on every rank; all ranks must exhaust it."""
         return self._weights.export(global_parameters(self._chunks))
 
-    def save_hugging_face(self, folder: Path) -> None:
-        """Writes the model as a Hugging Face folder, with the configuration and tokenizer it came with."""
+    def save_hugging_face(self, folder: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
+        """Writes the model as a Hugging Face folder, with the configuration and tokenizer it came with.
+
+        ``finish`` is called on the main rank with the folder before it gets its name, to add files to it.
+        """
         if self.ranks.is_main:
-            write_folder(folder, self.folder, self.export_weights())
+            write_folder(folder, self.folder, self.export_weights(), finish)
         elif self.ranks.data_rank == 0:
             for _ in self.export_weights():
                 pass

@@ -102,11 +102,11 @@ class Collector:
         rounds = total = informative = 0
         most_rounds = self._settings.max_rounds if self._settings.dynamic_sampling else 1
         while size < self._prompts and rounds < most_rounds:
-            rounds += 1
             # A step never draws more prompts than there are: sampling one twice would not make it informative.
             count = min(self._draw_count(self._prompts - size), self._cursor.prompts - total)
             if count == 0:
                 break
+            rounds += 1
             prompts = self._cursor.take(count)
             groups = self._sample(prompts, on_finished)
             sampled += [g.group for g in groups]
@@ -117,10 +117,9 @@ class Collector:
             self._informative += found_everywhere
             self._seen += len(prompts)
         if size < self._prompts and self._ranks.is_main:
-            logger.warning(
-                "step %d: %d of %d groups are informative after %d rounds (rollout.max_rounds); going on with them",
-                step, size, self._prompts, rounds,
-            )  # fmt: skip
+            used_up = total == self._cursor.prompts
+            reason = "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
+            logger.warning("step %d goes on with %d of %d groups: %s", step, size, self._prompts, reason)
         self._informative, self._seen = self._informative / 2, self._seen / 2
         batch = self._split_off_surplus(kept, size)
         figures = self._figures(sampled) | {
@@ -185,15 +184,15 @@ class Collector:
         }
         parts = gather(sums, self._ranks.data_objects)
         world = {key: sum(part[key] for part in parts) for key in sums}
-        count = max(1, world["count"])
-        return {
-            "reward/mean": world["reward"] / count,
-            "reward/accuracy": world["correct"] / count,
-            "reward/failures": float(world["failures"]),
-            "rollout/response_tokens_mean": world["tokens"] / count,
-            "rollout/response_tokens": float(world["tokens"]),
-            "rollout/truncated_fraction": world["truncated"] / count,
-        }
+        figures = {"reward/failures": float(world["failures"]), "rollout/response_tokens": float(world["tokens"])}
+        if world["count"]:  # a step that the surplus fills samples nothing, and has no means
+            figures |= {
+                "reward/mean": world["reward"] / world["count"],
+                "reward/accuracy": world["correct"] / world["count"],
+                "rollout/response_tokens_mean": world["tokens"] / world["count"],
+                "rollout/truncated_fraction": world["truncated"] / world["count"],
+            }
+        return figures
 
 
 def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -1,0 +1,118 @@
+"""Makes the quickstart's base model: a tiny Qwen3 that has read about the task but chooses badly at its forks.
+
+    torchrun --nproc-per-node 2 examples/quickstart/make_base.py runs/quickstart/base_model
+
+Random weights are trained with plain next-token loss through the same Megatron policy that reinforcement learning
+uses: the loss is one function over log-probabilities, and every response token is selected.
+"""
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from toy_data import warm_up_stream
+from toy_tokenizer import EOS_ID, PAD_ID, VOCABULARY, write_tokenizer
+
+warnings.filterwarnings("ignore")
+
+from megatron_rlvr import platform  # noqa: E402
+from megatron_rlvr.algo.loss import SelectedTokens  # noqa: E402
+from megatron_rlvr.batch import Sample, pack, spread  # noqa: E402
+from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings  # noqa: E402
+from megatron_rlvr.policy.policy import Policy  # noqa: E402
+from megatron_rlvr.policy.ranks import Ranks, initialize_ranks  # noqa: E402
+
+TOKENS_PER_STEP = 1024
+LEARNING_RATE = 3e-3
+
+
+def next_token_loss(logp: torch.Tensor, tokens: SelectedTokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Negative log-likelihood: a PolicyLoss that looks at log-probabilities only."""
+    return -logp.sum(), {}
+
+
+def write_random_model(folder: Path) -> None:
+    """A random Qwen3 of 371 thousand parameters with the task's tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def batches(seed: int, sequences: int) -> Iterator[list[Sample]]:
+    """The warm-up stream in steps of up to TOKENS_PER_STEP tokens."""
+    batch: list[Sample] = []
+    size = 0
+    for prompt, response in warm_up_stream(seed, sequences):
+        length = len(prompt) + len(response)
+        if size + length > TOKENS_PER_STEP:
+            yield batch
+            batch, size = [], 0
+        no_logp = torch.zeros(len(response)).numpy()
+        batch.append(Sample(len(batch), prompt, response, no_logp, advantage=1.0))
+        size += length
+    yield batch
+
+
+def train(policy: Policy, ranks: Ranks, steps: list[list[Sample]]) -> float:
+    """Takes all steps; returns the mean loss of the last hundred."""
+    losses: list[float] = []
+    for batch in track(steps, description="warming up the base model", disable=not ranks.is_main):
+        owned = spread([sample.input_length for sample in batch], ranks.data_size, policy.quadratic_cost)
+        micro_batch = pack([batch[i] for i in owned[ranks.data_rank]], policy.pad_multiple)
+        everything = torch.ones(len(micro_batch.rows), dtype=torch.bool)
+        count = sum(len(sample.response_ids) for sample in batch)
+        policy.start_step()
+        figures = policy.train_step([micro_batch], [everything], [micro_batch.rollout_logp], next_token_loss, count)
+        losses.append(figures["loss"])
+    return sum(losses[-100:]) / len(losses[-100:])
+
+
+def main(target: Path, sequences: int) -> None:
+    start = target.with_name(target.name + ".random")
+    parallel = ParallelSettings()
+    ranks = initialize_ranks(parallel, timeout_minutes=10)
+    if ranks.is_main:
+        write_random_model(start)
+    torch.distributed.barrier()
+    steps = list(batches(seed=0, sequences=sequences))
+    optimizer = OptimizerSettings(
+        learning_rate=LEARNING_RATE,
+        schedule="cosine",
+        warmup_steps=min(30, len(steps) // 4),
+        decay_steps=len(steps),
+        min_learning_rate=0.05 * LEARNING_RATE,
+        weight_decay=0.01,
+        beta2=0.98,
+    )
+    policy = Policy(ModelSettings(path=str(start), dtype="float32"), parallel, ranks, optimizer=optimizer)
+    loss = train(policy, ranks, steps)
+    policy.save_hugging_face(target)
+    if ranks.is_main:
+        print(f"base model in {target}: next-token loss {loss:.3f} after {len(steps)} steps")
+    platform.shut_down()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Makes the quickstart's base model.")
+    parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
+    parser.add_argument("--sequences", type=int, default=32_000, help="sequences to read")
+    arguments = parser.parse_args()
+    main(arguments.folder, arguments.sequences)
