@@ -29,6 +29,7 @@ class Sample:
         response_ids: [T] int32, T >= 1.
         rollout_logp: [T] float32, recorded at sampling.
         advantage: of every token of the response.
+        weight_version: of the weights that sampled it.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Sample:
     response_ids: np.ndarray
     rollout_logp: np.ndarray
     advantage: float
+    weight_version: int = 0
 
     @property
     def input_length(self) -> int:
@@ -57,6 +59,7 @@ class MicroBatch:
         sequence: [R] int64, which of the stream's sequences a row belongs to.
         rollout_logp: [R] float32.
         advantages: [R] float32.
+        weight_versions: [R] int32, of the weights that sampled a token.
     """
 
     tokens: Tensor
@@ -68,6 +71,7 @@ class MicroBatch:
     sequence: Tensor
     rollout_logp: Tensor
     advantages: Tensor
+    weight_versions: Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on another device."""
@@ -118,6 +122,7 @@ def pack(samples: Sequence[Sample], pad_multiple: int = 1) -> MicroBatch:
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int64), counts)),
         rollout_logp=_concatenated([sample.rollout_logp for sample in samples], np.float32),
         advantages=torch.from_numpy(np.repeat(np.array([s.advantage for s in samples], dtype=np.float32), counts)),
+        weight_versions=torch.from_numpy(np.repeat(np.array([s.weight_version for s in samples], np.int32), counts)),
     )
 
 

@@ -1,6 +1,5 @@
 """From a YAML file and flags to settings, and back: reading, errors in one sentence, ``--help``. Imports no torch."""
 
-import dataclasses
 import difflib
 import json
 import re
@@ -220,11 +219,6 @@ def fields() -> list[tuple[str, str, Any]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found += [(section, key, f) for key, f in field.annotation.model_fields.items()]
     return found
-
-
-def megatron_fields(*classes: type) -> dict[str, type]:
-    """Field name -> the dataclass of ``classes`` that has it (the first, where several do)."""
-    return {f.name: cls for cls in reversed(classes) for f in dataclasses.fields(cls) if f.init}
 
 
 USAGE = """\

@@ -83,7 +83,7 @@ class DataSettings(Section):
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: the text as it is; auto: chat where the tokenizer has a template."""
     system: str | None = None
-    """System message put in front of every problem (chat template only)."""
+    """System message put in front of every problem."""
     suffix: str = ""
     """Text appended to every problem, such as an instruction to box the answer."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
@@ -101,12 +101,6 @@ class DataSettings(Section):
     @classmethod
     def _paths_are_files(cls, values: Any) -> Any:
         return _expand_paths(values, "train")
-
-    @model_validator(mode="after")
-    def _system_needs_chat(self) -> "DataSettings":
-        if self.system is not None and self.template == "plain":
-            raise ValueError(f"data.system {self.system!r} does nothing with data.template plain; drop it or use chat")
-        return self
 
 
 class RolloutSettings(Section):
@@ -288,6 +282,14 @@ class EvaluateSettings(Section):
     @classmethod
     def _paths_are_files(cls, values: Any) -> Any:
         return _expand_paths(values, "sets")
+
+    @model_validator(mode="after")
+    def _settings_need_sets(self) -> "EvaluateSettings":
+        for key in ("samples", "temperature", "top_p"):
+            value = getattr(self, key)
+            if not self.sets and value != EvaluateSettings.model_fields[key].default:
+                raise ValueError(f"evaluate.{key} {value} does nothing without evaluate.sets; name a set or drop it")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> "EvaluateSettings":

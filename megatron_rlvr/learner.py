@@ -104,13 +104,16 @@ class Learner:
     def _score_figures(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> dict[str, float]:
         logp, entropy = torch.cat(scores.logp).double(), torch.cat(scores.entropy).double()
         rollout_logp = torch.cat([batch.rollout_logp for batch in batches]).to(logp.device)
-        gap = (logp - rollout_logp).abs()
-        sums = torch.stack([gap.sum(), entropy.sum(), gap.new_tensor(float(len(gap)))])
+        # Groups carried over from an earlier step were sampled from other weights, and say nothing about the engine.
+        fresh = (torch.cat([batch.weight_versions for batch in batches]) == step - 1).to(logp.device)
+        gap = (logp - rollout_logp).abs()[fresh]
+        counts = gap.new_tensor([float(len(gap)), float(len(logp))])
+        sums = torch.cat([torch.stack([gap.sum(), entropy.sum()]), counts])
         dist.all_reduce(sums, group=self._policy.ranks.data_group)
         largest = gap.max() if len(gap) else gap.new_zeros(())
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._policy.ranks.data_group)
-        gap_sum, entropy_sum, count = sums.tolist()
-        mean_gap, limit = gap_sum / count, self._settings.rollout.max_logprob_gap
+        gap_sum, entropy_sum, fresh_count, count = sums.tolist()
+        mean_gap, limit = gap_sum / max(1.0, fresh_count), self._settings.rollout.max_logprob_gap
         if mean_gap > limit:
             raise LogprobGapError(
                 f"step {step}: log-probabilities at sampling differ from the policy's by {mean_gap:.3g} nats on "

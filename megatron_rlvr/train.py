@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check = "--check" in arguments
     _quiet_libraries()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
     try:
         config, *flags = [argument for argument in arguments if argument != "--check"] or [""]
         if not config or config.startswith("--"):
@@ -80,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     except INPUT_ERRORS as error:
         _complain(error)
         sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_status)
     with graders:
         if check:
             print(plan_in_words(resolved))
@@ -88,8 +92,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run_until_stopped(resolved: Resolved, graders: GraderPool) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
     try:
         train(resolved, graders)
     except Stopped as stopped:

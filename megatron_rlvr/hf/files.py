@@ -26,8 +26,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ModelError(f"{index} does not name the files of tensors; download it again") from None
         if missing:
             raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; complete the download")
         return [folder / name for name in names]

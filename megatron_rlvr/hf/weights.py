@@ -48,7 +48,8 @@ def write_folder(
 ) -> None:
     """Writes a model folder: weights from ``named_tensors``, configuration and tokenizer from ``source``.
 
-    ``finish`` may add files, such as another tokenizer. The folder is built under a temporary name beside ``target`` and renamed when complete, replacing what was there.
+    ``finish`` may add files, such as another tokenizer. The folder is built under a temporary name beside ``target``
+    and renamed when complete, replacing what was there.
     """
     building = target.with_name(target.name + ".incomplete")
     shutil.rmtree(building, ignore_errors=True)

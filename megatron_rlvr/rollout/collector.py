@@ -100,8 +100,7 @@ class Collector:
         carried = size
         sampled: list[Group] = []
         rounds = total = informative = 0
-        most_rounds = self._settings.max_rounds if self._settings.dynamic_sampling else 1
-        while size < self._prompts and rounds < most_rounds:
+        while size < self._prompts and rounds < self._settings.max_rounds:
             # A step never draws more prompts than there are: sampling one twice would not make it informative.
             count = min(self._draw_count(self._prompts - size), self._cursor.prompts - total)
             if count == 0:

@@ -1,0 +1,31 @@
+"""Fixtures of whole-program tests: a tiny model, problems, and settings that would run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Qwen3 and its tokenizer; read only."""
+    return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 20 problems in GSM8K's format; read only."""
+    return tiny.write_gsm8k(tmp_path_factory.mktemp("problems") / "additions.jsonl")
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, model: Path, problems: Path) -> Callable[..., Path]:
+    """Writes settings that would run, with ``sections`` merged over them."""
+
+    def write(**sections: dict[str, Any]) -> Path:
+        values = tiny.settings_for(model, problems, tmp_path / "run", **sections)
+        return tiny.write_settings(tmp_path / "config.yaml", values)
+
+    return write

@@ -1,0 +1,36 @@
+"""The whole thing learns: a random model, rewarded for a letter, comes to write it. Real Megatron, two ranks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+LETTER_REWARD = """\
+def many_a(prompt, response):
+    return response.count("a") >= 3
+"""
+
+
+def accuracies(tmp_path: Path, write_config: Callable[..., Path], name: str, **sections: dict[str, Any]) -> list[float]:
+    """Share of right answers among everything sampled in each step."""
+    (tmp_path / "letters.py").write_text(LETTER_REWARD, encoding="utf-8")
+    config = write_config(
+        run={"dir": str(tmp_path / name), "steps": 20},
+        rollout={"samples_per_prompt": 8},
+        reward={"function": "letters:many_a", "wrong": 0.0},
+        batch={"prompts": 8, "mini_batch_prompts": 4},
+        optimizer={"learning_rate": 0.01, "beta2": 0.95, "weight_decay": 0.0},
+        **sections,
+    )
+    finished = tiny.run_train(config, cwd=tmp_path, ranks=2, search=[tmp_path])
+    assert finished.returncode == 0, finished.stderr
+    lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["reward/accuracy"] for line in lines]
+
+
+def test_the_reward_goes_up(tmp_path, write_config):
+    accuracy = accuracies(tmp_path, write_config, "top")
+    assert sum(accuracy[:3]) / 3 < 0.35
+    assert sum(accuracy[-3:]) / 3 > 0.7

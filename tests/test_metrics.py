@@ -1,0 +1,190 @@
+"""What a run leaves behind, read back as others would: by line, by TensorBoard's own reader, by a stub of W&B."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rlvr.config import LogSettings, Settings
+from megatron_rlvr.metrics import MetricsLog
+from megatron_rlvr.types import Completion, FinishReason, Grade, Group, Prompt
+
+SETTINGS = Settings.model_validate(
+    {"run": {"dir": "run", "steps": 3}, "model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
+)
+QUIET = LogSettings(tensorboard=False)
+
+
+def lines_of(path: Path) -> list[Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_line_a_step_with_null_for_what_json_has_no_number_for(tmp_path: Path):
+    log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True)
+    log.write(0, {"eval/set/accuracy": 0.25})
+    log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e-300, "e": 3.0})
+    assert lines_of(tmp_path / "metrics.jsonl") == [  # before it is closed
+        {"step": 0, "eval/set/accuracy": 0.25},
+        {"step": 1, "a": None, "b": None, "c": None, "d": 1e-300, "e": 3.0},
+    ]
+    log.close()
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_rlvr.config import LogSettings
+from megatron_rlvr.metrics import MetricsLog
+log = MetricsLog(Path(sys.argv[1]), LogSettings(tensorboard=False), None, enabled=True)
+for step in range(1, 4):
+    log.write(step, {f"figure {i}": i / 3 for i in range(int(sys.argv[2]))} | {"last": float("nan")})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("figures", [30, 3000])  # of which the latter is longer than any buffer
+def test_every_line_is_whole_when_the_process_is_killed(tmp_path: Path, figures: int):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(figures)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
+    lines = lines_of(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    expected = {f"figure {i}": i / 3 for i in range(figures)} | {"last": None}
+    assert all(line == {"step": line["step"]} | expected for line in lines)
+
+
+def test_tensorboard_gets_the_same_values(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, LogSettings(), SETTINGS, enabled=True)
+    random = np.random.default_rng(0)
+    written = {step: {"reward/mean": float(random.normal()), "time/step": float(step)} for step in (1, 2, 5)}
+    for step, figures in written.items():
+        log.write(step, figures)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["reward/mean", "time/step"]
+    for key in ("reward/mean", "time/step"):
+        found = {event.step: event.value for event in events.Scalars(key)}
+        assert found == {step: pytest.approx(figures[key], rel=1e-6) for step, figures in written.items()}
+
+
+class StubRun:
+    """What wandb.init returns."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, float], int]] = []
+        self.finished = 0
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self.logged.append((figures, step))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.mark.parametrize("project", [None, "forks"])
+def test_wandb_gets_settings_and_figures_and_is_finished_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str | None
+):
+    run, calls = StubRun(), []
+
+    def init(**keywords: Any) -> StubRun:
+        calls.append(keywords)
+        return run
+
+    stub = ModuleType("wandb")
+    stub.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    log = MetricsLog(
+        tmp_path, LogSettings(tensorboard=False, wandb=True, wandb_project=project), SETTINGS, enabled=True
+    )
+    log.write(1, {"a": 0.5})
+    log.write(2, {"a": 0.75, "b": 1.0})
+    log.close()
+    log.close()
+    (keywords,) = calls
+    assert keywords["project"] == (project or "megatron_rlvr")
+    assert keywords["dir"] == str(tmp_path)
+    assert keywords["config"]["run"]["steps"] == 3
+    assert json.dumps(keywords["config"])  # plain values only
+    assert run.logged == [({"a": 0.5}, 1), ({"a": 0.75, "b": 1.0}, 2)]
+    assert run.finished == 1
+
+
+class Words:
+    """A tokenizer of sixteen words."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(f"w\u00f6rd{i}" for i in ids)
+
+
+def group_of(number: int) -> Group:
+    prompt = Prompt(f"set/{number}", np.array([number, 15], dtype=np.int32), f"gold {number}", "set")
+    completions = []
+    for sample in range(2):
+        reason: FinishReason = ("stop", "length")[sample]  # type: ignore[assignment]
+        token_ids = np.array([number, sample, 14][: 3 - sample], dtype=np.int32)
+        completions.append(Completion(prompt.id, sample, token_ids, np.zeros(3 - sample, np.float32), reason, 0))
+    return Group(prompt, completions, [Grade(1.0, True), Grade(-1.5, False, "timeout after 2 s")])
+
+
+def test_sampled_text_is_written_with_its_grade_a_group_after_the_other(tmp_path: Path):
+    log = MetricsLog(tmp_path, LogSettings(tensorboard=False, rollouts=4), SETTINGS, enabled=True)
+    groups = [group_of(number) for number in range(3)]
+    log.write_rollouts(7, groups, Words())
+    lines = lines_of(tmp_path / "rollouts" / "step_000007.jsonl")
+    assert lines[1] == {
+        "prompt_id": "set/1",
+        "prompt": "w\u00f6rd1 w\u00f6rd15",
+        "response": "w\u00f6rd1 w\u00f6rd0 w\u00f6rd14",
+        "answer": "gold 1",
+        "reward": 1.0,
+        "correct": True,
+        "failure": None,
+        "finish_reason": "stop",
+        "tokens": 3,
+    }
+    # The first sample of every group before the second of any.
+    assert [(line["prompt_id"], line["tokens"]) for line in lines] == [
+        ("set/0", 3),
+        ("set/1", 3),
+        ("set/2", 3),
+        ("set/0", 2),
+    ]
+    second = lines[3]
+    assert (second["reward"], second["correct"], second["failure"]) == (-1.5, False, "timeout after 2 s")
+    assert second["finish_reason"] == "length"
+
+    log.write_rollouts(8, groups[:1], Words())  # fewer than asked for
+    assert len(lines_of(tmp_path / "rollouts" / "step_000008.jsonl")) == 2
+    log.write_rollouts(9, [], Words())
+    assert len(list((tmp_path / "rollouts").iterdir())) == 2
+    log.close()
+
+
+def test_nothing_is_written_where_it_is_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    other_rank = MetricsLog(tmp_path, LogSettings(wandb=True), SETTINGS, enabled=False)
+    other_rank.write(1, {"a": 1.0})
+    other_rank.write_rollouts(1, [group_of(0)], Words())
+    other_rank.close()
+    assert list(tmp_path.iterdir()) == []
+    without_text = MetricsLog(tmp_path, LogSettings(tensorboard=False, rollouts=0), SETTINGS, enabled=True)
+    without_text.write_rollouts(1, [group_of(0)], Words())
+    without_text.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,193 @@
+"""What the trainer relies on where there is no GPU: each answer that Megatron gets in CUDA's place works on a CPU.
+
+The answers change torch for a whole process, so they are looked at in one that is started for it.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rlvr import platform
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is answered where a GPU exists")
+
+ANSWERED = {
+    "current_device": "where weights and buffers are created",
+    "synchronize": "timers and gradient reductions wait for the device",
+    "empty_cache": "after a checkpoint is loaded",
+    "manual_seed": "model-parallel random states",
+    "get_rng_state": "random states are forked for tensor-parallel initialisation",
+    "set_rng_state": "and put back",
+    "current_stream": "gradient reductions wait for each other",
+    "default_stream": "CUDA graphs",
+    "stream": "a block runs on another stream",
+    "Stream": "gradient reductions have one of their own",
+    "Event": "timers",
+}
+"""Names of torch.cuda that are answered, and what Megatron asks them for."""
+
+
+def answered(check: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs in the other process: ``check`` after the answers are in place."""
+    for name in platform._MODULES_WITH_LITERAL_DEVICE:
+        importlib.import_module(name)
+    before = dict(vars(torch.cuda))
+    platform.answer_cuda_calls_for_cpu()
+    changed = {name for name, value in vars(torch.cuda).items() if before.get(name) is not value}
+    return check(changed, *arguments)
+
+
+@pytest.fixture(scope="module")
+def other_process() -> Iterator[Callable[..., Any]]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield lambda check, *arguments: pool.submit(answered, check, *arguments).result(timeout=100)
+
+
+def which_changed(changed: set[str]) -> tuple[set[str], set[str]]:
+    again = dict(vars(torch.cuda))
+    platform.answer_cuda_calls_for_cpu()
+    return changed, {name for name, value in vars(torch.cuda).items() if again.get(name) is not value}
+
+
+def test_what_is_answered_is_what_is_listed_here_and_what_megatron_asks(other_process):
+    changed, changed_by_a_second_call = other_process(which_changed)
+    assert changed == ANSWERED.keys()
+    assert changed_by_a_second_call == set()
+    source = megatron_source()
+    unused = [name for name in ANSWERED if not re.search(rf"torch\.cuda\.{name}\b", source)]
+    assert unused == [], "megatron-core does not ask for these: drop their answers"
+
+
+def megatron_folder() -> Path:
+    """Found without importing it."""
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def megatron_source() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(megatron_folder().rglob("*.py")))
+
+
+def devices_and_random_states(changed: set[str]) -> None:
+    where = torch.cuda.current_device()
+    assert torch.zeros(2, device=where).device == torch.device("cpu")
+    assert platform.device() == torch.device("cpu")
+    torch.cuda.synchronize()
+    torch.cuda.synchronize(0)
+    torch.cuda.empty_cache()
+    platform.synchronize()
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(4), first)
+    assert torch.cuda.get_rng_state(device="cuda").device == torch.device("cpu")
+
+
+def streams_and_events(changed: set[str]) -> None:
+    for stream in (torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.default_stream(), torch.cuda.Stream(0)):
+        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_event(torch.cuda.Event(enable_timing=True))
+        stream.synchronize()
+        with torch.cuda.stream(stream), stream:
+            assert torch.ones(2).sum() == 2
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream())
+    event.wait()
+    event.synchronize()
+    assert not hasattr(event, "__deepcopy__"), "an object that answers to everything could not be copied"
+    with pytest.raises(ZeroDivisionError), torch.cuda.Stream():
+        _ = 1 / 0
+
+
+def tensors_and_modules(changed: set[str]) -> None:
+    tensor = torch.arange(3.0)
+    assert tensor.cuda() is tensor.cuda(0, non_blocking=True) is tensor
+    tensor.record_stream(torch.cuda.current_stream())
+    layer = torch.nn.Linear(2, 2)
+    assert layer.cuda() is layer.cuda(0) is layer
+
+
+def type_names(changed: set[str]) -> None:
+    named = {
+        torch.float32: "torch.cuda.FloatTensor",
+        torch.float16: "torch.cuda.HalfTensor",
+        torch.bfloat16: "torch.cuda.BFloat16Tensor",
+        torch.int64: "torch.cuda.LongTensor",
+    }
+    for dtype, name in named.items():
+        assert torch.zeros(1, dtype=dtype).type() == name
+        assert torch.nn.Parameter(torch.zeros(1).to(dtype), requires_grad=False).type() == name
+        assert torch.zeros(1).type(dtype).dtype == dtype
+    assert torch.zeros(1).type("torch.DoubleTensor").dtype == torch.float64
+
+
+def factories(changed: set[str]) -> None:
+    arguments = {"tensor": ([1.0, 2.0],), "full": ((2,), 7.0)}
+    for module_name in platform._MODULES_WITH_LITERAL_DEVICE:
+        seen: Any = importlib.import_module(module_name).torch
+        for factory in ("zeros", "ones", "empty", "tensor", "full", "arange"):
+            make, theirs = getattr(seen, factory), getattr(torch, factory)
+            given = arguments.get(factory, (2,))
+            for device in ("cuda", torch.device("cpu"), 0, None):
+                made = make(*given, dtype=torch.float32, device=device)
+                assert made.device == torch.device("cpu")
+                assert made.dtype == torch.float32
+                assert made.shape == (2,)
+            if factory != "empty":
+                assert torch.equal(make(*given, device="cuda"), theirs(*given))
+        assert seen.nn is torch.nn
+        assert seen.Tensor is torch.Tensor
+        with pytest.raises(AttributeError):
+            _ = seen.no_such_name
+
+
+def worlds(changed: set[str]) -> None:
+    """A process that no launcher started is a world of one, and can leave it and come back."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    for _ in range(2):
+        platform.init_process_group(timeout_minutes=1)
+        group = platform.object_group([0])
+        objects = [None]
+        torch.distributed.all_gather_object(objects, "here", group=group)
+        assert objects == ["here"]
+        assert torch.distributed.get_world_size() == 1
+        platform.shut_down()
+        assert not torch.distributed.is_initialized()
+    platform.shut_down()
+
+
+@pytest.mark.parametrize(
+    "check", [devices_and_random_states, streams_and_events, tensors_and_modules, type_names, factories, worlds]
+)
+def test_every_answer_works_on_the_cpu(other_process, check):
+    other_process(check)
+
+
+def test_modules_are_given_another_torch_only_where_they_name_cuda_themselves():
+    literal = re.compile(r"device(:[^=\n]+)?\s*=\s*['\"]cuda['\"]")
+    files = {
+        name: megatron_folder() / (name.removeprefix("megatron.core.").replace(".", "/") + ".py")
+        for name in platform._MODULES_WITH_LITERAL_DEVICE
+    }
+    without = [name for name, path in files.items() if not literal.search(path.read_text(encoding="utf-8"))]
+    assert without == []
+
+
+def test_nothing_is_answered_where_a_gpu_exists(monkeypatch):
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    before = dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda
+    platform.answer_cuda_calls_for_cpu()
+    assert (dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda) == before
+    assert not platform._answered
