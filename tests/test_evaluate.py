@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from scripted import (
     write_reward,
 )
 
-from megatron_rlvr.config import EvaluateSettings, RewardSettings
-from megatron_rlvr.types import SampleRequest
+from megatron_rlvr.config import EvaluateSettings, EvaluationFileSettings, RewardSettings
+from megatron_rlvr.types import Prompt, SampleRequest
 
 SAMPLES, CAP, SEED = 3, 20, 5
-SETS = {
+SETS: dict[str, Sequence[Prompt]] = {
     "many": prompts_of([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.2, 0.2], "many"),
     "one": prompts_of([0.5], "one"),
     "none right": prompts_of([0.0] * 4, "wrong"),
@@ -58,7 +59,8 @@ def evaluate_twice(layout: Layout, folder: Path) -> Outcome:
     from megatron_rlvr.evaluate import Evaluator
     from megatron_rlvr.rollout.sampler import Sampler
 
-    settings = EvaluateSettings(samples=SAMPLES, temperature=0.5, top_p=0.25)
+    files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
+    settings = EvaluateSettings(sets=files, samples=SAMPLES, temperature=0.5, top_p=0.25)
     with process_group(), start_graders(folder) as graders:
         engine = ScriptedEngine()
         # The reward settings are those of training: neither they nor a penalty for length may enter an accuracy.

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_rlvr.rollout.embedded import EmbeddedEngine, sample_tokens
+from megatron_rlvr.rollout.embedded import EmbeddedEngine
+from megatron_rlvr.rollout.sampling import sample_tokens
 from megatron_rlvr.types import Prompt, SampleRequest
 
 VOCABULARY = 61
@@ -144,7 +145,7 @@ def test_samples_do_not_depend_on_neighbours_order_or_limits(qwen3):
         assert alone.items() <= together.items()
 
 
-def test_each_random_stream_goes_on_past_a_block_while_rows_come_and_go():
+def test_uniform_j_of_a_stream_picks_token_j_while_rows_come_and_go():
     config = Qwen3Config(**{**SHAPE, "max_position_embeddings": 512}, head_dim=16, tie_word_embeddings=True)
     model = reference_model(config)
     requests = make_requests(prompt_count=6, samples=4)

@@ -1,0 +1,430 @@
+"""Dynamic sampling over ranks: a scripted engine, the real graders, and a direct account of all that was sampled."""
+
+import contextlib
+import functools
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from scripted import (
+    HANG,
+    LAYOUTS,
+    RIGHT,
+    WRONG,
+    Layout,
+    PlainTokenizer,
+    Script,
+    ScriptedEngine,
+    answer,
+    by_accuracy,
+    by_verdicts,
+    on_ranks,
+    process_group,
+    prompts_of,
+    ranks_of,
+    start_graders,
+    write_reward,
+)
+
+from megatron_rlvr.config import RewardSettings, RolloutSettings
+from megatron_rlvr.types import Prompt, SampleRequest
+
+MIXED, ALL_RIGHT, ALL_WRONG = (RIGHT, WRONG), (RIGHT, RIGHT), (WRONG, WRONG)
+ONE_RANK = LAYOUTS[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of a few steps over a prompt set."""
+
+    set: list[Prompt]
+    script: Script
+    prompts: int
+    steps: int
+    samples: int = 2
+    dynamic: bool = True
+    max_rounds: int = 10
+    overlong_buffer: int = 0
+    shuffle: bool = False
+    seed: int = 0
+    timeout_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A group of the batch: what identifies its completions, and what they earned."""
+
+    order: int
+    prompt_id: str
+    responses: list[list[int]]
+    rewards: list[float]
+    correct: list[bool]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank saw of a step."""
+
+    batch: list[Trained]
+    size: int
+    figures: dict[str, float]
+    sampled: list[str]
+    asked: list[SampleRequest]
+    calls: list[int]
+    finished: int
+    warnings: list[str]
+
+
+def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[list[Step]]:
+    """On each rank: every step of every case. Graders with the same deadline are shared."""
+    with process_group():
+        ranks = ranks_of(layout)
+        deadlines = {case.timeout_seconds for case in cases}
+        with contextlib.ExitStack() as stack:
+            graders = {seconds: stack.enter_context(start_graders(folder, seconds)) for seconds in deadlines}
+            return [run_case(case, ranks, graders[case.timeout_seconds]) for case in cases]
+
+
+def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
+    from megatron_rlvr.data.cursor import PromptCursor
+    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
+    from megatron_rlvr.rollout.collector import Collector, logger
+    from megatron_rlvr.rollout.sampler import Sampler
+
+    engine = ScriptedEngine(case.script)
+    settings = RolloutSettings(
+        samples_per_prompt=case.samples,
+        max_response_tokens=20,
+        dynamic_sampling=case.dynamic,
+        max_rounds=case.max_rounds,
+    )
+    reward = RewardSettings(overlong_buffer=case.overlong_buffer)
+    count = len(case.set)
+    prompt_set = PromptSet(case.set, (FilePrompts("set", 0, count, float(count), 0),))
+    collector = Collector(
+        Sampler(engine, PlainTokenizer(), graders, reward),  # type: ignore[arg-type]
+        PromptCursor(prompt_set, case.seed, case.shuffle),
+        ranks,
+        settings,
+        reward,
+        prompts=case.prompts,
+        seed=case.seed,
+    )
+    warnings = Warnings()
+    logger.addHandler(warnings)
+    steps = []
+    for step in range(1, case.steps + 1):
+        engine.asked, engine.calls, warnings.texts = [], [], []
+        finished: list[int] = []
+        rollout = collector.collect(step, finished.append)
+        batch = [
+            Trained(
+                order=ordered.order,
+                prompt_id=ordered.group.prompt.id,
+                responses=[c.token_ids.tolist() for c in ordered.group.completions],
+                rewards=[grade.reward for grade in ordered.group.grades],
+                correct=[grade.correct for grade in ordered.group.grades],
+            )
+            for ordered in rollout.groups
+        ]
+        asked = [request for request, _ in engine.asked]
+        assert all(sampling is settings for _, sampling in engine.asked)
+        sampled = [group.prompt.id for group in rollout.sampled]
+        steps.append(
+            Step(
+                batch, rollout.size, rollout.figures, sampled, asked, engine.calls, sum(finished), list(warnings.texts)
+            )
+        )
+    logger.removeHandler(warnings)
+    return steps
+
+
+class Warnings(logging.Handler):
+    """Keeps what was logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def in_step_order(per_rank: list[list[Step]]) -> list[list[Step]]:
+    """[step][rank] instead of [rank][step]."""
+    return [list(steps) for steps in zip(*per_rank, strict=True)]
+
+
+def whole_batch(layout: Layout, ranks: Sequence[Step]) -> list[Trained]:
+    """The batch over all replicas; that the ranks of one replica hold the same is checked."""
+    groups: list[Trained] = []
+    for replica in layout.replicas:
+        for rank in replica:
+            assert ranks[rank].batch == ranks[replica[0]].batch
+        groups += ranks[replica[0]].batch
+    groups.sort(key=lambda group: group.order)
+    assert [group.order for group in groups] == list(range(ranks[0].size))
+    return groups
+
+
+def random_cases(count: int) -> list[Case]:
+    """Sets of 1 to 40 prompts of which few or many are informative; batches from a fraction of the set to beyond it."""
+    dice = random.Random(0)
+    cases = []
+    for seed in range(count):
+        kinds = dice.choice([(0.0, 1.0, 0.5), (0.0, 0.5, 0.5), (0.0, 1.0, 1.0, 0.3), (0.2, 0.8)])
+        cases.append(
+            Case(
+                set=prompts_of([dice.choice(kinds) for _ in range(dice.choice([1, 3, 8, 20, 40]))]),
+                script=by_accuracy,
+                prompts=dice.randint(1, 6),
+                steps=4,
+                samples=dice.randint(2, 4),
+                dynamic=dice.random() < 0.85,
+                max_rounds=dice.randint(1, 4),
+                overlong_buffer=dice.choice([0, 8]),
+                shuffle=True,
+                seed=seed,
+            )
+        )
+    return [case if case.dynamic else replace(case, max_rounds=10) for case in cases]
+
+
+CASES = random_cases(60)
+FEW_CASES = CASES[:15]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_reward(tmp_path_factory.mktemp("reward"))
+
+
+@functools.cache
+def random_runs(layout: Layout, folder: Path) -> list[list[list[Step]]]:
+    """[case][step][rank] of the random cases: of all on one rank, of a few on several."""
+    cases = CASES if layout == ONE_RANK else FEW_CASES
+    per_rank = on_ranks(run_cases, layout.world_size, layout, cases, folder)
+    return [in_step_order(list(case)) for case in zip(*per_rank, strict=True)]
+
+
+def on_one_rank(case: Case, folder: Path) -> list[Step]:
+    ((steps,),) = on_ranks(run_cases, 1, ONE_RANK, [case], folder)
+    return steps
+
+
+def groups_drawn(case: Case, step: Step) -> list[list[SampleRequest]]:
+    """What one rank alone asked for, cut into groups: the order of asking is then the order of drawing."""
+    groups = [step.asked[start : start + case.samples] for start in range(0, len(step.asked), case.samples)]
+    assert all([r.sample for r in group] == list(range(case.samples)) for group in groups)
+    assert all(len({r.prompt.id for r in group}) == 1 for group in groups)
+    return groups
+
+
+def is_right(case: Case, request: SampleRequest) -> bool:
+    return case.script(request)[0] == RIGHT
+
+
+def reward_of(case: Case, request: SampleRequest) -> float:
+    """1 or -1; the last ``overlong_buffer`` of the 20 tokens cost up to 1."""
+    length = case.script(request)[1]
+    over = max(0, length - (20 - case.overlong_buffer))
+    return (1.0 if is_right(case, request) else -1.0) - (over / case.overlong_buffer if over else 0.0)
+
+
+def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Path):
+    carried_over = replaced = 0
+    for case, steps in zip(CASES, random_runs(ONE_RANK, folder), strict=True):
+        waiting: list[list[SampleRequest]] = []
+        for (step,) in steps:
+            carried = len(waiting)
+            drawn = groups_drawn(case, step)
+            mixed = [group for group in drawn if 0 < sum(is_right(case, r) for r in group) < case.samples]
+            waiting += mixed if case.dynamic else drawn
+            expected, waiting = waiting[: case.prompts], waiting[case.prompts :]
+            batch = whole_batch(ONE_RANK, [step])
+            assert step.size == len(expected)
+            for trained, group in zip(batch, expected, strict=True):
+                assert trained.prompt_id == group[0].prompt.id
+                assert trained.responses == [answer(r).token_ids.tolist() for r in group]
+                assert trained.rewards == pytest.approx([reward_of(case, r) for r in group])
+                assert trained.correct == [is_right(case, r) for r in group]
+            assert step.figures["rollout/groups_carried"] == carried
+            assert step.figures["rollout/groups_surplus"] == len(waiting)
+            carried_over += bool(carried)
+            replaced += case.dynamic and len(drawn) > len(mixed) and step.size == case.prompts
+    assert carried_over > 15
+    assert replaced > 15
+
+
+def test_a_step_asks_for_no_more_than_it_may(folder: Path):
+    limited = used_up = 0
+    for case, steps in zip(CASES, random_runs(ONE_RANK, folder), strict=True):
+        for (step,) in steps:
+            drawn = [count // case.samples for count in step.calls]
+            assert len(drawn) <= (case.max_rounds if case.dynamic else 1)
+            assert sum(drawn) <= len(case.set)
+            # A round may draw four times what is missing, and what is missing only shrinks.
+            missing = case.prompts - step.figures["rollout/groups_carried"]
+            assert all(count <= 4 * missing for count in drawn)
+            assert all(drawn)
+            if step.size == case.prompts:
+                assert step.warnings == []
+                continue
+            (warning,) = step.warnings
+            assert f"goes on with {step.size} of {case.prompts} groups" in warning
+            if sum(drawn) == len(case.set):
+                used_up += 1
+                assert "the set has no other prompts" in warning
+            else:
+                limited += 1
+                assert len(drawn) == case.max_rounds
+                assert f"rollout.max_rounds {case.max_rounds} found no more" in warning
+    assert limited > 10
+    assert used_up > 10
+
+
+def test_the_figures_are_a_direct_count_of_what_was_sampled(folder: Path):
+    for case, steps in zip(CASES, random_runs(ONE_RANK, folder), strict=True):
+        for (step,) in steps:
+            answers = [answer(request) for request in step.asked]
+            mixed = [g for g in groups_drawn(case, step) if len({is_right(case, r) for r in g}) == 2]
+            drawn = len(step.asked) // case.samples
+            expected = {
+                "reward/failures": 0,
+                "rollout/response_tokens": sum(len(c.token_ids) for c in answers),
+                "rollout/rounds": len(step.calls),
+                "rollout/groups": step.size,
+                "rollout/groups_sampled": drawn,
+                "rollout/groups_dropped": drawn - len(mixed) if case.dynamic else 0,
+                "rollout/groups_carried": step.figures["rollout/groups_carried"],  # checked above
+                "rollout/groups_surplus": step.figures["rollout/groups_surplus"],
+            }
+            if answers:
+                expected |= {
+                    "reward/mean": mean([reward_of(case, r) for r in step.asked]),
+                    "reward/accuracy": mean([is_right(case, r) for r in step.asked]),
+                    "rollout/response_tokens_mean": mean([len(c.token_ids) for c in answers]),
+                    "rollout/truncated_fraction": mean([c.finish_reason == "length" for c in answers]),
+                }
+            assert step.figures == pytest.approx(expected)
+            assert step.finished == len(step.asked)
+            assert step.sampled == [group[0].prompt.id for group in groups_drawn(case, step)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: str(layout.replicas))
+def test_batch_figures_and_seeds_are_the_same_for_every_layout(layout: Layout, folder: Path):
+    one_rank = random_runs(ONE_RANK, folder)[: len(FEW_CASES)]
+    for alone, together in zip(one_rank, random_runs(layout, folder), strict=True):
+        for (one,), ranks in zip(alone, together, strict=True):
+            assert whole_batch(layout, ranks) == whole_batch(ONE_RANK, [one])
+            assert [rank.size for rank in ranks] == [one.size] * layout.world_size
+            for rank in ranks:
+                assert rank.figures == ranks[0].figures
+            assert ranks[0].figures == pytest.approx(one.figures)
+            asked = [(r.prompt.id, r.sample, r.seed) for rank in ranks for r in rank.asked]
+            assert sorted(asked) == sorted((r.prompt.id, r.sample, r.seed) for r in one.asked)
+            assert [rank.finished for rank in ranks] == [len(rank.asked) for rank in ranks]
+            sampled = [prompt_id for replica in layout.replicas for prompt_id in ranks[replica[0]].sampled]
+            assert sorted(sampled) == sorted(one.sampled)
+            assert ranks[0].warnings == one.warnings
+            assert all(rank.warnings == [] for rank in ranks[1:])
+
+
+def test_the_ranks_of_a_replica_share_its_requests_evenly(folder: Path):
+    for layout in LAYOUTS[1:]:
+        for steps in random_runs(layout, folder):
+            for ranks in steps:
+                for replica in layout.replicas:
+                    for counts in zip(*(ranks[rank].calls for rank in replica), strict=True):
+                        assert max(counts) - min(counts) <= 1
+
+
+def test_no_seed_comes_twice_though_prompts_do(folder: Path):
+    again = 0
+    for steps in random_runs(ONE_RANK, folder):
+        asked = [request for (step,) in steps for request in step.asked]
+        assert len({request.seed for request in asked}) == len(asked)
+        again += len({(r.prompt.id, r.sample) for r in asked}) < len(asked)
+    assert again > 10
+
+
+def prompts_with(verdicts: Sequence[tuple[int, ...]]) -> list[Prompt]:
+    prompts = prompts_of([0.0] * len(verdicts))
+    return [replace(p, extra={"verdicts": v}) for p, v in zip(prompts, verdicts, strict=True)]
+
+
+def test_all_right_and_all_wrong_groups_are_replaced(folder: Path):
+    verdicts = [ALL_RIGHT, MIXED, ALL_WRONG, MIXED, ALL_RIGHT, MIXED, MIXED, MIXED, MIXED, ALL_WRONG]
+    (step,) = on_one_rank(Case(prompts_with(verdicts), by_verdicts, prompts=3, steps=1), folder)
+    # By hand: 3 prompts give 1 mixed group; a rate of (1 + 1) / (1 + 3) asks for 4 to get the other 2, and finds 3.
+    assert step.calls == [6, 8]
+    assert [group.prompt_id for group in step.batch] == ["set/1", "set/3", "set/5"]
+    assert step.figures["rollout/groups_dropped"] == 3
+    assert step.figures["rollout/groups_surplus"] == 1
+
+
+def test_a_step_that_the_surplus_fills_samples_nothing_and_claims_no_means(folder: Path):
+    verdicts = [ALL_WRONG, ALL_WRONG, *[MIXED] * 10]
+    steps = on_one_rank(Case(prompts_with(verdicts), by_verdicts, prompts=2, steps=4), folder)
+    # By hand: nothing of 2, then a rate of 1 / 3 asks for 6 and all are mixed, enough for the next two steps;
+    # then the rate is 7 / 9, and 3 are drawn for the 2 that are missing.
+    assert [step.calls for step in steps] == [[4, 12], [], [], [6]]
+    assert [[group.prompt_id for group in step.batch] for step in steps] == [
+        ["set/2", "set/3"],
+        ["set/4", "set/5"],
+        ["set/6", "set/7"],
+        ["set/8", "set/9"],
+    ]
+    assert [step.figures["rollout/groups_carried"] for step in steps] == [0, 4, 2, 0]
+    for step in steps[1:3]:
+        assert "reward/mean" not in step.figures
+        assert step.figures["rollout/response_tokens"] == step.figures["rollout/rounds"] == 0
+
+
+def test_a_set_without_an_informative_group_gives_an_empty_batch(folder: Path):
+    case = Case(prompts_with([ALL_WRONG, ALL_RIGHT] * 20), by_verdicts, prompts=4, steps=2, max_rounds=2)
+    for step in on_one_rank(case, folder):
+        assert (step.size, step.batch) == (0, [])
+        assert len(step.calls) == 2
+        assert step.figures["rollout/groups_dropped"] == step.figures["rollout/groups_sampled"] > 4
+        assert step.figures["reward/accuracy"] == 0.5
+    small = replace(case, set=case.set[:6], max_rounds=10)
+    for step in on_one_rank(small, folder):
+        assert step.size == 0
+        assert sorted(step.sampled) == [f"set/{i}" for i in range(6)]  # each once, then the step gives up
+
+
+def test_without_dynamic_sampling_one_round_keeps_everything(folder: Path):
+    verdicts = [ALL_WRONG, ALL_RIGHT, MIXED, ALL_WRONG, ALL_RIGHT, MIXED]
+    case = Case(prompts_with(verdicts), by_verdicts, prompts=3, steps=2, dynamic=False)
+    steps = on_one_rank(case, folder)
+    assert [step.calls for step in steps] == [[6], [6]]
+    assert [group.prompt_id for step in steps for group in step.batch] == [f"set/{i}" for i in range(6)]
+    assert [step.figures["rollout/groups_dropped"] for step in steps] == [0, 0]
+
+
+def test_a_grader_that_hangs_costs_one_answer_which_counts_as_wrong(folder: Path):
+    verdicts = [(RIGHT, HANG), (WRONG, HANG), MIXED]
+    case = Case(prompts_with(verdicts), by_verdicts, prompts=2, steps=1, max_rounds=2, timeout_seconds=0.8)
+    (step,) = on_one_rank(case, folder)
+    assert [(group.prompt_id, group.rewards) for group in step.batch] == [("set/0", [1, -1]), ("set/2", [1, -1])]
+    assert step.figures["reward/failures"] == 2
+    assert step.figures["reward/accuracy"] == pytest.approx(2 / 6)
+
+
+def test_the_overlong_penalty_changes_rewards_but_not_which_groups_are_kept(folder: Path):
+    verdicts = [(RIGHT,) * 11, (RIGHT,) * 10 + (WRONG,)]
+    case = Case(prompts_with(verdicts), by_verdicts, prompts=1, steps=1, samples=11, overlong_buffer=10)
+    (step,) = on_one_rank(case, folder)
+    (group,) = step.batch
+    assert group.prompt_id == "set/1"
+    # Lengths 10 to 20 under a cap of 20 with a buffer of 10: a tenth a token.
+    assert group.rewards == pytest.approx([1 - n / 10 for n in range(10)] + [-2])
+    assert group.correct == [True] * 10 + [False]
+    assert step.figures["reward/mean"] == pytest.approx((11 + 10 - 1) / 22 - 0.5)
+    assert step.figures["reward/accuracy"] == pytest.approx(21 / 22)
