@@ -48,11 +48,16 @@ def write_random_model(folder: Path) -> None:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
+        initializer_range=0.05,
         tie_word_embeddings=True,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # what each layer adds to the residual stream
+            weight.data /= (2 * config.num_hidden_layers) ** 0.5
+    model.save_pretrained(folder)
     write_tokenizer(folder)
 
 
@@ -113,6 +118,6 @@ def main(target: Path, sequences: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Makes the quickstart's base model.")
     parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
-    parser.add_argument("--sequences", type=int, default=32_000, help="sequences to read")
+    parser.add_argument("--sequences", type=int, default=28_000, help="sequences to read")
     arguments = parser.parse_args()
     main(arguments.folder, arguments.sequences)

@@ -88,7 +88,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes a base model, trains it by reinforcement learning, checks it.")
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything lands")
-    parser.add_argument("--sequences", type=int, default=32_000, help="sequences that the base model reads")
+    parser.add_argument("--sequences", type=int, default=28_000, help="sequences that the base model reads")
     parser.add_argument("--steps", type=int, default=40, help="training steps")
     parser.add_argument("--problems", type=int, default=150, help="held-out problems")
     options = parser.parse_args()
