@@ -25,11 +25,9 @@ import torch.distributed
 _MODULES_WITH_LITERAL_DEVICE = (
     "megatron.core.utils",
     "megatron.core.optimizer.optimizer",
-    "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.pipeline_parallel.schedules",
-    "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.tensor_parallel.random",
 )
 _FACTORIES = ("zeros", "ones", "empty", "tensor", "full", "arange")

@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_rlvr import platform
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32, as Hugging Face's Qwen and Llama do it."""
@@ -30,7 +32,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_build_device()))
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=platform.device()))
         # Under sequence parallel each rank sees a part of the tokens; Megatron sums the gradients of marked weights.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -38,11 +40,6 @@ class RMSNorm(torch.nn.Module):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
-
-
-def _build_device() -> torch.device | str:
-    # Megatron places every weight on this device too (a string on a machine without a GPU).
-    return torch.cuda.current_device()  # type: ignore[return-value]
 
 
 class PackedAttention(MegatronModule):

@@ -1,0 +1,38 @@
+"""Advantages against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from megatron_rlvr.algo.advantage import group_advantages
+
+# Rewards, their mean and standard deviation (n in the denominator), and R - mean.
+ONE_OF_FOUR = (np.array([1.0, -1.0, -1.0, -1.0]), 0.8660254037844386, [1.5, -0.5, -0.5, -0.5])
+SHAPED = (np.array([1.0, 0.5, -1.0, -2.0, -1.0]), 1.0954451150103322, [1.5, 1.0, -0.5, -1.5, -0.5])
+
+
+@pytest.mark.parametrize(("rewards", "deviation", "centered"), [ONE_OF_FOUR, SHAPED])
+def test_advantages_are_those_of_the_formulas(rewards, deviation, centered):
+    n = len(rewards)
+    others = [(rewards.sum() - r) / (n - 1) for r in rewards]
+    expected = {
+        "grpo": np.array(centered) / deviation,
+        "dr_grpo": np.array(centered),
+        "rloo": rewards - np.array(others),
+    }
+    for estimator, values in expected.items():
+        advantages = group_advantages(rewards, estimator)
+        assert advantages.dtype == np.float32
+        np.testing.assert_allclose(advantages, values, rtol=3e-6)
+    np.testing.assert_allclose(group_advantages(ONE_OF_FOUR[0], "rloo"), [2, -2 / 3, -2 / 3, -2 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("reward", [-1.0, 0.0, 0.1, 1 / 3, 1e6])
+def test_a_group_of_equal_rewards_has_no_advantage(estimator, reward):
+    for size in (2, 3, 7, 16):
+        assert group_advantages(np.full(size, reward), estimator).tolist() == [0.0] * size
+
+
+def test_only_known_estimators_are_accepted():
+    with pytest.raises(ValueError, match="gae"):
+        group_advantages(ONE_OF_FOUR[0], "gae")

@@ -1,0 +1,74 @@
+"""Random selection, and one micro-batch on its own. Thresholds over ranks: tests/multi_rank."""
+
+import pytest
+import torch
+
+from megatron_rlvr.algo.selection import micro_batch_mask, select
+from megatron_rlvr.config import SelectionSettings
+
+SAMPLES, POSITIONS, FRACTION = 400, 250, 0.2
+RANDOM = SelectionSettings(keep="random", fraction=FRACTION)
+# Token ids as the batch makes them: the sample above 20 bits of the position.
+IDS = (torch.arange(SAMPLES).unsqueeze(1) * 2**20 + torch.arange(POSITIONS)).flatten()
+# A run derives the seed from its own and the step.
+SEEDS = [0, 1, 2, 12, 13, 1_000_003, 7_000_021 * 1_000_003 + 500, 2**63 - 1, 2**64 + 5]
+
+
+def chosen(seed: int, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return select(RANDOM, [torch.zeros(len(ids))], [ids], seed=seed, group=None).masks[0]
+
+
+def assert_binomial(counts: torch.Tensor, trials: int, share: float) -> None:
+    """No count is further from its mean than 5 standard deviations, and their spread is that of independent draws."""
+    deviation = (trials * share * (1 - share)) ** 0.5
+    z = (counts - trials * share) / deviation
+    assert z.abs().max() < 5
+    assert 0.8 < z.std() < 1.2
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_tokens_are_spread_evenly_over_samples_positions_and_neighbours(seed):
+    mask = chosen(seed).view(SAMPLES, POSITIONS).double()
+    assert mask.sum() == SAMPLES * POSITIONS * FRACTION
+    assert_binomial(mask.sum(1), POSITIONS, FRACTION)
+    assert_binomial(mask.sum(0), SAMPLES, FRACTION)
+    for pairs in (mask[:, 1:] * mask[:, :-1], mask[1:] * mask[:-1]):
+        assert float(pairs.mean()) == pytest.approx(FRACTION**2, abs=0.004)
+
+
+def test_random_tokens_are_the_same_for_a_seed_and_independent_between_seeds():
+    masks = [chosen(seed) for seed in SEEDS]
+    assert all(torch.equal(chosen(seed), mask) for seed, mask in zip(SEEDS, masks, strict=True))
+    for i, first in enumerate(masks):
+        for second in masks[:i]:
+            shared = float((first & second).double().mean())
+            assert shared == pytest.approx(FRACTION**2, abs=0.004)
+
+
+def test_random_tokens_do_not_depend_on_the_order_of_micro_batches():
+    order = torch.randperm(len(IDS), generator=torch.Generator().manual_seed(0))
+    parts = list(IDS[order].split(30_011))
+    shuffled = select(RANDOM, [torch.rand(len(p)) for p in parts], parts, seed=5, group=None)
+    kept = torch.cat([ids[mask] for ids, mask in zip(parts, shuffled.masks, strict=True)])
+    assert torch.equal(kept.sort().values, IDS[chosen(5)])
+    assert shuffled.threshold is None
+
+
+def test_a_micro_batch_on_its_own_is_selected_as_a_scope_of_one_micro_batch():
+    entropy = torch.rand(101, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(101) * 3
+    for keep in ("top", "bottom", "random"):
+        alone = SelectionSettings(keep=keep, fraction=0.3, scope="micro_batch")
+        whole = SelectionSettings(keep=keep, fraction=0.3, scope="mini_batch")
+        mask = micro_batch_mask(alone, entropy, ids, seed=9)
+        assert torch.equal(mask, select(whole, [entropy], [ids], seed=9, group=None).masks[0])
+        assert int(mask.sum()) == 31
+
+
+def test_without_tokens_nothing_is_selected():
+    for keep in ("top", "bottom", "random"):
+        for entropies in ([], [torch.empty(0)]):
+            ids = [torch.empty(0, dtype=torch.int64) for _ in entropies]
+            nothing = select(SelectionSettings(keep=keep, fraction=0.3), entropies, ids, seed=0, group=None)
+            assert (nothing.kept, nothing.total, nothing.entropy_kept) == (0, 0, 0.0)
+            assert [len(mask) for mask in nothing.masks] == [0] * len(entropies)

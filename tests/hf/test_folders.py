@@ -1,0 +1,135 @@
+"""Model folders on disk: read and written as safetensors itself does it, and never half there."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rlvr.hf import weights
+from megatron_rlvr.hf.families import ModelError
+from megatron_rlvr.hf.files import INDEX, SINGLE, read_config, weight_files
+from megatron_rlvr.hf.weights import TensorReader, write_folder
+
+TENSORS = {f"layer.{i}.weight": torch.full((10, i + 1), float(i), dtype=torch.float32) for i in range(5)} | {
+    "half": torch.arange(7, dtype=torch.bfloat16),
+    "transposed": torch.arange(12.0).reshape(3, 4).t(),
+    "one number": torch.tensor(3.5),
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder as it is downloaded: weights of several kinds, configuration, tokenizer."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "merges.txt", "README.md"):
+        (folder / name).write_text(json.dumps({"this is": name}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    for name in ("model-00001-of-00001.safetensors", "pytorch_model.bin", "model.gguf"):
+        (folder / name).write_bytes(b"not to be copied")
+    return folder
+
+
+def assert_holds(folder, tensors):
+    reader = TensorReader(folder)
+    assert reader.names() == set(tensors)
+    for name, tensor in tensors.items():
+        read = reader.read(name)
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor)
+
+
+def test_an_export_is_one_file_with_everything_that_is_not_weights(source, tmp_path):
+    target = tmp_path / "export"
+    write_folder(target, source, TENSORS.items())
+    names = {path.name for path in target.iterdir()}
+    assert names == {SINGLE, "config.json", "tokenizer.json", "merges.txt", "README.md"}
+    assert (target / "merges.txt").read_bytes() == (source / "merges.txt").read_bytes()
+    assert load_file(target / SINGLE).keys() == TENSORS.keys()
+    assert_holds(target, TENSORS)
+
+
+def test_a_large_export_is_cut_into_files_that_an_index_names(source, tmp_path, monkeypatch):
+    limit = 250
+    monkeypatch.setattr(weights, "_FILE_BYTES", limit)
+    target = tmp_path / "export"
+    write_folder(target, source, TENSORS.items())
+    index = json.loads((target / INDEX).read_text())
+    files = sorted(path.name for path in target.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in TENSORS.values())
+    in_files = {name: file for file in files for name in load_file(target / file)}
+    assert index["weight_map"] == in_files
+    for file in files:
+        tensors = load_file(target / file).values()
+        assert sum(t.numel() * t.element_size() for t in tensors) <= limit or len(tensors) == 1
+    assert weight_files(target) == [target / file for file in files]
+    assert_holds(target, TENSORS)
+
+
+def broken_halfway(tensors):
+    for i, item in enumerate(tensors.items()):
+        if i == 4:
+            raise RuntimeError("a rank died")
+        yield item
+
+
+def test_an_export_that_fails_midway_leaves_what_was_there(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_FILE_BYTES", 100)
+    target = tmp_path / "export"
+    with pytest.raises(RuntimeError, match="a rank died"):
+        write_folder(target, source, broken_halfway(TENSORS))
+    assert not target.exists(), "no folder rather than half a folder"
+    write_folder(target, source, TENSORS.items())
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    changed = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    with pytest.raises(RuntimeError, match="a rank died"):
+        write_folder(target, source, broken_halfway(changed))
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    write_folder(target, source, changed.items())
+    assert_holds(target, changed)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "export"}, "nothing is left beside it"
+
+
+def test_an_export_replaces_all_of_the_folder_that_was_there(source, tmp_path, monkeypatch):
+    target = tmp_path / "export"
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_FILE_BYTES", 100)
+        write_folder(target, source, TENSORS.items())
+    write_folder(target, source, [("half", TENSORS["half"])])
+    assert_holds(target, {"half": TENSORS["half"]})
+    assert not (target / INDEX).exists()
+
+
+def test_files_can_be_added_before_the_folder_gets_its_name(source, tmp_path):
+    target = tmp_path / "export"
+
+    def another_tokenizer(folder):
+        assert not target.exists()
+        assert (folder / "tokenizer.json").exists()
+        (folder / "tokenizer.json").write_text("another")
+
+    write_folder(target, source, TENSORS.items(), another_tokenizer)
+    assert (target / "tokenizer.json").read_text() == "another"
+
+
+def test_what_is_wrong_with_a_folder_is_said_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3",\n oops}')
+    with pytest.raises(ModelError, match=r"config\.json, line 2: not valid JSON"):
+        read_config(tmp_path)
+    with pytest.raises(ModelError, match=r"holds no weights \(model\.safetensors or"):
+        TensorReader(tmp_path)
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
+    save_file({"a": torch.zeros(2)}, tmp_path / names[0])
+    with pytest.raises(ModelError, match=f"lacks {names[1]}, which"):
+        TensorReader(tmp_path)
+    (tmp_path / names[1]).write_bytes((tmp_path / names[0]).read_bytes()[:-3])
+    with pytest.raises(ModelError, match=f"{names[1]} cannot be read"):
+        TensorReader(tmp_path)
+    save_file({"b": torch.ones(2)}, tmp_path / names[1])
+    assert_holds(tmp_path, {"a": torch.zeros(2), "b": torch.ones(2)})

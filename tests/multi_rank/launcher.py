@@ -1,0 +1,143 @@
+"""Ranks for tests: processes on this machine that run a function together, and that a hang cannot outlive.
+
+Starting a process costs seconds of imports, so processes are started once and used again: `Ranks.run` hands the first
+n of them a function, its arguments and a world of their own (RANK, WORLD_SIZE and a free port of the loopback). What
+they return comes back in rank order. If one fails or the time is up, all are killed by their process id, and the next
+call starts new ones.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("spawn")
+# When one rank has failed the others may be waiting for it in a collective, or be about to tell why they failed.
+_GRACE_SECONDS = 1.0
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not answer in time; the message is its traceback."""
+
+
+class Ranks:
+    """Up to ``most`` processes, started when they are first needed."""
+
+    def __init__(self, most: int = 4) -> None:
+        self._most = most
+        self._processes: list[tuple[SpawnProcess, Connection]] = []
+
+    def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+        """``function(*arguments)`` on ``size`` ranks at once, and what each returned.
+
+        The function is found by its name in its module, and joins a process group itself where it wants one
+        (`process_group`, or the package's own). Arguments and results are pickled.
+        """
+        self._start()
+        port = _free_port()
+        chosen = self._processes[:size]
+        for rank, (_, connection) in enumerate(chosen):
+            connection.send_bytes(pickle.dumps((_world(rank, size, port), function, arguments)))
+        try:
+            return _answers([connection for _, connection in chosen], timeout)
+        except RankError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        for process, connection in self._processes:
+            connection.close()
+            process.kill()
+        for process, _ in self._processes:
+            process.join()
+        self._processes = []
+
+    def _start(self) -> None:
+        for _ in range(self._most - len(self._processes)):
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append((process, ours))
+
+
+@contextlib.contextmanager
+def process_group(timeout_seconds: float = 30.0) -> Iterator[Any]:
+    """The group of all ranks of this run, on gloo, left at the end."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _world(rank: int, size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(connection: Connection) -> None:
+    """A rank's life: one request after the other, until the test session is gone."""
+    warnings.simplefilter("ignore")
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch is imported by the first function that needs it
+    while True:
+        try:
+            environment, function, arguments = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        os.environ.update(environment)
+        try:
+            answer = (True, function(*arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def _answers(connections: list[Connection], timeout: float) -> list[Any]:
+    """What every rank returned, or RankError with what the first to fail said."""
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    deadline = time.monotonic() + timeout
+    waiting = dict(zip(connections, range(len(connections)), strict=True))
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for ready in wait(list(waiting), left):
+            assert isinstance(ready, Connection)
+            rank = waiting.pop(ready)
+            try:
+                good, value = pickle.loads(ready.recv_bytes())
+            except EOFError:
+                good, value = False, "the process died"
+            if good:
+                results[rank] = value
+            else:
+                failures.append(f"rank {rank}: {value}")
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+    if waiting:
+        failures.append(f"no answer from rank {', '.join(map(str, waiting.values()))}")
+    if failures:
+        raise RankError("\n".join(failures))
+    return [results[rank] for rank in range(len(connections))]

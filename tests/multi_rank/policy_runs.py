@@ -1,0 +1,211 @@
+"""What the ranks of the policy tests do: train, score and export with the package itself, in one layout.
+
+Megatron's groups are torn down at the end, so that all layouts share one set of processes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from reference_training import Group, Recipe, Trace
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is cut."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    budget: int = 100_000
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the package."""
+
+    folder: str
+    groups: list[Group]
+    recipe: Recipe = field(default_factory=Recipe)
+    layout: Layout = field(default_factory=Layout)
+    dtype: str = "float32"
+
+
+@dataclass
+class RankTrace(Trace):
+    """What one rank saw; the kept tokens are those of its own micro-batches."""
+
+    data_rank: int = 0
+    last_stage: bool = True
+    micro_batches: list[list[list[int]]] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: str = "float32") -> Iterator[Any]:
+    """A policy in a world of its own, torn down at the end; without a recipe it only scores."""
+    from megatron.core import parallel_state
+
+    from megatron_rlvr import platform
+    from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
+    from megatron_rlvr.policy.policy import Policy
+    from megatron_rlvr.policy.ranks import initialize_ranks
+
+    parallel = ParallelSettings(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence)
+    optimizer = None
+    if recipe is not None:
+        optimizer = OptimizerSettings(
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup_steps,
+            weight_decay=recipe.weight_decay,
+            clip_grad=recipe.clip_grad,
+            beta1=recipe.betas[0],
+            beta2=recipe.betas[1],
+            eps=recipe.eps,
+        )
+    ranks = initialize_ranks(parallel, timeout_minutes=1)
+    try:
+        yield Policy(
+            ModelSettings(path=folder, dtype=dtype),
+            parallel,
+            ranks,
+            optimizer=optimizer,
+            temperature=recipe.temperature if recipe else 1.0,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        platform.shut_down()
+
+
+def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_groups: int) -> list[Any]:
+    """This rank's mini-batches of groups that are dealt out to the data-parallel ranks in turn."""
+    from megatron_rlvr.mini_batches import build_mini_batches
+    from megatron_rlvr.types import Completion, Grade, Prompt
+    from megatron_rlvr.types import Group as TypedGroup
+
+    here = []
+    for order, (prompt, responses, rewards) in enumerate(groups):
+        if order % policy.ranks.data_size == policy.ranks.data_rank:
+            completions = [
+                Completion(str(order), i, np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", 0)
+                for i, ids in enumerate(responses)
+            ]
+            grades = [Grade(reward, reward > 0) for reward in rewards]
+            here.append(
+                (order, TypedGroup(Prompt(str(order), np.array(prompt, np.int32), "", ""), completions, grades))
+            )
+    return build_mini_batches(
+        here,
+        estimator="grpo",
+        groups_per_mini_batch=mini_batch_groups,
+        tokens_per_micro_batch=budget,
+        quadratic_cost=policy.quadratic_cost,
+        pad_multiple=policy.pad_multiple,
+        data_group=policy.ranks.data_objects,
+    )
+
+
+def settings_of(recipe: Recipe) -> Any:
+    """The package's settings that say what the recipe says."""
+    from megatron_rlvr.config import Settings
+
+    selection = {"keep": recipe.keep, "fraction": recipe.fraction, "scope": recipe.scope, "entropy": recipe.entropy}
+    loss = {name: getattr(recipe, name) for name in ("clip_low", "clip_high", "dual_clip", "normalizer")}
+    return Settings.model_validate(
+        {
+            "run": {"dir": "nowhere", "steps": recipe.steps},
+            "model": {"path": "nowhere"},
+            "data": {"train": "nowhere"},
+            "selection": selection,
+            "loss": loss,
+            "rollout": {"max_logprob_gap": 1e9},
+        }
+    )
+
+
+def trained(run: Run) -> RankTrace:
+    """A training run through the learner, and what this rank saw of it."""
+    from megatron_rlvr.algo.loss import DapoLoss
+    from megatron_rlvr.learner import Learner
+
+    settings = settings_of(run.recipe)
+    with policy_of(run.folder, run.layout, run.recipe, run.dtype) as policy:
+        trace = RankTrace(data_rank=policy.ranks.data_rank, last_stage=policy.ranks.last_stage)
+        mini_batches = mini_batches_of(policy, run.groups, run.layout.budget, run.recipe.mini_batch_groups)
+        learner = Learner(settings, _recording(policy, trace), DapoLoss(settings.loss))
+        for step in range(1, run.recipe.steps + 1):
+            policy.start_step()
+            trace.learning_rate.append(policy.learning_rate)
+            figures = learner.learn(step, mini_batches, lambda phase: contextlib.nullcontext())
+            trace.threshold.append(figures.get("selection/threshold", 0.0))
+        trace.weights = {name: tensor.clone() for name, tensor in policy.export_weights()}
+        return trace
+
+
+def _recording(policy: Any, trace: RankTrace) -> Any:
+    """The policy, with every mini-batch written down on its way."""
+    train_step = policy.train_step
+
+    def recorded(batches: Any, masks: Any, old_logp: Any, loss: Any, count: int) -> dict[str, float]:
+        kept: list[int] = []
+
+        def note(batch: Any, mask: Tensor) -> Tensor:
+            kept.extend(batch.token_ids[mask].tolist())
+            return mask
+
+        if callable(masks):
+            figures = train_step(batches, lambda batch, h: note(batch, masks(batch, h)), old_logp, loss, count)
+        else:
+            for batch, mask in zip(batches, masks, strict=True):
+                note(batch, mask)
+            figures = train_step(batches, masks, old_logp, loss, count)
+        trace.kept.append(kept)
+        trace.micro_batches.append([sorted(set((b.token_ids >> 20).tolist())) for b in batches])
+        for name in ("loss", "grad_norm", "clip_fraction", "skipped"):
+            getattr(trace, name).append(figures[name])
+        return figures
+
+    policy.train_step = recorded
+    return policy
+
+
+def scored_and_exported(
+    folder: str, groups: list[Group], layout: Layout, temperature: float, dtype: str = "float32"
+) -> tuple[dict[int, tuple[float, float]], dict[str, Tensor]]:
+    """{token id: (log-probability, entropy)} of this rank's micro-batches, and the exported weights."""
+    recipe = replace(Recipe(), temperature=temperature)
+    with policy_of(folder, layout, recipe, dtype) as policy:
+        batches = [m for mini in mini_batches_of(policy, groups, layout.budget, 4) for m in mini.micro_batches]
+        scores = policy.score(batches)
+        by_token = {
+            token: (logp, entropy)
+            for batch, *values in zip(batches, scores.logp, scores.entropy, strict=True)
+            for token, logp, entropy in zip(batch.token_ids.tolist(), *(v.tolist() for v in values), strict=True)
+        }
+        return by_token, {name: tensor.clone() for name, tensor in policy.export_weights()}
+
+
+def refused(folder: str) -> str:
+    """Why the policy cannot be made from a folder."""
+    from megatron_rlvr.hf.families import ModelError
+
+    try:
+        with policy_of(folder, Layout()):
+            return "nothing"
+    except ModelError as error:
+        return str(error)
+
+
+def saved(folder: str, layout: Layout, target: str) -> None:
+    """The policy's own export, by all ranks."""
+    with policy_of(folder, layout) as policy:
+        policy.save_hugging_face(Path(target))

@@ -1,0 +1,275 @@
+"""The tiled, vocabulary-parallel head against a float64 softmax over whole logits, differentiated by autograd."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from unittest import mock
+
+import pytest
+import torch
+from launcher import Ranks, process_group
+from torch import Tensor
+
+from megatron_rlvr.algo import head
+from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
+
+POSITIONS, HIDDEN, PADDED_VOCAB = 24, 8, 64
+WHOLE_TILES = (head._TILE_ELEMENTS, head._TILE_COLUMNS)
+TINY_TILES = (24, 5)  # 5 columns, 4 rows: neither divides anything
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the head over all ranks: whole inputs, and the gradient that comes back."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    grad_logp: Tensor
+    grad_entropy: Tensor | None  # None: the entropy is not differentiated
+    valid_vocab: int | None = None
+    temperature: float = 1.0
+    rows: Tensor | None = None
+    tiles: tuple[int, int] = WHOLE_TILES
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank got: its results, and its part of the gradients."""
+
+    logp: Tensor
+    entropy: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    entropy_has_gradient: bool
+
+
+def head_of(case: Case, group=None) -> Outcome:
+    """The head on one rank of ``group``, with its shard of the inputs."""
+    rank, size = (torch.distributed.get_rank(group), group.size()) if group is not None else (0, 1)
+    hidden = case.hidden.chunk(size)[rank] if case.sequence_parallel else case.hidden
+    hidden = hidden.clone().requires_grad_()
+    weight = case.weight.chunk(size)[rank].clone().requires_grad_()
+    with mock.patch.multiple(head, _TILE_ELEMENTS=case.tiles[0], _TILE_COLUMNS=case.tiles[1]):
+        logp, entropy = vocab_parallel_logp_entropy(
+            hidden,
+            weight,
+            case.targets,
+            tp_group=group,
+            sequence_parallel=case.sequence_parallel,
+            valid_vocab=case.valid_vocab,
+            temperature=case.temperature,
+            rows=case.rows,
+            entropy_grad=case.grad_entropy is not None,
+        )
+        if case.grad_entropy is None:
+            torch.autograd.backward([logp], [case.grad_logp.to(logp.dtype)])
+        else:
+            torch.autograd.backward([logp, entropy], [g.to(logp.dtype) for g in (case.grad_logp, case.grad_entropy)])
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Outcome(logp.detach(), entropy.detach(), hidden.grad, weight.grad, entropy.requires_grad)
+
+
+def on_ranks(cases: list[Case]) -> list[Outcome]:
+    with process_group() as group:
+        return [head_of(case, group) for case in cases]
+
+
+def expected(case: Case) -> Outcome:
+    """The definition: whole logits in float64. A forbidden token (logit -inf) adds 0 ln 0 = 0 to the entropy."""
+    hidden = case.hidden.double().requires_grad_()
+    weight = case.weight.double().requires_grad_()
+    every = hidden if case.rows is None else hidden[case.rows]
+    targets = case.targets if case.rows is None else case.targets[case.rows]
+    log_p = torch.log_softmax(every @ weight[: case.valid_vocab].t() / case.temperature, dim=1)
+    logp = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(1)
+    grad_entropy = torch.zeros_like(entropy) if case.grad_entropy is None else case.grad_entropy.double()
+    torch.autograd.backward([logp, entropy], [case.grad_logp.double(), grad_entropy])
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Outcome(logp.detach(), entropy.detach(), hidden.grad, weight.grad, case.grad_entropy is not None)
+
+
+def joined(case: Case, outcomes: list[Outcome]) -> Outcome:
+    """The whole from the ranks' parts; what every rank must hold alike is compared bit by bit."""
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        assert torch.equal(other.logp, first.logp) or not first.logp.isfinite().all()
+        assert torch.equal(other.entropy, first.entropy) or not first.entropy.isfinite().all()
+        if not case.sequence_parallel:
+            torch.testing.assert_close(other.grad_hidden, first.grad_hidden, rtol=0, atol=0, equal_nan=True)
+    return replace(
+        first,
+        grad_hidden=torch.cat([o.grad_hidden for o in outcomes]) if case.sequence_parallel else first.grad_hidden,
+        grad_weight=torch.cat([o.grad_weight for o in outcomes]),
+    )
+
+
+def assert_close(actual: Outcome, wanted: Outcome, tolerance: float) -> None:
+    assert actual.entropy_has_gradient == wanted.entropy_has_gradient
+    for name in ("logp", "entropy", "grad_hidden", "grad_weight"):
+        ours, oracle = getattr(actual, name).double(), getattr(wanted, name)
+        assert ours.shape == oracle.shape
+        assert torch.equal(ours.isnan(), oracle.isnan()), name
+        assert torch.equal(ours.isinf(), oracle.isinf()), name
+        ours, oracle = ours.nan_to_num(0, 0, 0), oracle.nan_to_num(0, 0, 0)
+        # Relative to the largest of a column: the columns of a hidden state may differ by hundreds of magnitudes.
+        scale = oracle.abs().amax(0).clamp_min(1.0) if oracle.numel() else 1.0
+        worst = float(((ours - oracle).abs() / scale).max()) if oracle.numel() else 0.0
+        assert worst <= tolerance, f"{name} differs by {worst:.2e}"
+
+
+def random_case(seed: int, rows: Tensor | None = None, vocab: int = PADDED_VOCAB, dtype=torch.float64) -> Case:
+    """Entropies from peaked to flat, and an upstream gradient that is zero for about half of the rows."""
+    random = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0.1, 4.0, POSITIONS, dtype=torch.float64).unsqueeze(1)
+    n = POSITIONS if rows is None else len(rows)
+    grads = torch.randn(2, n, generator=random, dtype=torch.float64)
+    grads *= torch.rand(2, n, generator=random) < 0.5
+    return Case(
+        hidden=(torch.randn(POSITIONS, HIDDEN, generator=random, dtype=torch.float64) * spread).to(dtype),
+        weight=torch.randn(PADDED_VOCAB, HIDDEN, generator=random, dtype=torch.float64).to(dtype),
+        targets=torch.randint(vocab, (POSITIONS,), generator=random),
+        grad_logp=grads[0],
+        grad_entropy=grads[1],
+        valid_vocab=vocab,
+        rows=rows,
+    )
+
+
+# Of 4 ranks with 16 columns each, the last one has 16, 2 or no real columns; no length is a multiple of another.
+VOCABS = (64, 50, 40)
+ROWS = (None, torch.tensor([20, 3, 4, 17, 0, 23, 11, 12, 13]), torch.tensor([], dtype=torch.int64))
+
+
+def all_combinations() -> list[Case]:
+    """Every combination of layout, vocabulary padding, rows, temperature and entropy gradient; mostly tiny tiles."""
+    axes = product(VOCABS, ROWS, (1.0, 0.7), (True, False), (False, True))
+    cases = []
+    for seed, (vocab, rows, temperature, entropy_grad, sequence_parallel) in enumerate(axes):
+        case = random_case(seed, rows, vocab)
+        cases.append(
+            replace(
+                case,
+                temperature=temperature,
+                tiles=TINY_TILES if seed % 5 else WHOLE_TILES,
+                grad_entropy=case.grad_entropy if entropy_grad else None,
+                sequence_parallel=sequence_parallel,
+            )
+        )
+    return cases
+
+
+def with_forbidden_tokens() -> list[Case]:
+    """Logits of -inf from finite inputs (1e200 times -1e200): scattered, a whole tile, a whole rank, a target."""
+    cases = []
+    for seed, tiles, sequence_parallel in product(range(3), (WHOLE_TILES, TINY_TILES), (False, True)):
+        case = random_case(1000 + seed)
+        forbidden = torch.rand(PADDED_VOCAB, generator=torch.Generator().manual_seed(seed)) < 0.3
+        forbidden[:10] = forbidden[48:] = True
+        if seed == 1:
+            forbidden[:16] = True  # the first rank of four, where the merge starts
+        allowed = (~forbidden).nonzero().squeeze(1)
+        case.hidden[:, 0] = 1e200
+        case.weight[:, 0] = forbidden.double() * -1e200
+        targets = allowed[torch.arange(POSITIONS) % len(allowed)]
+        targets[5] = 2  # forbidden: its log-probability is -inf, its gradient is not
+        cases.append(replace(case, targets=targets, tiles=tiles, sequence_parallel=sequence_parallel))
+    return cases
+
+
+def with_nan_upstream() -> list[Case]:
+    cases = []
+    for which, sequence_parallel in product((0, 1), (False, True)):
+        case = random_case(2000 + which, ROWS[1])
+        assert case.grad_entropy is not None
+        case.grad_logp[4] = case.grad_entropy[4] = 0.0
+        (case.grad_logp, case.grad_entropy)[which][4] = torch.nan
+        cases.append(replace(case, sequence_parallel=sequence_parallel))
+    return cases
+
+
+def with_hidden_states_that_are_not_finite() -> list[Case]:
+    """Rows 20 and 3 are asked for but get no gradient, 1 and 2 are not asked for."""
+    cases = []
+    for sequence_parallel in (False, True):
+        case = random_case(3000, ROWS[1])
+        assert case.grad_entropy is not None
+        case.grad_logp[:2] = case.grad_entropy[:2] = 0.0
+        case.hidden[[20, 1]], case.hidden[[3, 2]] = torch.nan, torch.inf
+        cases.append(replace(case, sequence_parallel=sequence_parallel))
+    return cases
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_values_and_gradients_are_those_of_a_float64_softmax_over_whole_logits(ranks: Ranks, size):
+    cases = all_combinations() + with_forbidden_tokens() + with_nan_upstream()
+    by_rank = ranks.run(on_ranks, size, cases) if size > 1 else [[head_of(case) for case in cases]]
+    for case, *outcomes in zip(cases, *by_rank, strict=True):
+        actual = joined(case, outcomes)
+        assert actual.logp.dtype == actual.entropy.dtype == torch.float64
+        assert_close(actual, expected(case), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_rows_without_gradient_cannot_reach_a_gradient_whatever_they_hold(ranks: Ranks, size):
+    cases = with_hidden_states_that_are_not_finite()
+    by_rank = ranks.run(on_ranks, size, cases) if size > 1 else [[head_of(case) for case in cases]]
+    for case, *outcomes in zip(cases, *by_rank, strict=True):
+        actual = joined(case, outcomes)
+        finite = replace(case, hidden=case.hidden.nan_to_num(0.0, 0.0, 0.0))
+        assert_close(
+            replace(actual, logp=actual.logp[2:], entropy=actual.entropy[2:]), without(expected(finite)), 1e-10
+        )
+
+
+def without(outcome: Outcome) -> Outcome:
+    return replace(outcome, logp=outcome.logp[2:], entropy=outcome.entropy[2:])
+
+
+def peaked_case() -> Case:
+    """fp32 logits near 100 whose largest leads by 10 to 20: entropies from 1e-2 down to 1e-7."""
+    random = torch.Generator().manual_seed(7)
+    case = random_case(4000, dtype=torch.float32)
+    hidden = torch.zeros(POSITIONS, HIDDEN)
+    weight = torch.randn(PADDED_VOCAB, HIDDEN, generator=random) * 0.5
+    weight[:, 0] = 1.0
+    weight[:, 1] = torch.arange(PADDED_VOCAB) == 9
+    hidden[:, 0], hidden[:, 1] = 100.0, torch.linspace(10, 26, POSITIONS)
+    hidden[:, 2:] = torch.randn(POSITIONS, HIDDEN - 2, generator=random)
+    return replace(case, hidden=hidden, weight=weight, targets=torch.full((POSITIONS,), 9))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_entropies_of_peaked_tokens_keep_their_digits_in_fp32(ranks: Ranks, size):
+    case = peaked_case()
+    by_rank = ranks.run(on_ranks, size, [case]) if size > 1 else [[head_of(case)]]
+    actual, wanted = joined(case, [outcomes[0] for outcomes in by_rank]), expected(case)
+    assert actual.entropy.dtype == torch.float32
+    assert wanted.entropy.min() < 1e-6 < 1e-2 < wanted.entropy.max()
+    error = (actual.entropy - wanted.entropy).abs()
+    assert error.max() < 5e-7
+    # What is lost is ln(1 + p) for p below the fp32 epsilon, against -p ln p: less than a tenth of it.
+    assert (error / wanted.entropy).max() < 0.1
+    # The usual formula, log-sum-exp minus mean logit, is a hundred times worse: the case is one that matters.
+    z = case.hidden @ case.weight.t()
+    usual = z.logsumexp(1) - (z.softmax(1) * z).sum(1)
+    assert (usual - wanted.entropy).abs().max() > 1e-5
+    assert_close(actual, wanted, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bfloat16_inputs_are_computed_in_fp32_and_get_bfloat16_gradients(ranks: Ranks, size):
+    cases = [
+        replace(random_case(5000, rows, 50, torch.bfloat16), temperature=0.7, sequence_parallel=sequence_parallel)
+        for rows, sequence_parallel in product(ROWS, (False, True))
+    ]
+    by_rank = ranks.run(on_ranks, size, cases) if size > 1 else [[head_of(case) for case in cases]]
+    for case, *outcomes in zip(cases, *by_rank, strict=True):
+        actual, wanted = joined(case, outcomes), expected(case)
+        assert (actual.logp.dtype, actual.grad_hidden.dtype) == (torch.float32, torch.bfloat16)
+        torch.testing.assert_close(actual.logp.double(), wanted.logp, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual.entropy.double(), wanted.entropy, rtol=1e-5, atol=1e-5)
+        assert_close(actual, wanted, tolerance=2**-8)

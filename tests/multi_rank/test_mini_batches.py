@@ -1,0 +1,117 @@
+"""Mini-batches are the same samples in the same order wherever the groups were sampled."""
+
+import numpy as np
+import pytest
+from launcher import Ranks, process_group
+
+from megatron_rlvr.mini_batches import build_mini_batches, exchange
+from megatron_rlvr.types import Completion, Grade, Group, Prompt
+
+GROUP_SIZE, BUDGET = 4, 150
+
+
+def groups_of(count: int) -> list[tuple[int, Group]]:
+    """Groups with prompts of 1 to 9 and responses of 1 to 70 tokens; every third one right, some shaped."""
+    random = np.random.default_rng(0)
+    groups = []
+    for order in range(count):
+        prompt = Prompt(f"p{order}", random.integers(1000, size=random.integers(1, 10)).astype(np.int32), "", "test")
+        completions, grades = [], []
+        for sample in range(GROUP_SIZE):
+            length = int(random.integers(1, 71))
+            tokens = random.integers(1000, size=length).astype(np.int32)
+            logprobs = -random.random(length).astype(np.float32)
+            completions.append(Completion(prompt.id, sample, tokens, logprobs, "stop", 0))
+            correct = (order + sample) % 3 == 0
+            grades.append(Grade(1.0 if correct else -1.0 - 0.25 * (sample == 3), correct))
+        groups.append((order, Group(prompt, completions, grades)))
+    return groups
+
+
+def sharded(groups, how: str, size: int) -> list[list]:
+    """The groups of each rank, in no order."""
+    owner = {"in turn": lambda i: i % size, "all on the last": lambda i: size - 1, "backwards": lambda i: -i % size}[
+        how
+    ]
+    return [[group for i, group in enumerate(groups) if owner(i) == rank][::-1] for rank in range(size)]
+
+
+def build(shards: list[list], per_mini_batch: int, pad_multiple: int) -> list:
+    """For each mini-batch of this rank: sizes over all ranks, and for each micro-batch its samples."""
+    with process_group() as group:
+        mini_batches = build_mini_batches(
+            shards[group.rank()],
+            estimator="dr_grpo",
+            groups_per_mini_batch=per_mini_batch,
+            tokens_per_micro_batch=BUDGET,
+            quadratic_cost=0.01,
+            pad_multiple=pad_multiple,
+            data_group=group,
+        )
+        return [(mini.response_tokens, mini.sequences, [read(m) for m in mini.micro_batches]) for mini in mini_batches]
+
+
+def read(micro) -> tuple[int, dict]:
+    """(padded length, {sample number: (prompt and response, log-probabilities, advantage)})."""
+    samples = {}
+    for i, (start, stop) in enumerate(zip(micro.cu_seqlens[:-1].tolist(), micro.cu_seqlens[1:].tolist(), strict=True)):
+        mine = micro.sequence == i
+        if mine.any():
+            whole = [micro.tokens[start].item(), *micro.targets[start:stop].tolist()]
+            (advantage,) = set(micro.advantages[mine].tolist())
+            number = micro.token_ids[mine][0].item() >> 20
+            samples[number] = (whole, micro.rollout_logp[mine].tolist(), advantage)
+    return len(micro.tokens), samples
+
+
+def expected_samples(groups) -> dict:
+    samples = {}
+    for order, group in groups:
+        mean = sum(grade.reward for grade in group.grades) / GROUP_SIZE
+        for i, (completion, grade) in enumerate(zip(group.completions, group.grades, strict=True)):
+            whole = [*group.prompt.token_ids.tolist(), *completion.token_ids.tolist()]
+            samples[order * GROUP_SIZE + i] = (whole, completion.logprobs.tolist(), np.float32(grade.reward - mean))
+    return samples
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_mini_batches_are_the_same_wherever_groups_were_sampled(ranks: Ranks, size):
+    pad_multiple = 4
+    for count, per_mini_batch in ((13, 4), (6, 3), (2, 8), (1, 1)):
+        groups = groups_of(count)
+        expected = expected_samples(groups)
+        response_tokens = [sum(len(c.token_ids) for c in group.completions) for _, group in groups]
+        for how in ("in turn", "all on the last", "backwards"):
+            by_rank = ranks.run(build, size, sharded(groups, how, size), per_mini_batch, pad_multiple)
+            starts = range(0, count, per_mini_batch)
+            assert {len(mini_batches) for mini_batches in by_rank} == {len(starts)}
+            for start, *parts in zip(starts, *by_rank, strict=True):
+                stop = min(start + per_mini_batch, count)
+                assert {tokens for tokens, _, _ in parts} == {sum(response_tokens[start:stop])}
+                assert {sequences for _, sequences, _ in parts} == {(stop - start) * GROUP_SIZE}
+                assert len({len(micro_batches) for _, _, micro_batches in parts}) == 1, "as many on every rank"
+                micro_batches = [micro for _, _, micros in parts for micro in micros]
+                found = [number for _, samples in micro_batches for number in samples]
+                assert sorted(found) == list(range(start * GROUP_SIZE, stop * GROUP_SIZE))
+                for length, samples in micro_batches:
+                    assert length % pad_multiple == 0
+                    assert length <= BUDGET + pad_multiple
+                    for number, content in samples.items():
+                        assert content == expected[number]
+
+
+def test_without_groups_there_are_no_mini_batches(ranks: Ranks):
+    assert ranks.run(build, 2, [[], []], 4, 1) == [[], []]
+
+
+def exchanged() -> list:
+    with process_group() as group:
+        here, size = group.rank(), group.size()
+        return exchange([{"from": here, "to": r, "array": np.arange(here * 30_000 + r)} for r in range(size)], group)
+
+
+def test_every_rank_receives_what_the_others_sent_it_in_rank_order(ranks: Ranks):
+    for size in (1, 2, 4):
+        for rank, received in enumerate(ranks.run(exchanged, size)):
+            assert [(item["from"], item["to"]) for item in received] == [(r, rank) for r in range(size)]
+            assert [len(item["array"]) for item in received] == [r * 30_000 + rank for r in range(size)]

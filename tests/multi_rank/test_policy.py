@@ -1,0 +1,255 @@
+"""The Megatron policy in every layout against transformers and plain autograd: scores, weights, training."""
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launcher import Ranks
+from policy_runs import Layout, RankTrace, Run, refused, saved, scored_and_exported, trained
+from reference_training import Recipe, Trace, load, make_groups, token_scores, train
+from safetensors.torch import load_file, save_file
+
+VOCAB = 150  # Megatron pads it to 256
+GROUPS = make_groups(8, VOCAB, seed=0)
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    # Neither is the default, so that they have to be read.
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
+ONE_RANK = Layout()
+SEVERAL_MICRO_BATCHES = Layout(budget=90)
+TENSOR = Layout(tensor=2, budget=200)
+SEQUENCE = Layout(tensor=2, sequence=True, budget=150)
+PIPELINE = Layout(pipeline=2, budget=90)
+DATA = Layout(data=2, budget=90)
+TENSOR_PIPELINE = Layout(tensor=2, pipeline=2, budget=150)
+SEQUENCE_PIPELINE = Layout(tensor=2, sequence=True, pipeline=2, budget=200)
+SEQUENCE_DATA = Layout(tensor=2, sequence=True, data=2, budget=150)
+EVERY_LAYOUT = (
+    ONE_RANK,
+    SEVERAL_MICRO_BATCHES,
+    TENSOR,
+    SEQUENCE,
+    PIPELINE,
+    DATA,
+    TENSOR_PIPELINE,
+    SEQUENCE_PIPELINE,
+    SEQUENCE_DATA,
+)
+# Where the embedding is also the output layer, its gradient comes from both ends of the pipeline.
+TIED_LAYOUTS = (ONE_RANK, SEQUENCE, PIPELINE, SEQUENCE_PIPELINE)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """Random models, norms included, with tied and untied embeddings."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    made = {}
+    for name in ("untied", "tied"):
+        torch.manual_seed(len(name))
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=name == "tied"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        made[name] = str(tmp_path_factory.mktemp("models") / name)
+        model.save_pretrained(made[name])
+    return made
+
+
+def on_disk(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{folder}/model.safetensors")
+
+
+@pytest.mark.parametrize(("name", "layouts"), [("untied", EVERY_LAYOUT), ("tied", TIED_LAYOUTS)])
+def test_scores_are_those_of_transformers_and_the_export_is_the_input_bit_by_bit(ranks: Ranks, folders, name, layouts):
+    temperature = 0.8
+    sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
+    with torch.no_grad():
+        by_sequence = token_scores(load(folders[name]), sequences, temperature)
+    expected = {(n << 20) + t: pair.tolist() for n, pairs in enumerate(by_sequence) for t, pair in enumerate(pairs)}
+    weights = on_disk(folders[name])
+    for layout in layouts:
+        found = ranks.run(scored_and_exported, layout.size, folders[name], GROUPS, layout, temperature)
+        scores = {token: pair for by_token, _ in found for token, pair in by_token.items()}
+        assert scores.keys() == expected.keys()
+        difference = torch.tensor([scores[t] for t in expected]) - torch.tensor(list(expected.values()))
+        assert difference.abs().max() < 1e-4, layout
+        if layout.data == 1:
+            assert all(by_token == found[0][0] for by_token, _ in found), "ranks of a replica have the same bits"
+        for _, exported in found:
+            assert exported.keys() == weights.keys()
+            for tensor_name, tensor in exported.items():
+                assert torch.equal(tensor, weights[tensor_name]), (layout, tensor_name)
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, SEQUENCE_PIPELINE])
+def test_bfloat16_scores_are_near_those_of_fp32_and_the_export_is_the_input_rounded(ranks: Ranks, folders, layout):
+    sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
+    with torch.no_grad():
+        expected = torch.cat(token_scores(load(folders["untied"]), sequences, 1.0))
+    found = ranks.run(scored_and_exported, layout.size, folders["untied"], GROUPS, layout, 1.0, "bfloat16")
+    difference = (torch.tensor([found[0][0][token] for token in sorted(found[0][0])]) - expected).abs()
+    assert difference.mean() < 0.03
+    assert difference.max() < 0.5
+    for name, tensor in on_disk(folders["untied"]).items():
+        assert torch.equal(found[0][1][name], tensor.bfloat16()), name
+
+
+@pytest.mark.parametrize("layout", [TENSOR_PIPELINE, SEQUENCE_DATA])
+def test_a_saved_folder_is_the_one_it_came_from(ranks: Ranks, folders, layout, tmp_path):
+    ranks.run(saved, layout.size, folders["tied"], layout, str(tmp_path / "saved"))
+    assert {path.name for path in tmp_path.iterdir()} == {"saved"}
+    assert (tmp_path / "saved/config.json").read_text() == Path(folders["tied"], "config.json").read_text()
+    weights, exported = on_disk(folders["tied"]), on_disk(str(tmp_path / "saved"))
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def test_weights_that_do_not_fit_their_configuration_are_refused_by_name(ranks: Ranks, folders, tmp_path):
+    weights = on_disk(folders["untied"])
+    norm, key, head = "model.norm.weight", "model.layers.2.self_attn.k_proj.weight", "lm_head.weight"
+    broken = {
+        f"lacks {norm}": {n: t for n, t in weights.items() if n != norm},
+        "holds model.layers.4.bias, which": weights | {"model.layers.4.bias": torch.zeros(3)},
+        f"{key} [48, 32]": weights | {key: torch.zeros(48, 32)},
+        f"{head} [151, 32] does not fit": weights | {head: torch.zeros(151, 32)},
+        f"{norm} [31] does not fit": weights | {norm: torch.zeros(31)},
+    }
+    for message, tensors in broken.items():
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(folders["untied"], folder)
+        save_file(tensors, folder / "model.safetensors")
+        (told,) = ranks.run(refused, 1, str(folder))
+        assert message in told
+        assert str(folder) in told
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def run_on(ranks: Ranks, folder: str, layout: Layout, recipe: Recipe, groups=GROUPS, dtype="float32"):
+    return ranks.run(trained, layout.size, Run(folder, groups, recipe, layout, dtype))
+
+
+def kept_over(traces: list[RankTrace]) -> list[list[int]]:
+    """For each mini-batch the tokens that were trained on, each by exactly one replica."""
+    replicas = {trace.data_rank: trace for trace in traces if trace.last_stage}
+    kept = [[t for part in parts for t in part] for parts in zip(*(r.kept for r in replicas.values()), strict=True)]
+    assert all(len(tokens) == len(set(tokens)) for tokens in kept)
+    return [sorted(tokens) for tokens in kept]
+
+
+def assert_same_training(traces: list[RankTrace], wanted: Trace, layout: Layout) -> None:
+    """Every rank tells the same story, and it is the wanted one: to 1e-4, and in fact to a few units of fp32."""
+    assert kept_over(traces) == wanted.kept, layout
+    for trace in traces:
+        assert trace.loss == pytest.approx(wanted.loss, rel=1e-5, abs=1e-6, nan_ok=True), layout
+        assert trace.grad_norm == pytest.approx(wanted.grad_norm, rel=2e-5, nan_ok=True), layout
+        assert trace.clip_fraction == pytest.approx(wanted.clip_fraction, abs=1e-6), layout
+        assert trace.skipped == wanted.skipped, layout
+        assert trace.weights.keys() == wanted.weights.keys()
+        for name, weight in wanted.weights.items():
+            assert (trace.weights[name] - weight).abs().max() < 5e-6, (layout, name)
+
+
+def largest_change(folder: str, trace: Trace) -> float:
+    before = on_disk(folder)
+    return max(float((weight - before[name]).abs().max()) for name, weight in trace.weights.items())
+
+
+@pytest.mark.parametrize(("name", "layouts"), [("untied", EVERY_LAYOUT), ("tied", TIED_LAYOUTS)])
+def test_five_training_steps_are_those_of_plain_autograd_in_every_layout(ranks: Ranks, folders, name, layouts):
+    """The top 20 % of each mini-batch, two mini-batches a step."""
+    recipe = Recipe()
+    wanted = train(folders[name], GROUPS, recipe)
+    assert largest_change(folders[name], wanted) > 5e-3, "there was training"
+    assert max(wanted.clip_fraction) > 0.1
+    assert min(wanted.grad_norm) < recipe.clip_grad < max(wanted.grad_norm)
+    for layout in layouts:
+        traces = run_on(ranks, folders[name], layout, recipe)
+        assert_same_training(traces, wanted, layout)
+        means = [sum(wanted.threshold[i : i + 2]) / 2 for i in range(0, len(wanted.threshold), 2)]
+        for trace in traces:
+            assert trace.threshold == pytest.approx(means, abs=1e-4)
+            assert trace.learning_rate == pytest.approx([0.0015, 0.003, 0.003, 0.003, 0.003])
+
+
+OTHER_RECIPES = {
+    "all tokens": (Recipe(steps=2, keep="all", fraction=1.0), (SEVERAL_MICRO_BATCHES, SEQUENCE)),
+    "divided by the selected tokens": (
+        Recipe(steps=2, normalizer="selected_tokens", temperature=0.7),
+        (SEVERAL_MICRO_BATCHES, DATA, SEQUENCE_PIPELINE),
+    ),
+    "one threshold a step": (Recipe(steps=2, scope="rollout_batch"), (SEVERAL_MICRO_BATCHES, DATA)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RECIPES)
+def test_other_selections_and_normalizers_are_those_of_plain_autograd(ranks: Ranks, folders, name):
+    recipe, layouts = OTHER_RECIPES[name]
+    wanted = train(folders["untied"], GROUPS, recipe)
+    assert largest_change(folders["untied"], wanted) > 1e-3
+    for layout in layouts:
+        assert_same_training(run_on(ranks, folders["untied"], layout, recipe), wanted, layout)
+
+
+def test_current_entropies_select_in_each_micro_batch_alike_in_every_layout(ranks: Ranks, folders):
+    recipe = Recipe(steps=2, scope="micro_batch", entropy="current", fraction=0.3)
+    layouts = [replace(layout, budget=150) for layout in (ONE_RANK, TENSOR, PIPELINE)]
+    wanted = None
+    for layout in layouts:
+        traces = run_on(ranks, folders["untied"], layout, recipe)
+        if wanted is None:
+            micro_batches = traces[0].micro_batches
+            assert min(map(len, micro_batches)) > 1
+            wanted = train(folders["untied"], GROUPS, recipe, micro_batches)
+        assert all(trace.micro_batches == micro_batches for trace in traces)
+        assert_same_training(traces, wanted, layout)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(ranks: Ranks, folders):
+    """The first mini-batch holds a NaN advantage on one replica; the second is trained on as if it had been alone."""
+    prompt, responses, rewards = GROUPS[1]
+    groups = [GROUPS[0], (prompt, responses, [math.nan, *rewards[1:]]), *GROUPS[2:]]
+    only_bad = Recipe(steps=1, mini_batch_groups=8)
+    recipe = Recipe(steps=2)
+    wanted = train(folders["untied"], groups, recipe)
+    assert wanted.skipped == [1, 0, 1, 0]
+    weights = on_disk(folders["untied"])
+    for trace in run_on(ranks, folders["untied"], DATA, only_bad, groups):
+        assert trace.skipped == [1]
+        assert all(torch.equal(trace.weights[name], weights[name]) for name in weights)
+    for layout in (SEVERAL_MICRO_BATCHES, PIPELINE, DATA):
+        assert_same_training(run_on(ranks, folders["untied"], layout, recipe, groups), wanted, layout)
+
+
+@pytest.mark.parametrize("layout", [SEVERAL_MICRO_BATCHES, SEQUENCE_PIPELINE])
+def test_bfloat16_training_stays_near_that_of_plain_autograd(ranks: Ranks, folders, layout):
+    recipe = Recipe(steps=2)
+    wanted = train(folders["untied"], GROUPS, recipe)
+    traces = run_on(ranks, folders["untied"], layout, recipe, dtype="bfloat16")
+    shared = [len(set(a) & set(b)) / len(b) for a, b in zip(kept_over(traces), wanted.kept, strict=True)]
+    assert min(shared) > 0.8
+    for trace in traces:
+        assert trace.loss == pytest.approx(wanted.loss, abs=0.02)
+        # Later, tokens on either side of the clipping bounds make their own difference.
+        assert trace.grad_norm[0] == pytest.approx(wanted.grad_norm[0], rel=0.05)
+        assert trace.skipped == [0] * 4
+        for name, weight in wanted.weights.items():
+            assert trace.weights[name].dtype == torch.bfloat16
+            assert (trace.weights[name] - weight).abs().max() < 0.02, name

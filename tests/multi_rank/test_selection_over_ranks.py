@@ -1,0 +1,232 @@
+"""The exact global threshold, and the selection built on it, against a sort of everything in one place."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from launcher import Ranks, process_group
+
+from megatron_rlvr.algo.quantile import global_top_fraction_mask
+from megatron_rlvr.algo.selection import select
+from megatron_rlvr.config import SelectionSettings
+
+SIZES = (1, 2, 3, 4)
+FRACTIONS = (0.1, 0.2, 0.3, 0.7, 1.0, 1e-9)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All tokens, their ids, and which of 4 ranks holds each (modulo the number of ranks there are)."""
+
+    values: np.ndarray
+    ids: np.ndarray
+    owner: np.ndarray
+
+    def of_rank(self, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mine = self.owner % size == rank
+        return torch.from_numpy(self.values[mine]), torch.from_numpy(self.ids[mine])
+
+
+def tokens_of(values: np.ndarray, seed: int, owner: np.ndarray | None = None) -> Tokens:
+    """Ids in no order and far apart, tokens scattered over ranks in no order."""
+    random = np.random.default_rng(seed)
+    ids = random.choice(2**44, size=len(values), replace=False).astype(np.int64)
+    owner = random.integers(4, size=len(values)) if owner is None else owner
+    return Tokens(values.astype(np.float32), ids, owner)
+
+
+def kinds_of_tokens() -> dict[str, Tokens]:
+    random = np.random.default_rng(0)
+    normal = random.normal(size=1001)
+    kinds = {
+        "random": tokens_of(normal, 1),
+        "many ties": tokens_of(random.integers(0, 4, 300), 2),
+        "all equal": tokens_of(np.full(47, 0.25), 3),
+        "negative": tokens_of(-np.abs(normal) - 1, 4),
+        "zeros of both signs": tokens_of(np.where(random.random(60) < 0.5, -0.0, 0.0), 5),
+        "zeros of both signs among others": tokens_of(random.choice([-1.0, -0.0, 0.0, 1.0], 80), 6),
+        "subnormal": tokens_of(random.integers(-3, 4, 90) * 1e-45, 7),
+        "largest and smallest": tokens_of(random.choice([-3.4e38, -1e-38, 1e-38, 3.4e38], 70), 8),
+        "neighbouring floats": tokens_of(np.float32(0.7) + random.integers(0, 5, 200) * np.float32(2**-24), 9),
+        "all on one rank": tokens_of(normal[:200], 10, owner=np.full(200, 1)),
+        "two ranks without any": tokens_of(normal[:200], 11, owner=random.choice([0, 3], 200)),
+    }
+    return kinds | {f"{n} tokens": tokens_of(normal[:n], 20 + n) for n in (0, 1, 2, 10, 30)}
+
+
+def kept_by_a_sort(tokens: Tokens, fraction: float) -> tuple[set[int], float]:
+    """The first ceil(fraction N) in the order (largest value, smallest id), and the last value among them."""
+    order = sorted(range(len(tokens.values)), key=lambda i: (-tokens.values[i], tokens.ids[i]))
+    first = order[: math.ceil(Fraction(str(fraction)) * len(order))]
+    return {int(tokens.ids[i]) for i in first}, float(tokens.values[first[-1]]) if first else math.inf
+
+
+def top_fractions(kinds: dict[str, Tokens]) -> dict:
+    """{(kind, fraction): (ids kept here, what was decided)}."""
+    with process_group() as group:
+        found = {}
+        for name, tokens in kinds.items():
+            values, ids = tokens.of_rank(group.rank(), group.size())
+            for fraction in FRACTIONS:
+                mask, info = global_top_fraction_mask(values, fraction, token_ids=ids, group=group)
+                found[name, fraction] = (ids[mask].tolist(), info)
+        return found
+
+
+def with_bad_values(kinds: dict[str, Tokens]) -> list[str]:
+    """What each rank is told where one holds a value that is not finite, and a good call after each."""
+    with process_group() as group:
+        told = []
+        for tokens in kinds.values():
+            values, ids = tokens.of_rank(group.rank(), group.size())
+            try:
+                global_top_fraction_mask(values, 0.2, token_ids=ids, group=group)
+                told.append("nothing")
+            except ValueError as error:
+                told.append(str(error))
+            global_top_fraction_mask(values.nan_to_num(0, 0, 0), 0.2, token_ids=ids, group=group)
+        return told
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_exactly_the_ceiling_of_the_fraction_is_kept_and_no_sharding_changes_which(ranks: Ranks, size):
+    kinds = kinds_of_tokens()
+    by_rank = ranks.run(top_fractions, size, kinds)
+    for name, tokens in kinds.items():
+        for fraction in FRACTIONS:
+            parts, infos = zip(*(found[name, fraction] for found in by_rank), strict=True)
+            wanted, threshold = kept_by_a_sort(tokens, fraction)
+            kept = [token for part in parts for token in part]
+            assert sorted(kept) == sorted(wanted), (name, fraction)
+            assert all(info == infos[0] for info in infos), "every rank decides alike"
+            assert (infos[0].kept, infos[0].total) == (len(wanted), len(tokens.values))
+            assert infos[0].threshold == threshold
+            assert infos[0].ties == int((tokens.values == np.float32(threshold)).sum())
+
+
+def test_a_value_that_is_not_finite_is_an_error_on_every_rank_and_none_hangs(ranks: Ranks):
+    kinds = {}
+    for value in (np.nan, np.inf, -np.inf):
+        for at in (0, 99):
+            tokens = tokens_of(np.linspace(0, 1, 100), 30)
+            tokens.values[at] = value
+            kinds[f"{value} at {at}"] = tokens
+    for size in (1, 3):
+        by_rank = ranks.run(with_bad_values, size, kinds)
+        for tokens, *told in zip(kinds.values(), *by_rank, strict=True):
+            (bad,) = tokens.ids[~np.isfinite(tokens.values)]
+            assert len(set(told)) == 1
+            assert f"token id {bad} is not finite" in told[0]
+
+
+# Selection --------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "top": SelectionSettings(fraction=0.2),
+    "bottom": SelectionSettings(keep="bottom", fraction=0.8),
+    "random": SelectionSettings(keep="random", fraction=0.3),
+    "all": SelectionSettings(keep="all"),
+    "rollout batch": SelectionSettings(fraction=0.2, scope="rollout_batch"),
+}
+
+
+def selections(tokens: Tokens, settings: dict[str, SelectionSettings], micro_batches: int, seed: int) -> dict:
+    """{name: (ids kept here, the selection without its masks)}, with this rank's tokens cut into micro-batches."""
+    with process_group() as group:
+        values, ids = tokens.of_rank(group.rank(), group.size())
+        # The last micro-batch is always empty, as of a rank that ran out of sequences.
+        cuts = [*np.linspace(0, len(ids), micro_batches + 1).astype(int), len(ids)]
+        parts = [slice(start, stop) for start, stop in pairwise(cuts)]
+        found = {}
+        for name, section in settings.items():
+            chosen = select(section, [values[p] for p in parts], [ids[p] for p in parts], seed=seed, group=group)
+            assert [len(mask) for mask in chosen.masks] == [p.stop - p.start for p in parts]
+            kept = [i for p, mask in zip(parts, chosen.masks, strict=True) for i in ids[p][mask].tolist()]
+            found[name] = (
+                kept,
+                chosen.total,
+                chosen.kept,
+                chosen.threshold,
+                chosen.entropy_kept,
+                chosen.entropy_dropped,
+            )
+        return found
+
+
+def one_selection(by_rank: list[dict], name: str) -> tuple[set[int], tuple]:
+    """The ids kept on all ranks, and the figures, which are the same everywhere."""
+    figures = {found[name][1:] for found in by_rank}
+    assert len(figures) == 1
+    kept = [i for found in by_rank for i in found[name][0]]
+    assert len(kept) == len(set(kept))
+    return set(kept), figures.pop()
+
+
+def test_the_selection_and_its_figures_are_the_same_for_any_ranks_and_micro_batches(ranks: Ranks):
+    tokens = tokens_of(np.random.default_rng(3).gamma(0.5, size=1000), 3)
+    value_of = dict(zip(tokens.ids.tolist(), tokens.values.tolist(), strict=True))
+    layouts = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 7)]
+    random_sets = []
+    for size, micro_batches in layouts:
+        by_rank = ranks.run(selections, size, tokens, SETTINGS, micro_batches, 7)
+        kept = {}
+        for name in SETTINGS:
+            kept[name], (total, count, threshold, entropy_kept, entropy_dropped) = one_selection(by_rank, name)
+            entropies = [value_of[i] for i in kept[name]]
+            assert (total, count) == (1000, len(kept[name]))
+            assert entropy_kept == pytest.approx(math.fsum(entropies), rel=1e-12)
+            assert entropy_dropped == pytest.approx(math.fsum(value_of.values()) - math.fsum(entropies), abs=1e-9)
+            border = {"top": min, "rollout batch": min, "bottom": max}.get(name)
+            assert threshold == (border(entropies) if border else None)
+        assert kept["top"] == kept["rollout batch"] == kept_by_a_sort(tokens, 0.2)[0]
+        assert kept["bottom"] == set(value_of) - kept["top"], "the ablation is the complement of the method"
+        assert kept["all"] == set(value_of)
+        random_sets.append(kept["random"])
+    assert len(random_sets[0]) == 300
+    assert all(chosen == random_sets[0] for chosen in random_sets)
+
+
+def test_scope_micro_batch_takes_the_fraction_of_each_micro_batch_by_itself(ranks: Ranks):
+    tokens = tokens_of(np.random.default_rng(4).random(101), 4)
+    settings = {"each": SelectionSettings(fraction=0.2, scope="micro_batch")}
+    by_rank = ranks.run(selections, 2, tokens, settings, 3, 0)
+    wanted = set()
+    for rank in range(2):
+        values, ids = (t.numpy() for t in tokens.of_rank(rank, 2))
+        cuts = np.linspace(0, len(ids), 4).astype(int)
+        for start, stop in pairwise(cuts):
+            part = Tokens(values[start:stop], ids[start:stop], np.zeros(stop - start, dtype=np.int64))
+            wanted |= kept_by_a_sort(part, 0.2)[0]
+    kept, (total, count, threshold, *_) = one_selection(by_rank, "each")
+    assert kept == wanted
+    assert (total, count, threshold) == (101, len(wanted), None)
+
+
+def refusals(keep: str, scope: str, bad_rank: int) -> str:
+    settings = SelectionSettings(keep=keep, scope=scope, **({} if keep == "all" else {"fraction": 0.5}))
+    with process_group(timeout_seconds=10) as group:
+        rank = group.rank()
+        values, ids = torch.rand(6), torch.arange(6) + 100 * rank
+        if rank == bad_rank:
+            values[4] = torch.nan
+        try:
+            select(settings, [values[:3], values[3:]], [ids[:3], ids[3:]], seed=0, group=group)
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+
+def test_an_entropy_that_is_not_finite_stops_every_rank_with_every_setting(ranks: Ranks):
+    for keep, scope in (
+        ("top", "mini_batch"),
+        ("bottom", "micro_batch"),
+        ("random", "micro_batch"),
+        ("all", "mini_batch"),
+    ):
+        told = ranks.run(refusals, 2, keep, scope, 1)
+        assert len(set(told)) == 1
+        assert "token id 104 is not finite" in told[0]
