@@ -73,7 +73,8 @@ class WeightMap:
     def export(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, on every rank, one parameter at a time.
 
-        A collective over the replica: every rank must exhaust it. Tensors are valid until the next is asked for.
+        A collective over the replica: every rank must exhaust it. Tensors may be the model's own: copy what must
+        outlive the next update.
         """
         owners = self._owners(parameters)
         for row in self.rows():

@@ -87,8 +87,18 @@ def running(process: int) -> bool:
         return False
 
 
+_others: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def other_children() -> None:
+    """Other tests of the session keep processes; they do not count here."""
+    _others.clear()
+    _others.update(children())
+
+
 def children() -> set[int]:
-    """Processes of ours, zombies included."""
+    """Processes started by the test that runs, zombies included."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -96,7 +106,7 @@ def children() -> set[int]:
                 found.add(int(stat.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             pass
-    return found
+    return found - _others
 
 
 def test_a_reward_keeps_its_value_and_becomes_a_plain_bool_or_float(pool: GraderPool) -> None:
