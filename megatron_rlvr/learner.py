@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -44,30 +45,23 @@ class Learner:
             scores = self._policy.score(everything)
         figures = self._score_figures(step, everything, scores)
         with timed("train"):
-            selections = self._selections(step, mini_batches, scores)
-            reports, start = [], 0
-            for mini, selection in zip(mini_batches, selections, strict=True):
-                part = slice(start, start + len(mini.micro_batches))
-                start = part.stop
-                reports.append(self._train(step, mini, selection.masks, scores.logp[part]))
+            parts = _parts(mini_batches)
+            selections = self._selections(step, everything, parts, scores.entropy)
+            reports = [
+                self._train(step, mini, selection.masks, scores.logp[part])
+                for mini, part, selection in zip(mini_batches, parts, selections, strict=True)
+            ]
         scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
         return figures | _selection_figures(scopes) | _train_figures(reports)
 
-    def _selections(self, step: int, mini_batches: Sequence[MiniBatch], scores: PolicyScores) -> list[Selection]:
+    def _selections(
+        self, step: int, batches: Sequence[MicroBatch], parts: Sequence[slice], entropies: Sequence[torch.Tensor]
+    ) -> list[Selection]:
         """One selection a mini-batch; with scope rollout_batch they share one threshold."""
-        sizes = [len(mini.micro_batches) for mini in mini_batches]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
         if self._settings.selection.scope == "rollout_batch":
-            everything = [micro for mini in mini_batches for micro in mini.micro_batches]
-            whole = self._select(step, everything, scores.entropy)
-            return [
-                replace(whole, masks=whole.masks[start : start + size])
-                for start, size in zip(starts, sizes, strict=True)
-            ]
-        return [
-            self._select(step, mini.micro_batches, scores.entropy[start : start + size])
-            for mini, start, size in zip(mini_batches, starts, sizes, strict=True)
-        ]
+            whole = self._select(step, batches, entropies)
+            return [replace(whole, masks=whole.masks[part]) for part in parts]
+        return [self._select(step, batches[part], entropies[part]) for part in parts]
 
     def _select(self, step: int, batches: Sequence[MicroBatch], entropies: Sequence[torch.Tensor]) -> Selection:
         return select(
@@ -124,6 +118,12 @@ class Learner:
             "rollout/logprob_gap_max": float(largest),
             "entropy/mean": entropy_sum / count,
         }
+
+
+def _parts(mini_batches: Sequence[MiniBatch]) -> list[slice]:
+    """Where each mini-batch's micro-batches stand in the list of all."""
+    ends = list(accumulate(len(mini.micro_batches) for mini in mini_batches))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _selection_figures(scopes: Sequence[Selection]) -> dict[str, float]:

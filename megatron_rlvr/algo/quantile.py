@@ -60,19 +60,14 @@ def global_top_fraction_mask(
     Returns: ([n] bool, the mask of this rank's values; what was decided).
     Raises: ValueError on every rank, naming where a NaN or an infinity stood.
     """
-    wire = _Wire(group)
+    wire = Wire(group)
+    refuse_non_finite(values, token_ids, wire)
     keys = _ordered_keys(values)
-    faults = ~values.isfinite()
-    counts = wire.sum(torch.cat([_count(keys, *_VALUE_DIGITS[0]), faults.sum().unsqueeze(0)]))
-    if counts[-1]:
-        nowhere = token_ids.new_tensor([torch.iinfo(torch.int64).max])
-        first = wire.min(torch.cat([token_ids[faults], nowhere]).min())
-        raise ValueError(f"the entropy of token id {int(first)} is not finite")
-    counts = counts[:-1]
+    counts = wire.sum(_count(keys, *_VALUE_DIGITS[0]))
     total = int(counts.sum())
     kept = ceil_fraction(fraction, total)
     if kept == 0:
-        return torch.zeros_like(faults), QuantileInfo(math.inf, total, 0, 0, wire.calls, wire.bytes)
+        return torch.zeros_like(keys, dtype=torch.bool), QuantileInfo(math.inf, total, 0, 0, wire.calls, wire.bytes)
 
     # From the largest digit down: which one holds the k-th, and how many of those that share it are still wanted.
     wanted, key, candidates = kept, 0, keys
@@ -91,8 +86,22 @@ def global_top_fraction_mask(
     return mask | tied, QuantileInfo(_value_of(key), total, kept, ties, wire.calls, wire.bytes)
 
 
-class _Wire:
-    """Sums over the ranks, and what they cost."""
+def refuse_non_finite(entropies: Tensor, token_ids: Tensor, wire: "Wire") -> None:
+    """ValueError on every rank if one of them holds an entropy that is not finite, so that none is left waiting.
+
+    Args:
+        entropies: [n]; n may differ per rank and be 0.
+        token_ids: [n] int64; the smallest at fault is named.
+        wire: to the ranks.
+    """
+    nowhere = torch.iinfo(torch.int64).max
+    first = int(wire.min(torch.cat([token_ids[~entropies.isfinite()], token_ids.new_tensor([nowhere])]).min()))
+    if first != nowhere:
+        raise ValueError(f"the entropy of token id {first} is not finite")
+
+
+class Wire:
+    """Sums and minima over the ranks of ``group`` (None: this rank alone), and what they cost."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
@@ -139,7 +148,7 @@ def _find(counts: Tensor, wanted: int) -> tuple[int, int]:
     return found, int(running[found] - counts[found])
 
 
-def _kth_smallest_id(ids: Tensor, wanted: int, wire: _Wire) -> int:
+def _kth_smallest_id(ids: Tensor, wanted: int, wire: Wire) -> int:
     """The ``wanted``-th smallest of the ids that all ranks hold."""
     lowest = torch.iinfo(torch.int64).min
     ids = ids ^ lowest  # read without sign, these have the order of the ids

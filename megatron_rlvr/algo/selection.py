@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlvr.algo.quantile import global_top_fraction_mask
+from megatron_rlvr.algo.quantile import Wire, global_top_fraction_mask, refuse_non_finite
 from megatron_rlvr.config import SelectionSettings
 
 
@@ -58,7 +58,9 @@ def select(
     sizes = [len(entropy) for entropy in entropies]
     flat = torch.cat([*entropies]) if entropies else torch.empty(0)
     ids = torch.cat([*token_ids]) if token_ids else torch.empty(0, dtype=torch.int64)
-    _refuse_non_finite(flat, ids, group)
+    if settings.keep in ("random", "all") or settings.scope == "micro_batch":
+        # Entropies that no global threshold will look at: all ranks must still agree to stop.
+        refuse_non_finite(flat, ids, Wire(group))
     if settings.keep == "all":
         mask, threshold = torch.ones_like(flat, dtype=torch.bool), None
     elif settings.scope == "micro_batch":
@@ -77,16 +79,6 @@ def select(
         dist.all_reduce(sums, group=group)
     total, kept, entropy_kept, entropy_dropped = sums.tolist()
     return Selection(list(mask.split(sizes)), int(total), int(kept), threshold, entropy_kept, entropy_dropped)
-
-
-def _refuse_non_finite(entropy: Tensor, token_ids: Tensor, group: dist.ProcessGroup | None) -> None:
-    """ValueError on every rank if one of them holds an entropy that is not finite, so that none is left waiting."""
-    none = torch.iinfo(torch.int64).max
-    first = torch.cat([token_ids[~entropy.isfinite()], token_ids.new_tensor([none])]).min()
-    if group is not None:
-        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
-    if first != none:
-        raise ValueError(f"the entropy of token id {int(first)} is not finite")
 
 
 def micro_batch_mask(settings: SelectionSettings, entropy: Tensor, token_ids: Tensor, *, seed: int) -> Tensor:
