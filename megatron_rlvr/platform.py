@@ -13,6 +13,7 @@ Nothing is answered where a GPU exists. ``tests/test_platform.py`` lists what is
 
 import contextlib
 import importlib
+import importlib.util
 import os
 from datetime import timedelta
 from types import ModuleType
@@ -41,6 +42,11 @@ def has_gpu() -> bool:
 def device() -> torch.device:
     """The device of this process: the GPU numbered LOCAL_RANK, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def has_fused_weight_gradients() -> bool:
+    """Whether Megatron's linear layers can add their weight gradients to ``main_grad`` in one kernel (apex's)."""
+    return has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def synchronize() -> None:

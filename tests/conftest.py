@@ -1,11 +1,33 @@
-"""Fixtures of whole-program tests: a tiny model, problems, and settings that would run."""
+"""Fixtures of whole-program tests: a tiny model, problems, and settings that would run.
 
+Tests marked ``gpu`` run where there is a GPU; elsewhere they are skipped, and the summary names them.
+"""
+
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on the CPU
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", [])]
+    if skipped:
+        terminalreporter.section("not run on this machine")
+        for name in skipped:
+            terminalreporter.line(name)
 
 
 @pytest.fixture(scope="session")

@@ -282,6 +282,10 @@ def test_a_run_folder_that_cannot_be_written_is_refused(resolve_with: Resolve, t
         ({"hidden_size": 64}, "megatron.hidden_size is decided by the model folder and the sections model"),
         ({"tensor_model_parallel_size": 2}, "megatron.tensor_model_parallel_size is decided by the model folder"),
         ({"lr": 1e-3}, "megatron.lr is decided by optimizer.learning_rate; remove it"),
+        ({"mtp_num_layers": 1}, "megatron.mtp_num_layers 1 cannot be used: multi-token prediction has no"),
+        ({"defer_embedding_wgrad_compute": True}, "megatron.defer_embedding_wgrad_compute True cannot be used: the"),
+        ({"cross_entropy_loss_fusion": True}, "megatron.cross_entropy_loss_fusion True cannot be used: the loss"),
+        ({"gradient_accumulation_fusion": True}, "megatron.gradient_accumulation_fusion true needs a GPU and apex's"),
     ],
 )  # fmt: skip
 def test_megatron_keys_are_checked_against_its_dataclasses(

@@ -2,20 +2,24 @@
 
 With shifted logits d = z - max(z), where z = hidden @ weight^T / temperature:
 
-    Z = sum(exp d)      log p_y = d_y - log Z      H = log Z - sum(exp(d) d) / Z
+    s = sum(exp d)    u = sum(exp(d) d)      log p_y = d_y - log s      H = log s - u / s
 
 Shifting before multiplying keeps H accurate for peaked tokens, where log-sum-exp minus E[z] loses every digit. The
-three sums are folded tile by tile: when the running maximum rises, what was summed so far is rescaled. Ranks that
-share the vocabulary exchange only these sums, and merge them in rank order, so all of them get the same bits.
+sums are folded tile by tile (`tiles`). Ranks that share the vocabulary exchange only these sums, and merge them in rank
+order, so all of them get the same bits.
 
-The backward recomputes the tiles, for rows whose upstream gradient is not zero only:
+The backward recomputes the tiles, for the rows whose upstream gradient is not zero only: tokens that are not selected,
+have no advantage or are clipped cost nothing, and a value that overflowed in one of them cannot reach a gradient.
 
-    dz = g_logp (1[y] - p) - g_H p (log p + H)
+    dz = (g_logp (1[y] - p) - g_H p (log p + H)) / temperature      dhidden = dz W      dW = dz^T hidden
 
 Shapes: S rows of the whole sequence, n rows asked for, H hidden size, V real vocabulary, v this rank's columns of it.
-Source of the formulas: arithmetic; of the method: docs/numerics.md.
+Why these forms, and what they are worth: docs/numerics.md.
 """
 
+import contextlib
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,31 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A tile of logits has at most this many elements (32 MiB in fp32), so that it stays in cache.
-_TILE_ELEMENTS = 8 * 2**20
-_TILE_COLUMNS = 8192
+from megatron_rlvr.algo import tiles
 
-
-@dataclass(frozen=True)
-class _Shard:
-    """What every tile needs to know; ``first`` is the global id of this rank's first column."""
-
-    group: dist.ProcessGroup | None
-    first: int
-    columns: int
-    temperature: float
-    dtype: torch.dtype
-
-    def row_tiles(self, rows: int) -> list[slice]:
-        height = max(1, _TILE_ELEMENTS // max(1, min(self.columns, _TILE_COLUMNS)))
-        return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
-
-    def column_tiles(self) -> list[slice]:
-        return [slice(c, min(c + _TILE_COLUMNS, self.columns)) for c in range(0, self.columns, _TILE_COLUMNS)]
-
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        z = hidden.to(self.dtype) @ weight.to(self.dtype).t()
-        return z if self.temperature == 1.0 else z.div_(self.temperature)
+# Rows and columns of a tile, by kind of device: 8 MiB in fp32 stay in the cache of a CPU core, 32 MiB in an H100's.
+_TILE_SHAPE = {"cpu": (1024, 2048)}
+_TILE_SHAPE_ELSEWHERE = (1024, 8192)
 
 
 def vocab_parallel_logp_entropy(
@@ -61,6 +45,7 @@ def vocab_parallel_logp_entropy(
     temperature: float = 1.0,
     rows: Tensor | None = None,
     entropy_grad: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, from hidden states and the output weight.
 
@@ -74,44 +59,85 @@ def vocab_parallel_logp_entropy(
         temperature: the logits are divided by it (the temperature of sampling).
         rows: [n] int64, the rows wanted, in 0 .. S-1; None for all. Only these cost anything.
         entropy_grad: whether the entropy is differentiated; without it the second result is detached.
+        gradient_accumulation_fusion: whether the gradient of ``weight`` is added to its ``main_grad`` (Megatron's data
+            parallel wrapper makes it) at once; autograd then gets a placeholder, as Megatron's own layers do it.
 
     Returns: (log-probability, entropy), each [n] in nats, fp32 (fp64 for fp64 inputs), bitwise equal on all ranks.
     The gradient of ``hidden`` is complete on every rank (this rank's shard under sequence parallel).
     """
-    logp, entropy = _Head.apply(
-        hidden, weight, targets, rows, tp_group, sequence_parallel, valid_vocab, float(temperature)
+    rank, size = (dist.get_rank(tp_group), dist.get_world_size(tp_group)) if tp_group is not None else (0, 1)
+    real = valid_vocab if valid_vocab is not None else weight.shape[0] * size
+    shard = _Shard(
+        group=tp_group if size > 1 else None,
+        sequence_parallel=sequence_parallel and size > 1,
+        first=rank * weight.shape[0],
+        columns=min(max(real - rank * weight.shape[0], 0), weight.shape[0]),
+        scale=1.0 / temperature,
+        dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
+        fuse=gradient_accumulation_fusion,
     )
+    logp, entropy = _Head.apply(hidden, weight, targets, rows, shard)
     return logp, entropy if entropy_grad else entropy.detach()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's part of the vocabulary, and how to compute with it; ``first`` is the global id of its column 0."""
+
+    group: dist.ProcessGroup | None
+    sequence_parallel: bool
+    first: int
+    columns: int
+    scale: float
+    dtype: torch.dtype
+    fuse: bool
+
+    def column_tiles(self, device: torch.device) -> Iterator[slice]:
+        width = _TILE_SHAPE.get(device.type, _TILE_SHAPE_ELSEWHERE)[1]
+        return (slice(start, min(start + width, self.columns)) for start in range(0, self.columns, width))
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        z = self.product(hidden, weight.t())
+        return z if self.scale == 1.0 else z.mul_(self.scale)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """What enters a product: as it is where the device accumulates low precision in fp32, else in fp32 or fp64."""
+        return x if x.device.type != "cpu" else x.to(self.dtype)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b if a.dtype == self.dtype else torch.mm(a, b, out_dtype=self.dtype)
+
+    def add_product_(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == out.dtype:
+            out.addmm_(a, b)
+        else:
+            out += self.product(a, b)
+
+
+def _row_tiles(rows: int, device: torch.device) -> Iterator[slice]:
+    height = _TILE_SHAPE.get(device.type, _TILE_SHAPE_ELSEWHERE)[0]
+    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+
+
+def _kernels(device: torch.device) -> Any:
+    """Where the arithmetic of a tile is done: Triton's kernels on a device that has them, else plain torch."""
+    if device.type == "cpu" or importlib.util.find_spec("triton") is None:
+        return tiles
+    return importlib.import_module("megatron_rlvr.algo.tiles_triton")
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        rows: Tensor | None,
-        group: dist.ProcessGroup | None,
-        sequence_parallel: bool,
-        valid_vocab: int | None,
-        temperature: float,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, shard: _Shard
     ) -> tuple[Tensor, Tensor]:
-        rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        first = rank * weight.shape[0]
-        real = valid_vocab if valid_vocab is not None else weight.shape[0] * size
-        columns = min(max(real - first, 0), weight.shape[0])
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        shard = _Shard(group if size > 1 else None, first, columns, temperature, dtype)
-
-        hidden_n = _take_rows(hidden, rows, shard.group if sequence_parallel else None)
         targets_n = targets if rows is None else targets[rows]
-        maximum, total, weighted, target_logit = _statistics(hidden_n, weight, targets_n, shard)
+        maximum, total, weighted, target_logit = _statistics(_gather(hidden, rows, shard), weight, targets_n, shard)
         log_total = total.log()
         logp = target_logit - maximum - log_total
         entropy = log_total - weighted / total
         ctx.save_for_backward(hidden, weight, targets_n, rows, maximum + log_total, entropy)
-        ctx.shard, ctx.sequence_parallel = shard, sequence_parallel and size > 1
+        ctx.shard = shard
         return logp, entropy
 
     @staticmethod
@@ -120,120 +146,149 @@ class _Head(torch.autograd.Function):
         shard: _Shard = ctx.shard
         grad_logp, grad_entropy = grads
         live = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(1)  # NaN != 0, so it is not lost
+        into = _WeightGradient(weight, shard)
+        if not len(live):  # on all ranks of the group alike: upstream gradients are the same there
+            return torch.zeros_like(hidden), into.result(), None, None, None
         wanted = live if rows is None else rows[live]
-        hidden_n = _take_rows(hidden, wanted, shard.group if ctx.sequence_parallel else None)
-        grad_hidden_n, grad_weight = _gradients(
-            hidden_n,
+        grad_hidden_n = _gradients(
+            _gather(hidden, wanted, shard),
             weight,
             targets_n[live],
-            log_sum_exp[live],
-            entropy[live],
-            grad_logp[live],
-            grad_entropy[live],
+            (log_sum_exp[live], entropy[live], grad_logp[live] * shard.scale, grad_entropy[live] * shard.scale),
+            into,
             shard,
         )
-        grad_hidden = torch.zeros_like(hidden)
-        if shard.group is not None:
-            dist.all_reduce(grad_hidden_n, group=shard.group)
-        if ctx.sequence_parallel:
-            start = dist.get_rank(shard.group) * hidden.shape[0]
-            mine = (wanted >= start) & (wanted < start + hidden.shape[0])
-            wanted, grad_hidden_n = wanted[mine] - start, grad_hidden_n[mine]
-        grad_hidden.index_add_(0, wanted, grad_hidden_n.to(hidden.dtype))
-        return grad_hidden, grad_weight, None, None, None, None, None, None
-
-
-def _take_rows(hidden: Tensor, rows: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
-    """The wanted rows of the whole sequence, gathered first where the sequence is sharded over ``group``."""
-    if group is not None:
-        gathered = hidden.new_empty(hidden.shape[0] * dist.get_world_size(group), hidden.shape[1])
-        dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=group)
-        hidden = gathered
-    return hidden if rows is None else hidden[rows]
+        return _scatter(grad_hidden_n, wanted, hidden, shard), into.result(), None, None, None
 
 
 def _statistics(hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Shard) -> tuple[Tensor, ...]:
-    """Maximum, sum of exp(d), sum of exp(d) d and the target's logit, each [n], over all columns of all ranks."""
-    stats = torch.empty(4, hidden_n.shape[0], dtype=shard.dtype, device=hidden_n.device)
-    for tile in shard.row_tiles(hidden_n.shape[0]):
-        stats[:, tile] = _tile_statistics(hidden_n[tile], weight, targets_n[tile], shard)
-    if shard.group is None:
-        return tuple(stats)
-    parts = [torch.empty_like(stats) for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(parts, stats, group=shard.group)
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = _merge(merged, part)
-    return tuple(merged)
-
-
-def _tile_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, shard: _Shard) -> Tensor:
-    merged: Tensor | None = None
-    for columns in shard.column_tiles():
-        z = shard.logits(hidden, weight[columns])
-        local = targets - (shard.first + columns.start)
-        owned = (local >= 0) & (local < z.shape[1])
-        target_logit = z.gather(1, local.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        target_logit = torch.where(owned, target_logit, torch.zeros_like(target_logit))
-        # A row of -inf only (a tile of forbidden tokens) must not turn into NaN.
-        maximum = z.amax(1).clamp_min(torch.finfo(z.dtype).min)
-        d = z.sub_(maximum.unsqueeze(1))
-        exp = d.exp()
-        weighted = exp.mul(d.clamp_min_(-1e30)).sum(1)  # 0 * -inf would be NaN; exp(-1e30) is 0
-        tile = torch.stack((maximum, exp.sum(1), weighted, target_logit))
-        merged = tile if merged is None else _merge(merged, tile)
-    return merged if merged is not None else _nothing(hidden.shape[0], shard.dtype, hidden.device)
-
-
-def _nothing(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The statistics of no column at all (a rank whose columns are all padding)."""
-    stats = torch.zeros(4, rows, dtype=dtype, device=device)
-    stats[0] = torch.finfo(dtype).min
-    return stats
-
-
-def _merge(a: Tensor, b: Tensor) -> Tensor:
-    """Statistics of the union of two sets of columns: both are moved to the larger maximum, then added."""
-    maximum = torch.maximum(a[0], b[0])
-    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    for part in (a, b):
-        shift = (part[0] - maximum).clamp_min_(-1e30)
-        scale = shift.exp()
-        total += part[1] * scale
-        weighted += (part[2] + part[1] * shift) * scale
-    return torch.stack((maximum, total, weighted, a[3] + b[3]))
+    """Maximum, s, u and the target's logit, each [n], over all columns of all ranks."""
+    stats = tiles.empty_statistics(len(hidden_n), shard.dtype, hidden_n.device)
+    kernels = _kernels(hidden_n.device)
+    for columns in shard.column_tiles(hidden_n.device):
+        weight_tile = shard.operand(weight[columns])
+        for tile in _row_tiles(len(hidden_n), hidden_n.device):
+            z = shard.logits(shard.operand(hidden_n[tile]), weight_tile)
+            kernels.fold_statistics_(stats[:, tile], z, targets_n[tile] - (shard.first + columns.start))
+    if shard.group is not None:
+        size = dist.get_world_size(shard.group)
+        parts = stats.new_empty(size * len(stats), stats.shape[1])
+        dist.all_gather_into_tensor(parts, stats, group=shard.group)
+        stats = tiles.merge_statistics(parts.chunk(size))
+    return tuple(stats)
 
 
 def _gradients(
     hidden_n: Tensor,
     weight: Tensor,
     targets_n: Tensor,
-    log_sum_exp: Tensor,
-    entropy: Tensor,
-    grad_logp: Tensor,
-    grad_entropy: Tensor,
+    of_rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    into: "_WeightGradient",
     shard: _Shard,
-) -> tuple[Tensor, Tensor]:
-    """This rank's part of d hidden [n, H] in the working precision, and d weight in the weight's own."""
+) -> Tensor:
+    """This rank's part of dhidden, [n, H] in the working precision; that of dW goes ``into`` its place."""
     grad_hidden = torch.zeros(hidden_n.shape, dtype=shard.dtype, device=hidden_n.device)
-    grad_weight = torch.zeros_like(weight)
-    with_entropy = bool((grad_entropy != 0).any())
-    for columns in shard.column_tiles():
-        grad_tile = torch.zeros(weight[columns].shape, dtype=shard.dtype, device=weight.device)
-        for tile in shard.row_tiles(hidden_n.shape[0]):
-            log_p = shard.logits(hidden_n[tile], weight[columns]).sub_(log_sum_exp[tile].unsqueeze(1))
-            p = log_p.exp()
-            if with_entropy:
-                log_p = log_p.clamp_min_(-1e30).add_(entropy[tile].unsqueeze(1)).mul_(grad_entropy[tile].unsqueeze(1))
-                dz = p.mul_(log_p.add_(grad_logp[tile].unsqueeze(1))).neg_()
-            else:
-                dz = p.mul_(-grad_logp[tile].unsqueeze(1))
-            local = targets_n[tile] - (shard.first + columns.start)
-            owned = ((local >= 0) & (local < dz.shape[1])).nonzero().squeeze(1)
-            dz[owned, local[owned]] += grad_logp[tile][owned]
-            if shard.temperature != 1.0:
-                dz.div_(shard.temperature)
-            grad_hidden[tile] += dz @ weight[columns].to(shard.dtype)
-            grad_tile += dz.t() @ hidden_n[tile].to(shard.dtype)
-        grad_weight[columns] = grad_tile.to(weight.dtype)
-    return grad_hidden, grad_weight
+    with_entropy = bool((of_rows[3] != 0).any())
+    kernels = _kernels(hidden_n.device)
+    for columns in shard.column_tiles(hidden_n.device):
+        weight_tile = shard.operand(weight[columns])
+        with into.tile(columns) as grad_weight_tile:
+            for tile in _row_tiles(len(hidden_n), hidden_n.device):
+                hidden_tile = shard.operand(hidden_n[tile])
+                log_sum_exp, entropy, grad_logp, grad_entropy = (vector[tile] for vector in of_rows)
+                dz = kernels.logits_gradient_(
+                    shard.logits(hidden_tile, weight_tile),
+                    targets_n[tile] - (shard.first + columns.start),
+                    log_sum_exp,
+                    entropy,
+                    grad_logp,
+                    grad_entropy if with_entropy else None,
+                    hidden_tile.dtype,
+                )
+                shard.add_product_(grad_hidden[tile], dz, weight_tile)
+                shard.add_product_(grad_weight_tile, dz.t(), hidden_tile)
+    return grad_hidden
+
+
+class _WeightGradient:
+    """Where dW goes: a tensor of its own, or the weight's ``main_grad``."""
+
+    def __init__(self, weight: Tensor, shard: _Shard) -> None:
+        self._weight, self._shard = weight, shard
+        self._out: Tensor = weight.main_grad if shard.fuse else torch.zeros_like(weight)  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def tile(self, columns: slice) -> Iterator[Tensor]:
+        """Rows of dW to add to, in the working precision."""
+        out = self._out[columns]
+        if out.dtype == self._shard.dtype:
+            yield out
+        else:
+            sums = torch.zeros_like(out, dtype=self._shard.dtype)
+            yield sums
+            out += sums
+
+    def result(self) -> Tensor:
+        """What autograd gets. After fusion it is a placeholder that Megatron's hook discards, unless the weight is also
+        the embedding of this stage (``zero_out_wgrad``): then both gradients meet there, and this one must be zero."""
+        if not self._shard.fuse:
+            return self._out
+        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        zero = getattr(self._weight, "zero_out_wgrad", False)
+        return torch.zeros_like(self._weight) if zero else torch.empty_like(self._weight)
+
+
+def _gather(hidden: Tensor, rows: Tensor | None, shard: _Shard) -> Tensor:
+    """The wanted rows, [n, H]; where the sequence is sharded only these travel."""
+    if not shard.sequence_parallel:
+        return hidden if rows is None else hidden[rows]
+    size = dist.get_world_size(shard.group)
+    if rows is None:
+        everything = hidden.new_empty(size * hidden.shape[0], hidden.shape[1])
+        dist.all_gather_into_tensor(everything, hidden.contiguous(), group=shard.group)
+        return everything
+    slots = _slots(rows, hidden.shape[0], shard)
+    sent = hidden.new_zeros(slots.height, hidden.shape[1])
+    sent[: len(slots.mine)] = hidden[slots.mine]
+    received = hidden.new_empty(size * slots.height, hidden.shape[1])
+    dist.all_gather_into_tensor(received, sent, group=shard.group)
+    return received[slots.of_row]
+
+
+def _scatter(grad_n: Tensor, rows: Tensor, hidden: Tensor, shard: _Shard) -> Tensor:
+    """dhidden of this rank's sequence from every rank's part of the wanted rows [n, H]."""
+    grad_hidden = torch.zeros_like(hidden)
+    if shard.sequence_parallel:
+        slots = _slots(rows, hidden.shape[0], shard)
+        parts = grad_n.new_zeros(dist.get_world_size(shard.group) * slots.height, hidden.shape[1])
+        parts[slots.of_row] = grad_n
+        received = grad_n.new_empty(slots.height, hidden.shape[1])
+        dist.reduce_scatter_tensor(received, parts, group=shard.group)
+        rows, grad_n = slots.mine, received[: len(slots.mine)]
+    elif shard.group is not None:
+        dist.all_reduce(grad_n, group=shard.group)
+    return grad_hidden.index_add_(0, rows, grad_n.to(hidden.dtype))
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Place of each wanted row in a buffer where every rank has as many slots as the rank with the most rows needs.
+
+    Attributes:
+        height: slots of a rank, at least 1.
+        of_row: [n], the row's slot.
+        mine: wanted rows of this rank, counted from its first, in the order of their slots.
+    """
+
+    height: int
+    of_row: Tensor
+    mine: Tensor
+
+
+def _slots(rows: Tensor, local_length: int, shard: _Shard) -> _Slots:
+    rank, size = dist.get_rank(shard.group), dist.get_world_size(shard.group)
+    owner = rows // local_length
+    owned_by = owner.unsqueeze(1) == torch.arange(size, device=rows.device)
+    height = max(1, int(owned_by.sum(0).max()))
+    place = owned_by.cumsum(0).gather(1, owner.unsqueeze(1)).squeeze(1) - 1
+    return _Slots(height, owner * height + place, rows[owner == rank] - rank * local_length)

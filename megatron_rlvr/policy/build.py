@@ -98,6 +98,14 @@ _OWNED_ELSEWHERE = {
     "clip_grad": "optimizer.clip_grad",
     "optimizer": "nothing: Adam is used",
 }
+_REFUSED = {
+    "mtp_num_layers": "multi-token prediction has no reward; train without it",
+    "defer_embedding_wgrad_compute": "the output layer's gradient is made tile by tile and never deferred",
+    "wgrad_deferral_limit": "the output layer's gradient is made tile by tile and never deferred",
+    "cross_entropy_loss_fusion": "the loss is not cross entropy and holds no logits",
+    "cross_entropy_fusion_impl": "the loss is not cross entropy and holds no logits",
+    "fp16": "training is in model.dtype float32 or bfloat16",
+}
 
 
 def check_passthrough(
@@ -115,6 +123,13 @@ def check_passthrough(
         if key in owned or key in _OWNED_ELSEWHERE:
             decided_by = _OWNED_ELSEWHERE.get(key, "the model folder and the sections model and parallel")
             raise SettingsError(f"megatron.{key} is decided by {decided_by}; remove it")
+        if key in _REFUSED and megatron[key]:
+            raise SettingsError(f"megatron.{key} {megatron[key]} cannot be used: {_REFUSED[key]}; remove it")
+    if megatron.get("gradient_accumulation_fusion") and not platform.has_fused_weight_gradients():
+        raise SettingsError(
+            "megatron.gradient_accumulation_fusion true needs a GPU and apex's fused weight gradients; install apex "
+            "or remove it"
+        )
 
 
 def _config(cls: type, megatron: Mapping[str, Any], **fields: Any) -> Any:

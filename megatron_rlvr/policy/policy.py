@@ -194,6 +194,7 @@ class Policy:
             valid_vocab=self.hf_config["vocab_size"],
             temperature=self._temperature,
             rows=rows,
+            gradient_accumulation_fusion=self._config.gradient_accumulation_fusion,
         )
 
     def _score_one(self, hidden: Tensor, number: int, batch: MicroBatch, chunk: Any) -> tuple[Tensor, Tensor, Any]:
@@ -223,6 +224,7 @@ class Policy:
             rollout_logp=batch.rollout_logp[mask],
             advantages=batch.advantages[mask],
             sequence=batch.sequence[mask],
+            sequences=len(batch.cu_seqlens) - 1,
         )
         total, figures = loss(logp, tokens)
         total = total / count

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from reference_training import Group, Recipe, Trace
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Run:
     recipe: Recipe = field(default_factory=Recipe)
     layout: Layout = field(default_factory=Layout)
     dtype: str = "float32"
+    fuse_output_gradient: bool = False
 
 
 @dataclass
@@ -48,6 +50,7 @@ class RankTrace(Trace):
     last_stage: bool = True
     micro_batches: list[list[list[int]]] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
+    fused: bool = False
 
 
 @contextlib.contextmanager
@@ -140,6 +143,9 @@ def trained(run: Run) -> RankTrace:
     settings = settings_of(run.recipe)
     with policy_of(run.folder, run.layout, run.recipe, run.dtype) as policy:
         trace = RankTrace(data_rank=policy.ranks.data_rank, last_stage=policy.ranks.last_stage)
+        # Megatron's own linear layers took their choice when they were made: this reaches the output layer only, since
+        # theirs needs apex.
+        policy._config.gradient_accumulation_fusion = run.fuse_output_gradient
         mini_batches = mini_batches_of(policy, run.groups, run.layout.budget, run.recipe.mini_batch_groups)
         learner = Learner(settings, _recording(policy, trace), DapoLoss(settings.loss))
         for step in range(1, run.recipe.steps + 1):
@@ -148,6 +154,8 @@ def trained(run: Run) -> RankTrace:
             figures = learner.learn(step, mini_batches, lambda phase: contextlib.nullcontext())
             trace.threshold.append(figures.get("selection/threshold", 0.0))
         trace.weights = {name: tensor.clone() for name, tensor in policy.export_weights()}
+        if policy.ranks.last_stage:
+            trace.fused = policy._chunks[-1].module.output_weight.grad_added_to_main_grad
         return trace
 
 
@@ -192,6 +200,39 @@ def scored_and_exported(
             for token, logp, entropy in zip(batch.token_ids.tolist(), *(v.tolist() for v in values), strict=True)
         }
         return by_token, {name: tensor.clone() for name, tensor in policy.export_weights()}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made, in forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def largest_tensors(folder: str, groups: list[Group], layout: Layout) -> dict[str, int]:
+    """Elements of the largest tensor of a score pass, and of a training pass by old and by current entropies."""
+    from megatron_rlvr.algo.loss import DapoLoss
+    from megatron_rlvr.config import LossSettings
+
+    found = {}
+    with policy_of(folder, layout, Recipe()) as policy:
+        (mini,) = mini_batches_of(policy, groups, layout.budget, len(groups))
+        (batch,) = mini.micro_batches
+        policy.start_step()
+        with LargestTensor() as found["score"]:
+            scores = policy.score([batch])
+        mask = scores.entropy[0] >= scores.entropy[0].quantile(0.8)
+        loss = DapoLoss(LossSettings())
+        for name, masks in (("old", [mask]), ("current", lambda batch, entropy: entropy >= entropy.quantile(0.8))):
+            with LargestTensor() as found[name]:
+                policy.train_step([batch], masks, scores.logp, loss, mini.response_tokens)
+    return {name: watch.elements for name, watch in found.items()}
 
 
 def refused(folder: str) -> str:

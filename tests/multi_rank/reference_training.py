@@ -55,15 +55,15 @@ class Trace:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_groups(count: int, vocabulary: int, seed: int) -> list[Group]:
-    """Prompts of 1 to 10 and responses of 1 to 40 random tokens; in every group one is right and one wrong."""
+def make_groups(count: int, vocabulary: int, seed: int, longest: int = 40) -> list[Group]:
+    """Prompts of 1 to 10 and responses of 1 to ``longest`` random tokens; in every group one is right and one wrong."""
     random = np.random.default_rng(seed)
 
     def tokens(most: int) -> list[int]:
         return random.integers(vocabulary, size=random.integers(1, most + 1)).tolist()
 
     return [
-        (tokens(10), [tokens(40) for _ in range(GROUP_SIZE)], [1.0, -1.0, *random.choice([-1.0, 1.0], 2).tolist()])
+        (tokens(10), [tokens(longest) for _ in range(GROUP_SIZE)], [1.0, -1.0, *random.choice([-1.0, 1.0], 2).tolist()])
         for _ in range(count)
     ]
 

@@ -1,4 +1,7 @@
-"""The tiled, vocabulary-parallel head against a float64 softmax over whole logits, differentiated by autograd."""
+"""The tiled, vocabulary-parallel head against a float64 softmax over whole logits, differentiated by autograd.
+
+On a CPU the Triton kernels run in Triton's interpreter, a thousand times slower: they get every fifth case.
+"""
 
 from dataclasses import dataclass, replace
 from itertools import product
@@ -9,12 +12,12 @@ import torch
 from launcher import Ranks, process_group
 from torch import Tensor
 
-from megatron_rlvr.algo import head
+from megatron_rlvr.algo import head, tiles, tiles_triton
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 
 POSITIONS, HIDDEN, PADDED_VOCAB = 24, 8, 64
-WHOLE_TILES = (head._TILE_ELEMENTS, head._TILE_COLUMNS)
-TINY_TILES = (24, 5)  # 5 columns, 4 rows: neither divides anything
+WHOLE_TILES = head._TILE_SHAPE["cpu"]
+TINY_TILES = (7, 5)  # rows, columns: neither divides anything
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Case:
     rows: Tensor | None = None
     tiles: tuple[int, int] = WHOLE_TILES
     sequence_parallel: bool = False
+    kernels: str = "torch"
+
+
+KERNELS = {"torch": tiles, "triton": tiles_triton}
 
 
 @dataclass(frozen=True)
@@ -44,31 +51,36 @@ class Outcome:
     entropy_has_gradient: bool
 
 
-def head_of(case: Case, group=None) -> Outcome:
-    """The head on one rank of ``group``, with its shard of the inputs."""
+def head_of(case: Case, group=None, device: str = "cpu") -> Outcome:
+    """The head on one rank of ``group``, with its shard of the inputs, computed on ``device``."""
     rank, size = (torch.distributed.get_rank(group), group.size()) if group is not None else (0, 1)
     hidden = case.hidden.chunk(size)[rank] if case.sequence_parallel else case.hidden
-    hidden = hidden.clone().requires_grad_()
-    weight = case.weight.chunk(size)[rank].clone().requires_grad_()
-    with mock.patch.multiple(head, _TILE_ELEMENTS=case.tiles[0], _TILE_COLUMNS=case.tiles[1]):
+    hidden = hidden.to(device, copy=True).requires_grad_()
+    weight = case.weight.chunk(size)[rank].to(device, copy=True).requires_grad_()
+    with (
+        mock.patch.dict(head._TILE_SHAPE, {device: case.tiles}),
+        mock.patch.object(head, "_kernels", return_value=KERNELS[case.kernels]),
+    ):
         logp, entropy = vocab_parallel_logp_entropy(
             hidden,
             weight,
-            case.targets,
+            case.targets.to(device),
             tp_group=group,
             sequence_parallel=case.sequence_parallel,
             valid_vocab=case.valid_vocab,
             temperature=case.temperature,
-            rows=case.rows,
+            rows=case.rows if case.rows is None else case.rows.to(device),
             entropy_grad=case.grad_entropy is not None,
         )
-        if case.grad_entropy is None:
-            torch.autograd.backward([logp], [case.grad_logp.to(logp.dtype)])
-        else:
-            torch.autograd.backward([logp, entropy], [g.to(logp.dtype) for g in (case.grad_logp, case.grad_entropy)])
+        outputs, grads = [logp], [case.grad_logp]
+        if case.grad_entropy is not None:
+            outputs, grads = [logp, entropy], [case.grad_logp, case.grad_entropy]
+        torch.autograd.backward(outputs, [grad.to(device, logp.dtype) for grad in grads])
     assert hidden.grad is not None
     assert weight.grad is not None
-    return Outcome(logp.detach(), entropy.detach(), hidden.grad, weight.grad, entropy.requires_grad)
+    return Outcome(
+        logp.detach().cpu(), entropy.detach().cpu(), hidden.grad.cpu(), weight.grad.cpu(), entropy.requires_grad
+    )
 
 
 def on_ranks(cases: list[Case]) -> list[Outcome]:
@@ -165,7 +177,7 @@ def all_combinations() -> list[Case]:
 def with_forbidden_tokens() -> list[Case]:
     """Logits of -inf from finite inputs (1e200 times -1e200): scattered, a whole tile, a whole rank, a target."""
     cases = []
-    for seed, tiles, sequence_parallel in product(range(3), (WHOLE_TILES, TINY_TILES), (False, True)):
+    for seed, shape, sequence_parallel in product(range(3), (WHOLE_TILES, TINY_TILES), (False, True)):
         case = random_case(1000 + seed)
         forbidden = torch.rand(PADDED_VOCAB, generator=torch.Generator().manual_seed(seed)) < 0.3
         forbidden[:10] = forbidden[48:] = True
@@ -176,7 +188,7 @@ def with_forbidden_tokens() -> list[Case]:
         case.weight[:, 0] = forbidden.double() * -1e200
         targets = allowed[torch.arange(POSITIONS) % len(allowed)]
         targets[5] = 2  # forbidden: its log-probability is -inf, its gradient is not
-        cases.append(replace(case, targets=targets, tiles=tiles, sequence_parallel=sequence_parallel))
+        cases.append(replace(case, targets=targets, tiles=shape, sequence_parallel=sequence_parallel))
     return cases
 
 
@@ -203,9 +215,13 @@ def with_hidden_states_that_are_not_finite() -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_values_and_gradients_are_those_of_a_float64_softmax_over_whole_logits(ranks: Ranks, size):
-    cases = all_combinations() + with_forbidden_tokens() + with_nan_upstream()
+def with_kernels(cases: list[Case], kernels: str) -> list[Case]:
+    return [replace(case, kernels=kernels) for case in (cases[::5] if kernels == "triton" else cases)]
+
+
+@pytest.mark.parametrize(("size", "kernels"), [(1, "torch"), (2, "torch"), (4, "torch"), (1, "triton")])
+def test_values_and_gradients_are_those_of_a_float64_softmax_over_whole_logits(ranks: Ranks, size, kernels):
+    cases = with_kernels(all_combinations() + with_forbidden_tokens() + with_nan_upstream(), kernels)
     by_rank = ranks.run(on_ranks, size, cases) if size > 1 else [[head_of(case) for case in cases]]
     for case, *outcomes in zip(cases, *by_rank, strict=True):
         actual = joined(case, outcomes)
@@ -242,9 +258,9 @@ def peaked_case() -> Case:
     return replace(case, hidden=hidden, weight=weight, targets=torch.full((POSITIONS,), 9))
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_entropies_of_peaked_tokens_keep_their_digits_in_fp32(ranks: Ranks, size):
-    case = peaked_case()
+@pytest.mark.parametrize(("size", "kernels"), [(1, "torch"), (4, "torch"), (1, "triton")])
+def test_entropies_of_peaked_tokens_keep_their_digits_in_fp32(ranks: Ranks, size, kernels):
+    case = replace(peaked_case(), kernels=kernels)
     by_rank = ranks.run(on_ranks, size, [case]) if size > 1 else [[head_of(case)]]
     actual, wanted = joined(case, [outcomes[0] for outcomes in by_rank]), expected(case)
     assert actual.entropy.dtype == torch.float32

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from launcher import Ranks
-from policy_runs import Layout, RankTrace, Run, refused, saved, scored_and_exported, trained
+from policy_runs import Layout, RankTrace, Run, largest_tensors, refused, saved, scored_and_exported, trained
 from reference_training import Recipe, Trace, load, make_groups, token_scores, train
 from safetensors.torch import load_file, save_file
 
@@ -187,6 +187,35 @@ def test_five_training_steps_are_those_of_plain_autograd_in_every_layout(ranks: 
         for trace in traces:
             assert trace.threshold == pytest.approx(means, abs=1e-4)
             assert trace.learning_rate == pytest.approx([0.0015, 0.003, 0.003, 0.003, 0.003])
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"), [("untied", (SEVERAL_MICRO_BATCHES, SEQUENCE_PIPELINE)), ("tied", TIED_LAYOUTS)]
+)
+def test_adding_the_output_layers_gradient_to_main_grad_changes_nothing(ranks: Ranks, folders, name, layouts):
+    """Tied on one stage, the gradients of embedding and output layer meet in one parameter."""
+    recipe = Recipe(steps=2)
+    wanted = train(folders[name], GROUPS, recipe)
+    for layout in layouts:
+        traces = ranks.run(trained, layout.size, Run(folders[name], GROUPS, recipe, layout, fuse_output_gradient=True))
+        assert all(trace.fused for trace in traces if trace.last_stage)
+        assert_same_training(traces, wanted, layout)
+
+
+def test_the_logits_never_exist_in_any_pass(ranks: Ranks, tmp_path):
+    """No operation makes a tensor of as many elements as the logits of this rank's columns; a tile is the largest."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    vocab = 12_000
+    config = Qwen3Config(**SHAPE | {"vocab_size": vocab, "max_position_embeddings": 1024}, tie_word_embeddings=True)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    groups = make_groups(4, vocab, seed=1, longest=400)
+    rows = sum(len(response) for _, responses, _ in groups for response in responses)
+    for layout in (ONE_RANK, replace(SEQUENCE, budget=ONE_RANK.budget)):
+        logits = rows * vocab // layout.tensor
+        for found in ranks.run(largest_tensors, layout.size, str(tmp_path), groups, layout):
+            assert found.keys() == {"score", "old", "current"}
+            assert max(found.values()) <= 1024 * 2048 < logits / 3, (layout, found, logits)
 
 
 OTHER_RECIPES = {

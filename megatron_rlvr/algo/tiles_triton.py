@@ -1,0 +1,108 @@
+"""The two functions of `tiles` as Triton kernels: a tile of logits is read once, and dz is written once.
+
+The products stay with the library's matrix multiplication, which is faster than one fused into a kernel would be; what
+is left is bound by reading the tile, which stays in an H100's cache at 32 MiB.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_FAR_BELOW = tl.constexpr(-1e30)  # as in `tiles`
+_COLUMNS_AT_ONCE = 2048
+
+
+def fold_statistics_(stats: Tensor, z: Tensor, targets: Tensor) -> None:
+    """`tiles.fold_statistics_`; the tile is left as it is."""
+    rows, columns = z.shape
+    _fold[(rows,)](stats, z, targets, columns, stats.stride(0), z.stride(0), BLOCK=_block(columns), num_warps=8)
+
+
+def logits_gradient_(
+    z: Tensor,
+    targets: Tensor,
+    log_sum_exp: Tensor,
+    entropy: Tensor,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`tiles.logits_gradient_`; in place of the logits where they have the wanted precision."""
+    rows, columns = z.shape
+    out = z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
+    block = _block(columns)
+    _gradient[(rows, triton.cdiv(columns, block))](
+        out,
+        z,
+        targets,
+        log_sum_exp,
+        entropy,
+        grad_logp,
+        grad_logp if grad_entropy is None else grad_entropy,
+        columns,
+        z.stride(0),
+        WITH_ENTROPY=grad_entropy is not None,
+        BLOCK=block,
+        num_warps=8,
+    )
+    return out
+
+
+def _block(columns: int) -> int:
+    return min(_COLUMNS_AT_ONCE, triton.next_power_of_2(columns))
+
+
+@triton.jit
+def _fold(stats, z, targets, columns, stats_stride, row_stride, BLOCK: tl.constexpr):
+    """One program a row: its statistics are carried over blocks of columns."""
+    row = tl.program_id(0)
+    maximum = tl.load(stats + row)
+    total = tl.load(stats + stats_stride + row)
+    weighted = tl.load(stats + 2 * stats_stride + row)
+    for start in range(0, columns, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        x = tl.load(z + row * row_stride + offsets, mask=offsets < columns, other=-float("inf"))
+        risen = tl.maximum(maximum, tl.max(x, 0))
+        shift = tl.maximum(maximum - risen, _FAR_BELOW)
+        scale = tl.exp(shift)
+        d = x - risen
+        exp = tl.exp(d)
+        weighted = (weighted + total * shift) * scale + tl.sum(tl.where(exp > 0, exp * d, 0.0), 0)
+        total = total * scale + tl.sum(exp, 0)
+        maximum = risen
+    tl.store(stats + row, maximum)
+    tl.store(stats + stats_stride + row, total)
+    tl.store(stats + 2 * stats_stride + row, weighted)
+    target = tl.load(targets + row)
+    if (target >= 0) & (target < columns):
+        logit = tl.load(stats + 3 * stats_stride + row) + tl.load(z + row * row_stride + target)
+        tl.store(stats + 3 * stats_stride + row, logit)
+
+
+@triton.jit
+def _gradient(
+    out,
+    z,
+    targets,
+    log_sum_exp,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    columns,
+    row_stride,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a block of columns of a row; ``out`` has the strides of ``z`` and may be it."""
+    row = tl.program_id(0)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < columns
+    upstream = tl.load(grad_logp + row)
+    log_p = tl.load(z + row * row_stride + offsets, mask=inside, other=-float("inf")) - tl.load(log_sum_exp + row)
+    p = tl.exp(log_p)
+    pull = upstream
+    if WITH_ENTROPY:
+        pull += tl.load(grad_entropy + row) * (tl.maximum(log_p, _FAR_BELOW) + tl.load(entropy + row))
+    dz = tl.where(offsets == tl.load(targets + row), upstream, 0.0) - p * pull
+    tl.store(out + row * row_stride + offsets, dz.to(out.dtype.element_ty), mask=inside)
