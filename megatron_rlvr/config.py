@@ -60,14 +60,30 @@ class ParallelSettings(Section):
     """Ranks that share each layer's weights."""
     pipeline: int = Field(default=1, ge=1)
     """Stages the layers are cut into."""
+    virtual_pipeline: int = Field(default=1, ge=1)
+    """Pieces of the model on each stage (interleaved schedule): shorter waits, more messages. Needs a pipeline."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share each sequence: the activations of a long response are cut between them."""
+    expert: int = Field(default=1, ge=1)
+    """Ranks that share the experts of each layer (mixture-of-experts models only); taken from the data-parallel ones."""
     sequence: bool = False
     """Sequence parallel: the tensor-parallel ranks also share the norms' activations. Needs `parallel.tensor` > 1."""
 
     @model_validator(mode="after")
-    def _sequence_needs_tensor(self) -> "ParallelSettings":
+    def _combination(self) -> "ParallelSettings":
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence true does nothing with parallel.tensor 1; drop one of the two")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline {self.virtual_pipeline} does nothing with parallel.pipeline 1; drop it, or "
+                "raise parallel.pipeline"
+            )
         return self
+
+    @property
+    def replica(self) -> int:
+        """Ranks that hold one copy of the model, experts aside."""
+        return self.tensor * self.context * self.pipeline
 
 
 class PromptFileSettings(Section):
@@ -190,14 +206,60 @@ class SelectionSettings(Section):
 
 
 class LossSettings(Section):
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """The ratio is clipped below at 1 - clip_low."""
+    objective: Literal["dapo", "gspo", "cispo"] = "dapo"
+    """dapo: clips each token's ratio; gspo: each sequence's; cispo: weights log-probabilities by the cut ratio."""
+    clip_low: float | None = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low; 3e-4 with `objective: gspo`, null (not at all) with cispo."""
     clip_high: float = Field(default=0.28, gt=0)
-    """The ratio is clipped above at 1 + clip_high (DAPO's clip-higher)."""
+    """The ratio is clipped above at 1 + clip_high (DAPO's clip-higher); 4e-4 with `objective: gspo`, 4 with cispo."""
     dual_clip: float | None = Field(default=10.0, gt=1)
-    """Bound on the ratio where the advantage is negative (dual-clip PPO); null: none."""
+    """Bound on the ratio where the advantage is negative (dual-clip PPO); null: none, as with gspo and cispo."""
+    rollout_correction: Literal["none", "tis", "mis"] = "none"
+    """Weight by w = p(policy before the update) / p(engine): tis cuts w at C, mis drops tokens beyond 1/C .. C."""
+    correction_cap: float | None = Field(default=2.0, gt=1)
+    """C of `loss.rollout_correction`; null with none."""
     normalizer: Literal["all_tokens", "selected_tokens"] = "all_tokens"
     """Divide by all response tokens (the paper's formula) or by the selected ones (its released code)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults = _OBJECTIVE_DEFAULTS.get(str(values.get("objective")), {})
+        if values.get("rollout_correction", "none") == "none":
+            defaults = defaults | {"correction_cap": None}
+        return defaults | values
+
+    @model_validator(mode="after")
+    def _combination(self) -> "LossSettings":
+        if self.objective == "cispo" and self.clip_low is not None:
+            raise ValueError(f"loss.clip_low {self.clip_low} does nothing with loss.objective cispo; drop it")
+        if self.objective != "cispo" and self.clip_low is None:
+            raise ValueError(f"loss.clip_low null does not go with loss.objective {self.objective}; give a number")
+        if self.objective != "dapo" and self.dual_clip is not None:
+            raise ValueError(
+                f"loss.dual_clip {self.dual_clip} does nothing with loss.objective {self.objective}; drop it"
+            )
+        if self.rollout_correction == "none" and self.correction_cap is not None:
+            raise ValueError(
+                f"loss.correction_cap {self.correction_cap} does nothing with loss.rollout_correction none; drop it, "
+                "or choose tis or mis"
+            )
+        if self.rollout_correction != "none" and self.correction_cap is None:
+            raise ValueError(
+                f"loss.correction_cap null does not go with loss.rollout_correction {self.rollout_correction}; give a "
+                "number above 1"
+            )
+        return self
+
+
+# What differs from dapo's defaults. gspo: arXiv 2507.18071, section 5.1. cispo: MiniMax-M1 (arXiv 2506.13585) tunes the
+# upper bound only; ScaleRL (arXiv 2510.13786) compares ratios of at most 4, 5 and 8 and finds little difference.
+_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": None},
+    "cispo": {"clip_low": None, "clip_high": 4.0, "dual_clip": None},
+}
 
 
 class BatchSettings(Section):

@@ -234,8 +234,8 @@ def plan_in_words(resolved: Resolved) -> str:
         f"{s.rollout.temperature:g}; {sampling}",
         f"reward      {s.reward.function}: right {s.reward.correct:g}, wrong {s.reward.wrong:g}{overlong}",
         f"mask        {mask_in_words(s)}",
-        f"loss        clip {1 - s.loss.clip_low:g} .. {1 + s.loss.clip_high:g}, sum over the selected tokens / "
-        f"{divisor} of the mini-batch; advantages {s.advantage.estimator}",
+        f"loss        {loss_in_words(s)}, sum over the selected tokens / {divisor} of the mini-batch; advantages "
+        f"{s.advantage.estimator}",
         f"optimizer   {updates} each, Adam, learning rate {s.optimizer.learning_rate:g}{warmup}",
         f"evaluation  {_evaluation_in_words(resolved)}",
         f"run         {s.run.steps} steps into {s.run.dir}",
@@ -261,6 +261,19 @@ def mask_in_words(settings: Settings) -> str:
     owner = "policy before the update" if s.entropy == "old" else "policy being trained"
     whose = "" if s.keep == "random" else f", by the entropies of the {owner}"
     return f"the policy gradient touches the {s.fraction * 100:g} % of response tokens {which}, of {scope}{whose}"
+
+
+def loss_in_words(settings: Settings) -> str:
+    """What becomes of a token's ratio of probabilities, and what weighs its loss, in one line."""
+    s = settings.loss
+    ratio = {"dapo": "clip", "gspo": "gspo, clip of sequence ratios", "cispo": "cispo, weight"}[s.objective]
+    bounds = f"{1 + s.clip_high:g}"
+    bounds = f"at most {bounds}" if s.clip_low is None else f"{1 - s.clip_low:g} .. {bounds}"
+    words = f"{ratio} {bounds}"
+    if s.correction_cap is not None:
+        beyond = {"tis": "cut at {:g}", "mis": "0 beyond 1/{0:g} .. {0:g}"}[s.rollout_correction]
+        words += f", times policy / engine probability {beyond.format(s.correction_cap)} ({s.rollout_correction})"
+    return words
 
 
 def _evaluation_in_words(resolved: Resolved) -> str:

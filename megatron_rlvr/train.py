@@ -109,7 +109,7 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool) -> None:
 def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     """Trains as resolved and returns what summary.json says, on every rank."""
     from megatron_rlvr import platform
-    from megatron_rlvr.algo.loss import DapoLoss
+    from megatron_rlvr.algo.loss import make_loss
     from megatron_rlvr.data.cursor import PromptCursor
     from megatron_rlvr.evaluate import Evaluator
     from megatron_rlvr.learner import Learner
@@ -164,7 +164,7 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
         max_response_tokens=settings.rollout.max_response_tokens,
         seed=settings.run.seed,
     )
-    learner = Learner(settings, policy, DapoLoss(settings.loss))
+    learner = Learner(settings, policy, make_loss(settings.loss))
     folder = Path(settings.run.dir)
     log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main)
     try:

@@ -1,7 +1,8 @@
 """Who this process is: its place in Megatron's grid, and the groups through which it talks.
 
-A *replica* is the set of ranks that together hold one copy of the model (tensor x pipeline); there are
-``data_size`` of them. Ranks of a replica always hold the same sequences.
+A *replica* is the set of ranks that together hold one copy of the model (tensor x context x pipeline); there are
+``data_size`` of them. Ranks of a replica always hold the same sequences. Experts are the exception: they are shared by
+ranks of ``expert_size`` replicas.
 """
 
 from dataclasses import dataclass
@@ -24,11 +25,19 @@ class Ranks:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    context_rank: int
+    context_size: int
+    expert_rank: int
+    expert_size: int
     data_rank: int
     data_size: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    data_context_group: dist.ProcessGroup
+    """Ranks that hold the same weights, and different tokens."""
     data_objects: dist.ProcessGroup
     """Ranks at the same place in every replica, ordered by data rank."""
     replica_objects: dist.ProcessGroup
@@ -66,6 +75,10 @@ def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     data_rank = parallel_state.get_data_parallel_rank()
@@ -82,11 +95,18 @@ def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Rank
         tensor_size=parallel.tensor,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel.pipeline,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel.expert,
         data_rank=data_rank,
         data_size=data_size,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         data_objects=parallel_state.get_data_parallel_group_gloo(),
         replica_objects=groups[data_rank],
     )

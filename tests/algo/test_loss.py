@@ -1,35 +1,72 @@
-"""DAPO's loss against numbers worked out by hand, and against a token-by-token reference in float64."""
+"""The losses against numbers worked out by hand, and against a token-by-token reference in float64."""
 
 import math
 import random
-from dataclasses import fields
+from collections import defaultdict
+from dataclasses import dataclass, fields, replace
+from itertools import product
 
 import pytest
 import torch
 
-from megatron_rlvr.algo.loss import DapoLoss, SelectedTokens
+from megatron_rlvr.algo.loss import SelectedTokens, make_loss
 from megatron_rlvr.config import LossSettings
 
-LOW, HIGH, DUAL = 0.2, 0.28, 10.0
+OBJECTIVES = ("dapo", "gspo", "cispo")
+CORRECTIONS = ("none", "tis", "mis")
 
 
-def tokens_of(old_logp, advantages, dtype=torch.float64) -> SelectedTokens:
-    old = torch.as_tensor(old_logp, dtype=dtype)
-    return SelectedTokens(old, old, torch.as_tensor(advantages, dtype=dtype), torch.zeros(len(old), dtype=torch.int64))
+@dataclass(frozen=True)
+class Token:
+    """What a loss knows of one token; without a rollout log-probability, the engine is the policy before the update."""
+
+    logp: float
+    old: float
+    advantage: float
+    sequence: int = 0
+    rollout: float | None = None
 
 
-def run(logp, old_logp, advantages, dtype=torch.float64, **settings):
-    """(loss, gradient of each token's log-probability, figures)."""
-    leaf = torch.as_tensor(logp, dtype=dtype).requires_grad_()
-    loss, figures = DapoLoss(LossSettings(**settings))(leaf, tokens_of(old_logp, advantages, dtype))
+@dataclass(frozen=True)
+class Outcome:
+    """Loss, gradient of each token's log-probability, figures."""
+
+    loss: float
+    slopes: list[float]
+    figures: dict[str, float]
+
+
+def run(tokens: list[Token], dtype=torch.float64, sequences: int | None = None, **settings) -> Outcome:
+    def vector(values):
+        return torch.tensor(list(values), dtype=dtype)
+
+    selected = SelectedTokens(
+        old_logp=vector(t.old for t in tokens),
+        rollout_logp=vector(t.old if t.rollout is None else t.rollout for t in tokens),
+        advantages=vector(t.advantage for t in tokens),
+        sequence=torch.tensor([t.sequence for t in tokens], dtype=torch.int64),
+        sequences=sequences or 1 + max((t.sequence for t in tokens), default=0),
+    )
+    logp = vector(t.logp for t in tokens).requires_grad_()
+    loss, figures = make_loss(LossSettings(**settings))(logp, selected)
     loss.backward()
-    assert leaf.grad is not None
+    assert logp.grad is not None
     assert all(not value.requires_grad for value in figures.values())
-    return loss.item(), leaf.grad.tolist(), {name: float(value) for name, value in figures.items()}
+    return Outcome(loss.item(), logp.grad.tolist(), {name: float(value) for name, value in figures.items()})
 
+
+def with_ratios(*ratios: float, advantage: float = 1.0, logp: float = -1.5) -> list[Token]:
+    return [Token(logp, logp - math.log(ratio), advantage) for ratio in ratios]
+
+
+def exactly(value):
+    return pytest.approx(value, rel=1e-12, abs=1e-14)
+
+
+# Worked out by hand -------------------------------------------------------------------------------------------------
 
 # The ratio, the advantage, and by hand: the token's loss, its derivative by logp (r is its own derivative), clipped?
-REGIONS = {
+DAPO = {
     "inside, A > 0": (1.1, 2.0, -2.2, -2.2, 0),
     "inside, A < 0": (0.9, -2.0, 1.8, 1.8, 0),
     "on policy": (1.0, 3.0, -3.0, -3.0, 0),
@@ -44,84 +81,293 @@ REGIONS = {
 }
 
 
-@pytest.mark.parametrize("region", REGIONS)
-def test_each_region_has_the_loss_and_gradient_worked_out_by_hand(region):
-    ratio, advantage, expected, gradient, clipped = REGIONS[region]
-    loss, (slope,), figures = run([math.log(ratio) - 1.5], [-1.5], [advantage])
-    assert loss == pytest.approx(expected, rel=1e-12, abs=1e-15)
-    assert slope == pytest.approx(gradient, rel=1e-12, abs=1e-15)
-    assert figures["clip_fraction"] == clipped
-    assert figures["ratio"] == pytest.approx(ratio, rel=1e-12)
-    assert figures["kl"] == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-12, abs=1e-15)
+@pytest.mark.parametrize("region", DAPO)
+def test_dapo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region):
+    ratio, advantage, expected, slope, clipped = DAPO[region]
+    outcome = run(with_ratios(ratio, advantage=advantage))
+    assert (outcome.loss, outcome.slopes) == (exactly(expected), exactly([slope]))
+    assert outcome.figures == {
+        "clip_fraction": clipped,
+        "ratio": exactly(ratio),
+        "kl": exactly(ratio - 1 - math.log(ratio)),
+    }
 
 
 def test_without_dual_clip_the_loss_of_an_exploded_ratio_is_not_bounded():
-    loss, (slope,), _ = run([math.log(11.0)], [0.0], [-2.0], dual_clip=None)
-    assert (loss, slope) == (pytest.approx(22.0), pytest.approx(22.0))
+    outcome = run(with_ratios(11.0, advantage=-2.0), dual_clip=None)
+    assert (outcome.loss, outcome.slopes) == (exactly(22.0), exactly([22.0]))
 
 
-@pytest.mark.parametrize("dual_clip", [None, 10.0])
-def test_a_ratio_that_overflows_leaves_loss_and_gradient_finite(dual_clip):
-    logp, old = [0.0, 0.0, -1000.0, -1000.0, 0.0], [-1000.0, -1000.0, 0.0, 0.0, 0.0]
-    loss, slopes, figures = run(logp, old, [1.0, -1.0, 1.0, -1.0, 1.0], torch.float32, dual_clip=dual_clip)
-    assert all(math.isfinite(x) for x in (loss, *slopes, *figures.values()))
-    assert slopes[4] == -1.0, "the other tokens learn as ever"
+# The ratios of a sequence's tokens, whose geometric mean is easy, the advantage; the loss and slope of each token, and
+# how many are clipped. Bounds 0.8 .. 1.28.
+GSPO = {
+    "inside, A > 0": ((1.21, 1.0), 2.0, -2.2, -2.2, 0),
+    "inside, though each token is outside": ((2.0, 0.5), 2.0, -2.0, -2.0, 0),
+    "above, A > 0, with a token that is inside": ((4.0, 1.0), 2.0, -1.28 * 2, 0.0, 2),
+    "above, A < 0": ((4.0, 1.0), -2.0, 4.0, 4.0, 0),
+    "below, A > 0": ((0.25, 1.0), 2.0, -1.0, -1.0, 0),
+    "below, A < 0": ((0.25, 1.0), -2.0, 0.8 * 2, 0.0, 2),
+    "far above, A < 0: no dual clip": ((8000.0, 1.0, 1.0), -1.0, 20.0, 20.0, 0),
+    "one token": ((1.1,), 2.0, -2.2, -2.2, 0),
+    "no advantage": ((4.0, 1.0), 0.0, 0.0, 0.0, 0),
+}
 
 
-def reference(logp, old, advantage, low, high, dual):
-    """One token by the formula: (loss, derivative by logp, clipped)."""
-    ratio = math.exp(logp - old)
-    clipped = min(max(ratio, 1 - low), 1 + high)
-    surrogate = min(ratio * advantage, clipped * advantage)
-    is_clipped = surrogate != ratio * advantage
-    bounded = max(surrogate, dual * advantage) if dual is not None and advantage < 0 else surrogate
-    return -bounded, 0.0 if bounded != ratio * advantage else -ratio * advantage, is_clipped
+@pytest.mark.parametrize("region", GSPO)
+def test_gspo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region):
+    ratios, advantage, expected, slope, clipped = GSPO[region]
+    outcome = run(with_ratios(*ratios, advantage=advantage), objective="gspo", clip_low=0.2, clip_high=0.28)
+    n = len(ratios)
+    assert (outcome.loss, outcome.slopes) == (exactly(n * expected), exactly(n * [slope]))
+    assert outcome.figures == {
+        "clip_fraction": clipped,
+        "ratio": exactly(n * math.prod(ratios) ** (1 / n)),
+        "kl": exactly(sum(r - 1 - math.log(r) for r in ratios)),
+    }
 
 
-def random_tokens(seed, n=500):
+# Ratio, advantage, and for logp = -1.5 by hand: loss, slope, cut at 5?
+CISPO = {
+    "below the cut, A > 0": (3.0, 2.0, 9.0, -6.0, 0),
+    "below the cut, A < 0": (3.0, -2.0, -9.0, 6.0, 0),
+    "above, A > 0: cut, and still learning": (6.0, 2.0, 15.0, -10.0, 1),
+    "above, A < 0: cut, and still learning": (6.0, -2.0, -15.0, 10.0, 1),
+    "far below: no lower bound": (0.01, -2.0, -0.03, 0.02, 0),
+    "no advantage": (3.0, 0.0, 0.0, 0.0, 0),
+}
+
+
+@pytest.mark.parametrize("region", CISPO)
+def test_cispo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region):
+    ratio, advantage, expected, slope, cut = CISPO[region]
+    outcome = run(with_ratios(ratio, advantage=advantage, logp=-1.5), objective="cispo", clip_high=4.0)
+    assert (outcome.loss, outcome.slopes) == (exactly(expected), exactly([slope]))
+    assert (outcome.figures["clip_fraction"], outcome.figures["ratio"]) == (cut, exactly(ratio))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("correction", "cap", "weights", "beyond"),
+    [
+        ("tis", 2.0, [1.0, 1.5, 2.0, 0.6, 0.4], 1),
+        ("mis", 2.0, [1.0, 1.5, 0.0, 0.6, 0.0], 2),
+        ("tis", 1.2, [1.0, 1.2, 1.2, 0.6, 0.4], 2),
+        ("mis", 4.0, [1.0, 1.5, 3.0, 0.6, 0.4], 0),
+    ],
+)
+def test_a_correction_multiplies_loss_and_gradient_by_the_weight_worked_out_by_hand(
+    objective, correction, cap, weights, beyond
+):
+    on_policy = [Token(-1.0, -1.0, 2.0, rollout=-1.0 - math.log(w)) for w in (1.0, 1.5, 3.0, 0.6, 0.4)]
+    outcome = run(on_policy, objective=objective, rollout_correction=correction, correction_cap=cap)
+    # On policy every objective has the slope -A; the loss is -A, and with cispo -A logp.
+    assert outcome.slopes == exactly([-2.0 * w for w in weights])
+    assert outcome.loss == exactly((2.0 if objective == "cispo" else -2.0) * sum(weights))
+    assert outcome.figures["correction_weight"] == exactly(sum(weights))
+    assert outcome.figures["correction_clipped"] == beyond
+    uncorrected = run(on_policy, objective=objective).figures
+    assert {name: outcome.figures[name] for name in uncorrected} == uncorrected
+
+
+# Against the formula ------------------------------------------------------------------------------------------------
+
+
+def weight_of(token: Token, correction: str, cap: float) -> tuple[float, bool]:
+    """The weight of one token, and whether the cap decided it."""
+    if correction == "none" or token.rollout is None:
+        return 1.0, False
+    weight = math.exp(token.old - token.rollout)
+    if correction == "tis":
+        return min(weight, cap), weight > cap
+    inside = 1 / cap <= weight <= cap
+    return weight if inside else 0.0, not inside
+
+
+def reference(tokens: list[Token], objective="dapo", low=0.2, high=0.28, dual=None, correction="none", cap=2.0):
+    """Token by token: loss, derivatives by logp, figures."""
+    differences = defaultdict(list)
+    for t in tokens:
+        differences[t.sequence].append(t.logp - t.old)
+    losses, slopes, sums = [], [], defaultdict(float)
+    for t in tokens:
+        own = t.logp - t.old
+        ratio = math.exp(
+            math.fsum(differences[t.sequence]) / len(differences[t.sequence]) if objective == "gspo" else own
+        )
+        if objective == "cispo":
+            slope, is_clipped = -min(ratio, 1 + high) * t.advantage, ratio > 1 + high
+            loss = slope * t.logp
+        else:
+            clipped = min(max(ratio, 1 - low), 1 + high)
+            surrogate = min(ratio * t.advantage, clipped * t.advantage)
+            bounded = max(surrogate, dual * t.advantage) if dual is not None and t.advantage < 0 else surrogate
+            loss, is_clipped = -bounded, surrogate != ratio * t.advantage
+            slope = 0.0 if bounded != ratio * t.advantage else -ratio * t.advantage
+        weight, beyond = weight_of(t, correction, cap)
+        losses.append(weight * loss)
+        slopes.append(weight * slope)
+        sums["clip_fraction"] += is_clipped
+        sums["ratio"] += ratio
+        sums["kl"] += math.exp(own) - 1 - own
+        if correction != "none":
+            sums["correction_weight"] += weight
+            sums["correction_clipped"] += beyond
+    return Outcome(math.fsum(losses), slopes, dict(sums))
+
+
+def random_tokens(seed: int, n: int = 500, sequences: int = 40, spread: float = 1.0) -> list[Token]:
+    """Ratios from on policy to far off, differently so in each sequence; sequences of any length lie mixed up."""
     source = random.Random(seed)
-    logp = [-source.expovariate(1.0) for _ in range(n)]
-    old = [value + source.gauss(0.0, source.choice([0.01, 0.3, 3.0])) for value in logp]
-    return logp, old, [source.choice([0.0, source.gauss(0, 1)]) for _ in range(n)]
+    width = [spread * source.choice([0.01, 0.3, 3.0]) for _ in range(sequences)]
+    shift = [source.gauss(0.0, w) for w in width]
+    tokens = []
+    for _ in range(n):
+        sequence = source.randrange(sequences)
+        logp = -source.expovariate(1.0)
+        old = logp - shift[sequence] - source.gauss(0.0, width[sequence])
+        advantage = source.choice([0.0, source.gauss(0, 1)])
+        tokens.append(Token(logp, old, advantage, sequence, rollout=old + source.gauss(0.0, 0.7)))
+    return tokens
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "dual"),
-    [(LOW, HIGH, DUAL), (LOW, HIGH, None), (0.2, 0.2, 3.0), (0.9, 5.0, 1.5), (3e-4, 4e-4, 10.0)],
+    ("objective", "low", "high", "dual"),
+    [
+        ("dapo", 0.2, 0.28, 10.0),
+        ("dapo", 0.2, 0.28, None),
+        ("dapo", 0.2, 0.2, 3.0),
+        ("dapo", 0.9, 5.0, 1.5),
+        ("dapo", 3e-4, 4e-4, 10.0),
+        ("gspo", 3e-4, 4e-4, None),
+        ("gspo", 0.2, 0.28, None),
+        ("cispo", None, 4.0, None),
+        ("cispo", None, 0.28, None),
+    ],
 )
-def test_random_tokens_have_the_loss_and_gradient_of_the_formula(low, high, dual):
-    logp, old, advantages = random_tokens(seed=int(high * 1e4))
-    loss, slopes, figures = run(logp, old, advantages, clip_low=low, clip_high=high, dual_clip=dual)
-    expected = [reference(*token, low, high, dual) for token in zip(logp, old, advantages, strict=True)]
-    assert loss == pytest.approx(math.fsum(value for value, _, _ in expected), rel=1e-12)
-    assert slopes == pytest.approx([slope for _, slope, _ in expected], rel=1e-12, abs=1e-14)
-    assert figures["clip_fraction"] == sum(clipped for _, _, clipped in expected)
-    assert len({(slope == 0, clipped) for _, slope, clipped in expected}) >= 2, "the cases reach several regions"
+@pytest.mark.parametrize(("correction", "cap"), [("none", None), ("tis", 2.0), ("mis", 2.0), ("mis", 1.3)])
+def test_random_tokens_have_the_loss_gradient_and_figures_of_the_formula(objective, low, high, dual, correction, cap):
+    tokens = random_tokens(seed=int(high * 1e4))
+    outcome = run(
+        tokens,
+        objective=objective,
+        clip_low=low,
+        clip_high=high,
+        dual_clip=dual,
+        rollout_correction=correction,
+        correction_cap=cap,
+    )
+    expected = reference(tokens, objective, low, high, dual, correction, cap)
+    assert outcome.loss == exactly(expected.loss)
+    assert outcome.slopes == exactly(expected.slopes)
+    assert outcome.figures == exactly(expected.figures)
+    assert 20 < outcome.figures["clip_fraction"] < 480, "the cases reach several regions"
+    assert correction == "none" or 20 < outcome.figures["correction_clipped"] < 480
 
 
-def test_no_token_knows_another():
+def test_with_one_advantage_a_sequence_gspo_has_the_gradient_of_the_clipped_sequence_ratio():
+    """n min(s A, clip(s) A) for each sequence, whose tokens' gradients autograd finds through the whole mean."""
+    tokens = [replace(t, advantage=math.cos(t.sequence)) for t in random_tokens(seed=3)]
+    logp = torch.tensor([t.logp for t in tokens], dtype=torch.float64, requires_grad=True)
+    objective = torch.zeros((), dtype=torch.float64)
+    for sequence in {t.sequence for t in tokens}:
+        places = [i for i, t in enumerate(tokens) if t.sequence == sequence]
+        s = torch.stack([logp[i] - tokens[i].old for i in places]).mean().exp()
+        a = math.cos(sequence)
+        objective = objective + len(places) * torch.minimum(s * a, s.clamp(1 - 0.2, 1 + 0.28) * a)
+    (-objective).backward()
+    assert logp.grad is not None
+    outcome = run(tokens, objective="gspo", clip_low=0.2, clip_high=0.28)
+    assert outcome.loss == exactly(-objective.item())
+    assert outcome.slopes == exactly(logp.grad.tolist())
+    assert len({slope == 0 for slope in outcome.slopes}) == 2
+
+
+def test_at_float32_the_default_bounds_of_gspo_decide_as_at_float64():
+    """On long sequences whose ratio lies 1e-5 to either side of a bound, among tokens that scatter by 0.1."""
+    source, tokens, expected = random.Random(0), [], []
+    for sequence, (s, clipped) in enumerate([(1 + 3.9e-4, 0), (1 + 4.1e-4, 1), (1 - 2.9e-4, 0), (1 - 3.1e-4, 1)]):
+        noise = [source.gauss(0.0, 0.1) for _ in range(5000)]
+        centre = math.fsum(noise) / len(noise)
+        advantage = 1.0 if s > 1 else -1.0
+        tokens += [Token(-2.0, -2.0 - math.log(s) - x + centre, advantage, sequence) for x in noise]
+        expected += [0.0 if clipped else -s * advantage] * len(noise)
+    outcome = run(tokens, torch.float32, objective="gspo")
+    assert outcome.slopes == pytest.approx(expected, rel=1e-5)
+
+
+# What holds for every loss ------------------------------------------------------------------------------------------
+
+
+EVERY_LOSS = [{"objective": o, "rollout_correction": c} for o, c in product(OBJECTIVES, CORRECTIONS)]
+every_loss = pytest.mark.parametrize("settings", EVERY_LOSS, ids=lambda settings: "-".join(settings.values()))
+
+
+@every_loss
+def test_ratios_and_weights_that_overflow_leave_loss_and_gradient_finite(settings):
+    far = [
+        Token(logp, old, advantage, sequence, rollout)
+        for sequence, (logp, old, rollout, advantage) in enumerate(
+            product((0.0, -1000.0), (0.0, -1000.0), (0.0, -1000.0), (-1.0, 0.0, 1.0))
+        )
+    ]
+    outcome = run([*far, Token(-1.0, -1.0, 1.0, len(far))], torch.float32, **settings)
+    assert all(math.isfinite(x) for x in (outcome.loss, *outcome.slopes, *outcome.figures.values()))
+    assert outcome.slopes[-1] == -1.0, "the other tokens learn as ever"
+
+
+def test_without_dual_clip_an_overflow_is_finite_as_well():
+    outcome = run([Token(0.0, -1000.0, -1.0), Token(-1.0, -1.0, 1.0)], torch.float32, dual_clip=None)
+    assert math.isfinite(outcome.loss)
+    assert math.isfinite(outcome.slopes[0])
+    assert outcome.slopes[1] == -1.0
+
+
+@every_loss
+def test_whole_sequences_can_be_cut_into_micro_batches_in_any_way_and_order(settings):
     """The sum over parts is the sum over all, and a token's gradient is the same in any company and order."""
-    logp, old, advantages = random_tokens(seed=1, n=40)
-    loss, slopes, figures = run(logp, old, advantages)
-    alone = [run([a], [b], [c]) for a, b, c in zip(logp, old, advantages, strict=True)]
-    assert loss == pytest.approx(math.fsum(part for part, _, _ in alone), rel=1e-12)
-    assert slopes == [slope for _, (slope,), _ in alone]
-    for name, value in figures.items():
-        assert value == pytest.approx(math.fsum(part[name] for _, _, part in alone), rel=1e-12)
-    backwards = run(logp[::-1], old[::-1], advantages[::-1])
-    assert backwards[1] == slopes[::-1]
+    tokens = random_tokens(seed=1, n=60, sequences=7)
+    whole = run(tokens, **settings)
+    slope_of = dict(zip(tokens, whole.slopes, strict=True))
+    for cut in ([{0, 1, 2}, {3, 4, 5, 6}], [{6}, {0, 2, 4}, {1, 3, 5}], [{i} for i in range(7)]):
+        parts = [[t for t in reversed(tokens) if t.sequence in part] for part in cut]
+        outcomes = [run(part, sequences=9, **settings) for part in parts]
+        assert whole.loss == exactly(math.fsum(o.loss for o in outcomes))
+        for part, outcome in zip(parts, outcomes, strict=True):
+            assert outcome.slopes == exactly([slope_of[t] for t in part])
+        for name, value in whole.figures.items():
+            assert value == exactly(math.fsum(o.figures[name] for o in outcomes))
 
 
-def test_no_tokens_are_a_loss_of_zero_that_can_be_differentiated():
-    assert run([], [], []) == (0.0, [], {"clip_fraction": 0.0, "ratio": 0.0, "kl": 0.0})
+@pytest.mark.parametrize("objective", ["dapo", "cispo"])
+def test_where_the_ratio_is_a_tokens_own_no_token_knows_another(objective):
+    tokens = random_tokens(seed=2, n=40, sequences=3)
+    assert run(tokens, objective=objective).slopes == [run([t], objective=objective).slopes[0] for t in tokens]
 
 
-def test_an_advantage_that_is_not_a_number_is_not_hidden():
-    loss, slopes, _ = run([0.0, 0.0], [0.0, 0.0], [math.nan, 1.0])
-    assert math.isnan(loss)
-    assert math.isnan(slopes[0])
-    assert slopes[1] == -1.0
+@every_loss
+def test_no_tokens_are_a_loss_of_zero_that_can_be_differentiated(settings):
+    outcome = run([], sequences=3, **settings)
+    assert (outcome.loss, outcome.slopes) == (0.0, [])
+    assert set(outcome.figures.values()) == {0.0}
+    assert outcome.figures.keys() == run([Token(-1.0, -1.0, 1.0)], **settings).figures.keys()
+
+
+@every_loss
+def test_an_advantage_that_is_not_a_number_is_not_hidden(settings):
+    masked = Token(-1.0, -1.0, math.nan, rollout=-100.0)
+    outcome = run([masked, Token(-1.0, -1.0, 1.0)], **settings)
+    assert math.isnan(outcome.loss)
+    assert math.isnan(outcome.slopes[0])
+    assert outcome.slopes[1] == -1.0
+
+
+@pytest.mark.parametrize("correction", ["tis", "mis"])
+def test_a_rollout_log_probability_that_is_not_a_number_is_not_hidden(correction):
+    outcome = run([Token(-1.0, -1.0, 1.0, rollout=math.nan)], rollout_correction=correction)
+    assert math.isnan(outcome.loss)
+    assert math.isnan(outcome.slopes[0])
 
 
 def test_a_loss_sees_vectors_of_selected_tokens_only():
-    assert [field.name for field in fields(SelectedTokens)] == ["old_logp", "rollout_logp", "advantages", "sequence"]
+    names = ["old_logp", "rollout_logp", "advantages", "sequence", "sequences", "context_group"]
+    assert [field.name for field in fields(SelectedTokens)] == names

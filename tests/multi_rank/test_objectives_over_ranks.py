@@ -1,0 +1,117 @@
+"""Losses of sequences that are cut over the ranks of a group, against the same tokens on one rank."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from launcher import Ranks, process_group
+from torch import Tensor
+
+from megatron_rlvr.algo.loss import SelectedTokens, make_loss
+from megatron_rlvr.config import LossSettings
+
+TOKENS, SEQUENCES = 200, 9
+# The last two sequences have no selected token: a micro-batch numbers all of its sequences.
+WITH_TOKENS = SEQUENCES - 2
+
+SETTINGS = [
+    LossSettings(objective="gspo"),
+    LossSettings(objective="gspo", clip_low=0.2, clip_high=0.28, rollout_correction="mis"),
+    LossSettings(objective="dapo", rollout_correction="tis"),
+    LossSettings(objective="cispo"),
+]
+
+# On which of two ranks a token lies, by its sequence and its place.
+CUTS: dict[str, Callable[[int, int], int]] = {
+    "each sequence in halves": lambda sequence, place: int(place >= TOKENS // 2),
+    "each sequence in turns": lambda sequence, place: place % 2,
+    "whole sequences": lambda sequence, place: sequence % 2,
+    "some whole, some in turns": lambda sequence, place: place % 2 if sequence < 3 else 0,
+    "all on the first rank": lambda sequence, place: 0,
+    "all on the second rank": lambda sequence, place: 1,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a loss on all tokens, and the rank that each lies on."""
+
+    settings: LossSettings
+    logp: Tensor
+    tokens: SelectedTokens
+    rank: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank got for its tokens."""
+
+    loss: float
+    slopes: Tensor
+    figures: dict[str, float]
+
+
+def loss_of(case: Case, mine: Tensor, group: Any = None) -> Outcome:
+    """The loss of the tokens that ``mine`` marks; the others are on other ranks of ``group``."""
+    tokens = replace(
+        case.tokens,
+        **{name: getattr(case.tokens, name)[mine] for name in ("old_logp", "rollout_logp", "advantages", "sequence")},
+        context_group=group,
+    )
+    logp = case.logp[mine].requires_grad_()
+    loss, figures = make_loss(case.settings)(logp, tokens)
+    loss.backward()
+    assert logp.grad is not None
+    return Outcome(loss.item(), logp.grad, {name: float(value) for name, value in figures.items()})
+
+
+def on_ranks(cases: list[Case]) -> list[Outcome]:
+    with process_group() as group:
+        return [loss_of(case, case.rank == torch.distributed.get_rank(group), group) for case in cases]
+
+
+def random_case(seed: int, settings: LossSettings, rank_of: Callable[[int, int], int]) -> Case:
+    """Sequences whose mean ratio lies inside the bounds, or beyond them on either side."""
+    source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    sequence = torch.tensor([source.randrange(WITH_TOKENS) for _ in range(TOKENS)])
+    width = (settings.clip_high if settings.objective == "gspo" else 0.3) * torch.linspace(-3, 3, WITH_TOKENS)
+    logp, noise, rollout = torch.randn(3, TOKENS, generator=generator, dtype=torch.float64)
+    old = logp - width.double()[sequence] - 0.5 * noise * settings.clip_high
+    return Case(
+        settings,
+        logp,
+        SelectedTokens(
+            old, old + 0.5 * rollout, torch.where(sequence % 2 == 0, 1.0, -0.5).double(), sequence, SEQUENCES
+        ),
+        torch.tensor([rank_of(s, place) for place, s in enumerate(sequence.tolist())]),
+    )
+
+
+def test_sequences_cut_over_ranks_have_the_loss_and_gradient_they_have_on_one_rank(ranks: Ranks) -> None:
+    # Each case has tokens of its own: a rank that left out a collective would be answered by the next case's.
+    combinations = list(product(SETTINGS, CUTS))
+    cases = [random_case(seed, settings, CUTS[cut]) for seed, (settings, cut) in enumerate(combinations)]
+    names = [f"{settings.objective}, {cut}" for settings, cut in combinations]
+    by_rank = ranks.run(on_ranks, 2, cases)
+    for name, case, *parts in zip(names, cases, *by_rank, strict=True):
+        whole = loss_of(case, torch.ones(TOKENS, dtype=torch.bool))
+        slopes = torch.zeros_like(whole.slopes)
+        for rank, part in enumerate(parts):
+            slopes[case.rank == rank] = part.slopes
+        torch.testing.assert_close(slopes, whole.slopes, rtol=1e-12, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+        assert sum(part.loss for part in parts) == pytest.approx(whole.loss, rel=1e-12), name
+        for figure, value in whole.figures.items():
+            assert sum(part.figures[figure] for part in parts) == pytest.approx(value, rel=1e-12, abs=1e-12), name
+        assert 0 < whole.figures["clip_fraction"] < TOKENS, "the case reaches several regions"
+
+
+def test_halves_of_a_sequence_that_do_not_know_each_other_would_be_clipped_otherwise() -> None:
+    """What the sum over ranks is for: the cases above can tell."""
+    case = random_case(0, SETTINGS[0], CUTS["each sequence in halves"])
+    whole = loss_of(case, torch.ones(TOKENS, dtype=torch.bool))
+    alone = sum(loss_of(case, case.rank == rank).figures["clip_fraction"] for rank in (0, 1))
+    assert alone != whole.figures["clip_fraction"]
