@@ -1,14 +1,20 @@
-"""From graded completions to packed micro-batches: spreading over ranks, packing, and the only shift by one.
+"""From graded completions to packed micro-batches: spreading over ranks, packing, trimming, and the only shift by one.
 
 A sequence is prompt + response. Its input is all of it but the last token; the entry at input position t predicts
 token t + 1. Response token j of a prompt of P tokens is therefore predicted at input position P - 1 + j: these
 positions, in the packed stream, are a micro-batch's ``rows``, and every per-token vector here is aligned with them.
 
+Once the mask is known, much of a stream no longer matters. Attention is causal, so nothing after a sequence's last
+token with a gradient can change the loss, nor can a sequence without one: `trim` leaves both out and packs the rest
+anew, while counts and thresholds are those of the whole.
+
 Shapes: S packed positions, B sequences in the stream, R response tokens (rows) of a micro-batch.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,10 +56,11 @@ class MicroBatch:
     """A packed stream of sequences, on the CPU until `to` moves it.
 
     Attributes:
-        tokens: [S] int64, the input; the tail may be padding, a sequence of its own without rows.
+        tokens: [S] int64, the input. A sequence may end in padding, which attention cannot see from before it, and the
+            tail of the stream may be padding, a sequence of its own without rows.
         targets: [S] int64, the token predicted at each position.
-        cu_seqlens: [B + 1] int32, where sequences begin and end.
-        max_length: the longest sequence.
+        cu_seqlens: [B + 1] int32, where sequences begin and end, their padding included.
+        lengths: of the sequences, as numbers; their padding and that of the tail included.
         rows: [R] int64, positions in the stream that predict response tokens.
         token_ids: [R] int64, unique over the training step and the same in every layout.
         sequence: [R] int64, which of the stream's sequences a row belongs to.
@@ -65,13 +72,18 @@ class MicroBatch:
     tokens: Tensor
     targets: Tensor
     cu_seqlens: Tensor
-    max_length: int
+    lengths: tuple[int, ...]
     rows: Tensor
     token_ids: Tensor
     sequence: Tensor
     rollout_logp: Tensor
     advantages: Tensor
     weight_versions: Tensor
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence."""
+        return max(self.lengths)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on another device."""
@@ -88,10 +100,43 @@ class PolicyScores:
     entropy: list[Tensor]
 
 
-def pack(samples: Sequence[Sample], pad_multiple: int = 1) -> MicroBatch:
-    """Packs samples into one stream, padded to a multiple of ``pad_multiple`` (tensor-parallel ranks share it evenly).
+@dataclass(frozen=True)
+class Packing:
+    """How sequences are cut into streams.
 
-    Without samples the stream is padding only: a rank that has run out of work still takes part in the collectives.
+    Attributes:
+        budget: tokens of a stream, padding included, at most; a longer sequence gets a stream of its own.
+        pad_multiple: streams are padded to a multiple of it (tensor-parallel ranks share them evenly).
+        sequence_multiple: so is every sequence (context-parallel ranks share each one evenly).
+        micro_batch_multiple: of the number of micro-batches (interleaved pipelines run them in rounds).
+        quadratic: cost of attention against the linear layers: a sequence of n tokens costs n + quadratic * n^2.
+    """
+
+    budget: int
+    pad_multiple: int = 1
+    sequence_multiple: int = 1
+    micro_batch_multiple: int = 1
+    quadratic: float = 0.0
+
+    def pack(self, samples: Sequence[Sample]) -> MicroBatch:
+        return pack(samples, self.pad_multiple, self.sequence_multiple)
+
+    def padded(self, length: int) -> int:
+        """Tokens that a sequence takes of a stream."""
+        return length + -length % self.sequence_multiple
+
+    @property
+    def capacity(self) -> int:
+        """The budget less what the stream's own padding may need: whole sequences up to this many tokens fit."""
+        return self.budget - self.budget % math.lcm(self.pad_multiple, self.sequence_multiple)
+
+
+def pack(samples: Sequence[Sample], pad_multiple: int = 1, sequence_multiple: int = 1) -> MicroBatch:
+    """Packs samples into one stream.
+
+    Every sequence is padded at its end to a multiple of ``sequence_multiple``, then the stream to one of
+    ``pad_multiple`` too. Without samples the stream is padding only: a rank that has run out of work still takes part
+    in the collectives.
     """
     tokens: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -100,23 +145,25 @@ def pack(samples: Sequence[Sample], pad_multiple: int = 1) -> MicroBatch:
     offset = 0
     for sample in samples:
         whole = np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
-        tokens.append(whole[:-1])
-        targets.append(whole[1:])
+        padding = np.zeros(-sample.input_length % sequence_multiple, dtype=np.int64)
+        tokens += [whole[:-1], padding]
+        targets += [whole[1:], padding]
         first = offset + len(sample.prompt_ids) - 1
         rows.append(np.arange(first, first + len(sample.response_ids)))
-        lengths.append(len(whole) - 1)
-        offset += len(whole) - 1
-    padding = -offset % pad_multiple if offset else pad_multiple
-    if padding:
-        tokens.append(np.zeros(padding, dtype=np.int64))
-        targets.append(np.zeros(padding, dtype=np.int64))
-        lengths.append(padding)
+        lengths.append(sample.input_length + len(padding))
+        offset += lengths[-1]
+    multiple = math.lcm(pad_multiple, sequence_multiple)
+    tail = -offset % multiple if offset else multiple
+    if tail:
+        tokens.append(np.zeros(tail, dtype=np.int64))
+        targets.append(np.zeros(tail, dtype=np.int64))
+        lengths.append(tail)
     counts = [len(sample.response_ids) for sample in samples]
     return MicroBatch(
         tokens=torch.from_numpy(np.concatenate(tokens)),
         targets=torch.from_numpy(np.concatenate(targets)),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        max_length=max(lengths),
+        lengths=tuple(lengths),
         rows=_concatenated(rows, np.int64),
         token_ids=_concatenated([_token_ids(sample) for sample in samples], np.int64),
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int64), counts)),
@@ -135,8 +182,16 @@ def _token_ids(sample: Sample) -> np.ndarray:
     return (np.int64(sample.number) << _POSITION_BITS) + np.arange(len(sample.response_ids), dtype=np.int64)
 
 
+def sample_and_position(token_id: int) -> tuple[int, int]:
+    """The sample's number in the training step, and the place in its response, of a token."""
+    return token_id >> _POSITION_BITS, token_id & (2**_POSITION_BITS - 1)
+
+
 def _concatenated(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype, copy=False))
+
+
+# Planning -----------------------------------------------------------------------------------------------------------
 
 
 def spread(lengths: Sequence[int], ranks: int, quadratic: float) -> list[list[int]]:
@@ -159,35 +214,142 @@ def spread(lengths: Sequence[int], ranks: int, quadratic: float) -> list[list[in
     return [sorted(part) for part in owned]
 
 
-def micro_batch_plan(lengths_by_rank: Sequence[Sequence[int]], budget: int, multiple: int = 1) -> list[list[list[int]]]:
-    """How each rank cuts its sequences into micro-batches, the same number on every rank.
+def micro_batch_plan(lengths_by_rank: Sequence[Sequence[int]], packing: Packing) -> list[list[list[int]]]:
+    """How each rank cuts its sequences into micro-batches: as many on every rank, and no more than the busiest needs.
 
-    Sequences go, longest first, into the first micro-batch with room (first-fit decreasing); one longer than
-    ``budget`` gets a micro-batch of its own. Ranks that need fewer than the others get empty ones at the end.
+    Returns: for each rank, for each micro-batch, positions in the rank's list; see `cut`.
+    """
+    count = max(micro_batches_needed(lengths, packing) for lengths in lengths_by_rank)
+    return [cut(lengths, count, packing) for lengths in lengths_by_rank]
+
+
+def micro_batches_needed(lengths: Sequence[int], packing: Packing) -> int:
+    """Micro-batches into which sequences of these lengths fit; at least one, and a `Packing.micro_batch_multiple`."""
+    count = max(1, len(_first_fit_decreasing(lengths, packing)))
+    return count + -count % packing.micro_batch_multiple
+
+
+def cut(lengths: Sequence[int], count: int, packing: Packing) -> list[list[int]]:
+    """``count`` micro-batches of nearly equal cost, the most expensive first, so that pipelines do not wait.
+
+    Sequences go, longest first, to the micro-batch with the least work among those with room. Where that does not
+    come out, which takes streams filled nearly to the brim, they stay as they fitted (`micro_batches_needed`).
 
     Args:
-        lengths_by_rank: tokens of each sequence of each rank.
-        budget: tokens a micro-batch, at most.
-        multiple: the number of micro-batches is rounded up to a multiple of this (interleaved pipelines).
+        lengths: tokens of each sequence.
+        count: of micro-batches, at least as many as are needed; those too many stay empty, at the end.
+        packing: budget and costs.
 
-    Returns: for each rank, for each micro-batch, positions in the rank's list.
+    Returns: positions in ``lengths`` of each micro-batch, ascending.
     """
-    plans = [_first_fit_decreasing(lengths, budget) for lengths in lengths_by_rank]
-    count = max(1, *(len(plan) for plan in plans))
-    count += -count % multiple
-    return [plan + [[] for _ in range(count - len(plan))] for plan in plans]
+    cost = [n + packing.quadratic * n * n for n in lengths]
+    parts: list[list[int]] = [[] for _ in range(count)]
+    load, room = [0.0] * count, [packing.capacity] * count
+    for i in _longest_first(lengths):
+        needs = packing.padded(lengths[i])
+        fitting = [m for m in range(count) if needs <= room[m] or not parts[m]]
+        if not fitting:
+            tight = _first_fit_decreasing(lengths, packing)
+            parts = tight + [[] for _ in range(count - len(tight))]
+            break
+        least = min(fitting, key=lambda m: load[m])
+        parts[least].append(i)
+        load[least] += cost[i]
+        room[least] -= needs
+    return sorted((sorted(part) for part in parts), key=lambda part: -sum(cost[i] for i in part))
 
 
-def _first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    bins: list[list[int]] = []
+def _first_fit_decreasing(lengths: Sequence[int], packing: Packing) -> list[list[int]]:
+    parts: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for b in range(len(bins)):
-            if lengths[i] <= room[b]:
-                bins[b].append(i)
-                room[b] -= lengths[i]
-                break
-        else:
-            bins.append([i])
-            room.append(budget - lengths[i])
-    return [sorted(b) for b in bins]
+    for i in _longest_first(lengths):
+        needs = packing.padded(lengths[i])
+        first = next((m for m in range(len(parts)) if needs <= room[m]), len(parts))
+        if first == len(parts):
+            parts.append([])
+            room.append(packing.capacity)
+        parts[first].append(i)
+        room[first] -= needs
+    return parts
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+# Trimming -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training pass is given: micro-batches, and for the rows of each a mask and the log-probabilities before.
+
+    Attributes:
+        batches: of this rank.
+        masks: [R] bool for each, the tokens whose gradient counts.
+        old_logp: [R] float32 for each.
+    """
+
+    batches: list[MicroBatch]
+    masks: list[Tensor]
+    old_logp: list[Tensor]
+
+    @property
+    def positions(self) -> int:
+        """Positions that go through the model, padding included."""
+        return sum(len(batch.tokens) for batch in self.batches)
+
+
+def trim(work: Work, packing: Packing, agree: Callable[[int], int]) -> Work:
+    """The same gradient from less work: without the positions that no selected token with an advantage looks back on.
+
+    Sequences without such a token are left out, the others end with their last one, and what is left is packed anew.
+
+    Args:
+        work: whole sequences as `pack` made them, on the CPU; masks and log-probabilities on any device.
+        packing: of the new streams.
+        agree: the number of micro-batches for all ranks, given the number that this one needs. Called once.
+    """
+    # The flat vectors of all rows stay where they are; for each sample that is left, where its rows begin in them.
+    masks, old_logp = torch.cat(work.masks), torch.cat(work.old_logp)
+    needed = masks.cpu() & (torch.cat([batch.advantages for batch in work.batches]) != 0)
+    left: list[tuple[Sample, int]] = []
+    begin = 0
+    for batch in work.batches:
+        for first, whole in _unpacked(batch):
+            wanted = needed[begin + first : begin + first + len(whole.response_ids)].nonzero()
+            if len(wanted):
+                left.append((_cut_short(whole, int(wanted[-1]) + 1), begin + first))
+        begin += len(batch.rows)
+    lengths = [sample.input_length for sample, _ in left]
+    parts = [[left[i] for i in part] for part in cut(lengths, agree(micro_batches_needed(lengths, packing)), packing)]
+    rows = [_concatenated([first + np.arange(len(s.response_ids)) for s, first in part], np.int64) for part in parts]
+    rows = [row.to(masks.device) for row in rows]
+    return Work(
+        batches=[packing.pack([sample for sample, _ in part]) for part in parts],
+        masks=[masks[row] for row in rows],
+        old_logp=[old_logp[row] for row in rows],
+    )
+
+
+def _unpacked(batch: MicroBatch) -> list[tuple[int, Sample]]:
+    """The samples of a stream, each with the number of its first row."""
+    ends = [0, *torch.bincount(batch.sequence).cumsum(0).tolist()]
+    return [(first, _sample(batch, i, first, end)) for i, (first, end) in enumerate(pairwise(ends))]
+
+
+def _sample(batch: MicroBatch, i: int, first: int, end: int) -> Sample:
+    """Sequence ``i`` of a stream, which has the rows from ``first`` to before ``end``."""
+    start, response = int(batch.cu_seqlens[i]), int(batch.rows[first])
+    return Sample(
+        number=sample_and_position(int(batch.token_ids[first]))[0],
+        prompt_ids=batch.tokens[start : response + 1].int().numpy(),
+        response_ids=batch.targets[response : response + end - first].int().numpy(),
+        rollout_logp=batch.rollout_logp[first:end].numpy(),
+        advantage=float(batch.advantages[first]),
+        weight_version=int(batch.weight_versions[first]),
+    )
+
+
+def _cut_short(sample: Sample, tokens: int) -> Sample:
+    return replace(sample, response_ids=sample.response_ids[:tokens], rollout_logp=sample.rollout_logp[:tokens])

@@ -1,7 +1,7 @@
 """What a training step does with its mini-batches: score all of them, then select and train one after the other."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_rlvr.algo.quantile import NonFiniteEntropyError
 from megatron_rlvr.algo.selection import Selection, micro_batch_mask, select
-from megatron_rlvr.batch import MicroBatch, PolicyScores
+from megatron_rlvr.batch import MicroBatch, PolicyScores, Work, sample_and_position, trim
 from megatron_rlvr.config import Settings
 from megatron_rlvr.mini_batches import MiniBatch
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
@@ -27,6 +28,10 @@ class LogprobGapError(RuntimeError):
     """The engine's log-probabilities are not the policy's: it sampled from other weights."""
 
 
+class PolicyEntropyError(RuntimeError):
+    """The policy's entropy at a response token is NaN or infinite: nothing can be selected by it."""
+
+
 class Learner:
     """Takes one optimizer step a mini-batch, on the tokens that the settings select."""
 
@@ -38,21 +43,24 @@ class Learner:
     def learn(self, step: int, mini_batches: Sequence[MiniBatch], timed: Stopwatch) -> dict[str, float]:
         """Trains on all mini-batches of a step and returns its figures, the same on every rank.
 
-        Raises: LogprobGapError where sampling and policy disagree by more than `rollout.max_logprob_gap`.
+        Raises:
+            LogprobGapError: sampling and policy disagree by more than `rollout.max_logprob_gap`.
+            PolicyEntropyError: an entropy is not finite; on every rank, but see `_mask_of_current`.
         """
         everything = [micro for mini in mini_batches for micro in mini.micro_batches]
         with timed("score"):
             scores = self._policy.score(everything)
         figures = self._score_figures(step, everything, scores)
+        scored = self._sum(sum(len(batch.tokens) for batch in everything))
         with timed("train"):
             parts = _parts(mini_batches)
             selections = self._selections(step, everything, parts, scores.entropy)
             reports = [
-                self._train(step, mini, selection.masks, scores.logp[part])
+                self._train(step, mini, Work(mini.micro_batches, selection.masks, scores.logp[part]))
                 for mini, part, selection in zip(mini_batches, parts, selections, strict=True)
             ]
         scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
-        return figures | _selection_figures(scopes) | _train_figures(reports)
+        return figures | _selection_figures(scopes) | _train_figures(reports, scored)
 
     def _selections(
         self, step: int, batches: Sequence[MicroBatch], parts: Sequence[slice], entropies: Sequence[torch.Tensor]
@@ -64,36 +72,51 @@ class Learner:
         return [self._select(step, batches[part], entropies[part]) for part in parts]
 
     def _select(self, step: int, batches: Sequence[MicroBatch], entropies: Sequence[torch.Tensor]) -> Selection:
-        return select(
-            self._settings.selection,
-            entropies,
-            [batch.token_ids.to(self._policy.device) for batch in batches],
-            seed=self._random_seed(step),
-            group=self._policy.ranks.data_group,
-        )
+        with _naming_the_token(step):
+            return select(
+                self._settings.selection,
+                entropies,
+                [batch.token_ids.to(self._policy.device) for batch in batches],
+                seed=self._random_seed(step),
+                group=self._policy.ranks.data_group,
+            )
 
-    def _train(
-        self, step: int, mini: MiniBatch, masks: Sequence[torch.Tensor], old_logp: Sequence[torch.Tensor]
-    ) -> dict[str, float]:
+    def _train(self, step: int, mini: MiniBatch, whole: Work) -> dict[str, float]:
+        """One optimizer step and its figures, over all ranks; `tokens`: positions that went through the model."""
         count = mini.response_tokens
         if self._settings.loss.normalizer == "selected_tokens":
-            count = self._sum(sum(int(mask.sum()) for mask in masks))
-        chosen: Sequence[torch.Tensor] | MaskOfEntropy = masks
-        if self._settings.selection.entropy == "current":
-            chosen = self._mask_of_current(step)
-        return self._policy.train_step(mini.micro_batches, chosen, old_logp, self._loss, max(1, count))
+            count = self._sum(sum(int(mask.sum()) for mask in whole.masks))
+        # Where current entropies decide, they do so inside the pass and among all tokens: nothing can be left out.
+        old = self._settings.selection.entropy == "old"
+        work = trim(whole, mini.packing, self._largest) if old else whole
+        masks = work.masks if old else self._mask_of_current(step)
+        figures = self._policy.train_step(work.batches, masks, work.old_logp, self._loss, max(1, count))
+        return figures | {"tokens": float(self._sum(work.positions))}
 
     def _mask_of_current(self, step: int) -> MaskOfEntropy:
         settings, seed = self._settings.selection, self._random_seed(step)
-        return lambda batch, entropy: micro_batch_mask(settings, entropy, batch.token_ids, seed=seed)
+
+        def mask(batch: MicroBatch, entropy: torch.Tensor) -> torch.Tensor:
+            # An entropy that is not finite stops this replica's last stage alone: in the middle of a pipeline there is
+            # no point at which all ranks could agree. The others wait until the launcher ends them, as after a crash.
+            with _naming_the_token(step):
+                return micro_batch_mask(settings, entropy, batch.token_ids, seed=seed)
+
+        return mask
 
     def _random_seed(self, step: int) -> int:
         return self._settings.run.seed * 1_000_003 + step
 
     def _sum(self, here: int) -> int:
-        total = torch.tensor(here, device=self._policy.device)
-        dist.all_reduce(total, group=self._policy.ranks.data_group)
-        return int(total)
+        return self._reduced(here, dist.ReduceOp.SUM)
+
+    def _largest(self, here: int) -> int:
+        return self._reduced(here, dist.ReduceOp.MAX)
+
+    def _reduced(self, here: int, operation: dist.ReduceOp.RedOpType) -> int:
+        value = torch.tensor(here, device=self._policy.device)
+        dist.all_reduce(value, op=operation, group=self._policy.ranks.data_group)
+        return int(value)
 
     def _score_figures(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> dict[str, float]:
         logp, entropy = torch.cat(scores.logp).double(), torch.cat(scores.entropy).double()
@@ -120,6 +143,20 @@ class Learner:
         }
 
 
+@contextmanager
+def _naming_the_token(step: int) -> Iterator[None]:
+    """Says where an entropy is not finite, in terms that a user can look up."""
+    try:
+        yield
+    except NonFiniteEntropyError as error:
+        sample, position = sample_and_position(error.token_id)
+        raise PolicyEntropyError(
+            f"step {step}: the policy's entropy at token {position} of the response of sample {sample} is not finite: "
+            "its weights or activations have overflowed; lower optimizer.learning_rate, or check the weights in "
+            "model.path if this is the first step"
+        ) from error
+
+
 def _parts(mini_batches: Sequence[MiniBatch]) -> list[slice]:
     """Where each mini-batch's micro-batches stand in the list of all."""
     ends = list(accumulate(len(mini.micro_batches) for mini in mini_batches))
@@ -141,8 +178,18 @@ def _selection_figures(scopes: Sequence[Selection]) -> dict[str, float]:
     return figures
 
 
-def _train_figures(reports: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the step's mini-batches; skipped optimizer steps are counted."""
+def _train_figures(reports: Sequence[dict[str, float]], scored: int) -> dict[str, float]:
+    """Means over the step's mini-batches; skipped optimizer steps and tokens are counted.
+
+    Args:
+        reports: of each mini-batch.
+        scored: positions that went through the model to be scored, over all ranks.
+    """
     figures = {f"train/{name}": sum(r[name] for r in reports) / len(reports) for name in reports[0]}
-    figures["train/skipped"] = sum(report["skipped"] for report in reports)
-    return figures
+    tokens = sum(report["tokens"] for report in reports)
+    return figures | {
+        "train/skipped": sum(report["skipped"] for report in reports),
+        "train/tokens": tokens,
+        # New streams may need a little more padding than the old ones, where next to nothing was left out.
+        "train/tokens_dropped_fraction": max(0.0, 1 - tokens / scored),
+    }

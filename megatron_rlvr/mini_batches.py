@@ -14,15 +14,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_rlvr.algo.advantage import group_advantages
-from megatron_rlvr.batch import MicroBatch, Sample, micro_batch_plan, pack, spread
+from megatron_rlvr.batch import MicroBatch, Packing, Sample, micro_batch_plan, spread
 from megatron_rlvr.types import Group
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What one optimizer step trains on: this rank's micro-batches, and sizes over all ranks."""
+    """What one optimizer step trains on: this rank's micro-batches, how they were packed, and sizes over all ranks."""
 
     micro_batches: list[MicroBatch]
+    packing: Packing
     response_tokens: int
     sequences: int
 
@@ -32,9 +33,7 @@ def build_mini_batches(
     *,
     estimator: str,
     groups_per_mini_batch: int,
-    tokens_per_micro_batch: int,
-    quadratic_cost: float,
-    pad_multiple: int,
+    packing: Packing,
     data_group: dist.ProcessGroup,
 ) -> list[MiniBatch]:
     """The mini-batches of a training step, in the order of the groups; a collective over the data-parallel ranks.
@@ -43,9 +42,7 @@ def build_mini_batches(
         groups: (place in the batch from 0 over all ranks, group) of this rank; all groups have the same size.
         estimator: of the advantage.
         groups_per_mini_batch: the last mini-batch may have fewer.
-        tokens_per_micro_batch: budget of a packed stream.
-        quadratic_cost: of attention, see `batch.spread`.
-        pad_multiple: streams are padded to a multiple of it.
+        packing: how streams are cut.
         data_group: carries Python objects.
     """
     here = [sample for order, group in groups for sample in _samples(order, group, estimator)]
@@ -56,10 +53,7 @@ def build_mini_batches(
     )
     per_mini_batch = groups_per_mini_batch * max(size for size, _ in parts)
     sizes = {number: (length, tokens) for _, held in parts for number, length, tokens in held}
-    plans = [
-        _plan(numbers, sizes, len(parts), quadratic_cost, tokens_per_micro_batch)
-        for numbers in _mini_batches(sorted(sizes), per_mini_batch)
-    ]
+    plans = [_plan(numbers, sizes, len(parts), packing) for numbers in _mini_batches(sorted(sizes), per_mini_batch)]
     owner = {number: rank for plan in plans for rank, cut in enumerate(plan) for part in cut for number in part}
     outgoing: list[list[Sample]] = [[] for _ in parts]
     for sample in here:
@@ -68,7 +62,8 @@ def build_mini_batches(
     rank = dist.get_rank(data_group)
     return [
         MiniBatch(
-            micro_batches=[pack([mine[number] for number in part], pad_multiple) for part in plan[rank]],
+            micro_batches=[packing.pack([mine[number] for number in part]) for part in plan[rank]],
+            packing=packing,
             response_tokens=sum(sizes[number][1] for cut in plan for part in cut for number in part),
             sequences=sum(len(part) for cut in plan for part in cut),
         )
@@ -95,12 +90,10 @@ def _mini_batches(numbers: list[int], size: int) -> list[list[int]]:
     return [numbers[start : start + size] for start in range(0, len(numbers), max(1, size))]
 
 
-def _plan(
-    numbers: list[int], sizes: dict[int, tuple[int, int]], ranks: int, quadratic_cost: float, budget: int
-) -> list[list[list[int]]]:
+def _plan(numbers: list[int], sizes: dict[int, tuple[int, int]], ranks: int, packing: Packing) -> list[list[list[int]]]:
     """Sequence numbers of each micro-batch of each rank."""
-    owned = spread([sizes[n][0] for n in numbers], ranks, quadratic_cost)
-    cuts = micro_batch_plan([[sizes[numbers[i]][0] for i in part] for part in owned], budget)
+    owned = spread([sizes[n][0] for n in numbers], ranks, packing.quadratic)
+    cuts = micro_batch_plan([[sizes[numbers[i]][0] for i in part] for part in owned], packing)
     return [[[numbers[part[i]] for i in micro] for micro in cut] for part, cut in zip(owned, cuts, strict=True)]
 
 

@@ -96,9 +96,7 @@ class Trainer:
             [(group.order, group.group) for group in rollout.groups],
             estimator=settings.advantage.estimator,
             groups_per_mini_batch=settings.batch.mini_batch_prompts,
-            tokens_per_micro_batch=settings.batch.tokens_per_micro_batch,
-            quadratic_cost=self.policy.quadratic_cost,
-            pad_multiple=self.policy.pad_multiple,
+            packing=self.policy.packing(settings.batch.tokens_per_micro_batch),
             data_group=self.policy.ranks.data_objects,
         )
         return self.learner.learn(step, mini_batches, self._timed)

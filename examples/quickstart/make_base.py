@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore")
 
 from megatron_rlvr import platform  # noqa: E402
 from megatron_rlvr.algo.loss import SelectedTokens  # noqa: E402
-from megatron_rlvr.batch import Sample, pack, spread  # noqa: E402
+from megatron_rlvr.batch import Sample, spread  # noqa: E402
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings  # noqa: E402
 from megatron_rlvr.policy.policy import Policy  # noqa: E402
 from megatron_rlvr.policy.ranks import Ranks, initialize_ranks  # noqa: E402
@@ -79,9 +79,10 @@ def batches(seed: int, sequences: int) -> Iterator[list[Sample]]:
 def train(policy: Policy, ranks: Ranks, steps: list[list[Sample]]) -> float:
     """Takes all steps; returns the mean loss of the last hundred."""
     losses: list[float] = []
+    packing = policy.packing(TOKENS_PER_STEP)
     for batch in track(steps, description="warming up the base model", disable=not ranks.is_main):
-        owned = spread([sample.input_length for sample in batch], ranks.data_size, policy.quadratic_cost)
-        micro_batch = pack([batch[i] for i in owned[ranks.data_rank]], policy.pad_multiple)
+        owned = spread([sample.input_length for sample in batch], ranks.data_size, packing.quadratic)
+        micro_batch = packing.pack([batch[i] for i in owned[ranks.data_rank]])
         everything = torch.ones(len(micro_batch.rows), dtype=torch.bool)
         count = sum(len(sample.response_ids) for sample in batch)
         policy.start_step()

@@ -53,7 +53,7 @@ def select(
         seed: of random selection; the same on every rank.
         group: the data-parallel ranks.
 
-    Raises: ValueError on every rank if an entropy is not finite.
+    Raises: NonFiniteEntropyError on every rank if one of them holds an entropy that is not finite.
     """
     sizes = [len(entropy) for entropy in entropies]
     flat = torch.cat([*entropies]) if entropies else torch.empty(0)

@@ -1,12 +1,15 @@
 """The exact top fraction on one rank, against integers and a sort. Several ranks: tests/multi_rank."""
 
 import math
+import pickle
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rlvr.algo.quantile import ceil_fraction, global_top_fraction_mask
+from megatron_rlvr.algo.quantile import NonFiniteEntropyError, ceil_fraction, global_top_fraction_mask
 
 
 def test_a_fraction_means_what_is_written_not_its_binary_neighbour():
@@ -25,10 +28,13 @@ _ANY = st.floats(allow_nan=False, allow_infinity=False, width=32)
 _TIED = st.sampled_from([-1.0, -0.0, 0.0, 2.0**-149, 0.5, 0.5, 2.0**127])
 
 
+_IDS = st.integers(-(2**63), 2**63 - 1)
+
+
 @settings(deadline=None, max_examples=200)
 @given(values=st.lists(_ANY | _TIED, max_size=40), thousandths=st.integers(1, 1000), data=st.data())
 def test_the_largest_are_kept_and_among_equals_those_of_the_smallest_id(values, thousandths, data):
-    ids = data.draw(st.lists(st.integers(0, 2**44), min_size=len(values), max_size=len(values), unique=True))
+    ids = data.draw(st.lists(_IDS, min_size=len(values), max_size=len(values), unique=True))
     mask, info = global_top_fraction_mask(
         torch.tensor(values, dtype=torch.float32),
         thousandths / 1000,
@@ -40,3 +46,39 @@ def test_the_largest_are_kept_and_among_equals_those_of_the_smallest_id(values, 
     assert (info.kept, info.total) == (len(kept), len(values))
     assert info.threshold == (min(values[i] for i in kept) if kept else math.inf)
     assert info.ties == values.count(info.threshold)
+
+
+@pytest.mark.parametrize("size", [2**18, 2**18 + 1, 700_001])
+@pytest.mark.parametrize("distinct", [1, 3, 2**32])
+def test_more_values_than_a_block_holds_are_kept_as_by_a_sort(size, distinct):
+    random = np.random.default_rng(size)
+    values = (random.integers(distinct, size=size) / distinct).astype(np.float32)
+    ids = random.permutation(size) * 2**20
+    mask, info = global_top_fraction_mask(torch.from_numpy(values), 0.2, token_ids=torch.from_numpy(ids))
+    kept = np.lexsort((ids, -values))[: -(-size // 5)]
+    assert np.array_equal(np.sort(kept), mask.numpy().nonzero()[0])
+    assert (info.threshold, info.ties) == (values[kept[-1]], np.count_nonzero(values == values[kept[-1]]))
+
+
+def test_the_inputs_are_left_as_they_were_also_where_every_value_is_a_candidate():
+    values, ids = torch.full((1000,), 0.5), torch.arange(1000)
+    global_top_fraction_mask(values, 0.2, token_ids=ids)
+    assert torch.equal(values, torch.full((1000,), 0.5))
+    assert torch.equal(ids, torch.arange(1000))
+
+
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF])
+@pytest.mark.parametrize("sign", [0, -(2**31)])
+def test_every_nan_and_infinity_is_an_error_that_carries_the_token_id(bits, sign):
+    values = torch.arange(6, dtype=torch.float32)
+    values.view(torch.int32)[4] = bits + sign
+    with pytest.raises(NonFiniteEntropyError, match="token id 40 is not finite") as caught:
+        global_top_fraction_mask(values, 0.2, token_ids=torch.arange(6) * 10)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.token_id == pickle.loads(pickle.dumps(caught.value)).token_id == 40
+
+
+def test_the_largest_finite_values_are_no_error():
+    largest = torch.finfo(torch.float32).max
+    mask, info = global_top_fraction_mask(torch.tensor([-largest, largest]), 0.5, token_ids=torch.arange(2))
+    assert (mask.tolist(), info.threshold) == ([False, True], largest)

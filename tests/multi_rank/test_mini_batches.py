@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from launcher import Ranks, process_group
 
+from megatron_rlvr.batch import Packing
 from megatron_rlvr.mini_batches import build_mini_batches, exchange
 from megatron_rlvr.types import Completion, Grade, Group, Prompt
 
@@ -36,32 +37,33 @@ def sharded(groups, how: str, size: int) -> list[list]:
     return [[group for i, group in enumerate(groups) if owner(i) == rank][::-1] for rank in range(size)]
 
 
-def build(shards: list[list], per_mini_batch: int, pad_multiple: int) -> list:
+def build(shards: list[list], per_mini_batch: int, multiples: tuple[int, int, int]) -> list:
     """For each mini-batch of this rank: sizes over all ranks, and for each micro-batch its samples."""
     with process_group() as group:
         mini_batches = build_mini_batches(
             shards[group.rank()],
             estimator="dr_grpo",
             groups_per_mini_batch=per_mini_batch,
-            tokens_per_micro_batch=BUDGET,
-            quadratic_cost=0.01,
-            pad_multiple=pad_multiple,
+            packing=Packing(BUDGET, *multiples, quadratic=0.01),
             data_group=group,
         )
         return [(mini.response_tokens, mini.sequences, [read(m) for m in mini.micro_batches]) for mini in mini_batches]
 
 
-def read(micro) -> tuple[int, dict]:
-    """(padded length, {sample number: (prompt and response, log-probabilities, advantage)})."""
+def read(micro) -> tuple[list[int], dict]:
+    """(padded lengths, {sample number: (prompt and response, log-probabilities, advantage)})."""
     samples = {}
-    for i, (start, stop) in enumerate(zip(micro.cu_seqlens[:-1].tolist(), micro.cu_seqlens[1:].tolist(), strict=True)):
+    lengths = np.diff(micro.cu_seqlens).tolist()
+    assert len(micro.tokens) == sum(lengths)
+    for i, start in enumerate(micro.cu_seqlens[:-1].tolist()):
         mine = micro.sequence == i
         if mine.any():
+            stop = micro.rows[mine][-1].item() + 1  # what follows is padding
             whole = [micro.tokens[start].item(), *micro.targets[start:stop].tolist()]
             (advantage,) = set(micro.advantages[mine].tolist())
             number = micro.token_ids[mine][0].item() >> 20
             samples[number] = (whole, micro.rollout_logp[mine].tolist(), advantage)
-    return len(micro.tokens), samples
+    return lengths, samples
 
 
 def expected_samples(groups) -> dict:
@@ -76,13 +78,14 @@ def expected_samples(groups) -> dict:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_mini_batches_are_the_same_wherever_groups_were_sampled(ranks: Ranks, size):
-    pad_multiple = 4
-    for count, per_mini_batch in ((13, 4), (6, 3), (2, 8), (1, 1)):
+    cases = ((13, 4, (4, 1, 1)), (6, 3, (1, 1, 2)), (6, 6, (8, 6, 3)), (2, 8, (1, 4, 1)), (1, 1, (4, 1, 1)))
+    for count, per_mini_batch, multiples in cases:
+        pad_multiple, sequence_multiple, micro_batch_multiple = multiples
         groups = groups_of(count)
         expected = expected_samples(groups)
         response_tokens = [sum(len(c.token_ids) for c in group.completions) for _, group in groups]
         for how in ("in turn", "all on the last", "backwards"):
-            by_rank = ranks.run(build, size, sharded(groups, how, size), per_mini_batch, pad_multiple)
+            by_rank = ranks.run(build, size, sharded(groups, how, size), per_mini_batch, multiples)
             starts = range(0, count, per_mini_batch)
             assert {len(mini_batches) for mini_batches in by_rank} == {len(starts)}
             for start, *parts in zip(starts, *by_rank, strict=True):
@@ -90,18 +93,20 @@ def test_mini_batches_are_the_same_wherever_groups_were_sampled(ranks: Ranks, si
                 assert {tokens for tokens, _, _ in parts} == {sum(response_tokens[start:stop])}
                 assert {sequences for _, sequences, _ in parts} == {(stop - start) * GROUP_SIZE}
                 assert len({len(micro_batches) for _, _, micro_batches in parts}) == 1, "as many on every rank"
+                assert len(parts[0][2]) % micro_batch_multiple == 0
                 micro_batches = [micro for _, _, micros in parts for micro in micros]
                 found = [number for _, samples in micro_batches for number in samples]
                 assert sorted(found) == list(range(start * GROUP_SIZE, stop * GROUP_SIZE))
-                for length, samples in micro_batches:
-                    assert length % pad_multiple == 0
-                    assert length <= BUDGET + pad_multiple
+                for lengths, samples in micro_batches:
+                    assert sum(lengths) % pad_multiple == 0
+                    assert all(length % sequence_multiple == 0 for length in lengths)
+                    assert sum(lengths) <= BUDGET
                     for number, content in samples.items():
                         assert content == expected[number]
 
 
 def test_without_groups_there_are_no_mini_batches(ranks: Ranks):
-    assert ranks.run(build, 2, [[], []], 4, 1) == [[], []]
+    assert ranks.run(build, 2, [[], []], 4, (1, 1, 1)) == [[], []]
 
 
 def exchanged() -> list:

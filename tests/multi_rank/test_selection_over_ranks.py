@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from launcher import Ranks, process_group
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_rlvr.algo.quantile import global_top_fraction_mask
+from megatron_rlvr.algo.quantile import NonFiniteEntropyError, global_top_fraction_mask
 from megatron_rlvr.algo.selection import select
 from megatron_rlvr.config import SelectionSettings
 
@@ -65,29 +66,42 @@ def kept_by_a_sort(tokens: Tokens, fraction: float) -> tuple[set[int], float]:
     return {int(tokens.ids[i]) for i in first}, float(tokens.values[first[-1]]) if first else math.inf
 
 
+class Collectives(TorchDispatchMode):
+    """Counts what is really handed to the back end: calls, and bytes of their tensors on this rank."""
+
+    calls = bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.calls += 1
+            self.bytes += sum(tensor.nbytes for tensor in args[0])
+        return function(*args, **(kwargs or {}))
+
+
 def top_fractions(kinds: dict[str, Tokens]) -> dict:
-    """{(kind, fraction): (ids kept here, what was decided)}."""
+    """{(kind, fraction): (ids kept here, what was decided, collectives, bytes sent)}."""
     with process_group() as group:
         found = {}
         for name, tokens in kinds.items():
             values, ids = tokens.of_rank(group.rank(), group.size())
             for fraction in FRACTIONS:
-                mask, info = global_top_fraction_mask(values, fraction, token_ids=ids, group=group)
-                found[name, fraction] = (ids[mask].tolist(), info)
+                with Collectives() as sent:
+                    mask, info = global_top_fraction_mask(values, fraction, token_ids=ids, group=group)
+                found[name, fraction] = (ids[mask].tolist(), info, sent.calls, sent.bytes)
         return found
 
 
-def with_bad_values(kinds: dict[str, Tokens]) -> list[str]:
-    """What each rank is told where one holds a value that is not finite, and a good call after each."""
+def with_bad_values(kinds: dict[str, Tokens]) -> list[int | None]:
+    """Which token each rank is told of where some hold values that are not finite, and a good call after each."""
     with process_group() as group:
         told = []
         for tokens in kinds.values():
             values, ids = tokens.of_rank(group.rank(), group.size())
             try:
                 global_top_fraction_mask(values, 0.2, token_ids=ids, group=group)
-                told.append("nothing")
-            except ValueError as error:
-                told.append(str(error))
+                told.append(None)
+            except NonFiniteEntropyError as error:
+                told.append(error.token_id)
             global_top_fraction_mask(values.nan_to_num(0, 0, 0), 0.2, token_ids=ids, group=group)
         return told
 
@@ -98,7 +112,7 @@ def test_exactly_the_ceiling_of_the_fraction_is_kept_and_no_sharding_changes_whi
     by_rank = ranks.run(top_fractions, size, kinds)
     for name, tokens in kinds.items():
         for fraction in FRACTIONS:
-            parts, infos = zip(*(found[name, fraction] for found in by_rank), strict=True)
+            parts, infos, calls, sent = zip(*(found[name, fraction] for found in by_rank), strict=True)
             wanted, threshold = kept_by_a_sort(tokens, fraction)
             kept = [token for part in parts for token in part]
             assert sorted(kept) == sorted(wanted), (name, fraction)
@@ -106,21 +120,40 @@ def test_exactly_the_ceiling_of_the_fraction_is_kept_and_no_sharding_changes_whi
             assert (infos[0].kept, infos[0].total) == (len(wanted), len(tokens.values))
             assert infos[0].threshold == threshold
             assert infos[0].ties == int((tokens.values == np.float32(threshold)).sum())
+            assert (set(calls), set(sent)) == ({infos[0].collectives}, {infos[0].bytes_sent}), "as it says itself"
+            assert max(calls) <= 12
+            assert max(sent) <= 128 * 1024
+
+
+def costs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Collectives and bytes of this rank for many values, with ties that fit and with ties to split."""
+    with process_group() as group:
+        found = []
+        for n in sizes:
+            ids = torch.arange(n) * 2 + group.rank()
+            for values in (ids / (2.0 * n), torch.ones(n)):
+                with Collectives() as sent:
+                    global_top_fraction_mask(values, 0.2, token_ids=ids, group=group)
+                found.append((sent.calls, sent.bytes))
+        return found
+
+
+def test_what_travels_does_not_depend_on_how_many_tokens_there_are(ranks: Ranks):
+    distinct, split = (3, 8 * (2048 + 2048 + 1024)), (10, 8 * (2048 + 2048 + 1024 + 16 + 6 * 1024))
+    assert ranks.run(costs, 2, (10, 1000, 300_000)) == [[distinct, split] * 3] * 2
 
 
 def test_a_value_that_is_not_finite_is_an_error_on_every_rank_and_none_hangs(ranks: Ranks):
     kinds = {}
     for value in (np.nan, np.inf, -np.inf):
-        for at in (0, 99):
+        for at in ([0], [99], range(10, 90, 7)):
             tokens = tokens_of(np.linspace(0, 1, 100), 30)
             tokens.values[at] = value
             kinds[f"{value} at {at}"] = tokens
     for size in (1, 3):
         by_rank = ranks.run(with_bad_values, size, kinds)
         for tokens, *told in zip(kinds.values(), *by_rank, strict=True):
-            (bad,) = tokens.ids[~np.isfinite(tokens.values)]
-            assert len(set(told)) == 1
-            assert f"token id {bad} is not finite" in told[0]
+            assert told == [tokens.ids[~np.isfinite(tokens.values)].min()] * size, "the smallest id, on every rank"
 
 
 # Selection --------------------------------------------------------------------------------------------------------
