@@ -65,7 +65,7 @@ class ParallelSettings(Section):
     context: int = Field(default=1, ge=1)
     """Ranks that share each sequence: the activations of a long response are cut between them."""
     expert: int = Field(default=1, ge=1)
-    """Ranks that share the experts of each layer (mixture-of-experts models only); taken from the data-parallel ones."""
+    """Ranks that share the experts of each layer (mixture of experts), within tensor x context x data ranks."""
     sequence: bool = False
     """Sequence parallel: the tensor-parallel ranks also share the norms' activations. Needs `parallel.tensor` > 1."""
 

@@ -6,7 +6,8 @@ runs unmodified on gloo once these questions are answered for the CPU:
 - ``torch.cuda.*`` calls that Megatron makes get CPU answers (streams are no-ops, random states are the CPU's);
 - the modules that create tensors with a literal ``device="cuda"`` see a ``torch`` whose factories put them on the CPU;
 - ``Tensor.type()`` of a CPU tensor answers 'torch.cuda.FloatTensor' and so on, because Megatron's optimizers
-  compare with these names to tell 16 from 32 bits.
+  compare with these names to tell 16 from 32 bits;
+- the exchange of tokens between experts gets its split sizes as numbers, as it does when they come from a GPU.
 
 Nothing is answered where a GPU exists. ``tests/test_platform.py`` lists what is relied on.
 """
@@ -64,6 +65,7 @@ def init_process_group(timeout_minutes: float) -> None:
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "0")
     timeout = timedelta(minutes=timeout_minutes)
+    _name_absent_kernels()
     if has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
@@ -99,6 +101,9 @@ class _NoOp:
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *args, **kwargs: None
+
+    def record_event(self, event: Any = None) -> "_NoOp":
+        return _NoOp()
 
 
 class _TorchOnCpu(ModuleType):
@@ -155,6 +160,19 @@ def answer_cuda_calls_for_cpu() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[attr-defined]
+
+
+def _as_moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron gets of a GPU's tensor, of one that is on the CPU already."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _name_absent_kernels() -> None:
+    """Megatron's router asks whether Transformer Engine's product is None, by a name it lacks where that is absent."""
+    router = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    vars(router).setdefault("te_general_gemm", None)
 
 
 def _answer_tensor_type() -> None:

@@ -5,6 +5,7 @@ Whatever is wrong with the input is found here and raised as one sentence; later
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     fields = transformer_fields(hf_config)
     ranks = world_size(settings.parallel)
     _check_layout(settings, fields, ranks)
+    _check_experts(settings, fields, ranks)
     _check_lengths(settings, hf_config)
     _check_packages(settings)
     _check_run_folder(settings)
@@ -110,7 +112,7 @@ def _check_config(folder: str, hf_config: Any) -> None:
 
 def world_size(parallel: ParallelSettings) -> int:
     """Number of ranks that torchrun starts, or that hold one copy of the model without it."""
-    text = os.environ.get("WORLD_SIZE", str(parallel.tensor * parallel.pipeline))
+    text = os.environ.get("WORLD_SIZE", str(parallel.replica))
     if not text.isdecimal() or int(text) < 1:
         raise SettingsError(f"WORLD_SIZE {text!r} is not a number of ranks; set a whole number above 0 or unset it")
     return int(text)
@@ -118,12 +120,10 @@ def world_size(parallel: ParallelSettings) -> int:
 
 def _check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
     parallel = settings.parallel
-    unit = parallel.tensor * parallel.pipeline
-    if world_size % unit:
-        raise SettingsError(
-            f"{world_size} ranks do not divide into parallel.tensor {parallel.tensor} x parallel.pipeline "
-            f"{parallel.pipeline}; launch a multiple of {unit}"
-        )
+    if world_size % parallel.replica:
+        sizes = [(name, getattr(parallel, name)) for name in ("tensor", "context", "pipeline")]
+        product = " x ".join(f"parallel.{name} {size}" for name, size in sizes if size > 1)
+        raise SettingsError(f"{world_size} ranks do not divide into {product}; launch a multiple of {parallel.replica}")
     for name, what in (
         ("num_attention_heads", "attention heads"),
         ("num_query_groups", "key-value heads"),
@@ -134,10 +134,54 @@ def _check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int
                 f"{fields[name]} {what} of {settings.model.path} do not divide by parallel.tensor {parallel.tensor}; "
                 "choose a divisor"
             )
-    if fields["num_layers"] % parallel.pipeline:
+    if fields["num_layers"] % (parallel.pipeline * parallel.virtual_pipeline):
+        virtual = f" x parallel.virtual_pipeline {parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
         raise SettingsError(
             f"{fields['num_layers']} layers of {settings.model.path} do not divide by parallel.pipeline "
-            f"{parallel.pipeline}; choose a divisor"
+            f"{parallel.pipeline}{virtual}; choose a divisor"
+        )
+    shares = 2 * parallel.context * parallel.tensor
+    if parallel.context > 1 and settings.batch.tokens_per_micro_batch < shares:
+        raise SettingsError(
+            f"batch.tokens_per_micro_batch {settings.batch.tokens_per_micro_batch} cannot be cut into 2 x "
+            f"parallel.context {parallel.context} x parallel.tensor {parallel.tensor} parts; raise it to {shares}"
+        )
+
+
+def _check_experts(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
+    parallel, folder, experts = settings.parallel, settings.model.path, fields.get("num_moe_experts")
+    if experts is None:
+        if parallel.expert > 1:
+            raise SettingsError(
+                f"parallel.expert {parallel.expert} does nothing with {folder}, a dense model; drop one of the two"
+            )
+        return
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise SettingsError(
+            f"parallel.tensor {parallel.tensor} with {folder}, a mixture of experts, needs parallel.sequence true; set "
+            "it, or parallel.tensor to 1"
+        )
+    if experts % parallel.expert:
+        raise SettingsError(
+            f"{experts} experts of {folder} do not divide by parallel.expert {parallel.expert}; choose a divisor"
+        )
+    if world_size // parallel.pipeline % parallel.expert:
+        unit = parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
+        raise SettingsError(
+            f"{world_size // parallel.pipeline} tensor x context x data ranks do not divide by parallel.expert "
+            f"{parallel.expert}; launch a multiple of {unit} ranks"
+        )
+    # Megatron's gradient norm of the experts is a collective in which only stages that have some take part.
+    pieces = parallel.pipeline * parallel.virtual_pipeline
+    with_experts = {
+        layer * pieces // fields["num_layers"] % parallel.pipeline
+        for layer, sparse in enumerate(fields["moe_layer_freq"])
+        if sparse
+    }
+    if len(with_experts) < parallel.pipeline:
+        raise SettingsError(
+            f"parallel.pipeline {parallel.pipeline} leaves a stage without experts, as mlp_only_layers and "
+            f"decoder_sparse_step of {folder} place them; lower it"
         )
 
 
@@ -211,8 +255,14 @@ def _stop_token_ids(folder: str, hf_config: Mapping[str, Any], tokenizer: Tokeni
 def plan_in_words(resolved: Resolved) -> str:
     """What the run will do, for a person to read before it does."""
     s, model = resolved.settings, transformer_fields(resolved.hf_config)
-    replicas = resolved.world_size // (s.parallel.tensor * s.parallel.pipeline)
-    sequence = " with sequence parallel" if s.parallel.sequence else ""
+    p = s.parallel
+    layout = [f"tensor {p.tensor}", f"context {p.context}", f"pipeline {p.pipeline}"]
+    layout = [part for part in layout if not part.endswith(" 1")] + [f"data {resolved.world_size // p.replica}"]
+    extras = [
+        *(["sequence parallel"] if p.sequence else []),
+        *([f"{p.virtual_pipeline} virtual stages"] if p.virtual_pipeline > 1 else []),
+        *([f"experts over {p.expert} ranks"] if p.expert > 1 else []),
+    ]
     dropped = f", {resolved.train.dropped_too_long} left out as too long" if resolved.train.dropped_too_long else ""
     samples = f"{s.batch.prompts} prompts x {s.rollout.samples_per_prompt}"
     divisor = "all response tokens" if s.loss.normalizer == "all_tokens" else "the number of selected tokens"
@@ -227,8 +277,7 @@ def plan_in_words(resolved: Resolved) -> str:
     lines = [
         f"model       {s.model.path}: {resolved.hf_config['model_type']}, {model['num_layers']} layers of "
         f"{model['hidden_size']}, vocabulary {resolved.hf_config['vocab_size']}, {s.model.dtype}",
-        f"ranks       {resolved.world_size} = tensor {s.parallel.tensor} x pipeline {s.parallel.pipeline} x data "
-        f"{replicas}{sequence}",
+        f"ranks       {resolved.world_size} = {' x '.join(layout)}{' with ' + ', '.join(extras) if extras else ''}",
         f"prompts     {len(resolved.train)} from {len(resolved.train.files)} file(s){dropped}",
         f"rollout     {samples} responses a step of up to {s.rollout.max_response_tokens} tokens at temperature "
         f"{s.rollout.temperature:g}; {sampling}",

@@ -130,6 +130,7 @@ OUT_OF_RANGE = [
 
 IMPOSSIBLE_TOGETHER = [
     ("--parallel.sequence=true", "parallel.sequence true", "parallel.tensor 1", "drop one"),
+    ("--parallel.virtual_pipeline=2", "parallel.virtual_pipeline 2", "parallel.pipeline 1", "drop it"),
     ("--evaluate.samples=4", "evaluate.samples 4", "evaluate.sets", "drop it"),
     ("--reward.correct=-1", "reward.correct -1", "reward.wrong -1", "raise it"),
     ("--reward.overlong_buffer=20480", "reward.overlong_buffer 20480", "rollout.max_response_tokens 20480", "lower it"),

@@ -99,6 +99,7 @@ def streams_and_events(changed: set[str]) -> None:
         stream.wait_stream(torch.cuda.current_stream())
         stream.wait_event(torch.cuda.Event(enable_timing=True))
         stream.synchronize()
+        stream.record_event().synchronize()
         with torch.cuda.stream(stream), stream:
             assert torch.ones(2).sum() == 2
     event = torch.cuda.Event()
@@ -152,6 +153,17 @@ def factories(changed: set[str]) -> None:
             _ = seen.no_such_name
 
 
+def splits_of_an_exchange(changed: set[str]) -> None:
+    """Megatron's experts get numbers where a GPU's tensors would have become numbers, and tensors elsewhere."""
+    move = importlib.import_module("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu
+    counts = torch.tensor([3, 4])
+    assert not torch.is_tensor(move(counts, as_numpy=True, record_stream=True))
+    assert move(counts, as_numpy=True).tolist() == [3, 4]
+    assert move(counts, record_stream=False) is counts
+    assert move(None, as_numpy=True) is None
+    assert move(7) == 7
+
+
 def worlds(changed: set[str]) -> None:
     """A process that no launcher started is a world of one, and can leave it and come back."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -168,8 +180,25 @@ def worlds(changed: set[str]) -> None:
     platform.shut_down()
 
 
+def absent_kernels(changed: set[str]) -> None:
+    """What Megatron's router asks about by a name that it lacks without Transformer Engine."""
+    platform.init_process_group(timeout_minutes=1)
+    platform.shut_down()
+    assert hasattr(importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm")
+
+
 @pytest.mark.parametrize(
-    "check", [devices_and_random_states, streams_and_events, tensors_and_modules, type_names, factories, worlds]
+    "check",
+    [
+        devices_and_random_states,
+        streams_and_events,
+        tensors_and_modules,
+        type_names,
+        factories,
+        splits_of_an_exchange,
+        worlds,
+        absent_kernels,
+    ],
 )
 def test_every_answer_works_on_the_cpu(other_process, check):
     other_process(check)

@@ -155,6 +155,8 @@ def test_stop_tokens_come_from_tokenizer_config_and_generation_config(
     ("ranks", "parallel", "parts"),
     [
         (6, {"tensor": 2, "pipeline": 2}, ["6 ranks", "parallel.tensor 2 x parallel.pipeline 2", "multiple of 4"]),
+        (4, {"context": 3}, ["4 ranks", "parallel.context 3", "multiple of 3"]),
+        (None, {"pipeline": 2, "virtual_pipeline": 2}, ["2 layers", "parallel.virtual_pipeline 2", "divisor"]),
         (1, {"tensor": 2}, ["1 ranks", "parallel.tensor 2", "multiple of 2"]),
         (None, {"tensor": 8}, ["4 attention heads", "parallel.tensor 8", "choose a divisor"]),
         (None, {"tensor": 4}, ["2 key-value heads", "parallel.tensor 4", "choose a divisor"]),
@@ -169,6 +171,56 @@ def test_layouts_that_do_not_divide_are_refused(
 ) -> None:
     message = refusal(resolve_with, ranks, parallel=parallel)
     assert [part for part in parts if part not in message] == []
+
+
+SPARSE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "changes", "parts"),
+    [
+        (2, {"expert": 2}, {}, ["parallel.expert 2 does nothing", "dense model"]),
+        (2, {"tensor": 2}, SPARSE, ["parallel.tensor 2", "needs parallel.sequence true"]),
+        (4, {"expert": 4}, SPARSE, ["6 experts", "parallel.expert 4", "choose a divisor"]),
+        (8, {"pipeline": 2, "expert": 3}, SPARSE, ["4 tensor x context x data ranks", "expert 3", "of 6 ranks"]),
+        (None, {"tensor": 2, "sequence": True, "expert": 3}, SPARSE, ["2 tensor x", "launch a multiple of 6 ranks"]),
+        (2, {"pipeline": 2}, SPARSE | {"mlp_only_layers": [1]}, ["parallel.pipeline 2 leaves a stage", "lower it"]),
+        (2, {"pipeline": 2}, SPARSE | {"num_hidden_layers": 4, "decoder_sparse_step": 4}, ["leaves a stage"]),
+        (1, {}, SPARSE | {"num_experts": None}, ["num_local_experts", "None", "config.json"]),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_layouts_that_do_not_suit_the_experts_are_refused(
+    ranks: int | None,
+    parallel: dict[str, Any],
+    changes: dict[str, Any],
+    parts: list[str],
+    resolve_with: Resolve,
+    broken_model: Callable[..., dict[str, Any]],
+) -> None:
+    message = refusal(resolve_with, ranks, model=broken_model(**changes), parallel=parallel)
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "changes"),
+    [
+        (6, {"expert": 6}, {}),
+        (2, {"tensor": 2, "sequence": True, "expert": 2}, {}),
+        (12, {"pipeline": 2, "expert": 3}, {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+        # Interleaved, stage 0 has layers 0 and 2, stage 1 has 1 and 3; in a row, layers 2 and 3 would have no experts.
+        (2, {"pipeline": 2, "virtual_pipeline": 2}, {"mlp_only_layers": [2, 3], "num_hidden_layers": 4}),
+    ],
+)
+def test_layouts_that_suit_the_experts_are_taken(
+    ranks: int,
+    parallel: dict[str, Any],
+    changes: dict[str, Any],
+    resolve_with: Resolve,
+    broken_model: Callable[..., dict[str, Any]],
+) -> None:
+    section = broken_model(**SPARSE | {"layer_types": None} | changes)
+    assert resolve_with(ranks, model=section, parallel=parallel).world_size == ranks
 
 
 def test_feed_forward_columns_must_divide(resolve_with: Resolve, broken_model: Callable[..., dict[str, Any]]) -> None:
@@ -282,6 +334,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused(resolve_with: Resolve, t
         ({"hidden_size": 64}, "megatron.hidden_size is decided by the model folder and the sections model"),
         ({"tensor_model_parallel_size": 2}, "megatron.tensor_model_parallel_size is decided by the model folder"),
         ({"lr": 1e-3}, "megatron.lr is decided by optimizer.learning_rate; remove it"),
+        ({"moe_router_fusion": True}, "megatron.moe_router_fusion does nothing with a dense model; remove it"),
         ({"mtp_num_layers": 1}, "megatron.mtp_num_layers 1 cannot be used: multi-token prediction has no"),
         ({"defer_embedding_wgrad_compute": True}, "megatron.defer_embedding_wgrad_compute True cannot be used: the"),
         ({"cross_entropy_loss_fusion": True}, "megatron.cross_entropy_loss_fusion True cannot be used: the loss"),

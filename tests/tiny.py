@@ -146,18 +146,25 @@ def model_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def write_model(folder: Path, *, chat_template: str | None = None, **changes: Any) -> Path:
+def write_model(folder: Path, *, chat_template: str | None = None, experts: bool = False, **changes: Any) -> Path:
     """A Hugging Face folder: random Qwen3 weights (fp32), config.json with ``changes``, the tokenizer.
+
+    With ``experts`` it is a Qwen3-MoE of four experts, of which two see a token.
 
     The weights are 10 times larger than transformers would draw them, so that entropies differ between tokens.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config(initializer_range=0.2, **changes)
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**config)).save_pretrained(folder)
+    if experts:
+        config |= {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        config |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).save_pretrained(folder)
+    else:
+        Qwen3ForCausalLM(Qwen3Config(**config)).save_pretrained(folder)
     write_tokenizer(folder, chat_template=chat_template)
     return folder
 

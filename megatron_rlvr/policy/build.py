@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_rlvr import platform
@@ -57,6 +58,13 @@ def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Ma
     return transformer_fields(hf_config) | {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        # Interleaved, two stages would otherwise exchange several messages at once, and take one for the other.
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
         "sequence_parallel": parallel.sequence,
         "params_dtype": DTYPES[model.dtype],
         "pipeline_dtype": DTYPES[model.dtype],
@@ -104,8 +112,11 @@ _REFUSED = {
     "wgrad_deferral_limit": "the output layer's gradient is made tile by tile and never deferred",
     "cross_entropy_loss_fusion": "the loss is not cross entropy and holds no logits",
     "cross_entropy_fusion_impl": "the loss is not cross entropy and holds no logits",
+    "overlap_param_gather": "the weights are handed to the rollout engine after each step, before a forward could wait",
     "fp16": "training is in model.dtype float32 or bfloat16",
 }
+# Of the fields about experts these are the user's; the others change what the model computes, or do nothing here.
+_EXPERT_KEYS = ("moe_permute_fusion", "moe_router_fusion", "moe_router_padding_for_fp8")
 
 
 def check_passthrough(
@@ -123,6 +134,9 @@ def check_passthrough(
         if key in owned or key in _OWNED_ELSEWHERE:
             decided_by = _OWNED_ELSEWHERE.get(key, "the model folder and the sections model and parallel")
             raise SettingsError(f"megatron.{key} is decided by {decided_by}; remove it")
+        if key.startswith("moe_") and (key not in _EXPERT_KEYS or "num_moe_experts" not in owned):
+            what = "does nothing with a dense model" if "num_moe_experts" not in owned else "would change the model"
+            raise SettingsError(f"megatron.{key} {what}; remove it")
         if key in _REFUSED and megatron[key]:
             raise SettingsError(f"megatron.{key} {megatron[key]} cannot be used: {_REFUSED[key]}; remove it")
     if megatron.get("gradient_accumulation_fusion") and not platform.has_fused_weight_gradients():
@@ -150,21 +164,34 @@ def build_chunks(
     """This rank's model chunks (one without interleaving), weights not yet loaded, wrapped for data parallelism."""
     model_parallel_cuda_manual_seed(seed)
     config: TransformerConfig = _config(TransformerConfig, megatron, **owned_fields(model, parallel, hf_config))
-    layers = get_num_layers_to_build(config)
-    spec = TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=RMSNorm)
-    gpt = PolicyModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=padded_vocab(hf_config["vocab_size"], parallel.tensor),
-        max_sequence_length=hf_config["max_position_embeddings"],
-        pre_process=ranks.pipeline_rank == 0,
-        post_process=ranks.last_stage,
-        share_embeddings_and_output_weights=tied(hf_config),
-        position_embedding_type="rope",
-        rotary_base=rope_theta(hf_config),
-    ).to(platform.device())
     ddp = _config(DistributedDataParallelConfig, megatron)
-    return [DistributedDataParallel(config=config, ddp_config=ddp, module=gpt)]
+    pieces = parallel.virtual_pipeline
+    chunks = []
+    for piece in range(pieces):
+        stage = piece if pieces > 1 else None
+        first = get_transformer_layer_offset(config, vp_stage=stage)
+        layers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
+        gpt = PolicyModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[local_layer_spec(config, layer) for layer in layers], layer_norm=RMSNorm
+            ),
+            vocab_size=padded_vocab(hf_config["vocab_size"], parallel.tensor),
+            max_sequence_length=hf_config["max_position_embeddings"],
+            pre_process=ranks.pipeline_rank == 0 and piece == 0,
+            post_process=ranks.last_stage and piece == pieces - 1,
+            share_embeddings_and_output_weights=tied(hf_config),
+            position_embedding_type="rope",
+            rotary_base=rope_theta(hf_config),
+            vp_stage=stage,
+        ).to(platform.device())
+        # Later chunks finish their backward first: their gradients travel whole while the earlier ones still compute.
+        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=gpt, disable_bucketing=piece > 0))
+    if ddp.overlap_grad_reduce:
+        # Gradients are complete after the last micro-batch, and only then may they travel.
+        hooks = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = hooks if pieces > 1 else hooks[0]
+    return chunks
 
 
 def build_optimizer(

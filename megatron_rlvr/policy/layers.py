@@ -1,29 +1,27 @@
-"""Layers for megatron-core models where Transformer Engine is absent: RMSNorm and attention over packed sequences.
+"""Layers for megatron-core models where Transformer Engine is absent.
 
 Megatron's own fall-backs refuse what training needs: its norm refuses sequence parallel, its attention packed
-sequences. These two fill the gap with torch alone, so that the same model definition runs on any device.
-
-Shapes: S packed tokens, n heads on this rank, g key-value heads on this rank, d head size, H hidden size.
+sequences. `RMSNorm` and `attention.PackedAttention` fill the gap with torch alone, so that the same model definition
+runs on any device.
 """
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_rlvr import platform
+from megatron_rlvr.policy.attention import PackedAttention
+from megatron_rlvr.policy.experts import sparse_mlp_spec
 
 
 class RMSNorm(torch.nn.Module):
@@ -42,60 +40,15 @@ class RMSNorm(torch.nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
-class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a packed stream, by ``scaled_dot_product_attention``.
+def local_layer_spec(config: TransformerConfig, layer: int) -> ModuleSpec:
+    """A transformer layer of Megatron's parallel linears with our norm and attention.
 
-    Memory grows with the longest sequence, not with its square: torch's fused kernels hold no score matrix.
+    Args:
+        layer: its number in the whole model, from 0; it says whether the layer has experts.
     """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: object = None,
-    ) -> None:
-        super().__init__(config=config)
-        if config.context_parallel_size != 1:
-            raise ValueError("parallel.context > 1 needs Transformer Engine; set parallel.context to 1")
-        if attn_mask_type != AttnMaskType.causal or (attention_dropout or config.attention_dropout):
-            raise ValueError("PackedAttention is causal and without dropout; set megatron.attention_dropout to 0")
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """query [S, n, d], key and value [S, g, d] -> [S, n * d]."""
-        assert packed_seq_params is not None, "the policy always packs"
-        lengths = (packed_seq_params.cu_seqlens_q[1:] - packed_seq_params.cu_seqlens_q[:-1]).tolist()
-        outputs = []
-        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-            out = F.scaled_dot_product_attention(
-                q.transpose(0, 1).unsqueeze(0),
-                k.transpose(0, 1).unsqueeze(0),
-                v.transpose(0, 1).unsqueeze(0),
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            outputs.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(outputs).reshape(query.shape[0], -1)
-
-
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """A dense transformer layer of Megatron's parallel linears with this module's norm and attention."""
+    sparse = config.num_moe_experts is not None and config.moe_layer_freq[layer]
     qk_norm: Callable[..., torch.nn.Module] = RMSNorm if config.qk_layernorm else IdentityOp
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -113,9 +66,7 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=sparse_mlp_spec() if sparse else ModuleSpec(module=MLP, submodules=linears),
             mlp_bda=get_bias_dropout_add,
         ),
     )

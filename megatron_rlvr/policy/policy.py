@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -20,14 +19,19 @@ from torch import Tensor
 from megatron_rlvr import platform
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 from megatron_rlvr.algo.loss import SelectedTokens
-from megatron_rlvr.batch import MicroBatch, PolicyScores
+from megatron_rlvr.batch import MicroBatch, Packing, PolicyScores
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
 from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.hf.weights import write_folder
+from megatron_rlvr.policy.attention import packed_stream
 from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
+from megatron_rlvr.policy.context import ContextShard, context_shard
 from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.policy.weights import WeightMap, global_parameters
 from megatron_rlvr.protocols import PolicyLoss
+
+# Transformer Engine's FP8 products want this many tokens, or a multiple, on a rank.
+_FP8_ALIGNMENT = 16
 
 MaskOfEntropy = Callable[[MicroBatch, Tensor], Tensor]
 
@@ -72,18 +76,29 @@ class Policy:
         """Where scores live."""
         return platform.device()
 
-    @property
-    def pad_multiple(self) -> int:
-        """Packed streams must be a multiple of this long: sequence parallel cuts them evenly."""
-        return self.ranks.tensor_size if self._config.sequence_parallel else 1
+    def packing(self, tokens_per_micro_batch: int) -> Packing:
+        """How streams must be cut for this layout, none longer than a number of tokens."""
+        context, tensor = self.ranks.context_size, self.ranks.tensor_size
+        aligned = _FP8_ALIGNMENT if self._config.fp8 else 1
+        return Packing(
+            budget=tokens_per_micro_batch,
+            pad_multiple=aligned * context * (tensor if self._config.sequence_parallel else 1),
+            sequence_multiple=2 * context if context > 1 else 1,
+            micro_batch_multiple=self.ranks.pipeline_size if len(self._chunks) > 1 else 1,
+            quadratic=self._quadratic_cost,
+        )
 
     @property
-    def quadratic_cost(self) -> float:
+    def _quadratic_cost(self) -> float:
         """Cost of attention in a sequence of n tokens, n^2 times this, against n of everything else."""
         c = self._config
         query = c.num_attention_heads * c.kv_channels
         key_value = 2 * c.num_query_groups * c.kv_channels
-        linear = c.hidden_size * (2 * query + key_value) + 3 * c.hidden_size * c.ffn_hidden_size
+        feed_forward = c.ffn_hidden_size
+        if c.num_moe_experts is not None:
+            sparse = sum(c.moe_layer_freq) / c.num_layers
+            feed_forward = sparse * c.moe_router_topk * c.moe_ffn_hidden_size + (1 - sparse) * c.ffn_hidden_size
+        linear = c.hidden_size * (2 * query + key_value) + 3 * c.hidden_size * feed_forward
         return query / linear  # causal: n^2 / 2 scores, each 2 * query multiplications
 
     @property
@@ -101,7 +116,7 @@ class Policy:
         sizes = [len(batch.rows) for batch in batches]
         flat = torch.empty(2, sum(sizes), device=platform.device())
         if self.ranks.last_stage:
-            flat[0], flat[1] = (torch.cat([result[i] for result in results]) for i in (0, 1))
+            flat = torch.cat(results, dim=1)
         if self.ranks.pipeline_size > 1:
             source = dist.get_global_rank(self.ranks.pipeline_group, self.ranks.pipeline_size - 1)
             dist.broadcast(flat, src=source, group=self.ranks.pipeline_group)
@@ -146,7 +161,7 @@ class Policy:
         """
         if self.ranks.is_main:
             write_folder(folder, self.folder, self.export_weights(), finish)
-        elif self.ranks.data_rank == 0:
+        elif self.ranks.data_rank == 0 or self.ranks.expert_size > 1:  # experts come from other replicas as well
             for _ in self.export_weights():
                 pass
         dist.barrier()
@@ -170,18 +185,16 @@ class Policy:
         self, data: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module, loss_of: Callable[..., Any]
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         number, batch = next(data)
-        batch = batch.to(platform.device())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_length,
-            max_seqlen_kv=batch.max_length,
+        shard = context_shard(
+            batch.to(platform.device()), self.ranks.context_rank, self.ranks.context_size, self.ranks.context_group
         )
         hidden = chunk(
-            input_ids=batch.tokens.unsqueeze(0), position_ids=None, attention_mask=None, packed_seq_params=packed
+            input_ids=shard.part.tokens.unsqueeze(0),
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=packed_stream(shard.part),
         )
-        return hidden, partial(loss_of, number=number, batch=batch, chunk=chunk)
+        return hidden, partial(loss_of, number=number, shard=shard, chunk=chunk)
 
     def _head(self, hidden: Tensor, batch: MicroBatch, chunk: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
         model: PolicyModel = getattr(chunk, "module", chunk)
@@ -197,34 +210,36 @@ class Policy:
             gradient_accumulation_fusion=self._config.gradient_accumulation_fusion,
         )
 
-    def _score_one(self, hidden: Tensor, number: int, batch: MicroBatch, chunk: Any) -> tuple[Tensor, Tensor, Any]:
-        result = self._head(hidden, batch, chunk, batch.rows)
+    def _score_one(self, hidden: Tensor, number: int, shard: ContextShard, chunk: Any) -> tuple[Tensor, Tensor, Any]:
+        result = shard.whole(torch.stack(self._head(hidden, shard.part, chunk, shard.part.rows)))
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), result
 
     def _train_one(
         self,
         hidden: Tensor,
         number: int,
-        batch: MicroBatch,
+        shard: ContextShard,
         chunk: Any,
         masks: Sequence[Tensor] | MaskOfEntropy,
         old_logp: Sequence[Tensor],
         loss: PolicyLoss,
         count: int,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        batch = shard.part
         if callable(masks):
             logp, entropy = self._head(hidden, batch, chunk, batch.rows)
-            mask = masks(batch, entropy)
+            mask = masks(shard.batch, shard.whole(entropy))[shard.held]
             logp = logp[mask]
         else:
-            mask = masks[number].to(hidden.device)
+            mask = masks[number].to(hidden.device)[shard.held]
             logp, entropy = self._head(hidden, batch, chunk, batch.rows[mask])
         tokens = SelectedTokens(
-            old_logp=old_logp[number].to(hidden.device)[mask],
+            old_logp=old_logp[number].to(hidden.device)[shard.held][mask],
             rollout_logp=batch.rollout_logp[mask],
             advantages=batch.advantages[mask],
             sequence=batch.sequence[mask],
-            sequences=len(batch.cu_seqlens) - 1,
+            sequences=len(batch.lengths),
+            context_group=shard.group,
         )
         total, figures = loss(logp, tokens)
         total = total / count
@@ -239,7 +254,7 @@ class Policy:
         if self.ranks.last_stage:
             names = sorted(reports[0])
             sums = torch.stack([sum(r[name].double() for r in reports) for name in names])  # type: ignore[misc]
-            dist.all_reduce(sums, group=self.ranks.data_group)
+            dist.all_reduce(sums, group=self.ranks.data_context_group)
             figures = dict(zip(names, sums.tolist(), strict=True))
             tokens = max(1.0, figures.pop("selected"))
             figures = {name: value if name == "loss" else value / tokens for name, value in figures.items()}

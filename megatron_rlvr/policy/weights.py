@@ -1,6 +1,8 @@
 """Weights between Hugging Face names and this rank's shards of Megatron's parameters."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlvr import platform
-from megatron_rlvr.hf.families import Family, ModelError, Row, family_of, tied
+from megatron_rlvr.hf.families import ModelError, Row, rows_of, tied
 from megatron_rlvr.hf.layout import Geometry, merge, shard, unmerge, unshard
 from megatron_rlvr.hf.weights import TensorReader
 from megatron_rlvr.policy.ranks import Ranks
@@ -19,9 +21,7 @@ class WeightMap:
     """The table of a family, resolved for the parameters that this rank holds."""
 
     def __init__(self, hf_config: Mapping[str, Any], padded_vocab: int, ranks: Ranks) -> None:
-        self._family: Family = family_of(hf_config)
-        self._layers: int = hf_config["num_hidden_layers"]
-        self._tied = tied(hf_config)
+        self._config = hf_config
         self._ranks = ranks
         heads = hf_config["num_attention_heads"]
         groups = hf_config.get("num_key_value_heads") or heads
@@ -33,23 +33,13 @@ class WeightMap:
             padded_vocab=padded_vocab,
         )
 
-    def rows(self) -> Iterator[Row]:
-        """Every row of the whole model with layer numbers filled in, in a fixed order; a tied output layer has none."""
-        for row in self._family.rows:
-            if "{layer}" in row.megatron:
-                for layer in range(self._layers):
-                    names = tuple(name.format(layer=layer) for name in row.hugging_face)
-                    yield Row(row.megatron.format(layer=layer), names, row.layout)
-            elif not (self._tied and row.megatron == "output_layer.weight"):
-                yield row
-
     def load(self, parameters: Mapping[str, torch.nn.Parameter], folder: str | Path) -> None:
         """Fills this rank's parameters from a model folder; ModelError names tensors that are missing or misshapen."""
         reader = TensorReader(folder)
-        rows = {row.megatron: row for row in self.rows()}
-        if self._tied:  # the last pipeline stage holds a copy of the embedding as its output layer
+        rows = {row.megatron: row for (row,) in rows_of(self._config)}
+        if tied(self._config):  # the last pipeline stage holds a copy of the embedding as its output layer
             embedding = rows["embedding.word_embeddings.weight"]
-            rows["output_layer.weight"] = Row("output_layer.weight", embedding.hugging_face, "vocab")
+            rows["output_layer.weight"] = replace(embedding, megatron="output_layer.weight")
         missing = sorted({name for row in rows.values() for name in row.hugging_face if name not in reader})
         if missing:
             raise ModelError(f"{folder} lacks {_list(missing)}; its weights do not belong to its config.json")
@@ -58,10 +48,10 @@ class WeightMap:
             raise ModelError(f"{folder} holds {_list(sorted(extra))}, which its config.json has no place for")
         for name, parameter in parameters.items():
             row = rows[name]
+            rank, size = (0, 1) if row.of_expert else (self._ranks.tensor_rank, self._ranks.tensor_size)
             tensors = [reader.read(hf_name) for hf_name in row.hugging_face]
             try:
-                full = merge(row.layout, tensors, self._geometry)
-                part = shard(row.layout, full, self._ranks.tensor_rank, self._ranks.tensor_size)
+                part = shard(row.layout, merge(row.layout, tensors, self._geometry), rank, size)
             except RuntimeError:
                 part = torch.empty(0)
             if part.shape != parameter.shape:
@@ -71,56 +61,78 @@ class WeightMap:
                 parameter.copy_(part)
 
     def export(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every weight, on every rank, one parameter at a time.
+        """(Hugging Face name, whole tensor) of every weight, on every rank in the same order, one parameter at a time.
 
-        A collective over the replica: every rank must exhaust it. Tensors may be the model's own: copy what must
-        outlive the next update.
+        A collective over the replica, and where experts are shared over all that share them: every rank must exhaust
+        it. Tensors may be the model's own: copy what must outlive the next update.
         """
         owners = self._owners(parameters)
-        for row in self.rows():
-            owner = owners[row.megatron]
-            full: Tensor | None = None
-            if owner == self._ranks.pipeline_rank:
-                full = self._gather(row, parameters[row.megatron].detach())
-            full = self._from_stage(owner, full)
-            yield from zip(row.hugging_face, unmerge(row.layout, full, self._geometry), strict=True)
+        for rows in rows_of(self._config, self._ranks.expert_size):
+            row = rows[self._ranks.expert_rank] if rows[0].of_expert else rows[0]
+            part = self._from_stage(owners[row.megatron], parameters.get(row.megatron))
+            for each, full in zip(rows, self._gather(row, part), strict=True):
+                yield from zip(each.hugging_face, unmerge(each.layout, full, self._geometry), strict=True)
 
-    def _owners(self, parameters: Mapping[str, torch.nn.Parameter]) -> Mapping[str, int]:
-        names: list[Any] = [None] * self._ranks.pipeline_size
-        dist.all_gather_object(names, list(parameters), group=self._ranks.pipeline_group)
-        return {name: stage for stage, held in reversed(list(enumerate(names))) for name in held}
+    def _owners(self, parameters: Mapping[str, torch.nn.Parameter]) -> Mapping[str, "_Owner"]:
+        """For each parameter of this replica its first pipeline stage; of experts, those of this expert rank."""
+        held: list[Any] = [None] * self._ranks.pipeline_size
+        here = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
+        dist.all_gather_object(held, here, group=self._ranks.pipeline_group)
+        stages = reversed(list(enumerate(held)))
+        return {name: _Owner(stage, *size) for stage, sizes in stages for name, size in sizes.items()}
 
-    def _gather(self, row: Row, part: Tensor) -> Tensor:
-        if self._ranks.tensor_size == 1 or row.layout == "whole":
-            return part
-        parts = [torch.empty_like(part) for _ in range(self._ranks.tensor_size)]
-        dist.all_gather(parts, part.contiguous(), group=self._ranks.tensor_group)
-        return unshard(row.layout, parts)
+    def _from_stage(self, owner: "_Owner", parameter: torch.nn.Parameter | None) -> Tensor:
+        """The owner stage's part on every stage."""
+        if owner.stage == self._ranks.pipeline_rank:
+            assert parameter is not None
+            part = parameter.detach().contiguous()
+        else:
+            part = torch.empty(owner.shape, dtype=owner.dtype, device=platform.device())
+        if self._ranks.pipeline_size > 1:
+            source = dist.get_global_rank(self._ranks.pipeline_group, owner.stage)
+            dist.broadcast(part, src=source, group=self._ranks.pipeline_group)
+        return part
 
-    def _from_stage(self, owner: int, full: Tensor | None) -> Tensor:
-        """The owner stage's tensor on every stage."""
-        if self._ranks.pipeline_size == 1:
-            assert full is not None
-            return full
-        source = dist.get_global_rank(self._ranks.pipeline_group, owner)
-        meta: list[Any] = [(full.shape, full.dtype) if full is not None else None]
-        dist.broadcast_object_list(meta, src=source, group=self._ranks.pipeline_group)
-        if full is None:
-            full = torch.empty(meta[0][0], dtype=meta[0][1], device=platform.device())
-        dist.broadcast(full.contiguous(), src=source, group=self._ranks.pipeline_group)
-        return full
+    def _gather(self, row: Row, part: Tensor) -> list[Tensor]:
+        """The whole parameter from its parts; of an expert also its like on the other expert ranks."""
+        if row.of_expert:
+            return _all_gather(part, self._ranks.expert_group, self._ranks.expert_size)
+        if row.layout == "whole":
+            return [part]
+        return [unshard(row.layout, _all_gather(part, self._ranks.tensor_group, self._ranks.tensor_size))]
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """The pipeline stage that holds a parameter, and the size of a rank's part of it."""
+
+    stage: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _all_gather(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
+    if size == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(size)]
+    dist.all_gather(parts, part, group=group)
+    return parts
+
+
+_IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 
 
 def global_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by Megatron's names with layer numbers that count over all pipeline stages, from 0."""
+    """This rank's parameters by Megatron's names, layers and experts numbered over the whole model, from 0."""
     found: dict[str, torch.nn.Parameter] = {}
     for chunk in chunks:
         model: Any = getattr(chunk, "module", chunk)
         for name, parameter in model.named_parameters():
-            if name.startswith("decoder.layers."):
-                local, _, rest = name.removeprefix("decoder.layers.").partition(".")
-                number = model.decoder.layers[int(local)].layer_number - 1
-                name = f"decoder.layers.{number}.{rest}"
+            if match := _IN_LAYER.fullmatch(name):
+                layer, expert, rest = model.decoder.layers[int(match[1])], match[2], match[3]
+                if expert is not None:
+                    rest = f"mlp.experts.local_experts.{layer.mlp.local_expert_indices[int(expert)]}.{rest}"
+                name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
             found[name] = parameter
     return found
 

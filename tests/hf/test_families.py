@@ -1,11 +1,20 @@
 """What Megatron is told about a model, against transformers' own reading of the same configuration."""
 
+import re
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeConfig
 
-from megatron_rlvr.hf.families import ModelError, family_of, rope_theta, tied, transformer_fields
+from megatron_rlvr.hf.families import (
+    ModelError,
+    expert_count,
+    rope_theta,
+    rows_of,
+    sparse_layers,
+    tied,
+    transformer_fields,
+)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -72,19 +81,157 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(changes, message):
         transformer_fields(config() | changes)
 
 
-def test_every_tensor_of_a_family_has_exactly_one_row():
-    """Against the names that transformers gives the weights of such a model."""
+# Sparse layers ------------------------------------------------------------------------------------------------------
+
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+"""As the hub has it."""
+SPARSE_SHAPE: dict[str, Any] = SHAPE | {
+    "num_hidden_layers": 5,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+}
+
+
+def sparse_config(**changes):
+    """config.json of a model with experts, as transformers writes it."""
+    return Qwen3MoeConfig(**(SPARSE_SHAPE | changes)).to_dict()
+
+
+def test_the_fields_of_a_model_with_experts_are_the_configurations():
+    assert transformer_fields(QWEN3_30B_A3B) == {
+        "num_layers": 48,
+        "hidden_size": 2048,
+        "ffn_hidden_size": 6144,
+        "num_attention_heads": 32,
+        "num_query_groups": 4,
+        "kv_channels": 128,
+        "layernorm_epsilon": 1e-6,
+        "qk_layernorm": True,
+        "num_moe_experts": 128,
+        "moe_ffn_hidden_size": 768,
+        "moe_layer_freq": [1] * 48,
+        "moe_router_topk": 8,
+        "moe_router_dtype": "fp32",
+        "moe_router_pre_softmax": False,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_input_jitter_eps": None,
+        "moe_expert_capacity_factor": None,
+        "moe_grouped_gemm": False,
+    }
+    assert rope_theta(QWEN3_30B_A3B) == 1e6
+    assert transformer_fields(QWEN3_30B_A3B | {"norm_topk_prob": False})["moe_router_pre_softmax"]
+
+
+def test_the_number_of_experts_is_found_where_transformers_4_and_5_keep_it():
+    assert expert_count(QWEN3_30B_A3B) == 128
+    assert expert_count(sparse_config()) == 4
+    assert "num_experts" not in sparse_config(), "the other name"
+    assert expert_count(config()) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense"),
+    [
+        ({}, []),
+        ({"mlp_only_layers": [0, 3]}, [0, 3]),
+        ({"decoder_sparse_step": 2}, [0, 2, 4]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [0, 1, 2, 4]),
+    ],
+)
+def test_layers_have_experts_where_transformers_gives_them_some(changes, dense):
     import torch
     from transformers import AutoModelForCausalLM
 
-    for model_type, made in {"qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False)}.items():
-        with torch.device("meta"):
-            theirs = set(AutoModelForCausalLM.from_config(made).state_dict())
-        rows = family_of({"model_type": model_type}).rows
-        ours = [
-            name.format(layer=layer)
-            for row in rows
-            for layer in (range(SHAPE["num_hidden_layers"]) if "{layer}" in row.megatron else (0,))
-            for name in row.hugging_face
-        ]
-        assert sorted(ours) == sorted(theirs)
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SPARSE_SHAPE, **changes)).model.layers
+    assert [n for n, layer in enumerate(layers) if not hasattr(layer.mlp, "experts")] == dense
+    assert [n for n, sparse in enumerate(sparse_layers(sparse_config(**changes))) if not sparse] == dense
+    assert transformer_fields(sparse_config(**changes))["moe_layer_freq"] == [int(n not in dense) for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok 129 is more than the 128 experts"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok 1 with norm_topk_prob weighs every expert 1"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok of config.json is None, not a whole number above 0"),
+        ({"num_experts": "128"}, "num_experts of config.json is '128'"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size of config.json is 0"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step of config.json is 0"),
+        ({"mlp_only_layers": list(range(48))}, "no layer has experts by decoder_sparse_step and mlp_only_layers"),
+        ({"decoder_sparse_step": 49}, "no layer has experts"),
+        ({"attention_bias": True}, "attention_bias is not supported"),
+    ],
+)
+def test_a_model_whose_experts_would_be_computed_wrongly_is_refused(changes, message):
+    with pytest.raises(ModelError, match=message):
+        transformer_fields(QWEN3_30B_A3B | changes)
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Qwen3Config(**SHAPE, tie_word_embeddings=False),
+        Qwen3Config(**SHAPE, tie_word_embeddings=True),
+        Qwen3MoeConfig(**SPARSE_SHAPE),
+        Qwen3MoeConfig(**SPARSE_SHAPE, mlp_only_layers=[2], decoder_sparse_step=2),
+    ],
+)
+def test_every_tensor_of_a_model_folder_has_exactly_one_row(made, tmp_path):
+    """Against the names under which transformers writes the weights of such a model."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        theirs = sorted(file.keys())
+    ours = [name for (row,) in rows_of(made.to_dict()) for name in row.hugging_face]
+    assert sorted(ours) == theirs
+
+
+def test_rows_of_experts_come_with_their_like_on_the_other_expert_ranks():
+    one = [row for (row,) in rows_of(sparse_config())]
+    two = list(rows_of(sparse_config(), 2))
+    assert sorted(row.megatron for rows in two for row in rows) == sorted(row.megatron for row in one)
+    assert [rows for rows in two if len(rows) == 1] == [(row,) for row in one if not row.of_expert]
+    together = [
+        [int(re.search(r"local_experts\.(\d)", row.megatron)[1]) for row in rows] for rows in two if len(rows) > 1
+    ]
+    assert together == [[0, 2], [1, 3]] * (5 * 2), "in every layer, for both matrices"
+    for rows in two:
+        for row in rows:
+            numbers = set(re.findall(r"layers\.\d+|experts\.\d+", row.megatron))
+            assert all(set(re.findall(r"layers\.\d+|experts\.\d+", name)) == numbers for name in row.hugging_face)

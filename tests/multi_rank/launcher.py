@@ -42,16 +42,20 @@ class Ranks:
         The function is found by its name in its module, and joins a process group itself where it wants one
         (`process_group`, or the package's own). Arguments and results are pickled.
         """
-        self._start()
-        port = _free_port()
-        chosen = self._processes[:size]
-        for rank, (_, connection) in enumerate(chosen):
-            connection.send_bytes(pickle.dumps((_world(rank, size, port), function, arguments)))
-        try:
-            return _answers([connection for _, connection in chosen], timeout)
-        except RankError:
-            self.stop()
-            raise
+        for again in (True, False):
+            self._start()
+            port = _free_port()
+            chosen = self._processes[:size]
+            for rank, (_, connection) in enumerate(chosen):
+                connection.send_bytes(pickle.dumps((_world(rank, size, port), function, arguments)))
+            try:
+                return _answers([connection for _, connection in chosen], timeout)
+            except RankError as error:
+                self.stop()
+                # Another program may take the port between its choice and its use.
+                if not (again and "EADDRINUSE" in str(error)):
+                    raise
+        raise AssertionError("not reached")
 
     def stop(self) -> None:
         """Ends the processes, whatever they are doing."""

@@ -23,11 +23,15 @@ class Layout:
     pipeline: int = 1
     data: int = 1
     sequence: bool = False
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
     budget: int = 100_000
+    megatron: tuple[tuple[str, Any], ...] = ()
 
     @property
     def size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,14 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
     from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.policy.ranks import initialize_ranks
 
-    parallel = ParallelSettings(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence)
+    parallel = ParallelSettings(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        sequence=layout.sequence,
+        virtual_pipeline=layout.virtual_pipeline,
+        context=layout.context,
+        expert=layout.expert,
+    )
     optimizer = None
     if recipe is not None:
         optimizer = OptimizerSettings(
@@ -82,6 +93,7 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
             parallel,
             ranks,
             optimizer=optimizer,
+            megatron=dict(layout.megatron),
             temperature=recipe.temperature if recipe else 1.0,
         )
     finally:
@@ -110,9 +122,7 @@ def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_gr
         here,
         estimator="grpo",
         groups_per_mini_batch=mini_batch_groups,
-        tokens_per_micro_batch=budget,
-        quadratic_cost=policy.quadratic_cost,
-        pad_multiple=policy.pad_multiple,
+        packing=policy.packing(budget),
         data_group=policy.ranks.data_objects,
     )
 

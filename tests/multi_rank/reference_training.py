@@ -71,7 +71,9 @@ def make_groups(count: int, vocabulary: int, seed: int, longest: int = 40) -> li
 def load(folder: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
 
 
 def token_scores(model: Any, sequences: Sequence[tuple[list[int], list[int]]], temperature: float) -> list[Tensor]:

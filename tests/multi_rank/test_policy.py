@@ -38,6 +38,8 @@ DATA = Layout(data=2, budget=90)
 TENSOR_PIPELINE = Layout(tensor=2, pipeline=2, budget=150)
 SEQUENCE_PIPELINE = Layout(tensor=2, sequence=True, pipeline=2, budget=200)
 SEQUENCE_DATA = Layout(tensor=2, sequence=True, data=2, budget=150)
+CONTEXT = Layout(context=2, budget=150)
+VIRTUAL_PIPELINE = Layout(pipeline=2, virtual_pipeline=2, budget=90)
 EVERY_LAYOUT = (
     ONE_RANK,
     SEVERAL_MICRO_BATCHES,
@@ -48,9 +50,23 @@ EVERY_LAYOUT = (
     TENSOR_PIPELINE,
     SEQUENCE_PIPELINE,
     SEQUENCE_DATA,
+    CONTEXT,
+    Layout(tensor=2, sequence=True, context=2, budget=150),
+    Layout(data=2, context=2, budget=150),
+    Layout(pipeline=2, context=2, budget=150),
+    VIRTUAL_PIPELINE,
+    Layout(data=2, budget=90, megatron=(("use_distributed_optimizer", True),)),
+    Layout(data=2, budget=90, megatron=(("use_distributed_optimizer", True), ("overlap_grad_reduce", True))),
+    Layout(budget=90, megatron=(("recompute_granularity", "selective"),)),
+    Layout(
+        tensor=2,
+        sequence=True,
+        budget=150,
+        megatron=(("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1)),
+    ),
 )
 # Where the embedding is also the output layer, its gradient comes from both ends of the pipeline.
-TIED_LAYOUTS = (ONE_RANK, SEQUENCE, PIPELINE, SEQUENCE_PIPELINE)
+TIED_LAYOUTS = (ONE_RANK, SEQUENCE, PIPELINE, SEQUENCE_PIPELINE, VIRTUAL_PIPELINE)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,180 @@
+"""Causal attention within each sequence of a packed stream, whole or cut over context-parallel ranks.
+
+Where Transformer Engine is absent this takes its place, on ``scaled_dot_product_attention``: its kernels hold no matrix
+of scores, so memory grows with the length of a sequence, not with its square.
+
+Under context parallelism a rank has the queries of two chunks of each sequence (`context.zigzag`) and gathers all keys
+and values. A chunk attends to all before it and causally to itself. Torch's CPU kernel knows causal attention from the
+first key on only, so the two parts are computed apart and put together by their log-sum-exp l:
+
+    l = log(e^l1 + e^l2)        out = out1 e^(l1 - l) + out2 e^(l2 - l)
+
+and the kernel's backward, given the joint out and l, yields each part's gradients as they are.
+
+Shapes: S packed tokens of this rank, n heads on this rank, g key-value heads on this rank, d head size; q queries and k
+keys of a sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_rlvr.batch import MicroBatch
+from megatron_rlvr.policy.context import zigzag
+
+
+@dataclass
+class PackedStream(PackedSeqParams):
+    """Megatron's description of a packed stream, with the lengths of its sequences as numbers."""
+
+    lengths: tuple[int, ...] = ()
+
+
+def packed_stream(batch: MicroBatch) -> PackedStream:
+    """The description of a micro-batch; lengths are of whole sequences, also where this rank holds a part of each."""
+    return PackedStream(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_length,
+        max_seqlen_kv=batch.max_length,
+        lengths=batch.lengths,
+    )
+
+
+class PackedAttention(MegatronModule):
+    """The core attention of a layer of Megatron's."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal or (attention_dropout or config.attention_dropout):
+            raise ValueError("PackedAttention is causal and without dropout; set megatron.attention_dropout to 0")
+        self.softmax_scale = softmax_scale or config.kv_channels**-0.5
+        self.group: dist.ProcessGroup | None = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [S, n, d], key and value [S, g, d] -> [S, n * d]."""
+        assert isinstance(packed_seq_params, PackedStream), "the policy always packs"
+        lengths = packed_seq_params.lengths
+        rank, size = (dist.get_rank(self.group), dist.get_world_size(self.group)) if self.group is not None else (0, 1)
+        if self.group is not None:
+            key, value = _gather_sequence(key, value, lengths, self.group)
+        outputs = []
+        pieces = (x.split([length // part for length in lengths]) for x, part in ((query, size), (key, 1), (value, 1)))
+        for q, k, v in zip(*pieces, strict=True):
+            if size == 1:
+                outputs.append(_attend(q, k, v, self.softmax_scale))
+                continue
+            chunk = len(k) // (2 * size)
+            for part, number in zip(q.split(chunk), (rank, 2 * size - 1 - rank), strict=True):
+                end = (number + 1) * chunk
+                outputs.append(_attend(part, k[:end], v[:end], self.softmax_scale))
+        return torch.cat(outputs).reshape(query.shape[0], -1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """query [q, n, d] of the last q of k positions, key and value [k, g, d] -> [q, n, d]."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    grouped = q.shape[1] != k.shape[1]
+    if q.shape[2] == k.shape[2]:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    elif q.device.type == "cpu":
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out = _AttendToTheEnd.apply(q, k, v, scale)
+    else:
+        mask: Any = causal_lower_right(q.shape[2], k.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.squeeze(0).transpose(0, 1)
+
+
+class _AttendToTheEnd(torch.autograd.Function):
+    """Causal attention of the last q of k positions on a CPU; query [1, n, q, d], key and value [1, n, k, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        outs, logs = zip(
+            *(attend(query, k, v, 0.0, causal, scale=scale) for k, v, causal in _before_and_own(query, key, value)),
+            strict=True,
+        )
+        log = torch.logaddexp(*logs)
+        out = sum(part * (part_log - log).exp().unsqueeze(-1) for part, part_log in zip(outs, logs, strict=True))
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, log)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, out, log = ctx.saved_tensors
+        attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        parts = [
+            attend_backward(grads[0].contiguous(), query, k, v, out, log, 0.0, causal, scale=ctx.scale)
+            for k, v, causal in _before_and_own(query, key, value)
+        ]
+        grad_query, grad_key, grad_value = zip(*parts, strict=True)
+        return sum(grad_query), torch.cat(grad_key, dim=2), torch.cat(grad_value, dim=2), None
+
+
+def _before_and_own(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
+    """Keys and values before the queries' positions and at them, and whether attention to them is causal."""
+    before = key.shape[2] - query.shape[2]
+    return [(key[:, :, :before], value[:, :, :before], False), (key[:, :, before:], value[:, :, before:], True)]
+
+
+def _gather_sequence(
+    key: Tensor, value: Tensor, lengths: Sequence[int], group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [S x size, g, d] of all ranks, in the order of the whole stream."""
+    size = dist.get_world_size(group)
+    gathered = _AllGather.apply(torch.cat([key, value], dim=1), group)
+    order = torch.cat([zigzag(lengths, rank, size) for rank in range(size)])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    return gathered.index_select(0, place.to(key.device)).chunk(2, dim=1)
+
+
+class _AllGather(torch.autograd.Function):
+    """[S, ..] of each rank to [S x size, ..] on all; the gradient is summed and scattered back."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = part.new_empty(len(part) * dist.get_world_size(group), *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        part = grads[0].new_empty(len(grads[0]) // dist.get_world_size(ctx.group), *grads[0].shape[1:])
+        dist.reduce_scatter_tensor(part, grads[0].contiguous(), group=ctx.group)
+        return part, None

@@ -1,0 +1,186 @@
+"""The benchmarks themselves: every method answers the same question rightly, wrong ones are found, figures are real.
+
+Shapes are tiny, so nothing is said about speed here.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+head = importlib.import_module("head")
+numerics = importlib.import_module("numerics")
+peers = importlib.import_module("head_methods.peers")
+
+SHAPE = (96, 16, 512)
+OURS = ["a", "b", "dense", "naive", "product"]
+OTHERS = ["megatron", "verl", "trl", "liger", "liger-ce"]
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+
+
+def measured(names: list[str], group: Any) -> dict[str, dict[str, Any]]:
+    """Runs on a rank."""
+    return {name: head.measure(name, SHAPE, "float32", 0.2, group) for name in names}
+
+
+def measured_with_a_fault(group: Any) -> dict[str, Any]:
+    """Runs on a rank: mode A whose loss forgets the last selected row."""
+    mode_a = head.METHODS["a"].load()
+
+    def faulty(inputs: Any) -> Any:
+        outcome = mode_a(inputs)
+        return head.Outcome(-outcome.logp[inputs.selected[:-1]].sum(), outcome.logp, outcome.entropy)
+
+    head.METHODS["a"] = dataclasses.replace(head.METHODS["a"], load=lambda: faulty)
+    return measured(["a"], group)["a"]
+
+
+def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=BENCHMARKS.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@LINUX
+def test_every_method_that_runs_has_the_values_and_gradients_of_float64_and_the_others_say_why_not():
+    (rows,) = head.on_ranks(1, measured, OURS + OTHERS)
+    assert all("why_not" not in rows[name] for name in OURS + ["megatron"])
+    for name, row in rows.items():
+        if "why_not" in row:
+            assert "not installed: pip install" in row["why_not"] or name == "liger-ce"
+            continue
+        assert row["agrees"]
+        assert row["seconds"] == row["forward"] + row["backward"] > 0
+        for kind, error in row["errors"].items():
+            assert error < (1e-4 if kind in ("logp", "entropy") else 1e-5), (name, kind)
+    for name in ("a", "b", "dense", "naive", "megatron"):
+        assert set(rows[name]["errors"]) == {"logp", "entropy", "dhidden", "dweight"}
+        assert rows[name]["gradients_mb"] * 2**20 == 4 * 16 * (96 + 512)
+
+
+@LINUX
+def test_methods_that_can_share_the_vocabulary_agree_on_two_ranks():
+    for rows in head.on_ranks(2, measured, ["a", "b", "dense", "megatron", "naive"]):
+        assert "no tensor-parallel form" in rows.pop("naive")["why_not"]
+        assert all(row["agrees"] for row in rows.values())
+        assert rows["a"]["gradients_mb"] * 2**20 == 4 * 16 * (96 + 512 // 2)
+
+
+@LINUX
+def test_a_wrong_gradient_is_found():
+    (row,) = head.on_ranks(1, measured_with_a_fault)
+    assert not row["agrees"]
+    assert row["errors"]["logp"] < 1e-4
+    assert row["errors"]["dhidden"] > 1e-2
+
+
+@LINUX
+def test_the_program_prints_a_table_and_writes_its_figures(tmp_path):
+    arguments = ("--shape", "96,16,512", "--methods", "a", "b", "--json", str(tmp_path / "figures.json"))
+    done = run_program("benchmarks/head.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "mode B / mode A" in done.stdout
+    (result,) = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert result["shape"] == [96, 16, 512]
+    a, b = result["methods"]["a"], result["methods"]["b"]
+    assert b["times_mode_a"] == b["seconds"] / a["seconds"]
+    assert a["beyond_mb"] == a["peak_mb"] - a["gradients_mb"]
+    assert {bar["name"] for bar in result["bars"]} == {"mode B / mode A", "MB of mode A beyond the gradients"}
+
+
+@pytest.mark.parametrize("shape", ["4096,1024", "4096,1024,7", "a,b,c"])
+def test_a_shape_that_is_none_is_refused(shape):
+    done = run_program("benchmarks/head.py", "--shape", shape)
+    assert done.returncode == 2
+    assert shape in done.stderr
+
+
+def test_bars_hold_up_to_their_limit_and_need_their_figures():
+    methods = {
+        "a": {"seconds": 5.5, "forward": 3.0, "backward": 2.5, "beyond_mb": 65.0},
+        "megatron": {"seconds": 10.0},
+        "naive": {"seconds": 10.0},
+        "product": {"forward": 3.0},
+        "dense": {"why_not": "no reason"},
+    }
+    holds = {bar["name"]: (bar["value"], bar["holds"]) for bar in head.judge(methods)}
+    assert holds == {
+        "mode A / Megatron + entropy": (0.55, True),
+        "mode A / naive": (0.55, False),
+        "forward / product alone": (1.0, True),
+        "MB of mode A beyond the gradients": (65.0, False),
+    }
+
+
+@LINUX
+def test_a_peak_is_what_was_added_even_if_it_was_freed_and_not_what_was_there():
+    there = torch.ones(40 * 2**18)
+    with head.peak_of_process() as peak:
+        passing = torch.ones(64 * 2**18)
+        del passing
+        remaining = torch.ones(16 * 2**18)
+    assert 63 <= peak[0] / 2**20 <= 70
+    assert len(there) > len(remaining)
+
+
+def test_a_peer_that_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("build/peers")])
+    for load in (peers.load_trl, peers.load_liger):
+        with pytest.raises(ModuleNotFoundError, match="pip install --no-deps --target build/peers"):
+            load()
+
+
+def test_entropy_in_tiles_does_not_depend_on_the_tiles_and_lse_minus_mean_is_worse(monkeypatch):
+    monkeypatch.setattr(numerics, "VOCABULARY", 3000)
+    torch.manual_seed(0)
+    z = numerics.peaked_rows(torch.linspace(0, 20, 40), 45.0)
+    p = z.double().softmax(1)
+    truth = -(p * p.log()).sum(1)
+    for width in (1, 7, 2048, 3000):
+        assert (numerics.in_tiles(z, width) - truth).abs().max() < 1e-6
+    assert (numerics.log_sum_exp_minus_mean(z) - truth).abs().max() > 3e-6
+    assert (numerics.log_sum_exp_minus_mean(z.double()) - truth).abs().max() < 1e-12
+
+
+def test_the_mask_table_holds_the_head_against_float64(monkeypatch, capsys):
+    monkeypatch.setattr(numerics, "VOCABULARY", 2048)
+    torch.manual_seed(0)
+    numerics.mask_table(tokens=640, width=256)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
+    of_head, of_bf16_logits, of_bf16_throughout = rows
+    assert of_head[0].startswith("the head")
+    assert float(of_head[2]) < 1e-4 < 1e-3 < float(of_bf16_logits[2]) < float(of_bf16_throughout[2])
+    assert of_head[5] == "0.0%"
+    assert float(of_bf16_throughout[5].rstrip("%")) > 1
+
+
+def test_the_wrong_share_of_a_mask_counts_kept_tokens_that_should_not_be():
+    truth = torch.arange(10).double()
+    assert numerics.wrong_share(truth, truth) == (0.0, 1)
+    assert numerics.wrong_share(truth.flip(0), truth) == (1.0, 1)
+    swapped = truth.clone()
+    swapped[[7, 8]] = truth[[8, 7]]  # of the two kept, 9 stays and 7 comes in for 8
+    assert numerics.wrong_share(swapped, truth) == (0.5, 1)
+    assert numerics.wrong_share(torch.ones(10).double(), truth)[1] == 10
+
+
+def test_the_numerics_program_refuses_a_table_that_does_not_exist():
+    done = run_program("benchmarks/numerics.py", "entropies")
+    assert done.returncode == 2
+    assert "unknown table 'entropies'" in done.stderr
