@@ -85,6 +85,12 @@ class MicroBatch:
         """The longest sequence."""
         return max(self.lengths)
 
+    @property
+    def positions(self) -> int:
+        """Positions of the stream that are no padding: each sequence's, up to its last row."""
+        last = torch.bincount(self.sequence).cumsum(0) - 1
+        return int((self.rows[last] + 1 - self.cu_seqlens[: len(last)]).sum())
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -293,11 +299,6 @@ class Work:
     batches: list[MicroBatch]
     masks: list[Tensor]
     old_logp: list[Tensor]
-
-    @property
-    def positions(self) -> int:
-        """Positions that go through the model, padding included."""
-        return sum(len(batch.tokens) for batch in self.batches)
 
 
 def trim(work: Work, packing: Packing, agree: Callable[[int], int]) -> Work:

@@ -51,7 +51,7 @@ class Learner:
         with timed("score"):
             scores = self._policy.score(everything)
         figures = self._score_figures(step, everything, scores)
-        scored = self._sum(sum(len(batch.tokens) for batch in everything))
+        scored = self._sum(sum(batch.positions for batch in everything))
         with timed("train"):
             parts = _parts(mini_batches)
             selections = self._selections(step, everything, parts, scores.entropy)
@@ -82,7 +82,7 @@ class Learner:
             )
 
     def _train(self, step: int, mini: MiniBatch, whole: Work) -> dict[str, float]:
-        """One optimizer step and its figures, over all ranks; `tokens`: positions that went through the model."""
+        """One optimizer step and its figures, over all ranks; `tokens`: positions that it needed, without padding."""
         count = mini.response_tokens
         if self._settings.loss.normalizer == "selected_tokens":
             count = self._sum(sum(int(mask.sum()) for mask in whole.masks))
@@ -91,7 +91,7 @@ class Learner:
         work = trim(whole, mini.packing, self._largest) if old else whole
         masks = work.masks if old else self._mask_of_current(step)
         figures = self._policy.train_step(work.batches, masks, work.old_logp, self._loss, max(1, count))
-        return figures | {"tokens": float(self._sum(work.positions))}
+        return figures | {"tokens": float(self._sum(sum(batch.positions for batch in work.batches)))}
 
     def _mask_of_current(self, step: int) -> MaskOfEntropy:
         settings, seed = self._settings.selection, self._random_seed(step)
@@ -183,13 +183,12 @@ def _train_figures(reports: Sequence[dict[str, float]], scored: int) -> dict[str
 
     Args:
         reports: of each mini-batch.
-        scored: positions that went through the model to be scored, over all ranks.
+        scored: positions that the score pass needed, over all ranks.
     """
     figures = {f"train/{name}": sum(r[name] for r in reports) / len(reports) for name in reports[0]}
     tokens = sum(report["tokens"] for report in reports)
     return figures | {
         "train/skipped": sum(report["skipped"] for report in reports),
         "train/tokens": tokens,
-        # New streams may need a little more padding than the old ones, where next to nothing was left out.
-        "train/tokens_dropped_fraction": max(0.0, 1 - tokens / scored),
+        "train/tokens_dropped_fraction": 1 - tokens / scored,
     }

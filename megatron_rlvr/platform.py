@@ -50,6 +50,11 @@ def has_fused_weight_gradients() -> bool:
     return has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
+def has_transformer_engine() -> bool:
+    """Whether layers can be Transformer Engine's."""
+    return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
 def synchronize() -> None:
     """Waits for the device to finish what was queued, so that a clock read next is honest."""
     if has_gpu():

@@ -77,6 +77,7 @@ def test_unpacking_a_stream_gives_the_samples_back(parts, pad_multiple, sequence
     samples = [sample(7 * i, *part) for i, part in enumerate(parts)]
     packed = pack(samples, pad_multiple, sequence_multiple)
     assert len(packed.tokens) % pad_multiple == 0
+    assert packed.positions == sum(s.input_length for s in samples)
     lengths = np.diff(packed.cu_seqlens).tolist()
     assert all(length % sequence_multiple == 0 for length in lengths)
     assert packed.max_length == max(lengths)
@@ -317,7 +318,7 @@ def test_a_trimmed_stream_ends_with_the_last_selected_token():
     assert [mask.tolist() for mask in trimmed.masks] == [[False, True], []]
     np.testing.assert_allclose(trimmed.old_logp[0], [-3.0, -3.001])
     assert (second.tokens.tolist(), len(second.rows), len(trimmed.old_logp[1])) == ([0] * 4, 0, 0)
-    assert trimmed.positions == 8
+    assert [batch.positions for batch in trimmed.batches] == [3, 0]
 
 
 @settings(deadline=None)

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_rlvr import platform
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, SettingsError
 from megatron_rlvr.hf.families import rope_theta, tied, transformer_fields
-from megatron_rlvr.policy.layers import RMSNorm, local_layer_spec
+from megatron_rlvr.policy.layers import layer_parts, layer_spec
 from megatron_rlvr.policy.ranks import Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -165,7 +165,7 @@ def build_chunks(
     model_parallel_cuda_manual_seed(seed)
     config: TransformerConfig = _config(TransformerConfig, megatron, **owned_fields(model, parallel, hf_config))
     ddp = _config(DistributedDataParallelConfig, megatron)
-    pieces = parallel.virtual_pipeline
+    pieces, parts = parallel.virtual_pipeline, layer_parts()
     chunks = []
     for piece in range(pieces):
         stage = piece if pieces > 1 else None
@@ -174,7 +174,7 @@ def build_chunks(
         gpt = PolicyModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[local_layer_spec(config, layer) for layer in layers], layer_norm=RMSNorm
+                layer_specs=[layer_spec(config, layer, parts) for layer in layers], layer_norm=parts.norm
             ),
             vocab_size=padded_vocab(hf_config["vocab_size"], parallel.tensor),
             max_sequence_length=hf_config["max_position_embeddings"],

@@ -1,12 +1,11 @@
 """The feed-forward part of a sparse layer: Megatron's router and all-to-all exchange around experts of ours.
 
 The experts of a layer are dealt to the ranks of an expert group, each whole on one rank; tokens travel to their experts
-and back, none are dropped. Without Transformer Engine experts compute one after the other.
+and back, none are dropped. Experts compute one after the other.
 """
 
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -24,7 +23,6 @@ class Experts(SequentialMLP):
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def sparse_mlp_spec() -> ModuleSpec:
-    """In place of the feed-forward network of a dense layer."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def sparse_mlp_spec(linears: MLPSubmodules) -> ModuleSpec:
+    """In place of the feed-forward network of a dense layer; experts are made of ``linears``."""
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=Experts, submodules=linears)))

@@ -1,11 +1,12 @@
-"""Layers for megatron-core models where Transformer Engine is absent.
+"""What layers of megatron-core models are made of: Transformer Engine's modules on GPUs, and elsewhere Megatron's.
 
 Megatron's own fall-backs refuse what training needs: its norm refuses sequence parallel, its attention packed
 sequences. `RMSNorm` and `attention.PackedAttention` fill the gap with torch alone, so that the same model definition
-runs on any device.
+runs on any device. Weights have the same meaning in both, only the names of two norms differ (`weights`).
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -40,33 +41,68 @@ class RMSNorm(torch.nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
-def local_layer_spec(config: TransformerConfig, layer: int) -> ModuleSpec:
-    """A transformer layer of Megatron's parallel linears with our norm and attention.
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules that layers are made of.
+
+    Attributes:
+        norm: on its own.
+        normed_column_linear: a column-parallel linear layer with the norm in front of it built in; None: there is none.
+        column_linear, row_linear: without.
+        attention: core attention over a packed stream.
+    """
+
+    norm: Any
+    normed_column_linear: Any
+    column_linear: Any
+    row_linear: Any
+    attention: Any
+
+
+def layer_parts() -> LayerParts:
+    """Transformer Engine's where there is a GPU and it is installed, else Megatron's and ours."""
+    if not platform.has_transformer_engine():
+        return LayerParts(RMSNorm, None, ColumnParallelLinear, RowParallelLinear, PackedAttention)
+    from megatron.core.extensions import transformer_engine as te
+
+    return LayerParts(
+        te.TENorm,
+        te.TELayerNormColumnParallelLinear,
+        te.TEColumnParallelLinear,
+        te.TERowParallelLinear,
+        te.TEDotProductAttention,
+    )
+
+
+def layer_spec(config: TransformerConfig, layer: int, parts: LayerParts) -> ModuleSpec:
+    """A transformer layer.
 
     Args:
         layer: its number in the whole model, from 0; it says whether the layer has experts.
     """
     sparse = config.num_moe_experts is not None and config.moe_layer_freq[layer]
-    qk_norm: Callable[..., torch.nn.Module] = RMSNorm if config.qk_layernorm else IdentityOp
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
+    linears = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
+    built_in = parts.normed_column_linear is not None
+    dense = replace(linears, linear_fc1=parts.normed_column_linear) if built_in else linears
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=IdentityOp if built_in else parts.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=parts.normed_column_linear or parts.column_linear,
+                    core_attention=parts.attention,
+                    linear_proj=parts.row_linear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=sparse_mlp_spec() if sparse else ModuleSpec(module=MLP, submodules=linears),
+            pre_mlp_layernorm=IdentityOp if built_in and not sparse else parts.norm,
+            mlp=sparse_mlp_spec(linears) if sparse else ModuleSpec(module=MLP, submodules=dense),
             mlp_bda=get_bias_dropout_add,
         ),
     )

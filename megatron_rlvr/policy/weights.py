@@ -119,6 +119,11 @@ def _all_gather(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tenso
     return parts
 
 
+# Transformer Engine holds a norm in the linear layer behind it.
+_BUILT_IN_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 
 
@@ -132,7 +137,7 @@ def global_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.P
                 layer, expert, rest = model.decoder.layers[int(match[1])], match[2], match[3]
                 if expert is not None:
                     rest = f"mlp.experts.local_experts.{layer.mlp.local_expert_indices[int(expert)]}.{rest}"
-                name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
+                name = f"decoder.layers.{layer.layer_number - 1}.{_BUILT_IN_NORMS.get(rest, rest)}"
             found[name] = parameter
     return found
 

@@ -101,6 +101,30 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
         platform.shut_down()
 
 
+@contextlib.contextmanager
+def norms_built_into_linears() -> Iterator[None]:
+    """Layers of the shape of Transformer Engine's, whose modules need a GPU: norms inside the linear layers."""
+    from unittest import mock
+
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    from megatron_rlvr.policy import build, layers
+
+    class NormedColumnParallelLinear(ColumnParallelLinear):
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **options)
+            norm = layers.RMSNorm(config, input_size, config.layernorm_epsilon)
+            self.layer_norm_weight = norm.weight
+            self.norm = [norm]  # in a list, so that its weight is this module's alone
+
+        def forward(self, x: Tensor, **options: Any) -> Any:
+            return super().forward(self.norm[0](x), **options)
+
+    parts = replace(layers.layer_parts(), normed_column_linear=NormedColumnParallelLinear)
+    with mock.patch.object(build, "layer_parts", return_value=parts):
+        yield
+
+
 def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_groups: int) -> list[Any]:
     """This rank's mini-batches of groups that are dealt out to the data-parallel ranks in turn."""
     from megatron_rlvr.mini_batches import build_mini_batches
@@ -197,11 +221,17 @@ def _recording(policy: Any, trace: RankTrace) -> Any:
 
 
 def scored_and_exported(
-    folder: str, groups: list[Group], layout: Layout, temperature: float, dtype: str = "float32"
+    folder: str,
+    groups: list[Group],
+    layout: Layout,
+    temperature: float,
+    dtype: str = "float32",
+    built_in_norms: bool = False,
 ) -> tuple[dict[int, tuple[float, float]], dict[str, Tensor]]:
     """{token id: (log-probability, entropy)} of this rank's micro-batches, and the exported weights."""
     recipe = replace(Recipe(), temperature=temperature)
-    with policy_of(folder, layout, recipe, dtype) as policy:
+    layers = norms_built_into_linears() if built_in_norms else contextlib.nullcontext()
+    with layers, policy_of(folder, layout, recipe, dtype) as policy:
         batches = [m for mini in mini_batches_of(policy, groups, layout.budget, 4) for m in mini.micro_batches]
         scores = policy.score(batches)
         by_token = {

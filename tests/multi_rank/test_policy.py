@@ -114,6 +114,18 @@ def test_scores_are_those_of_transformers_and_the_export_is_the_input_bit_by_bit
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, SEQUENCE_PIPELINE])
+def test_layers_with_norms_inside_their_linears_take_and_give_the_same_weights(ranks: Ranks, folders, layout):
+    plain, built_in = (
+        ranks.run(scored_and_exported, layout.size, folders["untied"], GROUPS, layout, 1.0, "float32", inside)
+        for inside in (False, True)
+    )
+    for (scores, exported), (wanted_scores, wanted) in zip(built_in, plain, strict=True):
+        assert scores == wanted_scores
+        assert exported.keys() == wanted.keys()
+        assert all(torch.equal(exported[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, SEQUENCE_PIPELINE])
 def test_bfloat16_scores_are_near_those_of_fp32_and_the_export_is_the_input_rounded(ranks: Ranks, folders, layout):
     sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
     with torch.no_grad():

@@ -142,11 +142,11 @@ def needed_positions(groups: list[Group], seen: list[Seen]) -> int:
     return sum(len(groups[sample // GROUP_SIZE][0]) + position for sample, position in last.items())
 
 
-def assert_figures_tell_the_work(seen: list[Seen]) -> None:
-    scored, trained = sum(sum(one.scored) for one in seen), sum(sum(one.trained) for one in seen)
+def assert_figures_tell_the_work(groups: list[Group], seen: list[Seen]) -> None:
+    whole = sum(len(prompt) + len(ids) - 1 for prompt, responses, _ in groups for ids in responses)
     for one in seen:
-        assert one.figures["train/tokens"] == trained
-        assert one.figures["train/tokens_dropped_fraction"] == pytest.approx(1 - trained / scored)
+        assert one.figures["train/tokens"] == needed_positions(groups, seen)
+        assert one.figures["train/tokens_dropped_fraction"] == pytest.approx(1 - needed_positions(groups, seen) / whole)
 
 
 def gradient(before: dict[str, torch.Tensor], seen: Seen) -> torch.Tensor:
@@ -181,7 +181,7 @@ def test_the_gradient_is_that_of_the_whole_mini_batch_and_the_work_is_what_it_ne
             assert one.figures["train/tokens_dropped_fraction"] == 0
             for figure in ("selection/tokens", "selection/fraction", "entropy/selected_mean", "entropy/mean"):
                 assert one.figures[figure] == other.figures[figure]
-        assert_figures_tell_the_work(trimmed)
+        assert_figures_tell_the_work(GROUPS, trimmed)
         assert len({len(one.trained) for one in trimmed}) == 1, "as many micro-batches on every rank"
         assert max(max(one.trained) for one in trimmed) <= layout.budget
         needed = needed_positions(GROUPS, trimmed)
@@ -211,7 +211,7 @@ def test_a_rank_that_has_nothing_left_takes_part_with_padding(ranks: Ranks, fold
     expected = gradient(before, whole[0])
     assert (gradient(before, trimmed[0]) - expected).norm() < 1e-5 * expected.norm()
     assert sorted(one.trained for one in trimmed) == sorted([[1], [needed_positions(groups, trimmed)]])
-    assert_figures_tell_the_work(trimmed)
+    assert_figures_tell_the_work(groups, trimmed)
 
     nothing = groups_with(*[[1.0, 1.0, 1.0, 1.0]] * 4)
     for layout in LAYOUTS:
@@ -222,7 +222,7 @@ def test_a_rank_that_has_nothing_left_takes_part_with_padding(ranks: Ranks, fold
             assert figures == dict.fromkeys(figures, 0.0)
             assert one.figures["selection/tokens"] > 0, "they count for the threshold nevertheless"
             assert all(torch.equal(one.weights[name], weight) for name, weight in before.items())
-        assert_figures_tell_the_work(seen)
+        assert_figures_tell_the_work(nothing, seen)
 
 
 def test_nothing_is_left_out_where_current_entropies_decide(ranks: Ranks, folder):
