@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not check:
             _check_launch(settings)
         resolved = resolve(settings, show_progress=_is_main())
-        _check_megatron(resolved)
+        _check_megatron(resolved, running=not check)
         graders = GraderPool(
             settings.reward.function,
             workers=1 if check else settings.reward.workers,
@@ -223,13 +223,18 @@ def _prepare_run_folder(resolved: Resolved, ranks: "Ranks") -> None:
     dist.barrier()
 
 
-def _check_megatron(resolved: Resolved) -> None:
-    """The `megatron:` section against Megatron's own dataclasses; costs an import of torch, so only where it is set."""
+def _check_megatron(resolved: Resolved, *, running: bool) -> None:
+    """The `megatron:` section against Megatron's own dataclasses; costs an import of torch, so only where it is set.
+
+    A run needs this machine's kernels too; a mere check may be made on another machine.
+    """
     settings = resolved.settings
     if settings.megatron:
-        from megatron_rlvr.policy.build import check_passthrough
+        from megatron_rlvr.policy.build import check_kernels, check_passthrough
 
         check_passthrough(settings.megatron, settings.model, settings.parallel, resolved.hf_config)
+        if running:
+            check_kernels(settings.megatron)
 
 
 def _check_launch(settings: Settings) -> None:

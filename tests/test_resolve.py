@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,8 @@ def test_a_run_folder_that_cannot_be_written_is_refused(resolve_with: Resolve, t
         ({"mtp_num_layers": 1}, "megatron.mtp_num_layers 1 cannot be used: multi-token prediction has no"),
         ({"defer_embedding_wgrad_compute": True}, "megatron.defer_embedding_wgrad_compute True cannot be used: the"),
         ({"cross_entropy_loss_fusion": True}, "megatron.cross_entropy_loss_fusion True cannot be used: the loss"),
-        ({"gradient_accumulation_fusion": True}, "megatron.gradient_accumulation_fusion true needs a GPU and apex's"),
+        ({"gradient_accumulation_fusion": True}, "megatron.gradient_accumulation_fusion True needs a GPU and apex's"),
+        ({"optimizer_cpu_offload": True}, "megatron.optimizer_cpu_offload True needs a GPU, which this machine lacks"),
     ],
 )  # fmt: skip
 def test_megatron_keys_are_checked_against_its_dataclasses(
@@ -347,8 +349,16 @@ def test_megatron_keys_are_checked_against_its_dataclasses(
     from megatron_rlvr.train import _check_megatron
 
     resolved = resolve_with(megatron=megatron)
-    assert refusal(_check_megatron, resolved).startswith(message)
-    _check_megatron(resolve_with(megatron={"recompute_granularity": "full", "overlap_grad_reduce": False}))
+    assert refusal(partial(_check_megatron, running=True), resolved).startswith(message)
+    _check_megatron(resolve_with(megatron={"recompute_granularity": "full", "fp8": None}), running=True)
+
+
+def test_a_check_does_not_ask_for_the_kernels_of_another_machine(resolve_with: Resolve) -> None:
+    from megatron_rlvr.train import _check_megatron
+
+    offloading = resolve_with(megatron={"optimizer_cpu_offload": True})
+    _check_megatron(offloading, running=False)
+    assert "needs a GPU" in refusal(partial(_check_megatron, running=True), offloading)
 
 
 # The plan -----------------------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ class _WeightGradient:
         else:
             sums = torch.zeros_like(out, dtype=self._shard.dtype)
             yield sums
-            out += sums
+            out.copy_(sums.add_(out) if self._shard.fuse else sums)
 
     def result(self) -> Tensor:
         """What autograd gets. After fusion it is a placeholder that Megatron's hook discards, unless the weight is also

@@ -139,11 +139,23 @@ def check_passthrough(
             raise SettingsError(f"megatron.{key} {what}; remove it")
         if key in _REFUSED and megatron[key]:
             raise SettingsError(f"megatron.{key} {megatron[key]} cannot be used: {_REFUSED[key]}; remove it")
-    if megatron.get("gradient_accumulation_fusion") and not platform.has_fused_weight_gradients():
-        raise SettingsError(
-            "megatron.gradient_accumulation_fusion true needs a GPU and apex's fused weight gradients; install apex "
-            "or remove it"
-        )
+
+
+def check_kernels(megatron: Mapping[str, Any]) -> None:
+    """SettingsError for a ``megatron:`` key whose kernels this machine lacks; not asked where a run is only checked."""
+    kernels = {
+        "gradient_accumulation_fusion": (
+            "a GPU and apex's fused weight gradients",
+            platform.has_fused_weight_gradients,
+        ),
+        "optimizer_cpu_offload": ("a GPU", platform.has_gpu),
+        "use_precision_aware_optimizer": ("a GPU and Transformer Engine", platform.has_transformer_engine),
+        "fp8": ("a GPU and Transformer Engine", platform.has_transformer_engine),
+        "apply_rope_fusion": ("a GPU and Transformer Engine", platform.has_transformer_engine),
+    }
+    for key, (what, present) in kernels.items():
+        if megatron.get(key) and not present():
+            raise SettingsError(f"megatron.{key} {megatron[key]} needs {what}, which this machine lacks; remove it")
 
 
 def _config(cls: type, megatron: Mapping[str, Any], **fields: Any) -> Any:
