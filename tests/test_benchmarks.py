@@ -184,3 +184,15 @@ def test_the_numerics_program_refuses_a_table_that_does_not_exist():
     done = run_program("benchmarks/numerics.py", "entropies")
     assert done.returncode == 2
     assert "unknown table 'entropies'" in done.stderr
+
+
+def test_the_step_on_long_responses_grows_by_less_than_its_logits(tmp_path):
+    finished = run_program(
+        "benchmarks/long_response.py", "--lengths", "512", "4096", "--json", str(tmp_path / "figures.json")
+    )
+    assert finished.returncode == 0, finished.stderr
+    short, long = json.loads((tmp_path / "figures.json").read_text())
+    assert (short["length"], long["length"]) == (512, 4096)
+    assert long["logits_gib"] == pytest.approx(4096 * 151_936 * 4 / 2**30)
+    assert long["peak_gib"] - long["before_gib"] < long["logits_gib"] / 5
+    assert "memory grows by" in finished.stdout

@@ -361,6 +361,16 @@ def test_a_check_does_not_ask_for_the_kernels_of_another_machine(resolve_with: R
     assert "needs a GPU" in refusal(partial(_check_megatron, running=True), offloading)
 
 
+def test_a_budget_that_context_parallelism_cannot_cut_is_refused(resolve_with: Resolve) -> None:
+    message = refusal(
+        resolve_with, 8, parallel={"tensor": 2, "sequence": True, "context": 4}, batch={"tokens_per_micro_batch": 15}
+    )
+    assert message == (
+        "batch.tokens_per_micro_batch 15 cannot be cut into 2 x parallel.context 4 x parallel.tensor 2 parts; raise it "
+        "to 16"
+    )
+
+
 # The plan -----------------------------------------------------------------------------------------------------------
 
 WITNESS = """
