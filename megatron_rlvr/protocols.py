@@ -47,7 +47,10 @@ class Reward(Protocol):
 
 
 class PolicyLoss(Protocol):
-    """A loss over the selected tokens of a micro-batch, as a sum: the global count divides it later."""
+    """A loss over the selected tokens of a micro-batch, as a sum: the global count divides it later.
+
+    A token whose advantage is zero must have no gradient: the learner leaves such tokens out of the training pass.
+    """
 
     def __call__(
         self, logp: "torch.Tensor", tokens: "SelectedTokens"

@@ -53,6 +53,8 @@ def test_a_whole_run_is_the_same_in_every_layout(tmp_path, write_config):
             rollout={"samples_per_prompt": 8},
             reward={"function": "letters:many_a"},
             batch={"prompts": 8, "mini_batch_prompts": 4},
+            # Adam divides by the root of tiny squares: with its own eps a rounding error becomes a different step.
+            optimizer={"eps": 1e-3},
             parallel=parallel,
         )
         finished = tiny.run_train(config, cwd=tmp_path, ranks=ranks, search=[tmp_path])
