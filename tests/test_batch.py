@@ -13,15 +13,14 @@ from megatron_rlvr.batch import (
     MicroBatch,
     Packing,
     Sample,
-    Work,
     cut,
     micro_batch_plan,
     micro_batches_needed,
     pack,
     sample_and_position,
     spread,
-    trim,
 )
+from megatron_rlvr.trimming import Work, trim
 
 
 def sample(number, prompt, response, advantage=0.5):
