@@ -7,6 +7,7 @@ call starts new ones.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -23,6 +24,8 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("spawn")
 # When one rank has failed the others may be waiting for it in a collective, or be about to tell why they failed.
 _GRACE_SECONDS = 1.0
+# Each world leaves a few threads behind, whatever is done to end it.
+_RUNS_OF_A_PROCESS = 40
 
 
 class RankError(AssertionError):
@@ -35,6 +38,7 @@ class Ranks:
     def __init__(self, most: int = 4) -> None:
         self._most = most
         self._processes: list[tuple[SpawnProcess, Connection]] = []
+        self._runs = 0
 
     def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
         """``function(*arguments)`` on ``size`` ranks at once, and what each returned.
@@ -42,6 +46,9 @@ class Ranks:
         The function is found by its name in its module, and joins a process group itself where it wants one
         (`process_group`, or the package's own). Arguments and results are pickled.
         """
+        self._runs += 1
+        if self._runs % _RUNS_OF_A_PROCESS == 0:
+            self.stop()
         for again in (True, False):
             self._start()
             port = _free_port()
@@ -119,6 +126,9 @@ def _serve(connection: Connection) -> None:
         except Exception:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
+        # Process groups live in reference cycles, each with threads that wake all the time: a hundred of them would
+        # take the machine.
+        gc.collect()
 
 
 def _answers(connections: list[Connection], timeout: float) -> list[Any]:
