@@ -6,6 +6,7 @@ Shapes are tiny, so nothing is said about speed here.
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ sys.path.append(str(BENCHMARKS))
 head = importlib.import_module("head")
 numerics = importlib.import_module("numerics")
 peers = importlib.import_module("head_methods.peers")
+step = importlib.import_module("step")
+workload = importlib.import_module("step_arms.workload")
 
 SHAPE = (96, 16, 512)
 OURS = ["a", "b", "dense", "naive", "product"]
@@ -51,7 +54,7 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -196,3 +199,73 @@ def test_the_step_on_long_responses_grows_by_less_than_its_logits(tmp_path):
     assert long["logits_gib"] == pytest.approx(4096 * 151_936 * 4 / 2**30)
     assert long["peak_gib"] - long["before_gib"] < long["logits_gib"] / 5
     assert "memory grows by" in finished.stdout
+
+
+def test_a_step_of_each_arm_does_the_work_that_was_asked_for_and_a_missing_trl_is_named(tmp_path):
+    arguments = ("--cases", "tiny", "--rounds", "1", "--json", str(tmp_path / "figures.json"))
+    done = run_program("benchmarks/step.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert result["differences"] == [], done.stderr
+    for arm, row in result["arms"].items():
+        if arm == "trl" and "why_not" in row:
+            assert step.INSTALL in row["why_not"]
+            assert "trl did not run: " in done.stdout
+            continue
+        assert (row["tokens"], row["updates"]) == (2 * 4 * 8, 2)
+        assert row["tokens_per_second"] == row["tokens"] / row["total"]
+        seconds = [row["first"][phase] for phase in ("generation", "scoring", "training", "other")]
+        assert sum(seconds) == pytest.approx(row["first"]["total"])
+        assert min(seconds) > 0
+        assert row["peak_mb"] >= row["before_mb"] > 0
+    assert result["arms"]["ours"]["selected"] == 2 * 7  # the top fifth of each half's 32 tokens, rounded up
+
+
+def test_an_arm_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("build/peers")])
+    here, there = multiprocessing.Pipe()
+    step.serve("trl", workload.CASES["tiny"], str(tmp_path), 1, there)
+    assert "No module named" in (why_not := here.recv()["why_not"])
+    assert why_not.endswith(step.INSTALL)
+
+
+def test_an_arm_that_dies_has_no_figures():
+    here, there = multiprocessing.Pipe()
+    there.send({"before_mb": 1.0})
+    there.close()
+    setup = step.answer(here)
+    for wake in (False, True):
+        assert step.summary(setup, step.answer(here, wake)) == {"why_not": "it failed with the error above"}
+
+
+def test_seconds_of_an_arm_are_the_least_of_the_steps_after_the_first():
+    def figures(seconds: float, peak: float) -> dict[str, float]:
+        return dict.fromkeys(step.PHASES, seconds) | {"tokens": 60, "peak_mb": peak}
+
+    row = step.summary({"before_mb": 5.0}, figures(1.0, 6.0), figures(3.0, 7.0), figures(2.0, 8.0))
+    assert row["total"] == row["generation"] == 2.0
+    assert row["tokens_per_second"] == 30
+    assert (row["before_mb"], row["peak_mb"], row["first"]["total"]) == (5.0, 8.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "complaint"),
+    [
+        ("tokens", 63, "trl sampled 63 tokens"),
+        ("updates", 1, "trl took 1 optimizer steps"),
+        ("selected", 21, "trl selected 21 tokens"),
+        ("first", {"entropy": 4.1}, "mean entropies of the first rollouts are 4.100, 4.000 nats"),
+    ],
+)
+def test_work_that_differs_is_named(figure, value, complaint):
+    row: dict[str, Any] = {"tokens": 64, "updates": 2, "selected": 14, "first": {"entropy": 4.0}}
+    case = workload.CASES["tiny"]
+    assert step.differences(case, {"trl": row, "ours": row}) == []
+    assert step.differences(case, {"trl": {"why_not": "absent"}, "ours": row}) == []
+    assert step.differences(case, {"trl": row | {figure: value}, "ours": row}) == [complaint]
+
+
+def test_half_of_a_group_is_right_even_if_all_are_alike():
+    assert workload.half_right([[9], [1, 9], [2, 3], [30]]) == [0.0, 1.0, 0.0, 1.0]
+    assert sum(workload.half_right([[5, 5]] * 8)) == 4
