@@ -26,6 +26,7 @@ setup(
         "PyYAML>=6",
         "rich>=13",
         "tensorboard>=2.18",
+        "aiohttp>=3.10",
         "numpy>=1.26",
         "psutil>=5.9",  # megatron-core imports it without declaring it
     ],

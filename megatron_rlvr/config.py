@@ -120,8 +120,10 @@ class DataSettings(Section):
 
 
 class RolloutSettings(Section):
-    engine: Literal["embedded"] = "embedded"
-    """embedded: transformers in the training processes."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """embedded: transformers in the training processes; sglang: SGLang servers that were started beforehand."""
+    servers: list[str] = Field(default_factory=list)
+    """URLs of SGLang servers, such as http://node7:30000; each holds the model of `model.path`."""
     samples_per_prompt: int = Field(default=16, ge=2)
     """Completions a prompt (the group, G in the paper)."""
     temperature: float = Field(default=1.0, gt=0)
@@ -138,8 +140,57 @@ class RolloutSettings(Section):
     """Completions the embedded engine samples at once on a rank."""
     max_batch_tokens: int = Field(default=65536, ge=1)
     """Tokens the embedded engine caches at once on a rank."""
+    max_inflight: int = Field(default=64, ge=1)
+    """Requests that are in flight to a server at once, those of all ranks together; at least one of each replica."""
+    retries: int = Field(default=3, ge=0)
+    """A request that failed is sent again this many times, to other servers where there are some."""
+    server_timeout_seconds: float = Field(default=300.0, gt=0)
+    """How long a run waits for its servers to start, and for any of them to come back when all are gone."""
     max_logprob_gap: float = Field(default=1.0, gt=0)
     """Mean |log-probability at sampling - policy's|, above which the run stops: the engine's weights are wrong."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_server_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("servers"), str):
+            return values | {"servers": [values["servers"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _settings_of_the_engine(self) -> "RolloutSettings":
+        others = _ONLY_SGLANG if self.engine == "embedded" else _ONLY_EMBEDDED
+        for key in others:
+            value, field = getattr(self, key), RolloutSettings.model_fields[key]
+            if value != field.get_default(call_default_factory=True):
+                value = ", ".join(value) if isinstance(value, list) else value
+                raise ValueError(f"rollout.{key} {value} does nothing with rollout.engine {self.engine}; drop it")
+        if self.engine == "sglang" and not self.servers:
+            raise ValueError("rollout.servers is empty with rollout.engine sglang; give the servers' URLs")
+        for url in self.servers:
+            if not _URL.fullmatch(url):
+                raise ValueError(f"rollout.servers {url!r} is not the URL of a server; write it as http://HOST:PORT")
+        twice = sorted({url for url in self.servers if self.servers.count(url) > 1})
+        if twice:
+            raise ValueError(f"rollout.servers holds {twice[0]} twice; drop one of them")
+        return self
+
+
+_ONLY_SGLANG = ("servers", "max_inflight", "retries", "server_timeout_seconds")
+_ONLY_EMBEDDED = ("max_batch_rows", "max_batch_tokens")
+_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?")
+
+
+class SyncSettings(Section):
+    method: Literal["disk", "distributed", "tensor"] = "disk"
+    """How servers get new weights. disk: through a folder; distributed, tensor: not available yet."""
+    dir: str | None = Field(default=None, min_length=1)
+    """Folder for `sync.method: disk` that trainer and servers see under this path; default: `DIR/sync`."""
+
+    @model_validator(mode="after")
+    def _available(self) -> "SyncSettings":
+        if self.method != "disk":
+            raise ValueError(f"sync.method {self.method} is not available yet; use disk")
+        return self
 
 
 class RewardSettings(Section):
@@ -385,6 +436,7 @@ class Settings(Section):
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
+    sync: SyncSettings = SyncSettings()
     reward: RewardSettings = RewardSettings()
     advantage: AdvantageSettings = AdvantageSettings()
     selection: SelectionSettings = SelectionSettings()
@@ -418,7 +470,9 @@ class Settings(Section):
                 "log.wandb to true"
             )
         longest = self.data.max_prompt_tokens + rollout.max_response_tokens
-        if rollout.max_batch_tokens < longest:
+        if rollout.engine == "embedded" and self.sync.dir is not None:
+            raise ValueError(f"sync.dir {self.sync.dir} does nothing with rollout.engine embedded; drop it")
+        if rollout.engine == "embedded" and rollout.max_batch_tokens < longest:
             raise ValueError(
                 f"rollout.max_batch_tokens {rollout.max_batch_tokens} cannot hold a sequence of "
                 f"data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_response_tokens "

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: every rank samples a part of them, everyone learns the result."""
+"""Accuracy on held-out problems: the ranks sample a part of them each, everyone learns the result."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_rlvr.config import EvaluateSettings
 from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.rollout.sampler import Sampler, requests_for
-from megatron_rlvr.types import Prompt
+from megatron_rlvr.types import Prompt, SampleRequest
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,17 @@ class Evaluator:
 
     def requests_of_this_rank(self) -> int:
         """How many completions `run` will sample on this rank."""
+        return sum(len(self._requests(prompts)) for prompts in self._sets.values())
+
+    def _requests(self, prompts: Sequence[Prompt]) -> Sequence[SampleRequest]:
+        """Those of this rank."""
         ranks, samples = self._ranks, self._settings.samples
-        return sum(len(range(ranks.rank, len(p) * samples, ranks.world_size)) for p in self._sets.values())
+        requests = [r for prompt in prompts for r in requests_for(prompt, samples, self._seed, "evaluate")]
+        return self._sampler.part_of(requests[ranks.data_rank :: ranks.data_size], ranks)
 
     def _one(self, prompts: Sequence[Prompt], on_finished: Callable[[int], None]) -> dict[str, float]:
         samples = self._settings.samples
-        requests = [r for prompt in prompts for r in requests_for(prompt, samples, self._seed, "evaluate")]
-        mine = requests[self._ranks.rank :: self._ranks.world_size]
-        graded = self._sampler.run(mine, self._sampling, on_finished=on_finished)
+        graded = self._sampler.run(self._requests(prompts), self._sampling, on_finished=on_finished)
         verdicts = [(c.prompt_id, mark.correct, len(c.token_ids), c.finish_reason == "length") for c, mark in graded]
         parts: list[list[tuple[str, bool, int, bool]]] = [[] for _ in range(self._ranks.world_size)]
         dist.all_gather_object(parts, verdicts)

@@ -18,7 +18,7 @@ from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
 
-RUN_FILES = ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf")
+RUN_FILES = ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "sync")
 """What a run writes into `run.dir` besides config.yaml, and a new run there would replace."""
 
 _SIZES = (
@@ -215,9 +215,15 @@ def _check_run_folder(settings: Settings) -> None:
         for name in earlier:
             if Path(needed).resolve().is_relative_to((folder / name).resolve()):
                 raise SettingsError(f"{key} {needed} is in run.dir {folder}, where {name} is replaced; choose another")
+    _check_writable("run.dir", folder)
+    if settings.sync.dir is not None:
+        _check_writable("sync.dir", Path(settings.sync.dir))
+
+
+def _check_writable(key: str, folder: Path) -> None:
     parent = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise SettingsError(f"run.dir {folder} cannot be written ({parent}); choose another folder")
+        raise SettingsError(f"{key} {folder} cannot be written ({parent}); choose another folder")
 
 
 def _inputs(settings: Settings) -> list[tuple[str, str]]:
@@ -280,7 +286,7 @@ def plan_in_words(resolved: Resolved) -> str:
         f"ranks       {resolved.world_size} = {' x '.join(layout)}{' with ' + ', '.join(extras) if extras else ''}",
         f"prompts     {len(resolved.train)} from {len(resolved.train.files)} file(s){dropped}",
         f"rollout     {samples} responses a step of up to {s.rollout.max_response_tokens} tokens at temperature "
-        f"{s.rollout.temperature:g}; {sampling}",
+        f"{s.rollout.temperature:g}{_engine_in_words(s)}; {sampling}",
         f"reward      {s.reward.function}: right {s.reward.correct:g}, wrong {s.reward.wrong:g}{overlong}",
         f"mask        {mask_in_words(s)}",
         f"loss        {loss_in_words(s)}, sum over the selected tokens / {divisor} of the mini-batch; advantages "
@@ -323,6 +329,12 @@ def loss_in_words(settings: Settings) -> str:
         beyond = {"tis": "cut at {:g}", "mis": "0 beyond 1/{0:g} .. {0:g}"}[s.rollout_correction]
         words += f", times policy / engine probability {beyond.format(s.correction_cap)} ({s.rollout_correction})"
     return words
+
+
+def _engine_in_words(settings: Settings) -> str:
+    if settings.rollout.engine == "embedded":
+        return ""
+    return f" from {len(settings.rollout.servers)} SGLang server(s), which get weights by {settings.sync.method}"
 
 
 def _evaluation_in_words(resolved: Resolved) -> str:

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +29,7 @@ from megatron_rlvr.reward.graders import GraderPool, RewardError
 
 if TYPE_CHECKING:
     from megatron_rlvr.policy.ranks import Ranks
+    from megatron_rlvr.protocols import RolloutEngine
 
 logger = logging.getLogger("megatron_rlvr")
 
@@ -114,12 +116,10 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     from megatron_rlvr.evaluate import Evaluator
     from megatron_rlvr.learner import Learner
     from megatron_rlvr.metrics import MetricsLog
-    from megatron_rlvr.policy.build import DTYPES
     from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.policy.ranks import initialize_ranks
     from megatron_rlvr.progress import Progress
     from megatron_rlvr.rollout.collector import Collector
-    from megatron_rlvr.rollout.embedded import EmbeddedEngine
     from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.trainer import Trainer
 
@@ -127,6 +127,8 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     settings = resolved.settings
     ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
     _prepare_run_folder(resolved, ranks)
+    resources = ExitStack()
+    engine = _engine(resolved, ranks, resources)
     policy = Policy(
         settings.model,
         settings.parallel,
@@ -136,16 +138,8 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
         temperature=settings.rollout.temperature,
         seed=settings.run.seed,
     )
-    engine = EmbeddedEngine(
-        settings.model.path,
-        dtype=DTYPES[settings.model.dtype],
-        device=platform.device(),
-        stop_token_ids=resolved.stop_token_ids,
-        pad_token_id=resolved.tokenizer.pad_token_id,
-        max_batch_tokens=settings.rollout.max_batch_tokens,
-        max_batch_rows=settings.rollout.max_batch_rows,
-    )
-    sampler = Sampler(engine, resolved.tokenizer, graders, settings.reward)
+    on_servers = settings.rollout.engine == "sglang"
+    sampler = Sampler(engine, resolved.tokenizer, graders, settings.reward, leaders_only=on_servers)
     cursor = PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle)
     collector = Collector(
         sampler,
@@ -167,13 +161,11 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     learner = Learner(settings, policy, make_loss(settings.loss))
     folder = Path(settings.run.dir)
     log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main)
-    try:
-        with Progress(settings.run.steps, enabled=ranks.is_main) as progress:
-            progress.say(plan_in_words(resolved))
-            trainer = Trainer(settings, policy, engine, collector, learner, evaluator, log, progress)
-            before, after = trainer.run()
-    finally:
-        log.close()
+    resources.callback(log.close)
+    with resources, Progress(settings.run.steps, enabled=ranks.is_main) as progress:
+        progress.say(plan_in_words(resolved))
+        trainer = Trainer(settings, policy, engine, collector, learner, evaluator, log, progress)
+        before, after = trainer.run()
     export = folder / "hf" if settings.run.export else None
     if export is not None:
         policy.save_hugging_face(export, partial(_replace_tokenizer, resolved))
@@ -182,6 +174,41 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     platform.shut_down()
     return summary
+
+
+def _engine(resolved: Resolved, ranks: "Ranks", resources: ExitStack) -> "RolloutEngine":
+    """The engine of the settings; ``resources`` closes it. Servers are asked who they are, a collective."""
+    settings = resolved.settings
+    if settings.rollout.engine == "embedded":
+        from megatron_rlvr import platform
+        from megatron_rlvr.policy.build import DTYPES
+        from megatron_rlvr.rollout.embedded import EmbeddedEngine
+
+        return EmbeddedEngine(
+            settings.model.path,
+            dtype=DTYPES[settings.model.dtype],
+            device=platform.device(),
+            stop_token_ids=resolved.stop_token_ids,
+            pad_token_id=resolved.tokenizer.pad_token_id,
+            max_batch_tokens=settings.rollout.max_batch_tokens,
+            max_batch_rows=settings.rollout.max_batch_rows,
+        )
+    from megatron_rlvr.rollout.sglang import SglangEngine, connect
+    from megatron_rlvr.sync.disk import DiskSync
+
+    longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
+    pool = connect(settings.rollout, ranks, resolved.hf_config, longest=longest)
+    folder = Path(settings.sync.dir or Path(settings.run.dir) / "sync")
+    sync = DiskSync(folder, Path(settings.model.path), pool, ranks, partial(_replace_tokenizer, resolved))
+    engine = SglangEngine(
+        pool,
+        sync,
+        stop_token_ids=resolved.stop_token_ids,
+        vocab_size=resolved.hf_config["vocab_size"],
+        longest=longest,
+    )
+    resources.callback(engine.close)
+    return engine
 
 
 def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:

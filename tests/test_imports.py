@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trimming": {"types", "algo", "batch"},
     "policy": {"config", "platform", "algo", "batch", "hf", "protocols"},
     "rollout": {"types", "config", "platform", "protocols", "data", "reward", "policy.ranks"},
-    "sync": {"types", "config", "platform", "protocols", "policy", "hf"},
+    "sync": {"types", "config", "platform", "protocols", "policy", "hf", "rollout.server", "rollout.servers"},
     "learner": {"config", "protocols", "algo", "batch", "mini_batches", "trimming", "policy"},
     "evaluate": {"types", "config", "rollout", "policy.ranks"},
     "metrics": {"types", "config"},
@@ -50,6 +50,7 @@ MAY_IMPORT_FOR_TYPES: dict[str, set[str]] = {"protocols": {"algo"}}
 ONLY_IN: dict[str, set[str]] = {
     # library: rooms that may import it
     "megatron": {"policy", "hf", "platform"},
+    "aiohttp": {"rollout.server", "rollout.servers"},
     "torch.distributed": {
         "algo",
         "mini_batches",

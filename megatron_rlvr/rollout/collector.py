@@ -138,14 +138,14 @@ class Collector:
         return math.ceil(missing / rate)
 
     def _sample(self, prompts: Sequence[Prompt], on_finished: Callable[[int], None]) -> list[OrderedGroup]:
-        """This replica's groups among ``prompts``: its ranks share the requests, then tell each other."""
+        """This replica's groups among ``prompts``: those of its ranks that sample tell the others."""
         ranks, samples = self._ranks, self._settings.samples_per_prompt
         orders = range(self._drawn, self._drawn + len(prompts))
         self._drawn += len(prompts)
         mine = [(o, p) for o, p in zip(orders, prompts, strict=True) if o % ranks.data_size == ranks.data_rank]
         requests = [r for order, p in mine for r in requests_for(p, samples, self._seed, f"train/{order}")]
         graded = self._sampler.run(
-            requests[ranks.replica_rank :: ranks.replica_size],
+            self._sampler.part_of(requests, ranks),
             self._settings,
             overlong_buffer=self._reward.overlong_buffer,
             on_finished=on_finished,
@@ -204,7 +204,8 @@ def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def _interleave(parts: list[list[Any]]) -> list[Any]:
-    """Undoes dealing in turn: item i came from part i % n."""
+    """Undoes dealing in turn to the ranks that got any: item i came from part i % n."""
+    parts = [part for part in parts if part]
     total = sum(len(part) for part in parts)
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 from megatron_rlvr.config import RewardSettings
 from megatron_rlvr.data.tokenizer import Tokenizer
+from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.protocols import RolloutEngine, Sampling
 from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
 from megatron_rlvr.types import Completion, Grade, Prompt, SampleRequest
@@ -26,15 +27,31 @@ def requests_for(prompt: Prompt, samples: int, run_seed: int, occasion: str) -> 
 
 
 class Sampler:
-    """An engine, a tokenizer and graders, together: from requests to graded completions."""
+    """An engine, a tokenizer and graders, together: from requests to graded completions.
+
+    With ``leaders_only`` the first rank of each replica asks for all of its samples, as suits an engine outside.
+    """
 
     def __init__(
-        self, engine: RolloutEngine, tokenizer: Tokenizer, graders: GraderPool, reward: RewardSettings
+        self,
+        engine: RolloutEngine,
+        tokenizer: Tokenizer,
+        graders: GraderPool,
+        reward: RewardSettings,
+        *,
+        leaders_only: bool = False,
     ) -> None:
         self.engine = engine
+        self._leaders_only = leaders_only
         self.tokenizer = tokenizer
         self._graders = graders
         self._reward = reward
+
+    def part_of(self, requests: Sequence[SampleRequest], ranks: Ranks) -> Sequence[SampleRequest]:
+        """What this rank asks for of the requests of its replica."""
+        if self._leaders_only:
+            return requests if ranks.replica_rank == 0 else []
+        return requests[ranks.replica_rank :: ranks.replica_size]
 
     def run(
         self,

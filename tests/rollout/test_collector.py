@@ -53,6 +53,7 @@ class Case:
     shuffle: bool = False
     seed: int = 0
     timeout_seconds: float = 60.0
+    leaders_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
     count = len(case.set)
     prompt_set = PromptSet(case.set, (FilePrompts("set", 0, count, float(count), 0),))
     collector = Collector(
-        Sampler(engine, PlainTokenizer(), graders, reward),  # type: ignore[arg-type]
+        Sampler(engine, PlainTokenizer(), graders, reward, leaders_only=case.leaders_only),  # type: ignore[arg-type]
         PromptCursor(prompt_set, case.seed, case.shuffle),
         ranks,
         settings,
@@ -259,6 +260,20 @@ def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Pat
             replaced += case.dynamic and len(drawn) > len(mixed) and step.size == case.prompts
     assert carried_over > 15
     assert replaced > 15
+
+
+def test_leaders_alone_ask_for_what_all_ranks_of_a_replica_would(folder: Path):
+    layout = Layout(((0, 2), (1, 3)))
+    cases = [replace(case, leaders_only=True) for case in FEW_CASES]
+    per_rank = on_ranks(run_cases, layout.world_size, layout, cases, folder)
+    for number, alone in enumerate(random_runs(ONE_RANK, folder)[: len(cases)]):
+        for step, (expected,) in enumerate(alone):
+            ranks = [per_rank[rank][number][step] for rank in range(layout.world_size)]
+            assert whole_batch(layout, ranks) == whole_batch(ONE_RANK, [expected])
+            assert ranks[0].figures == pytest.approx(expected.figures)
+            assert sum(len(rank.asked) for rank in ranks[:2]) == len(expected.asked)
+            assert [rank.asked for rank in ranks[2:]] == [[], []]
+            assert all(len(rank.calls) == len(expected.calls) for rank in ranks), "each round is a call on every rank"
 
 
 def test_a_step_asks_for_no_more_than_it_may(folder: Path):

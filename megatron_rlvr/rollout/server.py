@@ -1,0 +1,166 @@
+"""The conversation with one SGLang server: every endpoint that the trainer uses, and what can go wrong with it.
+
+Three things can go wrong, and each has its error: the server cannot be relied on (gone, silent, wrong), the request
+failed on a server that may be well, or the request itself is refused, as it would be anywhere.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+logger = logging.getLogger(__name__)
+
+_ASK_AGAIN_SECONDS = 1.0
+_QUICK_SECONDS = 20.0
+# /health answers 503 by itself after 20 s without a token.
+_HEALTH_SECONDS = 30.0
+
+
+class ServerFault(Exception):
+    """A request failed here; the server may be well, and another may do better."""
+
+
+class UnusableServer(ServerFault):
+    """The server is gone, does not answer, or answers what cannot be true: it must prove itself before it is used."""
+
+
+class Refused(Exception):
+    """The server says that the request is wrong; so would any other."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says about itself.
+
+    Attributes:
+        model_type, architectures: of its model's config.json.
+        context_length: tokens that a prompt and its response may have together.
+        vocab_size: its token ids are below it; None where it does not say.
+        preferred_sampling_params: sampling that it would add to every request; None for none.
+    """
+
+    model_type: str | None
+    architectures: list[str]
+    context_length: int
+    vocab_size: int | None
+    preferred_sampling_params: Any
+
+
+class Server:
+    """One server. All methods are coroutines of the event loop that owns the session."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self.url = url
+        self._session = session
+
+    async def generate(self, body: dict[str, Any], timeout_seconds: float) -> Any:
+        """The answer to one request, unchecked."""
+        return await self._call("POST", "/generate", timeout_seconds, body)
+
+    async def check_health(self) -> None:
+        """Returns once the server has shown that it can sample."""
+        try:
+            await self._send("GET", "/health", _HEALTH_SECONDS)
+        except (ServerFault, Refused) as error:
+            raise UnusableServer(str(error)) from None
+
+    async def wait_until_healthy(self, patience_seconds: float) -> None:
+        """Returns once the server can sample; the last fault if it cannot in time."""
+        start = time.monotonic()
+        told = False
+        while True:
+            try:
+                return await self.check_health()
+            except UnusableServer as fault:
+                if time.monotonic() - start > patience_seconds:
+                    raise
+                if not told:
+                    logger.info("waiting up to %.0f s for server %s (%s)", patience_seconds, self.url, fault)
+                told = True
+            await asyncio.sleep(_ASK_AGAIN_SECONDS)
+
+    async def weight_version(self) -> str | None:
+        """Name of the weights that it holds."""
+        return (await self._call("GET", "/model_info", _QUICK_SECONDS)).get("weight_version")
+
+    async def info(self) -> ServerInfo:
+        """What it serves."""
+        model = await self._call("GET", "/model_info", _QUICK_SECONDS)
+        models = await self._call("GET", "/v1/models", _QUICK_SECONDS)
+        try:
+            return ServerInfo(
+                model_type=model["model_type"],
+                architectures=model["architectures"] or [],
+                context_length=int(models["data"][0]["max_model_len"]),
+                vocab_size=await self._vocab_size(),
+                preferred_sampling_params=model.get("preferred_sampling_params"),
+            )
+        except (LookupError, TypeError, ValueError):
+            raise UnusableServer("/model_info and /v1/models do not describe a model; is this SGLang?") from None
+
+    async def _vocab_size(self) -> int | None:
+        """From a refusal: no endpoint tells it, and an id beyond it in a prompt or a weight would kill the server."""
+        bias = {"logit_bias": {str(10**9): 0.0}, "max_new_tokens": 1}
+        try:
+            await self._call("POST", "/generate", _QUICK_SECONDS, {"input_ids": [0], "sampling_params": bias})
+        except Refused as refusal:
+            found = re.search(r"\[0, (\d+)\]", str(refusal))
+            return int(found[1]) + 1 if found else None
+        return None
+
+    async def load_weights(self, folder: str, version: str, timeout_seconds: float) -> None:
+        """Replaces its weights by those of a Hugging Face folder; requests that are running wait meanwhile.
+
+        Raises: UnusableServer unless the server says that it now holds ``version``.
+        """
+        try:
+            await self._call("POST", "/pause_generation", _QUICK_SECONDS, {"mode": "retract"})
+            try:
+                body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+                answer = await self._call("POST", "/update_weights_from_disk", timeout_seconds, body)
+            finally:
+                await self._call("POST", "/continue_generation", _QUICK_SECONDS, {})
+            if answer.get("success") is not True:
+                raise UnusableServer(f"it did not load weights {version}: {answer.get('message')}")
+            found = await self.weight_version()
+        except Refused as refusal:
+            raise UnusableServer(f"it did not load weights {version}: {refusal}") from None
+        if found != version:
+            raise UnusableServer(f"it was given weights {version} and holds {found}")
+
+    async def _call(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> Any:
+        """The JSON object that an endpoint answers."""
+        text = await self._send(method, path, timeout_seconds, body)
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise UnusableServer(f"{path} answered no JSON object: {_short(text)}")
+        return answer
+
+    async def _send(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> str:
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                status, text = response.status, await response.text(errors="replace")
+        except TimeoutError:
+            raise UnusableServer(f"no answer to {path} in {timeout_seconds:.0f} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnusableServer(f"{path}: {type(error).__name__} {_short(str(error))}") from None
+        if status >= 500:
+            raise ServerFault(f"{path} answered {status} {_short(text)}")
+        if status >= 400:
+            raise Refused(f"{path} answered {status} {_short(text)}")
+        return text
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,100 @@
+"""Two real servers for the whole session, which start from weights that no test wants: they must be given others."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+
+for folder in ("", "../rollout", "../multi_rank"):
+    sys.path.insert(0, str((Path(__file__).parent / folder).resolve()))
+
+from real_servers import RealServer, installed  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights a fifth larger."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.write_model(tmp_path_factory.mktemp("other") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: 1.2 * t for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory, other_weights: Path) -> Iterator[list[RealServer]]:
+    logs = tmp_path_factory.mktemp("servers")
+    python = installed()
+    started = [RealServer(python, other_weights, logs / f"server_{i}.log") for i in range(2)]
+    try:
+        for server in started:
+            server.start()
+        for server in started:
+            server.wait()
+        yield started
+    finally:
+        for server in started:
+            server.kill()
+
+
+@pytest.fixture(autouse=True)
+def _logs_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails shows what its servers have said."""
+    failed_before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > failed_before and "servers" in request.fixturenames:
+        for server in request.getfixturevalue("servers"):
+            print(f"---- {server.url}\n{server.log}")
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Any]:
+    """This process as the only rank of a world."""
+    from megatron_rlvr.policy.ranks import Ranks
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.group.WORLD
+    places = {f"{name}_rank": 0 for name in ("tensor", "pipeline", "context", "expert", "data")}
+    sizes = {f"{name}_size": 1 for name in ("tensor", "pipeline", "context", "expert", "data")}
+    names = ("tensor_group", "pipeline_group", "context_group", "expert_group", "data_group", "data_context_group")
+    groups = dict.fromkeys((*names, "data_objects", "replica_objects"), world)
+    yield Ranks(rank=0, world_size=1, **places, **sizes, **groups)  # type: ignore[arg-type]
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes engines on servers, which hold no weights of theirs yet."""
+    from megatron_rlvr.config import RolloutSettings
+    from megatron_rlvr.hf.files import read_config
+    from megatron_rlvr.rollout.sglang import SglangEngine, connect
+    from megatron_rlvr.sync.disk import DiskSync
+
+    engines = []
+
+    def make(urls: list[str], stop: tuple[int, ...] = (2,), longest: int = 512, **settings: Any) -> SglangEngine:
+        config = read_config(model) | settings.pop("config", {})
+        rollout = RolloutSettings(engine="sglang", servers=urls, **settings)
+        pool = connect(rollout, one_rank, config, longest=longest)
+        sync = DiskSync(tmp_path / "sync", model, pool, one_rank)
+        engine = SglangEngine(pool, sync, stop_token_ids=stop, vocab_size=config["vocab_size"], longest=longest)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path) -> Any:
+    """The tiny model in transformers, float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

@@ -1,0 +1,140 @@
+"""A server that speaks the protocol and misbehaves on demand, for faults that the real one cannot be made to show."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+VOCABULARY = 50
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def good_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
+    """All of the tokens that were asked for, counted up from the last one of the prompt."""
+    last, count = body["input_ids"][-1], body["sampling_params"]["max_new_tokens"]
+    tokens = [(last + i + 1) % VOCABULARY for i in range(count)]
+    return {
+        "text": "",
+        "output_ids": tokens,
+        "meta_info": {
+            "finish_reason": {"type": "length", "length": count},
+            "weight_version": version,
+            "output_token_logprobs": [[-0.25 * (i + 1), token, None] for i, token in enumerate(tokens)],
+        },
+    }
+
+
+class FakeServer:
+    """Serves on a loopback port from a thread of its own.
+
+    Attributes:
+        spoil: turns a good answer of /generate into what is answered: JSON, or a status; None hangs.
+        healthy: what /health answers; None hangs.
+        version: of its weights, as it tells; changed by a load unless ``loads`` is false.
+        seen: bodies of /generate.
+        calls: paths in the order in which they were asked for, /health aside.
+        most: requests that it had at once.
+    """
+
+    def __init__(self) -> None:
+        self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
+        self.healthy: bool | None = True
+        self.loads = True
+        self.version = "default"
+        self.delay = 0.0
+        self.model_type = "qwen3"
+        self.seen: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+        self.loaded: list[str] = []
+        self.most = self._now = 0
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.start()
+
+    def start(self) -> None:
+        self._runner = asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
+
+    def stop(self) -> None:
+        """Refuses connections from now on, and drops those that are open."""
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
+
+    def close(self) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _serve(self) -> web.AppRunner:
+        app = web.Application(middlewares=[self._note])
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/model_info", self._model_info),
+                web.get("/v1/models", self._models),
+                web.post("/generate", self._generate),
+                web.post("/pause_generation", self._nothing),
+                web.post("/continue_generation", self._nothing),
+                web.post("/update_weights_from_disk", self._load),
+            ]
+        )
+        runner = web.AppRunner(app, shutdown_timeout=0.01)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True).start()
+        return runner
+
+    @web.middleware
+    async def _note(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path != "/health":
+            self.calls.append(request.path)
+        return await handler(request)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        if self.healthy is None:
+            await asyncio.sleep(3600)
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        architectures = {"qwen3": ["Qwen3ForCausalLM"]}.get(self.model_type, ["OtherForCausalLM"])
+        told = {"model_type": self.model_type, "architectures": architectures, "weight_version": self.version}
+        return web.json_response(told)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"max_model_len": 512}]})
+
+    async def _nothing(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.loaded.append(body["model_path"])
+        if self.loads:
+            self.version = body["weight_version"]
+        return web.json_response({"success": self.loads, "message": "" if self.loads else "disk on fire"})
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if "logit_bias" in body["sampling_params"]:
+            return web.json_response({"error": {"message": f"keys in [0, {VOCABULARY - 1}]"}}, status=400)
+        self.seen.append(body)
+        self._now += 1
+        self.most = max(self.most, self._now)
+        try:
+            await asyncio.sleep(self.delay)
+            answer = self.spoil(good_answer(body, self.version))
+            if answer is None:
+                await asyncio.sleep(3600)
+        finally:
+            self._now -= 1
+        if isinstance(answer, int):
+            return web.Response(status=answer, text="as told")
+        return web.json_response(answer)

@@ -1,0 +1,209 @@
+"""Sampling from the real SGLang server, against transformers, the embedded engine and a whole run."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from megatron_rlvr.rollout.embedded import EmbeddedEngine
+from megatron_rlvr.rollout.sampler import requests_for
+from megatron_rlvr.rollout.servers import ServersError
+from megatron_rlvr.types import Completion, Prompt, SampleRequest
+
+TOLERANCE = 1e-4  # nats, in float32
+
+
+def sampling(tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Any:
+    return SimpleNamespace(temperature=temperature, top_p=top_p, max_response_tokens=tokens)
+
+
+def requests(count: int, samples: int = 1) -> list[SampleRequest]:
+    dice = np.random.default_rng(0)
+    prompts = [
+        Prompt(f"set/{i}", dice.integers(3, 320, size=4 + 3 * (i % 12)).astype(np.int32), "", "set")
+        for i in range(count)
+    ]
+    return [request for prompt in prompts for request in requests_for(prompt, samples, 0, "test")]
+
+
+def weights_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return iter(model.state_dict().items())
+
+
+@torch.no_grad()
+def logprobs_of(model: Any, request: SampleRequest, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+    """By one forward over prompt and response."""
+    prompt = request.prompt.token_ids
+    tokens = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
+    logits = model(input_ids=tokens[None]).logits[0, len(prompt) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1).gather(-1, tokens[len(prompt) :, None])[:, 0].numpy()
+
+
+@torch.no_grad()
+def greedy(model: Any, request: SampleRequest, count: int) -> list[int]:
+    tokens = request.prompt.token_ids.tolist()
+    for _ in range(count):
+        tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[-count:]
+
+
+def in_order(asked: list[SampleRequest], completions: Any) -> list[Completion]:
+    found = {(c.prompt_id, c.sample): c for c in completions}
+    assert len(found) == len(asked)
+    return [found[request.prompt.id, request.sample] for request in asked]
+
+
+def test_greedy_tokens_and_logprobs_are_those_of_transformers(servers, engine_on, reference):
+    engine = engine_on([server.url for server in servers], stop=())
+    engine.update_weights(weights_of(reference), version=7)
+    asked = requests(24)
+    # 2 is the model's own end of a response, at which a server stops whoever asks.
+    completions = in_order(asked, engine.generate(asked, sampling(20)))
+    for request, completion in zip(asked, completions, strict=True):
+        expected = greedy(reference, request, 20)
+        expected = expected[: expected.index(2) + 1] if 2 in expected else expected
+        assert completion.token_ids.tolist() == expected
+        assert np.abs(completion.logprobs - logprobs_of(reference, request, completion)).max() < TOLERANCE
+        assert completion.weight_version == 7
+    assert sum(len(c.token_ids) for c in completions) > 300
+
+
+def test_sampled_logprobs_are_those_of_the_tempered_model_before_top_p(servers, engine_on, reference):
+    engine = engine_on([server.url for server in servers])
+    engine.update_weights(weights_of(reference), version=0)
+    asked = requests(4, samples=4)
+    completions = in_order(asked, engine.generate(asked, sampling(16, temperature=0.7, top_p=0.8)))
+    for request, completion in zip(asked, completions, strict=True):
+        assert np.abs(completion.logprobs - logprobs_of(reference, request, completion, 0.7)).max() < TOLERANCE
+    assert len({tuple(c.token_ids.tolist()) for c in completions}) > 8, "the samples of a prompt differ"
+
+
+def test_responses_end_as_with_the_embedded_engine(servers, engine_on, reference, model: Path):
+    asked = requests(12)
+    # Tokens that greedy responses do say, one of them at the very end.
+    said = [greedy(reference, request, 8) for request in asked]
+    early = {2, said[0][3]}
+    last = next(tokens[7] for tokens in said if tokens[7] not in tokens[:7] and not early & set(tokens))
+    stop = tuple(sorted(early | {last}))
+    embedded = EmbeddedEngine(str(model), device=torch.device("cpu"), stop_token_ids=stop, pad_token_id=0)
+    embedded.update_weights(weights_of(reference), version=1)
+    engine = engine_on([server.url for server in servers], stop=stop)
+    engine.update_weights(weights_of(reference), version=1)
+    expected = in_order(asked, embedded.generate(asked, sampling(8)))
+    found = in_order(asked, engine.generate(asked, sampling(8)))
+    assert [(c.token_ids.tolist(), c.finish_reason) for c in found] == [
+        (c.token_ids.tolist(), c.finish_reason) for c in expected
+    ]
+    ends = {(c.finish_reason, len(c.token_ids) == 8) for c in found}
+    assert ends == {("stop", False), ("stop", True), ("length", True)}
+
+
+def test_after_a_disk_sync_servers_sample_from_the_new_weights_and_old_ones_are_gone(
+    servers, engine_on, reference, tmp_path: Path
+):
+    engine = engine_on([server.url for server in servers])
+    asked = requests(8)
+    with pytest.raises(RuntimeError, match="no weights of this run"):
+        list(engine.generate(asked, sampling(8)))
+    for version, factor in ((0, 1.0), (1, 0.8), (2, 1.1)):
+        weights = {name: factor * tensor for name, tensor in reference.state_dict().items()}
+        engine.update_weights(iter(weights.items()), version)
+        assert [folder.name.rpartition("-")[2] for folder in (tmp_path / "sync").iterdir()] == [str(version)]
+        completions = in_order(asked, engine.generate(asked, sampling(8, temperature=1.0)))
+        scaled = type(reference)(reference.config).eval()
+        scaled.load_state_dict(weights)
+        for request, completion in zip(asked, completions, strict=True):
+            assert np.abs(completion.logprobs - logprobs_of(scaled, request, completion)).max() < TOLERANCE
+            assert completion.weight_version == version
+    engine.close()
+    assert not (tmp_path / "sync").exists()
+
+
+def test_what_would_kill_or_confuse_a_server_is_refused_before_it_is_sent(servers, engine_on, reference):
+    engine = engine_on([servers[0].url])
+    engine.update_weights(weights_of(reference), version=0)
+    for token_ids in ([5, 320], [-1], []):
+        prompt = Prompt("set/bad", np.array(token_ids, dtype=np.int32), "", "set")
+        with pytest.raises(ServersError, match="set/bad is empty or holds a token id outside the vocabulary of 320"):
+            list(engine.generate(requests(2) + requests_for(prompt, 1, 0, "test"), sampling(4)))
+    with pytest.raises(ServersError, match=r"has 4 \+ 509 tokens, more than the agreed 512"):
+        list(engine.generate(requests(1), sampling(509)))
+    assert len(list(engine.generate(requests(2), sampling(4)))) == 2
+
+
+def test_another_vocabulary_is_found_out_before_weights_are_sent(servers, engine_on):
+    from megatron_rlvr.config import SettingsError
+
+    with pytest.raises(SettingsError, match=r"serves another model \(vocabulary 320, not 352\)"):
+        engine_on([servers[0].url], config={"vocab_size": 352})
+    with pytest.raises(SettingsError, match="takes 512 tokens, less than"):
+        engine_on([servers[0].url], longest=513)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_on_servers_samples_from_its_own_weights(
+    ranks: int, servers, model: Path, problems: Path, tmp_path: Path
+):
+    (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
+    rollout = {"samples_per_prompt": 4, "max_response_tokens": 16, "max_rounds": 2}
+    settings = tiny.settings_for(
+        model,
+        problems,
+        tmp_path / "run",
+        rollout=rollout | {"engine": "sglang", "servers": [server.url for server in servers]},
+        reward={"function": "rewards:even"},
+        parallel={"tensor": max(1, ranks)},
+    )
+    done = tiny.run_train(tiny.write_settings(tmp_path / "config.yaml", settings), cwd=tmp_path, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert "from 2 SGLang server(s), which get weights by disk" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["rollout/logprob_gap_mean"] < TOLERANCE
+        assert line["rollout/logprob_gap_max"] < 10 * TOLERANCE
+        assert line["train/grad_norm"] > 0
+    assert not (tmp_path / "run" / "sync").exists()
+
+
+def test_a_server_that_dies_costs_its_requests_in_flight_and_comes_back_with_the_weights(
+    servers, engine_on, reference, caplog: pytest.LogCaptureFixture
+):
+    engine = engine_on([server.url for server in servers], max_inflight=8)
+    engine.update_weights(weights_of(reference), version=3)
+    engine._pool._watch_seconds = 0.5
+    asked = requests(48)
+    answers = engine.generate(asked, sampling(100))
+    completions = [next(answers)]
+    servers[1].kill()
+    completions += answers
+    found = in_order(asked, completions)
+    for request, completion in list(zip(asked, found, strict=True))[::8]:
+        expected = greedy(reference, request, 100)
+        expected = expected[: expected.index(2) + 1] if 2 in expected else expected
+        assert completion.token_ids.tolist() == expected
+    out = [record.getMessage() for record in caplog.records if "is taken out" in record.getMessage()]
+    assert len(out) == 1
+    assert out[0].startswith(f"server {servers[1].url} is taken out")
+    assert engine._pool.usable == [servers[0].url]
+    servers[1].start()
+    servers[1].wait()
+    with engine._pool.watched():
+        _wait_for(lambda: len(engine._pool.usable) == 2, seconds=60)
+    servers[0].kill()
+    again = in_order(asked[:8], engine.generate(asked[:8], sampling(100)))
+    assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in found[:8]]
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.1)

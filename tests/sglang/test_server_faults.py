@@ -1,0 +1,393 @@
+"""What becomes of a run when servers misbehave: fake ones that lie, hang, refuse and die on demand."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_server import VOCABULARY, FakeServer, good_answer
+from scripted import Layout, on_ranks, process_group, ranks_of
+
+from megatron_rlvr.config import SettingsError
+from megatron_rlvr.rollout.sampler import requests_for
+from megatron_rlvr.rollout.servers import ServersError
+from megatron_rlvr.types import Prompt, SampleRequest
+
+LENGTH = 5
+SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=LENGTH)
+CONFIG = {"vocab_size": VOCABULARY, "architectures": ["Qwen3ForCausalLM"]}
+
+
+def requests(count: int) -> list[SampleRequest]:
+    prompts = [Prompt(f"set/{i}", np.array([1, i % VOCABULARY], dtype=np.int32), "", "set") for i in range(count)]
+    return [request for prompt in prompts for request in requests_for(prompt, 1, 0, "test")]
+
+
+def no_weights() -> Iterator[tuple[str, torch.Tensor]]:
+    return iter({"weight": torch.zeros(1)}.items())
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeServer]]:
+    servers = [FakeServer(), FakeServer()]
+    yield servers
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
+    """An engine on both, with weights of version 1 and little patience."""
+    made = ready(engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, server_timeout_seconds=2.0))
+    made.update_weights(no_weights(), version=1)
+    return made
+
+
+def ready(engine: Any) -> Any:
+    engine._pool._watch_seconds = 0.1
+    return engine
+
+
+def check(asked: list[SampleRequest], completions: list[Any]) -> None:
+    """Each request has its own answer, once."""
+    assert sorted(c.prompt_id for c in completions) == sorted(r.prompt.id for r in asked)
+    prompts = {r.prompt.id: int(r.prompt.token_ids[-1]) for r in asked}
+    for completion in completions:
+        last = prompts[completion.prompt_id]
+        assert completion.token_ids.tolist() == [(last + i + 1) % VOCABULARY for i in range(LENGTH)]
+        assert completion.logprobs.tolist() == [-0.25, -0.5, -0.75, -1.0, -1.25]
+        assert (completion.finish_reason, completion.weight_version) == ("length", 1)
+
+
+def taken_out(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "taken out" in r.getMessage()]
+
+
+def spoiled(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """An answer with other entries: of meta_info, but for output_ids."""
+
+    def spoil(answer: dict[str, Any]) -> dict[str, Any]:
+        whole = {key: changes[key] for key in changes if key == "output_ids"}
+        return (
+            answer | whole | {"meta_info": answer["meta_info"] | {k: v for k, v in changes.items() if k not in whole}}
+        )
+
+    return spoil
+
+
+def shortened(answer: dict[str, Any]) -> dict[str, Any]:
+    meta = answer["meta_info"]
+    return answer | {
+        "output_ids": answer["output_ids"][:-1],
+        "meta_info": meta | {"output_token_logprobs": meta["output_token_logprobs"][:-1]},
+    }
+
+
+def with_token(answer: dict[str, Any], token: Any, logprob: Any = -0.5) -> dict[str, Any]:
+    """The second token is another."""
+    meta = answer["meta_info"]
+    logprobs = [entry if i != 1 else [logprob, token, None] for i, entry in enumerate(meta["output_token_logprobs"])]
+    tokens = [known if i != 1 else token for i, known in enumerate(answer["output_ids"])]
+    return answer | {"output_ids": tokens, "meta_info": meta | {"output_token_logprobs": logprobs}}
+
+
+NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no tokens": (lambda answer: {"meta_info": answer["meta_info"]}, "lacks tokens"),
+    "a list": (lambda answer: [answer], "no JSON object"),
+    "no logprobs": (spoiled(output_token_logprobs=None), "lacks tokens"),
+    "few logprobs": (spoiled(output_token_logprobs=[[-0.5, 1, None]]), "log-probabilities of other tokens"),
+    "empty": (spoiled(output_ids=[]), "0 tokens"),
+    "too long": (spoiled(output_ids=[1] * 6), "6 tokens, not 1 to 5"),
+    "too short": (shortened, "4 tokens was ended by 'length'"),
+    "outside the vocabulary": (lambda answer: with_token(answer, VOCABULARY), "token id 50, outside"),
+    "negative": (lambda answer: with_token(answer, -1), "token id -1, outside"),
+    "text": (lambda answer: with_token(answer, "x"), "token id 'x', outside"),
+    "NaN": (lambda answer: with_token(answer, 3, float("nan")), "log-probability nan"),
+    "impossible": (lambda answer: with_token(answer, 3, 0.5), "log-probability 0.5"),
+    "null": (lambda answer: with_token(answer, 3, None), "log-probability None"),
+    "other weights": (spoiled(weight_version="1"), "sampled from weights 1, not"),
+    "stopped by text": (
+        spoiled(finish_reason={"type": "stop", "matched": "NaN happened"}),
+        "stopped by 'NaN happened' and ends with token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_takes_the_server_out_with_one_line_and_its_requests_go_to_the_other(
+    name: str, fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
+):
+    fakes[0].spoil, reason = NONSENSE[name]
+    fakes[0].healthy = False
+    asked = requests(20)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    (line,) = taken_out(caplog)
+    assert line.startswith(f"server {fakes[0].url} is taken out")
+    assert reason in line
+    assert engine._pool.usable == [fakes[1].url]
+
+
+def test_a_hanging_server_is_noticed_by_its_health_long_before_its_requests_time_out(
+    fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
+):
+    fakes[0].spoil = lambda answer: None
+    fakes[0].healthy = False
+    asked = requests(10)
+    start = time.monotonic()
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    assert time.monotonic() - start < 20
+    assert "/health answered 503" in taken_out(caplog)[0]
+    assert len(fakes[0].seen) == 5, "the freest server gets a request"
+
+
+def test_a_request_that_times_out_goes_elsewhere(fakes: list[FakeServer], engine: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megatron_rlvr.rollout.sglang._SECONDS_A_REQUEST", 3.0)
+    monkeypatch.setattr("megatron_rlvr.rollout.sglang._SECONDS_A_TOKEN", 0.01)
+    fakes[0].spoil = lambda answer: None
+    asked = requests(10)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+
+
+def test_a_server_that_dies_and_returns_with_other_weights_gets_these_again(
+    fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
+):
+    for fake in fakes:
+        fake.delay = 0.05
+    asked = requests(200)
+    answers = engine.generate(asked, SAMPLING)
+    completions = [next(answers) for _ in range(20)]
+    fakes[0].stop()
+    completions += [next(answers) for _ in range(100)]
+    label = fakes[0].version
+    fakes[0].version, fakes[0].loaded = "default", []
+    fakes[0].start()
+    deadline = time.monotonic() + 30
+    while len(engine._pool.usable) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sent = len(fakes[0].seen)
+    completions += answers
+    check(asked, completions)
+    assert len(taken_out(caplog)) == 1
+    assert fakes[0].version == label
+    assert len(fakes[0].loaded) == 1
+    more = requests(10)
+    check(more, list(engine.generate(more, SAMPLING)))
+    assert len(fakes[0].seen) >= sent + 5
+
+
+@pytest.mark.parametrize(
+    "fault", [500, 503, {"meta_info": {"finish_reason": {"type": "abort"}, "weight_version": ""}, "output_ids": []}]
+)
+def test_a_single_failure_costs_a_retry_and_a_row_of_them_the_server(
+    fault: Any, fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
+):
+    left = [2]
+
+    def fail_twice(answer: dict[str, Any]) -> Any:
+        left[0] -= 1
+        return fault if left[0] >= 0 else answer
+
+    fakes[0].spoil = fail_twice
+    asked = requests(20)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    assert taken_out(caplog) == []
+    fakes[0].spoil = lambda answer: fault
+    fakes[0].healthy = False
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    assert len(taken_out(caplog)) == 1
+
+
+def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[FakeServer], engine: Any):
+    for fake in fakes:
+        fake.stop()
+    start = time.monotonic()
+    with pytest.raises(
+        ServersError, match=r"no server could be used for 2 s .rollout.server_timeout_seconds."
+    ) as error:
+        list(engine.generate(requests(20), SAMPLING))
+    assert 2 <= time.monotonic() - start < 15
+    assert all(fake.url in str(error.value) for fake in fakes)
+    for fake in fakes:
+        fake.start()
+
+
+def test_servers_that_return_in_time_go_on_where_they_were(fakes: list[FakeServer], engine: Any):
+    for fake in fakes:
+        fake.stop()
+    timer = threading.Timer(1.0, fakes[1].start)
+    timer.start()
+    asked = requests(20)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    fakes[0].start()
+
+
+def test_a_request_that_fails_everywhere_ends_the_run_with_its_reason(fakes: list[FakeServer], engine: Any):
+    for fake in fakes:
+        fake.spoil = lambda answer: 500 if answer["output_ids"][0] == 3 else answer
+    with pytest.raises(ServersError, match=r"sample 0 of prompt set/2 failed 4 times, .* /generate answered 500"):
+        list(engine.generate(requests(8), SAMPLING))
+    assert all(not member.jobs for member in engine._pool._members), "nothing is left in flight"
+    for fake in fakes:
+        fake.spoil = lambda answer: 400
+    with pytest.raises(ServersError, match="is refused by"):
+        list(engine.generate(requests(8), SAMPLING))
+
+
+def test_requests_in_flight_are_bounded_and_shared_evenly(fakes: list[FakeServer], engine_on: Callable[..., Any]):
+    engine = engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, max_inflight=4)
+    engine.update_weights(no_weights(), version=1)
+    for fake in fakes:
+        fake.delay = 0.05
+    asked = requests(60)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    assert [fake.most for fake in fakes] == [4, 4]
+    assert all(len(fake.seen) > 20 for fake in fakes)
+    fakes[0].delay = 0.5
+    fakes[0].seen, fakes[1].seen = [], []
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    assert len(fakes[1].seen) > 4 * len(fakes[0].seen), "a slow server gets less"
+
+
+def test_what_is_sent_is_the_request(fakes: list[FakeServer], engine: Any):
+    (request,) = requests(1)
+    check([request], list(engine.generate([request], SAMPLING)))
+    (body,) = fakes[0].seen + fakes[1].seen
+    assert body == {
+        "input_ids": [1, 0],
+        "return_logprob": True,
+        "sampling_params": {
+            "max_new_tokens": 5,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "stop_token_ids": [],
+            "sampling_seed": request.seed,
+        },
+    }
+
+
+def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
+    fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
+):
+    load = ["/pause_generation", "/update_weights_from_disk", "/continue_generation", "/model_info"]
+    assert all(fake.calls[-4:] == load for fake in fakes)
+    fakes[0].loads = False
+    for _ in range(2):
+        engine.update_weights(no_weights(), version=1)
+    (line,) = taken_out(caplog)
+    assert "did not load weights" in line
+    assert "disk on fire" in line
+    assert fakes[0].calls[-2:] == ["/update_weights_from_disk", "/continue_generation"]
+    asked = requests(6)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    assert len(fakes[1].seen) == 6
+    fakes[1].loads = False
+    with pytest.raises(ServersError, match=r"no server took the weights of version 2; .*disk on fire"):
+        engine.update_weights(no_weights(), version=2)
+    fakes[0].loads = fakes[1].loads = True
+    engine.update_weights(no_weights(), version=1)
+    assert len(engine._pool.usable) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_after_the_weights_are_exhausted(engine: Any):
+    taken = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(5):
+            taken.append(i)
+            yield f"weight.{i}", torch.zeros(1)
+
+    engine._sync._source = engine._sync._source / "missing"
+    with pytest.raises(ServersError, match=r"cannot be written to sync\.dir"):
+        engine.update_weights(weights(), version=2)
+    assert taken == [0, 1, 2, 3, 4], "other ranks wait in the collectives that make them"
+
+
+def test_each_server_that_cannot_be_used_has_a_line_before_the_run(
+    fakes: list[FakeServer], engine_on: Callable[..., Any], caplog: pytest.LogCaptureFixture
+):
+    fakes[0].model_type = "llama"
+    fakes[1].stop()
+    with pytest.raises(SettingsError) as error:
+        engine_on([fake.url for fake in fakes], config=CONFIG, server_timeout_seconds=0.5)
+    lines = [str(error.value), *(r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)]
+    assert len(lines) == 2
+    assert f"{fakes[0].url} serves another model (model_type llama, not qwen3" in lines[0]
+    assert f"{fakes[1].url} cannot be used" in lines[1]
+    fakes[1].start()
+
+
+def test_a_dropped_iterator_leaves_nothing_behind_and_close_ends_the_thread(fakes: list[FakeServer], engine: Any):
+    for fake in fakes:
+        fake.delay = 0.2
+    answers = engine.generate(requests(40), SAMPLING)
+    next(answers)
+    answers.close()
+    assert all(not member.jobs for member in engine._pool._members)
+    asked = requests(4)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    engine.close()
+    assert "servers" not in [thread.name for thread in threading.enumerate()]
+    engine.close()
+
+
+# Over ranks ---------------------------------------------------------------------------------------------------------
+
+
+def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: float) -> tuple[int, int, str | None]:
+    """(requests asked for, completions, error) of this rank, which has every prompt of its replica."""
+    from megatron_rlvr.config import RewardSettings, RolloutSettings
+    from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.rollout.sglang import SglangEngine, connect
+    from megatron_rlvr.sync.disk import DiskSync
+
+    with process_group():
+        ranks = ranks_of(layout)
+        settings = RolloutSettings(engine="sglang", servers=urls, server_timeout_seconds=patience, max_inflight=6)
+        config = CONFIG | {"model_type": "qwen3"}
+        pool = connect(settings, ranks, config, longest=64)
+        sync = DiskSync(folder / "sync", folder / "model", pool, ranks)
+        engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, longest=64)
+        engine.update_weights(no_weights(), version=1)
+        sampler = Sampler(engine, None, None, RewardSettings(), leaders_only=True)  # type: ignore[arg-type]
+        mine = sampler.part_of(requests(40)[ranks.data_rank :: ranks.data_size], ranks)
+        completions, failure = [], None
+        try:
+            completions = list(engine.generate(mine, SAMPLING))
+            check(mine, completions)
+        except ServersError as error:
+            failure = str(error)
+        engine.close()
+        return len(mine), len(completions), failure
+
+
+def test_leaders_ask_for_their_replica_and_every_rank_learns_of_a_failure(fakes: list[FakeServer], tmp_path: Any):
+    (tmp_path / "model").mkdir()
+    urls = [fake.url for fake in fakes]
+    for fake in fakes:
+        fake.delay = 0.05
+    shares = {((0, 1),): [40, 0], ((0,), (1,)): [20, 20]}
+    for replicas, expected in shares.items():
+        found = on_ranks(generate_on_ranks, 2, Layout(replicas), urls, tmp_path, 60.0)
+        assert found == [(count, count, None) for count in expected]
+    assert max(fake.most for fake in fakes) <= 6, "the bound is on all ranks together"
+    # A request of one replica fails for good, and none of the other's; then those of the only leader.
+    for fake in fakes:
+        fake.spoil = lambda answer: 500 if answer["output_ids"][0] == 4 else answer
+    for replicas in shares:
+        found = on_ranks(generate_on_ranks, 2, Layout(replicas), urls, tmp_path, 60.0)
+        assert "prompt set/3 failed 4 times" in found[0][2]
+        assert found[1][2] == found[0][2]
+
+
+def test_the_fake_answers_as_the_protocol_has_it():
+    answer = good_answer({"input_ids": [7], "sampling_params": {"max_new_tokens": 2}}, "x")
+    assert answer["output_ids"] == [8, 9]
+    assert [entry[1] for entry in answer["meta_info"]["output_token_logprobs"]] == [8, 9]
