@@ -146,6 +146,16 @@ class RolloutSettings(Section):
     """A request that failed is sent again this many times, to other servers where there are some."""
     server_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long a run waits for its servers to start, and for any of them to come back when all are gone."""
+    oversampling: float = Field(default=1.0, ge=1)
+    """Groups that servers work on at once, over those that the batch is expected to need; the slowest then wait."""
+    partial: bool = False
+    """When the batch is full, unfinished responses stop and go on in a later step; false: they start again there."""
+    overlap: Literal["none", "one_step"] = "none"
+    """one_step: servers sample the next batch while this one trains, from weights that are one step older."""
+    colocated: bool = False
+    """Servers share the GPUs with training: their memory is released while a step trains."""
+    max_staleness: int = Field(default=4, ge=1)
+    """Steps by which training may be ahead of the weights that sampled a token; older groups are sampled again."""
     max_logprob_gap: float = Field(default=1.0, gt=0)
     """Mean |log-probability at sampling - policy's|, above which the run stops: the engine's weights are wrong."""
 
@@ -175,21 +185,34 @@ class RolloutSettings(Section):
         return self
 
 
-_ONLY_SGLANG = ("servers", "max_inflight", "retries", "server_timeout_seconds")
+_ONLY_SGLANG = (
+    "servers",
+    "max_inflight",
+    "retries",
+    "server_timeout_seconds",
+    "oversampling",
+    "partial",
+    "overlap",
+    "colocated",
+)
 _ONLY_EMBEDDED = ("max_batch_rows", "max_batch_tokens")
 _URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?")
 
 
 class SyncSettings(Section):
-    method: Literal["disk", "distributed", "tensor"] = "disk"
-    """How servers get new weights. disk: through a folder; distributed, tensor: not available yet."""
+    method: Literal["disk", "distributed", "tensor"] = "distributed"
+    """How servers get weights: a process group with them, a folder, or their control port (tensor: this machine)."""
     dir: str | None = Field(default=None, min_length=1)
     """Folder for `sync.method: disk` that trainer and servers see under this path; default: `DIR/sync`."""
+    bucket_bytes: int = Field(default=2**28, ge=1)
+    """Weights travel in buckets of this size, the extra memory of a sync (distributed, tensor)."""
 
     @model_validator(mode="after")
-    def _available(self) -> "SyncSettings":
-        if self.method != "disk":
-            raise ValueError(f"sync.method {self.method} is not available yet; use disk")
+    def _settings_of_the_method(self) -> "SyncSettings":
+        if self.method != "disk" and self.dir is not None:
+            raise ValueError(f"sync.dir {self.dir} does nothing with sync.method {self.method}; drop it")
+        if self.method == "disk" and self.bucket_bytes != SyncSettings.model_fields["bucket_bytes"].default:
+            raise ValueError(f"sync.bucket_bytes {self.bucket_bytes} does nothing with sync.method disk; drop it")
         return self
 
 
@@ -470,8 +493,20 @@ class Settings(Section):
                 "log.wandb to true"
             )
         longest = self.data.max_prompt_tokens + rollout.max_response_tokens
-        if rollout.engine == "embedded" and self.sync.dir is not None:
-            raise ValueError(f"sync.dir {self.sync.dir} does nothing with rollout.engine embedded; drop it")
+        if rollout.engine == "embedded" and self.sync != SyncSettings():
+            key = next(k for k, v in self.sync if v != SyncSettings.model_fields[k].default)
+            raise ValueError(f"sync.{key} {getattr(self.sync, key)} does nothing with rollout.engine embedded; drop it")
+        if rollout.overlap == "one_step":
+            if rollout.colocated:
+                raise ValueError(
+                    "rollout.overlap one_step samples while a step trains, and rollout.colocated true takes the "
+                    "servers' memory then; drop one of them"
+                )
+            if self.loss.rollout_correction == "none":
+                raise ValueError(
+                    "rollout.overlap one_step trains on samples of older weights, which loss.rollout_correction none "
+                    "ignores; set it to tis or mis"
+                )
         if rollout.engine == "embedded" and rollout.max_batch_tokens < longest:
             raise ValueError(
                 f"rollout.max_batch_tokens {rollout.max_batch_tokens} cannot hold a sequence of "

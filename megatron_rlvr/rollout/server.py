@@ -9,6 +9,8 @@ import json
 import logging
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +63,7 @@ class Server:
 
     async def generate(self, body: dict[str, Any], timeout_seconds: float) -> Any:
         """The answer to one request, unchecked."""
-        return await self._call("POST", "/generate", timeout_seconds, body)
+        return await self.call("POST", "/generate", timeout_seconds, body)
 
     async def check_health(self) -> None:
         """Returns once the server has shown that it can sample."""
@@ -87,12 +89,12 @@ class Server:
 
     async def weight_version(self) -> str | None:
         """Name of the weights that it holds."""
-        return (await self._call("GET", "/model_info", _QUICK_SECONDS)).get("weight_version")
+        return (await self.call("GET", "/model_info", _QUICK_SECONDS)).get("weight_version")
 
     async def info(self) -> ServerInfo:
         """What it serves."""
-        model = await self._call("GET", "/model_info", _QUICK_SECONDS)
-        models = await self._call("GET", "/v1/models", _QUICK_SECONDS)
+        model = await self.call("GET", "/model_info", _QUICK_SECONDS)
+        models = await self.call("GET", "/v1/models", _QUICK_SECONDS)
         try:
             return ServerInfo(
                 model_type=model["model_type"],
@@ -108,7 +110,7 @@ class Server:
         """From a refusal: no endpoint tells it, and an id beyond it in a prompt or a weight would kill the server."""
         bias = {"logit_bias": {str(10**9): 0.0}, "max_new_tokens": 1}
         try:
-            await self._call("POST", "/generate", _QUICK_SECONDS, {"input_ids": [0], "sampling_params": bias})
+            await self.call("POST", "/generate", _QUICK_SECONDS, {"input_ids": [0], "sampling_params": bias})
         except Refused as refusal:
             found = re.search(r"\[0, (\d+)\]", str(refusal))
             return int(found[1]) + 1 if found else None
@@ -120,12 +122,9 @@ class Server:
         Raises: UnusableServer unless the server says that it now holds ``version``.
         """
         try:
-            await self._call("POST", "/pause_generation", _QUICK_SECONDS, {"mode": "retract"})
-            try:
+            async with self.paused():
                 body = {"model_path": folder, "weight_version": version, "flush_cache": True}
-                answer = await self._call("POST", "/update_weights_from_disk", timeout_seconds, body)
-            finally:
-                await self._call("POST", "/continue_generation", _QUICK_SECONDS, {})
+                answer = await self.call("POST", "/update_weights_from_disk", timeout_seconds, body)
             if answer.get("success") is not True:
                 raise UnusableServer(f"it did not load weights {version}: {answer.get('message')}")
             found = await self.weight_version()
@@ -134,7 +133,20 @@ class Server:
         if found != version:
             raise UnusableServer(f"it was given weights {version} and holds {found}")
 
-    async def _call(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> Any:
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Its requests keep their tokens and wait; the weights may change meanwhile."""
+        await self.call("POST", "/pause_generation", _QUICK_SECONDS, {"mode": "retract"})
+        try:
+            yield
+        finally:
+            await self.call("POST", "/continue_generation", _QUICK_SECONDS, {})
+
+    async def abort(self, prefix: str) -> None:
+        """Ends the requests whose `rid` begins with ``prefix``; each answers with the tokens that it has."""
+        await self.call("POST", "/abort_request", _QUICK_SECONDS, {"rid": prefix})
+
+    async def call(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> Any:
         """The JSON object that an endpoint answers."""
         text = await self._send(method, path, timeout_seconds, body)
         try:

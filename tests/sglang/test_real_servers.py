@@ -160,6 +160,7 @@ def test_a_run_on_servers_samples_from_its_own_weights(
         rollout=rollout | {"engine": "sglang", "servers": [server.url for server in servers]},
         reward={"function": "rewards:even"},
         parallel={"tensor": max(1, ranks)},
+        sync={"method": "disk"},
     )
     done = tiny.run_train(tiny.write_settings(tmp_path / "config.yaml", settings), cwd=tmp_path, ranks=ranks)
     assert done.returncode == 0, done.stderr

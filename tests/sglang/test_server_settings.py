@@ -41,9 +41,25 @@ def test_one_server_is_a_list_of_one_in_the_file_and_as_a_flag(write_config: Cal
         (SERVERS | {"servers": ["http://node1:30000/"]}, {}, ["is not the URL"]),
         (SERVERS | {"servers": ["http://a b:1"]}, {}, ["is not the URL"]),
         (SERVERS | {"servers": ["http://a:1", "http://b:1", "http://a:1"]}, {}, ["holds http://a:1 twice"]),
-        (SERVERS, {"sync": {"method": "distributed"}}, ["sync.method distributed is not available yet; use disk"]),
-        (SERVERS, {"sync": {"method": "tensor"}}, ["sync.method tensor is not available yet; use disk"]),
-        ({}, {"sync": {"dir": "/shared"}}, ["sync.dir /shared does nothing with rollout.engine embedded"]),
+        (SERVERS, {"sync": {"dir": "/x"}}, ["sync.dir /x does nothing with sync.method distributed"]),
+        (
+            SERVERS,
+            {"sync": {"method": "disk", "bucket_bytes": 8}},
+            ["sync.bucket_bytes 8 does nothing with sync.method disk"],
+        ),
+        ({"partial": True}, {}, ["rollout.partial True does nothing with rollout.engine embedded"]),
+        ({"oversampling": 1.5}, {}, ["rollout.oversampling 1.5 does nothing with rollout.engine embedded"]),
+        (
+            SERVERS | {"overlap": "one_step"},
+            {},
+            ["rollout.overlap one_step", "loss.rollout_correction none", "tis or mis"],
+        ),
+        (
+            SERVERS | {"overlap": "one_step", "colocated": True},
+            {"loss": {"rollout_correction": "tis"}},
+            ["rollout.overlap one_step", "rollout.colocated true", "drop one"],
+        ),
+        ({}, {"sync": {"method": "disk"}}, ["sync.method disk does nothing with rollout.engine embedded"]),
     ],
 )
 def test_settings_that_do_nothing_or_cannot_be_are_refused(
@@ -65,7 +81,7 @@ def test_the_cache_of_the_embedded_engine_does_not_bound_servers() -> None:
 def test_the_plan_names_the_servers_and_the_way_of_weights(write_config: Callable[..., Path]) -> None:
     resolved = resolve(load_settings(write_config(rollout={**SERVERS, "max_response_tokens": 16})))
     (line,) = [line for line in plan_in_words(resolved).splitlines() if line.startswith("rollout")]
-    assert "at temperature 1 from 2 SGLang server(s), which get weights by disk; groups" in line
+    assert "at temperature 1 from 2 SGLang server(s), which get weights by distributed; groups" in line
     assert "SGLang" not in plan_in_words(resolve(load_settings(write_config())))
 
 
@@ -74,6 +90,8 @@ def test_weights_of_an_earlier_run_are_found_and_a_sync_folder_must_be_writable(
 ) -> None:
     assert "sync" in RUN_FILES
     (tmp_path / "file").write_text("")
-    config = write_config(rollout={**SERVERS, "max_response_tokens": 16}, sync={"dir": str(tmp_path / "file" / "sync")})
+    config = write_config(
+        rollout={**SERVERS, "max_response_tokens": 16}, sync={"method": "disk", "dir": str(tmp_path / "file" / "sync")}
+    )
     with pytest.raises(SettingsError, match=r"sync\.dir .* cannot be written"):
         resolve(load_settings(config))
