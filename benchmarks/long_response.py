@@ -81,7 +81,9 @@ def measure(folder: str, length: int, sender: Any) -> None:
 
     def sample(number: int, tokens: int, advantage: float) -> Sample:
         ids = random.integers(VOCAB, size=PROMPT + tokens).astype(np.int32)
-        return Sample(number, ids[:PROMPT], ids[PROMPT:], np.zeros(tokens, np.float32), advantage)
+        return Sample(
+            number, ids[:PROMPT], ids[PROMPT:], np.zeros(tokens, np.float32), advantage, np.zeros(tokens, np.int32)
+        )
 
     learner = Learner(settings, policy, make_loss(settings.loss))
     seconds: dict[str, float] = {}

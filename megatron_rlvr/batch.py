@@ -30,7 +30,7 @@ class Sample:
         response_ids: [T] int32, T >= 1.
         rollout_logp: [T] float32, recorded at sampling.
         advantage: of every token of the response.
-        weight_version: of the weights that sampled it.
+        weight_versions: [T] int32, of the weights that sampled each token.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Sample:
     response_ids: np.ndarray
     rollout_logp: np.ndarray
     advantage: float
-    weight_version: int = 0
+    weight_versions: np.ndarray
 
     @property
     def input_length(self) -> int:
@@ -170,7 +170,7 @@ def pack(samples: Sequence[Sample], pad_multiple: int = 1, sequence_multiple: in
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int64), counts)),
         rollout_logp=_concatenated([sample.rollout_logp for sample in samples], np.float32),
         advantages=torch.from_numpy(np.repeat(np.array([s.advantage for s in samples], dtype=np.float32), counts)),
-        weight_versions=torch.from_numpy(np.repeat(np.array([s.weight_version for s in samples], np.int32), counts)),
+        weight_versions=_concatenated([sample.weight_versions for sample in samples], np.int32),
     )
 
 

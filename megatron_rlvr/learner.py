@@ -119,18 +119,23 @@ class Learner:
         dist.all_reduce(value, op=operation, group=self._policy.ranks.data_group)
         return int(value)
 
+    def _largest_of(self, values: torch.Tensor) -> float:
+        """Over all ranks; a rank may have none."""
+        value = values.max() if len(values) else values.new_full((), -torch.inf)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._policy.ranks.data_group)
+        return float(value)
+
     def _score_figures(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> dict[str, float]:
         logp, entropy = torch.cat(scores.logp).double(), torch.cat(scores.entropy).double()
         rollout_logp = torch.cat([batch.rollout_logp for batch in batches]).to(logp.device)
-        # Groups carried over from an earlier step were sampled from other weights, and say nothing about the engine.
-        fresh = (torch.cat([batch.weight_versions for batch in batches]) == step - 1).to(logp.device)
-        gap = (logp - rollout_logp).abs()[fresh]
+        staleness = (step - 1 - torch.cat([batch.weight_versions for batch in batches])).double().to(logp.device)
+        # Older tokens differ by what the policy has learned since, and say nothing about the engine.
+        least, most = (self._largest_of(values) for values in (-staleness, staleness))
+        gap = (logp - rollout_logp).abs()[staleness == -least]
         counts = gap.new_tensor([float(len(gap)), float(len(logp))])
-        sums = torch.cat([torch.stack([gap.sum(), entropy.sum()]), counts])
+        sums = torch.cat([torch.stack([gap.sum(), entropy.sum(), staleness.sum()]), counts])
         dist.all_reduce(sums, group=self._policy.ranks.data_group)
-        largest = gap.max() if len(gap) else gap.new_zeros(())
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._policy.ranks.data_group)
-        gap_sum, entropy_sum, fresh_count, count = sums.tolist()
+        gap_sum, entropy_sum, staleness_sum, fresh_count, count = sums.tolist()
         mean_gap, limit = gap_sum / max(1.0, fresh_count), self._settings.rollout.max_logprob_gap
         if mean_gap > limit:
             raise LogprobGapError(
@@ -139,7 +144,9 @@ class Learner:
             )
         return {
             "rollout/logprob_gap_mean": mean_gap,
-            "rollout/logprob_gap_max": float(largest),
+            "rollout/logprob_gap_max": self._largest_of(gap),
+            "rollout/staleness_mean": staleness_sum / count,
+            "rollout/staleness_max": most,
             "entropy/mean": entropy_sum / count,
         }
 

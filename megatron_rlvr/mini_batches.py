@@ -80,7 +80,7 @@ def _samples(order: int, group: Group, estimator: str) -> list[Sample]:
             response_ids=completion.token_ids,
             rollout_logp=completion.logprobs,
             advantage=float(advantages[i]),
-            weight_version=completion.weight_version,
+            weight_versions=completion.weight_versions,
         )
         for i, completion in enumerate(group.completions)
     ]

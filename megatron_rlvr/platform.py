@@ -85,9 +85,79 @@ def shut_down() -> None:
         torch.distributed.destroy_process_group()
 
 
+def store() -> torch.distributed.Store:
+    """The process group's key-value store, through a connection that no other thread uses."""
+    default: Any = torch.distributed.distributed_c10d._get_default_store()
+    return default.clone()
+
+
 def object_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
     """A group for CPU tensors and Python objects. Every rank of the world must call it with the same ranks."""
     return torch.distributed.new_group(ranks, backend="gloo")
+
+
+class ServerGroup:
+    """This process and the ranks of one server, apart from the world: what the one broadcasts the others receive.
+
+    A server finds this process by the store at ``port``, where both make the group of torch's own parts, in the same
+    way: SGLang with its init_custom_process_group, of which `join` is the other end.
+
+    Args:
+        name: of the group, which is the server's name for it too.
+        server_ranks: of the server; this process is rank 0, before them.
+    """
+
+    def __init__(self, name: str, server_ranks: int) -> None:
+        self.name = name
+        self.size = 1 + server_ranks
+        self.backend = "nccl" if has_gpu() else "gloo"
+        self._group: torch.distributed.ProcessGroup | None = None
+        self._closed = False
+        # Port 0 is any that is free; the store listens on all addresses.
+        self._store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+    @property
+    def port(self) -> int:
+        return self._store.port
+
+    def join(self, timeout_seconds: float) -> None:
+        """Returns when the server has joined as well, on NCCL as soon as it can. RuntimeError if it does not in time.
+
+        May run in any thread; what is closed meanwhile stays closed.
+        """
+        c10d = torch.distributed.distributed_c10d
+        timeout = timedelta(seconds=timeout_seconds)
+        self._store.set_timeout(timeout)
+        group, _ = c10d._new_process_group_helper(
+            self.size,
+            0,
+            [],
+            c10d.Backend(self.backend),
+            c10d.PrefixStore(self.name, self._store),
+            group_name=self.name,  # type: ignore[arg-type]
+            timeout=timeout,
+        )
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.size)}
+        self._group = group
+        if self._closed:
+            self.close()
+
+    def broadcast(self, data: torch.Tensor, timeout_seconds: float) -> None:
+        """Returns when all of ``data`` is sent, and may be overwritten. RuntimeError if it is not in time."""
+        group = self._group  # held until the end: who drops it last waits for what it still does
+        assert group is not None
+        options = torch.distributed.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        options.timeout = timedelta(seconds=timeout_seconds)
+        # Given a time to wait, NCCL's too blocks this thread until the work is done.
+        group.broadcast([data], options).wait(options.timeout)
+
+    def close(self) -> None:
+        """Leaves at once. A broadcast that is stuck ends by itself when its time is up, and its connections with it."""
+        self._closed = True
+        group, self._group = self._group, None
+        if group is not None:
+            torch.distributed.destroy_process_group(group)
 
 
 class _NoOp:

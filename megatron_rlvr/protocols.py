@@ -1,6 +1,7 @@
 """The seams of the trainer: what can be replaced, in one or two verbs each."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_rlvr.types import Completion, Prompt, SampleRequest
@@ -33,8 +34,31 @@ class RolloutEngine(Protocol):
     def update_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
         """Takes over the whole model under Hugging Face names; completions carry ``version`` from now on."""
 
+    def release_memory(self) -> None:
+        """Leaves to training what memory it can, until the next `update_weights`."""
+
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished, in any order."""
+
+
+class RolloutStream(Protocol):
+    """Requests go in, completions come out."""
+
+    def submit(self, requests: Sequence[SampleRequest], begun: Sequence[Completion | None]) -> None:
+        """Asks for completions; ``begun`` has what earlier streams have got of each."""
+
+    def get(self, timeout_seconds: float) -> tuple[SampleRequest, Completion] | None:
+        """The next that is complete, or None if none is in time."""
+
+    def abort(self) -> list[tuple[SampleRequest, Completion]]:
+        """Ends all requests: what is complete and was not taken, and ("abort") what is known of the others."""
+
+
+class StreamingEngine(RolloutEngine, Protocol):
+    """An engine that goes on sampling while more requests arrive, and while its weights change."""
+
+    def open(self, sampling: Sampling) -> AbstractContextManager[RolloutStream]:
+        """A stream, which is used by one thread."""
 
 
 class Reward(Protocol):

@@ -28,8 +28,13 @@ from megatron_rlvr.resolve import RUN_FILES, Resolved, plan_in_words, resolve, w
 from megatron_rlvr.reward.graders import GraderPool, RewardError
 
 if TYPE_CHECKING:
+    from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.policy.ranks import Ranks
     from megatron_rlvr.protocols import RolloutEngine
+    from megatron_rlvr.rollout.collector import Collector
+    from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.rollout.servers import ServerPool
+    from megatron_rlvr.rollout.sglang import WeightSync
 
 logger = logging.getLogger("megatron_rlvr")
 
@@ -112,14 +117,12 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     """Trains as resolved and returns what summary.json says, on every rank."""
     from megatron_rlvr import platform
     from megatron_rlvr.algo.loss import make_loss
-    from megatron_rlvr.data.cursor import PromptCursor
     from megatron_rlvr.evaluate import Evaluator
     from megatron_rlvr.learner import Learner
     from megatron_rlvr.metrics import MetricsLog
     from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.policy.ranks import initialize_ranks
     from megatron_rlvr.progress import Progress
-    from megatron_rlvr.rollout.collector import Collector
     from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.trainer import Trainer
 
@@ -140,16 +143,8 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     )
     on_servers = settings.rollout.engine == "sglang"
     sampler = Sampler(engine, resolved.tokenizer, graders, settings.reward, leaders_only=on_servers)
-    cursor = PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle)
-    collector = Collector(
-        sampler,
-        cursor,
-        ranks,
-        settings.rollout,
-        settings.reward,
-        prompts=settings.batch.prompts,
-        seed=settings.run.seed,
-    )
+    collector = _collector(resolved, sampler, ranks, policy)
+    resources.callback(collector.close)
     evaluator = Evaluator(
         sampler,
         ranks,
@@ -194,21 +189,63 @@ def _engine(resolved: Resolved, ranks: "Ranks", resources: ExitStack) -> "Rollou
             max_batch_rows=settings.rollout.max_batch_rows,
         )
     from megatron_rlvr.rollout.sglang import SglangEngine, connect
-    from megatron_rlvr.sync.disk import DiskSync
 
     longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
     pool = connect(settings.rollout, ranks, resolved.hf_config, longest=longest)
-    folder = Path(settings.sync.dir or Path(settings.run.dir) / "sync")
-    sync = DiskSync(folder, Path(settings.model.path), pool, ranks, partial(_replace_tokenizer, resolved))
     engine = SglangEngine(
         pool,
-        sync,
+        _weight_sync(resolved, pool, ranks),
         stop_token_ids=resolved.stop_token_ids,
         vocab_size=resolved.hf_config["vocab_size"],
         longest=longest,
+        colocated=settings.rollout.colocated,
     )
     resources.callback(engine.close)
     return engine
+
+
+def _weight_sync(resolved: Resolved, pool: "ServerPool | None", ranks: "Ranks") -> "WeightSync":
+    """The way of weights to servers."""
+    settings = resolved.settings
+    if settings.sync.method == "disk":
+        from megatron_rlvr.sync.disk import DiskSync
+
+        folder = Path(settings.sync.dir or Path(settings.run.dir) / "sync")
+        return DiskSync(folder, Path(settings.model.path), pool, ranks, partial(_replace_tokenizer, resolved))
+    if settings.sync.method == "tensor":
+        from megatron_rlvr.sync.tensor import TensorSync
+
+        return TensorSync(pool, ranks, settings.sync.bucket_bytes)
+    from megatron_rlvr.sync.distributed import DistributedSync
+
+    return DistributedSync(pool, ranks, settings.sync.bucket_bytes)
+
+
+def _collector(resolved: Resolved, sampler: "Sampler", ranks: "Ranks", policy: "Policy") -> "Collector":
+    """The collector that suits the engine."""
+    from megatron_rlvr import platform
+    from megatron_rlvr.data.cursor import PromptCursor
+    from megatron_rlvr.rollout.rounds import RoundsCollector
+    from megatron_rlvr.rollout.sglang import SglangEngine
+    from megatron_rlvr.rollout.streaming import StreamingCollector
+
+    settings, engine = resolved.settings, sampler.engine
+    parts: dict[str, Any] = {
+        "sampler": sampler,
+        "cursor": PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle),
+        "ranks": ranks,
+        "rollout": settings.rollout,
+        "reward": settings.reward,
+        "prompts": settings.batch.prompts,
+        "seed": settings.run.seed,
+    }
+    if not isinstance(engine, SglangEngine):
+        return RoundsCollector(**parts)
+
+    def sync() -> None:
+        engine.update_weights(policy.export_weights(), engine.version)
+
+    return StreamingCollector(**parts, store=platform.store(), sync=sync)
 
 
 def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:

@@ -65,6 +65,9 @@ class Trainer:
             with self._timed("rollout"):
                 rollout = self.collector.collect(step, self.progress.sampled)
             self.log.write_rollouts(step, rollout.sampled, self.collector.tokenizer)
+            if self.settings.rollout.overlap == "one_step" and step < self.settings.run.steps:
+                self.collector.begin(step + 1)
+            self.engine.release_memory()
             self.policy.start_step()
             figures = rollout.figures | (self._learn(step, rollout) if rollout.size else {})
             with self._timed("sync"):

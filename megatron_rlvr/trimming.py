@@ -81,9 +81,10 @@ def _sample(batch: MicroBatch, i: int, first: int, end: int) -> Sample:
         response_ids=batch.targets[response : response + end - first].int().numpy(),
         rollout_logp=batch.rollout_logp[first:end].numpy(),
         advantage=float(batch.advantages[first]),
-        weight_version=int(batch.weight_versions[first]),
+        weight_versions=batch.weight_versions[first:end].numpy(),
     )
 
 
 def _cut_short(sample: Sample, tokens: int) -> Sample:
-    return replace(sample, response_ids=sample.response_ids[:tokens], rollout_logp=sample.rollout_logp[:tokens])
+    cut = {key: getattr(sample, key)[:tokens] for key in ("response_ids", "rollout_logp", "weight_versions")}
+    return replace(sample, **cut)

@@ -56,8 +56,8 @@ class Completion:
         sample: its number within the group.
         token_ids: [T] int32, the stop token included when there was one.
         logprobs: [T] float32 nats under softmax(z / temperature), recorded at sampling.
-        finish_reason: "stop" (a stop token came), "length" (the cap was hit) or "abort".
-        weight_version: the version of the weights that sampled it.
+        finish_reason: "stop" (a stop token came), "length" (the cap was hit) or "abort" (it is to be continued).
+        weight_versions: [T] int32, the version of the weights that sampled each token.
     """
 
     prompt_id: str
@@ -65,7 +65,13 @@ class Completion:
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: FinishReason
-    weight_version: int
+    weight_versions: np.ndarray
+
+
+def nothing_sampled(request: SampleRequest) -> Completion:
+    """A completion that has not begun."""
+    empty = np.empty(0, dtype=np.int32)
+    return Completion(request.prompt.id, request.sample, empty, empty.astype(np.float32), "abort", empty)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,12 @@ def sample(number, prompt, response, advantage=0.5):
     """Log-probabilities that name the sample and the position: 2.03 is position 3 of sample 2, negated."""
     logp = -(number + 0.01 * np.arange(len(response)))
     return Sample(
-        number, np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32), logp.astype(np.float32), advantage
+        number,
+        np.array(prompt, dtype=np.int32),
+        np.array(response, dtype=np.int32),
+        logp.astype(np.float32),
+        advantage,
+        weight_versions=np.arange(len(response), dtype=np.int32),
     )
 
 
@@ -113,7 +118,12 @@ def unpacked(packed: MicroBatch, i: int) -> Sample:
     (advantage,) = set(packed.advantages[mine].tolist())
     prompt = len(whole) - len(rows)
     return Sample(
-        number, np.array(whole[:prompt]), np.array(whole[prompt:]), packed.rollout_logp[mine].numpy(), advantage
+        number,
+        np.array(whole[:prompt]),
+        np.array(whole[prompt:]),
+        packed.rollout_logp[mine].numpy(),
+        advantage,
+        packed.weight_versions[mine].numpy(),
     )
 
 
@@ -363,6 +373,7 @@ def test_trimming_leaves_the_needed_tokens_and_all_before_them_and_nothing_else(
     )
 
 
-def test_trimming_keeps_the_version_of_the_weights():
-    whole = work_of([[replace(sample(4, [1], [2, 3]), weight_version=17)]], {(4, 0)})
-    assert trim(whole, Packing(9), agree=lambda needed: needed).batches[0].weight_versions.tolist() == [17]
+def test_trimming_keeps_the_version_of_the_weights_of_each_token():
+    versions = np.array([17, 18, 18], dtype=np.int32)
+    whole = work_of([[replace(sample(4, [1], [2, 3, 4]), weight_versions=versions)]], {(4, 1)})
+    assert trim(whole, Packing(9), agree=lambda needed: needed).batches[0].weight_versions.tolist() == [17, 18]

@@ -139,7 +139,9 @@ def group_of(number: int) -> Group:
     for sample in range(2):
         reason: FinishReason = ("stop", "length")[sample]  # type: ignore[assignment]
         token_ids = np.array([number, sample, 14][: 3 - sample], dtype=np.int32)
-        completions.append(Completion(prompt.id, sample, token_ids, np.zeros(3 - sample, np.float32), reason, 0))
+        completions.append(
+            Completion(prompt.id, sample, token_ids, np.zeros(3 - sample, np.float32), reason, 0 * token_ids)
+        )
     return Group(prompt, completions, [Grade(1.0, True), Grade(-1.5, False, "timeout after 2 s")])
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.progress import track
 from toy_data import warm_up_stream
@@ -70,8 +71,8 @@ def batches(seed: int, sequences: int) -> Iterator[list[Sample]]:
         if size + length > TOKENS_PER_STEP:
             yield batch
             batch, size = [], 0
-        no_logp = torch.zeros(len(response)).numpy()
-        batch.append(Sample(len(batch), prompt, response, no_logp, advantage=1.0))
+        no_logp, no_version = np.zeros(len(response), np.float32), np.zeros(len(response), np.int32)
+        batch.append(Sample(len(batch), prompt, response, no_logp, advantage=1.0, weight_versions=no_version))
         size += length
     yield batch
 

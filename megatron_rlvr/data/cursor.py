@@ -71,6 +71,13 @@ class PromptCursor:
             taken.append(self._set.prompts[walk.file.start + row])
         return taken
 
+    def peek(self, n: int) -> list[Prompt]:
+        """What `take` would give: the first k of them are what take(k) gives."""
+        before = self.state()
+        prompts = self.take(n)
+        self.restore(before)
+        return prompts
+
     def state(self) -> dict[str, Any]:
         """Where the walk stands, as JSON holds it: a few numbers a file, and the rows skipped (rarely any)."""
         return {

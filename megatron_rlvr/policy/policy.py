@@ -5,7 +5,7 @@ number of them everywhere. Results are the same on every rank of a replica.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,12 @@ class Policy:
         figures = self._reduce(self._run(batches, one, forward_only=False))
         return figures | self._update()
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every weight, on every rank; all ranks must exhaust it."""
-        return self._weights.export(global_parameters(self._chunks))
+    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every weight, on every rank, as the weights are when it is iterated.
+
+        May be iterated again; each time is a collective, which all ranks must exhaust.
+        """
+        return _Export(self._weights, self._chunks)
 
     def save_hugging_face(self, folder: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
         """Writes the model as a Hugging Face folder, with the configuration and tokenizer it came with.
@@ -267,3 +270,14 @@ class Policy:
             return {"grad_norm": norm, "skipped": 1.0}
         self._optimizer.step()
         return {"grad_norm": norm, "skipped": 0.0}
+
+
+class _Export:
+    """The weights under Hugging Face names, gathered anew by each iteration."""
+
+    def __init__(self, weights: WeightMap, chunks: Sequence[torch.nn.Module]) -> None:
+        self._weights = weights
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._weights.export(global_parameters(self._chunks))

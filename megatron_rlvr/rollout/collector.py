@@ -1,38 +1,29 @@
 """Dynamic sampling: groups that are all right or all wrong carry no gradient, so they are dropped and replaced.
 
-A step's batch is the first ``batch.prompts`` informative groups in the order in which their prompts were drawn. Prompts
-are drawn in rounds by every rank alike, and dealt to the replicas in turn, so the batch does not depend on the layout.
-Each round draws as many prompts as the share of informative groups lately seen suggests; groups beyond the batch are
-kept for the next step.
+A step's batch is the first ``batch.prompts`` useful groups in the order in which their prompts were drawn; those
+beyond it are kept for the next step, unless they become older than `rollout.max_staleness` and are sampled again. How
+groups come about is left to two kinds of collectors: rounds.py (all ranks alike, the same batch in every layout) and
+streaming.py (servers that are kept busy).
 """
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch.distributed as dist
 
 from megatron_rlvr.config import RewardSettings, RolloutSettings
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.policy.ranks import Ranks
-from megatron_rlvr.rollout.sampler import Sampler, requests_for
-from megatron_rlvr.types import Completion, Grade, Group, Prompt
+from megatron_rlvr.rollout.agreement import gather
+from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
+from megatron_rlvr.rollout.sampler import Sampler
+from megatron_rlvr.types import Group
 
 logger = logging.getLogger(__name__)
 
-# Even when almost no group is informative, a round draws at most this many times the prompts still needed.
-_MOST_OVERSAMPLING = 4.0
-
-
-@dataclass(frozen=True)
-class OrderedGroup:
-    """A group with its place in the order of drawing; held by all ranks of one replica."""
-
-    order: int
-    group: Group
+# Even when almost no group is informative, no more than this many times the missing groups are sampled at once.
+MOST_OVERSAMPLING = 4.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ class Rollout:
     Attributes:
         groups: this replica's part of the batch; ``order`` counts from 0 over all replicas.
         size: groups in the whole batch; 0 when dynamic sampling found none.
-        figures: metrics of everything that was sampled in this step, the same on every rank.
+        figures: metrics of everything that was finished in this step, the same on every rank.
         sampled: this replica's groups of the step before any was dropped, for the log of sampled text.
     """
 
@@ -52,7 +43,23 @@ class Rollout:
     sampled: list[Group]
 
 
-class Collector:
+@dataclass(frozen=True)
+class Filled:
+    """What was sampled for a step.
+
+    Attributes:
+        finished: this replica's groups.
+        total, useful: groups over all replicas, and those of them that can be trained on.
+        rounds: in which prompts were drawn.
+    """
+
+    finished: list[OrderedGroup]
+    total: int
+    useful: int
+    rounds: float
+
+
+class Collector(ABC):
     """Collects the batch of a training step from a prompt cursor.
 
     Args:
@@ -81,90 +88,91 @@ class Collector:
         self._prompts = prompts
         self._seed = seed
         self._drawn = 0
-        self._surplus: list[OrderedGroup] = []
-        self._surplus_size = 0
-        # Informative and all groups lately seen; half forgotten each step.
-        self._informative, self._seen = 1.0, 1.0
+        self._step = 0
+        self._kept: list[OrderedGroup] = []
+        """Useful groups of this replica that no batch has had yet."""
+        self._kept_everywhere = 0
+        self._begun: list[BegunGroup] = []
+        self._begun_here = 0
+        """Begun groups of this replica."""
+        # Useful and all groups lately seen; half forgotten each step.
+        self._useful, self._seen = 1.0, 1.0
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Of the sampled text."""
         return self._sampler.tokenizer
 
+    def begin(self, step: int) -> None:
+        """Begins what can go on in the background for a step; `collect` begins it otherwise. A collective."""
+        self._step = step
+        self._send_back_stale(step)
+
     def collect(self, step: int, on_finished: Callable[[int], None] = lambda count: None) -> Rollout:
-        """Samples, grades and filters until the batch is full or `rollout.max_rounds` is reached.
+        """Samples, grades and filters until the batch is full or nothing more may be drawn.
 
-        A collective over the world. ``on_finished`` is called for each completion this rank has sampled.
+        A collective over the world. ``on_finished`` is called with the number of completions this rank has sampled
+        since the last call.
         """
-        kept, size = self._surplus, self._surplus_size
-        carried = size
-        sampled: list[Group] = []
-        rounds = total = informative = 0
-        while size < self._prompts and rounds < self._settings.max_rounds:
-            # A step never draws more prompts than there are: sampling one twice would not make it informative.
-            count = min(self._draw_count(self._prompts - size), self._cursor.prompts - total)
-            if count == 0:
-                break
-            rounds += 1
-            prompts = self._cursor.take(count)
-            groups = self._sample(prompts, on_finished)
-            sampled += [g.group for g in groups]
-            found = [g for g in groups if g.group.informative or not self._settings.dynamic_sampling]
-            found_everywhere = self._count(len(found))
-            kept, size = kept + found, size + found_everywhere
-            total, informative = total + len(prompts), informative + found_everywhere
-            self._informative += found_everywhere
-            self._seen += len(prompts)
-        if size < self._prompts and self._ranks.is_main:
-            used_up = total == self._cursor.prompts
-            reason = "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
-            logger.warning("step %d goes on with %d of %d groups: %s", step, size, self._prompts, reason)
-        self._informative, self._seen = self._informative / 2, self._seen / 2
-        batch = self._split_off_surplus(kept, size)
+        if self._step != step:
+            self.begin(step)
+        carried = self._kept_everywhere
+        filled = self._fill(step, on_finished)
+        size = min(self._kept_everywhere, self._prompts)
+        self._useful, self._seen = (self._useful + filled.useful) / 2, (self._seen + filled.total) / 2
+        batch = self._split_off_batch()
+        sampled = [ordered.group for ordered in filled.finished]
         figures = self._figures(sampled) | {
-            "rollout/rounds": float(rounds),
-            "rollout/groups": float(min(size, self._prompts)),
-            "rollout/groups_sampled": float(total),
-            "rollout/groups_dropped": float(total - informative),
+            "rollout/rounds": filled.rounds,
+            "rollout/groups": float(size),
+            "rollout/groups_sampled": float(filled.total),
+            "rollout/groups_dropped": float(filled.total - filled.useful),
             "rollout/groups_carried": float(carried),
-            "rollout/groups_surplus": float(self._surplus_size),
+            "rollout/groups_surplus": float(self._kept_everywhere),
         }
-        return Rollout(batch, min(size, self._prompts), figures, sampled)
+        return Rollout(batch, size, figures, sampled)
 
-    def _draw_count(self, missing: int) -> int:
-        if not self._settings.dynamic_sampling:
-            return missing
-        rate = max(self._informative / self._seen, 1 / _MOST_OVERSAMPLING)
-        return math.ceil(missing / rate)
+    def close(self) -> None:  # noqa: B027 (most have nothing in the background)
+        """Ends what goes on in the background."""
 
-    def _sample(self, prompts: Sequence[Prompt], on_finished: Callable[[int], None]) -> list[OrderedGroup]:
-        """This replica's groups among ``prompts``: those of its ranks that sample tell the others."""
-        ranks, samples = self._ranks, self._settings.samples_per_prompt
-        orders = range(self._drawn, self._drawn + len(prompts))
-        self._drawn += len(prompts)
-        mine = [(o, p) for o, p in zip(orders, prompts, strict=True) if o % ranks.data_size == ranks.data_rank]
-        requests = [r for order, p in mine for r in requests_for(p, samples, self._seed, f"train/{order}")]
-        graded = self._sampler.run(
-            self._sampler.part_of(requests, ranks),
-            self._settings,
-            overlong_buffer=self._reward.overlong_buffer,
-            on_finished=on_finished,
-        )
-        graded = _interleave(gather(graded, ranks.replica_objects))
-        return [
-            OrderedGroup(order, _group(prompt, graded[i * samples : (i + 1) * samples]))
-            for i, (order, prompt) in enumerate(mine)
-        ]
+    @abstractmethod
+    def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
+        """Samples until ``_kept_everywhere`` is enough, through `_keep`."""
 
-    def _split_off_surplus(self, kept: list[OrderedGroup], size: int) -> list[OrderedGroup]:
+    def _is_useful(self, ordered: OrderedGroup) -> bool:
+        return ordered.group.informative or not self._settings.dynamic_sampling
+
+    def _keep(self, finished: list[OrderedGroup], useful_everywhere: int) -> None:
+        self._kept += [ordered for ordered in finished if self._is_useful(ordered)]
+        self._kept_everywhere += useful_everywhere
+
+    def _warn(self, step: int, reason: str) -> None:
+        if self._ranks.is_main:
+            logger.warning(
+                "step %d goes on with %d of %d groups: %s", step, self._kept_everywhere, self._prompts, reason
+            )
+
+    def _send_back_stale(self, step: int) -> None:
+        """Groups that training would be too far ahead of are sampled again from the start."""
+        oldest = step - 1 - self._settings.max_staleness
+        stale = [ordered for ordered in self._kept if ordered.oldest_version < oldest]
+        self._kept = [ordered for ordered in self._kept if ordered.oldest_version >= oldest]
+        self._kept_everywhere = self._count(len(self._kept))
+        for group in self._begun:
+            if group.oldest_version is not None and group.oldest_version < oldest:
+                group.graded, group.partial = {}, {}
+        self._begun += [BegunGroup(ordered.order, ordered.group.prompt) for ordered in stale]
+        self._begun.sort(key=lambda group: group.order)
+
+    def _split_off_batch(self) -> list[OrderedGroup]:
         """The batch with orders counted anew from 0; the rest stays here for the next step."""
-        kept = sorted(kept, key=lambda g: g.order)
+        kept = sorted(self._kept, key=lambda g: g.order)
         parts = gather([g.order for g in kept], self._ranks.data_objects)
         everywhere = sorted(order for part in parts for order in part)
         place = {order: i for i, order in enumerate(everywhere)}
         batch = [OrderedGroup(place[g.order], g.group) for g in kept if place[g.order] < self._prompts]
-        self._surplus = [g for g in kept if place[g.order] >= self._prompts]
-        self._surplus_size = max(0, size - self._prompts)
+        self._kept = [g for g in kept if place[g.order] >= self._prompts]
+        self._kept_everywhere = max(0, len(everywhere) - self._prompts)
         return batch
 
     def _count(self, here: int) -> int:
@@ -180,10 +188,15 @@ class Collector:
             "failures": sum(g.failure is not None for g in grades),
             "tokens": sum(len(c.token_ids) for c in completions),
             "truncated": sum(c.finish_reason == "length" for c in completions),
+            "begun": self._begun_here,
         }
         parts = gather(sums, self._ranks.data_objects)
         world = {key: sum(part[key] for part in parts) for key in sums}
-        figures = {"reward/failures": float(world["failures"]), "rollout/response_tokens": float(world["tokens"])}
+        figures = {
+            "reward/failures": float(world["failures"]),
+            "rollout/response_tokens": float(world["tokens"]),
+            "rollout/groups_begun": float(world["begun"]),
+        }
         if world["count"]:  # a step that the surplus fills samples nothing, and has no means
             figures |= {
                 "reward/mean": world["reward"] / world["count"],
@@ -192,23 +205,3 @@ class Collector:
                 "rollout/truncated_fraction": world["truncated"] / world["count"],
             }
         return figures
-
-
-def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's ``value``, in rank order."""
-    if dist.get_world_size(group) == 1:
-        return [value]
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, value, group=group)
-    return parts
-
-
-def _interleave(parts: list[list[Any]]) -> list[Any]:
-    """Undoes dealing in turn to the ranks that got any: item i came from part i % n."""
-    parts = [part for part in parts if part]
-    total = sum(len(part) for part in parts)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
-
-
-def _group(prompt: Prompt, graded: list[tuple[Completion, Grade]]) -> Group:
-    return Group(prompt, [completion for completion, _ in graded], [mark for _, mark in graded])

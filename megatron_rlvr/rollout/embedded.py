@@ -84,6 +84,9 @@ class EmbeddedEngine:
         copy_weights(self._views, named_tensors, complaint)
         self.weight_version = version
 
+    def release_memory(self) -> None:
+        """Nothing: the cache is gone with each `generate`, and the weights are small beside training's."""
+
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, each in the step that finishes it.
 

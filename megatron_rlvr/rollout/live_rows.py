@@ -150,7 +150,7 @@ class LiveRows:
             token_ids=self._tokens[row, :produced].copy(),
             logprobs=self._logprobs[row, :produced].copy(),
             finish_reason="stop" if stopped else "length",
-            weight_version=self._version,
+            weight_versions=np.full(produced, self._version, dtype=np.int32),
         )
 
     def _remove(self, finished: np.ndarray) -> None:

@@ -3,11 +3,13 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import cast
 
 from megatron_rlvr.config import RewardSettings
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.policy.ranks import Ranks
-from megatron_rlvr.protocols import RolloutEngine, Sampling
+from megatron_rlvr.protocols import RolloutEngine, RolloutStream, Sampling, StreamingEngine
 from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
 from megatron_rlvr.types import Completion, Grade, Prompt, SampleRequest
 
@@ -73,19 +75,31 @@ class Sampler:
         pending: dict[tuple[str, int], tuple[Completion, Future[Verdict]]] = {}
         for completion in self.engine.generate(requests, sampling):
             key = completion.prompt_id, completion.sample
-            text = self.tokenizer.decode(completion.token_ids.tolist())
-            pending[key] = completion, self._graders.submit(prompts[completion.prompt_id], text)
+            pending[key] = completion, self.judge(prompts[completion.prompt_id], completion)
             on_finished(1)
         graded = []
         for request in requests:
             completion, verdict = pending[request.prompt.id, request.sample]
-            mark = grade(
-                verdict.result(),
-                len(completion.token_ids),
-                correct=self._reward.correct,
-                wrong=self._reward.wrong,
-                max_response_tokens=sampling.max_response_tokens,
-                overlong_buffer=overlong_buffer,
-            )
-            graded.append((completion, mark))
+            graded.append((completion, self.grade(completion, verdict, sampling, overlong_buffer)))
         return graded
+
+    def open(self, sampling: Sampling) -> AbstractContextManager[RolloutStream]:
+        """A stream of the engine, which must be one that streams."""
+        return cast(StreamingEngine, self.engine).open(sampling)
+
+    def judge(self, prompt: Prompt, completion: Completion) -> Future[Verdict]:
+        """Hands a completion to the graders."""
+        return self._graders.submit(prompt, self.tokenizer.decode(completion.token_ids.tolist()))
+
+    def grade(
+        self, completion: Completion, verdict: Future[Verdict], sampling: Sampling, overlong_buffer: int
+    ) -> Grade:
+        """What the graders' verdict, which is waited for, is worth."""
+        return grade(
+            verdict.result(),
+            len(completion.token_ids),
+            correct=self._reward.correct,
+            wrong=self._reward.wrong,
+            max_response_tokens=sampling.max_response_tokens,
+            overlong_buffer=overlong_buffer,
+        )

@@ -5,12 +5,13 @@ failed on a server that may be well, or the request itself is refused, as it wou
 """
 
 import asyncio
+import io
 import json
 import logging
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,10 @@ class Server:
         """The answer to one request, unchecked."""
         return await self.call("POST", "/generate", timeout_seconds, body)
 
+    async def abort(self, prefix: str) -> None:
+        """Ends the requests whose `rid` begins with ``prefix``; each answers with the tokens that it has."""
+        await self.call("POST", "/abort_request", _QUICK_SECONDS, {"rid": prefix})
+
     async def check_health(self) -> None:
         """Returns once the server has shown that it can sample."""
         try:
@@ -73,7 +78,9 @@ class Server:
             raise UnusableServer(str(error)) from None
 
     async def wait_until_healthy(self, patience_seconds: float) -> None:
-        """Returns once the server can sample; the last fault if it cannot in time."""
+        """Returns once the server can sample; the last fault if it cannot in time. For the start of a run."""
+        with suppress(ServerFault, Refused):
+            await self.resume()  # a trainer that was killed while it changed weights has left it paused
         start = time.monotonic()
         told = False
         while True:
@@ -121,33 +128,99 @@ class Server:
 
         Raises: UnusableServer unless the server says that it now holds ``version``.
         """
+        body = {"model_path": folder, "weight_version": version, "flush_cache": True}
         try:
             async with self.paused():
-                body = {"model_path": folder, "weight_version": version, "flush_cache": True}
-                answer = await self.call("POST", "/update_weights_from_disk", timeout_seconds, body)
-            if answer.get("success") is not True:
-                raise UnusableServer(f"it did not load weights {version}: {answer.get('message')}")
-            found = await self.weight_version()
+                await self._succeed("/update_weights_from_disk", timeout_seconds, body)
+            await self._check_version(version)
         except Refused as refusal:
             raise UnusableServer(f"it did not load weights {version}: {refusal}") from None
-        if found != version:
-            raise UnusableServer(f"it was given weights {version} and holds {found}")
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
         """Its requests keep their tokens and wait; the weights may change meanwhile."""
-        await self.call("POST", "/pause_generation", _QUICK_SECONDS, {"mode": "retract"})
+        await self.pause()
         try:
             yield
         finally:
-            await self.call("POST", "/continue_generation", _QUICK_SECONDS, {})
+            await self.resume()
 
-    async def abort(self, prefix: str) -> None:
-        """Ends the requests whose `rid` begins with ``prefix``; each answers with the tokens that it has."""
-        await self.call("POST", "/abort_request", _QUICK_SECONDS, {"rid": prefix})
+    async def pause(self) -> None:
+        """Takes requests from their places, with the tokens that they have; new ones wait. Once more is no harm."""
+        await self.call("POST", "/pause_generation", _QUICK_SECONDS, {"mode": "retract"})
+
+    async def resume(self) -> None:
+        """Requests go on."""
+        await self.call("POST", "/continue_generation", _QUICK_SECONDS, {})
+
+    # Weights in buckets: pause, begin_update, take_bucket for each, end_update, resume ------------------------------
+
+    async def tensor_parallel_size(self) -> int:
+        """Its ranks, each of which takes every bucket.
+
+        Raises: UnusableServer if it has other ranks beside them, which get no buckets.
+        """
+        info = await self.call("GET", "/server_info", _QUICK_SECONDS)
+        sizes = {name: info.get(name) for name in ("tp_size", "pp_size", "dp_size")}
+        if not isinstance(sizes["tp_size"], int) or (sizes["pp_size"], sizes["dp_size"]) != (1, 1):
+            raise UnusableServer(
+                f"it runs with {sizes}, and only tensor-parallel servers take weights so; start it with --pp-size 1 "
+                "--dp-size 1, or set sync.method to disk"
+            )
+        return sizes["tp_size"]
+
+    async def join_group(
+        self, name: str, address: str, port: int, size: int, backend: str, timeout_seconds: float
+    ) -> None:
+        """Has its ranks join a process group as ranks 1 to ``size`` - 1; returns when all are in it."""
+        body = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": size}
+        body |= {"group_name": name, "backend": backend}
+        await self._succeed("/init_weights_update_group", timeout_seconds, body)
+
+    async def leave_group(self, name: str) -> None:
+        """Has its ranks leave a process group, if they are in it."""
+        with suppress(Refused):  # it is not
+            await self.call("POST", "/destroy_weights_update_group", _QUICK_SECONDS, {"group_name": name})
+
+    async def begin_update(self, version: str) -> None:
+        """Readies it for buckets. Until `end_update` its weights have a name that no weights ever have."""
+        await self._name_weights(f"{version}-incomplete")
+        try:
+            await self._succeed("/begin_weight_update", _QUICK_SECONDS, {"selector": "all"})
+        except Refused:  # an update was begun before and never ended
+            await self._succeed("/end_weight_update", _QUICK_SECONDS, {})
+            await self._succeed("/begin_weight_update", _QUICK_SECONDS, {"selector": "all"})
+
+    async def take_bucket(self, path: str, body: Any, timeout_seconds: float) -> None:
+        """Has it load some of the weights, by one of the endpoints for that."""
+        await self._succeed(path, timeout_seconds, body)
+
+    async def end_update(self, version: str, timeout_seconds: float) -> None:
+        """Finishes the weights, forgets what the old ones cached, and gives them their name at last."""
+        await self._succeed("/end_weight_update", timeout_seconds, {})
+        await self._send("POST", "/flush_cache", _QUICK_SECONDS, {})
+        await self._name_weights(version)
+        await self._check_version(version)
+
+    async def _name_weights(self, version: str) -> None:
+        body = {"new_version": version, "abort_all_requests": False}
+        await self._succeed("/update_weight_version", _QUICK_SECONDS, body)
+
+    async def _check_version(self, version: str) -> None:
+        found = await self.weight_version()
+        if found != version:
+            raise UnusableServer(f"it was given weights {version} and holds {found}")
+
+    # Any request ----------------------------------------------------------------------------------------------------
+
+    async def _succeed(self, path: str, timeout_seconds: float, body: Any) -> None:
+        """Returns if it says that it did what it was told. A failure it reports as a wrong request, as does this."""
+        answer = await self.call("POST", path, timeout_seconds, body)
+        if answer.get("success") is not True:
+            raise Refused(f"{path} failed: {answer.get('message')}")
 
     async def call(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> Any:
-        """The JSON object that an endpoint answers."""
+        """The JSON object that an endpoint answers; ``body`` is JSON already if it is bytes."""
         text = await self._send(method, path, timeout_seconds, body)
         try:
             answer = json.loads(text)
@@ -159,8 +232,11 @@ class Server:
 
     async def _send(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> str:
         timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        content: dict[str, Any] = {"json": body}
+        if isinstance(body, bytes):
+            content = {"data": io.BytesIO(body), "headers": {"Content-Type": "application/json"}}
         try:
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            async with self._session.request(method, self.url + path, timeout=timeout, **content) as response:
                 status, text = response.status, await response.text(errors="replace")
         except TimeoutError:
             raise UnusableServer(f"no answer to {path} in {timeout_seconds:.0f} s") from None

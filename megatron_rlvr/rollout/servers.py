@@ -1,15 +1,17 @@
 """A pool of SGLang servers: who may be used, who gets which request, and what becomes of a request that fails.
 
-All connections live in the event loop of one background thread; the trainer's thread hands jobs in and takes results
-out. A server is *in* while it is healthy and holds the current weights. Whatever casts doubt on it takes it out, with
-one line in the log, and its requests go to others; it comes back when it is healthy again and holds the weights, which
-the rank that may (`Weights.load`) gives it once more. It is asked less often each time it had to be taken out.
+All connections live in the event loop of one background thread; the trainer's threads hand jobs in and take results
+out, each through a `JobStream` of its own. A server is *in* while it is healthy and holds the current weights. Whatever
+casts doubt on it takes it out, with one line in the log, and its requests go to others; it comes back when it is
+healthy again and holds the weights. Where weights are in a folder, the rank that may (`Weights.load`) gives them to it
+once more; otherwise it gets them with the next sync. It is asked less often each time it had to be taken out.
 """
 
 import asyncio
 import logging
 import queue
 import random
+import secrets
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -29,10 +31,24 @@ T = TypeVar("T")
 _MOST_STRIKES = 3
 _LONGEST_PAUSE = 32  # times the pause before a server is first asked again
 _FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.25, 30.0
+# A request may reach its server after the order to abort it: the order is repeated.
+_ABORT_AGAIN_SECONDS, _ABORT_ORDER_SECONDS, _ABORT_SECONDS = 1.0, 5.0, 20.0
 
 
 class ServersError(RuntimeError):
     """The servers cannot answer: none is left, or a request failed everywhere."""
+
+
+class WeightsWantedError(ServersError):
+    """All servers are out, and one that is healthy lacks nothing but the weights, which only a sync can give it."""
+
+
+class GivenUp(ServerFault):
+    """The server ended a request early. ``partial`` is the result as far as it got."""
+
+    def __init__(self, message: str, partial: Any) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 @dataclass(frozen=True)
@@ -42,10 +58,12 @@ class Weights:
     Attributes:
         label: what they call it, unlike that of any other weights of this or another run.
         load: gives it to a server; None on ranks that leave this to another.
+        by_sync_only: nobody can give it to a single server.
     """
 
     label: str
     load: Callable[[Server], Awaitable[None]] | None = None
+    by_sync_only: bool = False
 
 
 @dataclass(eq=False)
@@ -55,7 +73,8 @@ class Job:
     Attributes:
         name: for messages.
         body: of POST /generate.
-        read: makes the result of the server's answer; raises ServerFault for one that cannot be used.
+        read: makes the result of the server's answer; raises ServerFault for one that cannot be used, GivenUp for one
+            that was ended early.
         timeout_seconds: of one attempt.
     """
 
@@ -76,15 +95,44 @@ class _Member:
     reason: str = ""
     removals: int = 0
     strikes: int = 0
-    jobs: dict["asyncio.Task[None]", Job] = field(default_factory=dict)
+    lacks_weights: bool = False
+    running: dict["asyncio.Task[None]", tuple["JobStream", Job]] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class _Stream:
-    """The jobs of one call, and where their results go: a result, or the error that ends the call."""
+class JobStream:
+    """Jobs go in, results come out as they are ready; made by `ServerPool.open`, used by one thread."""
 
-    waiting: deque[Job]
-    results: "queue.SimpleQueue[Any]" = field(default_factory=queue.SimpleQueue)
+    def __init__(self, pool: "ServerPool") -> None:
+        self.id = secrets.token_hex(8)
+        """What the ids of all its requests begin with."""
+        self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.aborting = False
+        self._pool = pool
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Puts jobs in line."""
+        self._pool.submit(self, jobs)
+
+    def get(self, timeout_seconds: float | None = None) -> Any | None:
+        """The next result, or None if there is none in time.
+
+        Raises: ServersError if a job failed too often, if it is refused, or if all servers were out for too long.
+        """
+        try:
+            result = self.results.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def abort(self) -> list[Any]:
+        """Ends all jobs. Returns results that nobody has taken, and what is known of unfinished ones."""
+        self._pool.run(self._pool.abort(self))
+        results = []
+        while not self.results.empty():
+            results.append(self.results.get())
+        return [result for result in results if not isinstance(result, Exception)]
 
 
 class ServerPool:
@@ -108,19 +156,22 @@ class ServerPool:
         watch_seconds: float = 10.0,
     ) -> None:
         self.patience_seconds = patience_seconds
+        self.watch_seconds = watch_seconds
         self._max_inflight = max_inflight
         self._retries = retries
-        self._watch_seconds = watch_seconds
         self._weights: Weights | None = None
-        self._stream: _Stream | None = None
+        self._streams: list[JobStream] = []
+        self._waiting: deque[tuple[JobStream, Job]] = deque()
         self._watchers: list[asyncio.Task[None]] = []
+        self._requests = 0
+        self._changing, self._changes = False, 0
         self._random = random.Random()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
-        self._members = self.run(self._open(urls))
+        self._members = self.run(self._connect(urls))
 
-    # From the trainer's thread --------------------------------------------------------------------------------------
+    # From the trainer's threads -------------------------------------------------------------------------------------
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What a coroutine returns that runs in the pool's thread."""
@@ -152,6 +203,20 @@ class ServerPool:
 
         return dict(zip((m.server.url for m in self._members), self.run(all_of_them()), strict=True))
 
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Servers may be paused meanwhile: that they do not answer says nothing, and none is taken back."""
+
+        async def change(begins: bool) -> None:
+            self._changing = begins
+            self._changes += 1
+
+        self.run(change(True))
+        try:
+            yield
+        finally:
+            self.run(change(False))
+
     def use(self, weights: Weights, failures: Mapping[str, str]) -> None:
         """From now on servers sample from ``weights``, which all have but those in ``failures`` ({URL: why not})."""
 
@@ -160,56 +225,49 @@ class ServerPool:
             for member in self._members:
                 reason = failures.get(member.server.url)
                 if reason is None:
-                    member.usable, member.removals, member.strikes = True, 0, 0
+                    member.usable, member.removals, member.strikes, member.lacks_weights = True, 0, 0, False
                 else:
                     self._take_out(member, reason)
+            self._dispatch()
 
         self.run(use())
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """The servers' health is watched, and those that are out are taken back."""
+    def open(self) -> Iterator[JobStream]:
+        """A stream. While any is open the servers' health is watched, and those that are out are taken back.
 
-        async def start() -> None:
-            self._watchers = [self._start(self._watch(member)) for member in self._members]
-
-        async def stop() -> None:
-            await _cancel(self._watchers)
-
-        self.run(start())
-        try:
-            yield
-        finally:
-            self.run(stop())
-
-    def stream(self, jobs: Sequence[Job]) -> Iterator[Any]:
-        """Yields one result a job, as they come. What is left is cancelled when the iterator is dropped.
-
-        Raises: ServersError if a job failed too often, if it is refused, or if all servers were out for too long.
+        At the end what is left of its jobs is cancelled, on the servers too.
         """
-        stream = _Stream(deque(jobs))
+        stream = JobStream(self)
 
         async def begin() -> "asyncio.Task[None]":
-            self._stream = stream
-            self._dispatch()
+            self._streams.append(stream)
+            if not self._watchers:
+                self._watchers = [self._start(self._watch(member)) for member in self._members]
             return self._start(self._be_patient(stream))
 
         async def end() -> None:
-            self._stream = None
-            tasks = [task for member in self._members for task in member.jobs]
-            for member in self._members:
-                member.jobs.clear()
-            await _cancel([patience, *tasks])
+            await _cancel([patience])
+            await self.abort(stream, wait=False)
+            self._streams.remove(stream)
+            if not self._streams:
+                watchers, self._watchers = self._watchers, []
+                await _cancel(watchers)
 
         patience = self.run(begin())
         try:
-            for _ in jobs:
-                result = stream.results.get()
-                if isinstance(result, Exception):
-                    raise result
-                yield result
+            yield stream
         finally:
             self.run(end())
+
+    def submit(self, stream: JobStream, jobs: Sequence[Job]) -> None:
+        """Puts jobs of a stream in line."""
+
+        def submit() -> None:
+            self._waiting.extend((stream, job) for job in jobs)
+            self._dispatch()
+
+        self._loop.call_soon_threadsafe(submit)
 
     def close(self) -> None:
         """Ends the thread; what is in flight is dropped."""
@@ -222,65 +280,69 @@ class ServerPool:
 
     # In the pool's thread -------------------------------------------------------------------------------------------
 
-    async def _open(self, urls: Sequence[str]) -> list[_Member]:
+    async def _connect(self, urls: Sequence[str]) -> list[_Member]:
         # A connection for each request: one that is kept may be closed by the server at the moment of its next use,
         # which looks like a server that died.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
         return [_Member(Server(url, self._session)) for url in urls]
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """A task whose unforeseen end reaches the trainer's thread, which would wait for ever otherwise."""
+        """A task whose unforeseen end reaches the trainer's threads, which would wait for ever otherwise."""
         task = self._loop.create_task(coroutine)
         task.add_done_callback(self._report)
         return task
 
     def _report(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and (error := task.exception()) and self._stream:
-            self._stream.results.put(error)
+        if not task.cancelled() and (error := task.exception()):
+            for stream in self._streams:
+                stream.results.put(error)
 
     def _dispatch(self) -> None:
         """Sends what can be sent: each job to the freest server, one where it has not failed yet if there is one."""
-        stream, held_back = self._stream, []
-        while stream and stream.waiting:
-            job = stream.waiting.popleft()
+        held_back = []
+        while self._waiting:
+            stream, job = self._waiting.popleft()
             usable = [member for member in self._members if member.usable]
             choice = [member for member in usable if member.server.url not in job.tried] or usable
-            member = min(choice, key=lambda m: len(m.jobs), default=None)
-            if member is not None and len(member.jobs) < self._max_inflight:
-                member.jobs[self._start(self._attempt(job, member))] = job
+            member = min(choice, key=lambda m: len(m.running), default=None)
+            if member is not None and len(member.running) < self._max_inflight:
+                member.running[self._start(self._attempt(stream, job, member))] = stream, job
             else:
-                held_back.append(job)
+                held_back.append((stream, job))
                 if not job.tried:
                     break  # nobody has room for the rest, which is as new
-        if stream:
-            stream.waiting.extendleft(reversed(held_back))
+        self._waiting.extendleft(reversed(held_back))
 
-    async def _attempt(self, job: Job, member: _Member) -> None:
-        stream, me = self._stream, asyncio.current_task()
-        assert stream is not None
+    async def _attempt(self, stream: JobStream, job: Job, member: _Member) -> None:
+        me = asyncio.current_task()
         assert me is not None
+        self._requests += 1
+        # A server refuses an id that it still works on, as after a timeout: each attempt has its own.
+        body = job.body | {"rid": f"{stream.id}.{self._requests}"}
         fault: ServerFault | None = None
         try:
-            result = job.read(await member.server.generate(job.body, job.timeout_seconds))
+            result = job.read(await member.server.generate(body, job.timeout_seconds))
+        except GivenUp as given_up:
+            fault, result = (None, given_up.partial) if stream.aborting else (given_up, None)
         except ServerFault as error:
             fault = error
         except Refused as refusal:
             result = ServersError(f"{job.name} is refused by {member.server.url}: {refusal}")
-        member.jobs.pop(me, None)
+        member.running.pop(me, None)
         if fault is None:
             member.strikes = 0
             stream.results.put(result)
         else:
             member.strikes += 1
-            self._again(job, member, str(fault))
+            self._again(stream, job, member, str(fault))
             if isinstance(fault, UnusableServer) or member.strikes >= _MOST_STRIKES:
                 self._take_out(member, str(fault))
         self._dispatch()
 
-    def _again(self, job: Job, member: _Member, reason: str) -> None:
+    def _again(self, stream: JobStream, job: Job, member: _Member, reason: str) -> None:
         """Puts a failed job in line once more, after a pause that doubles with each failure."""
-        stream = self._stream
-        assert stream is not None
+        if stream.aborting:
+            return
         job.failures += 1
         job.tried.add(member.server.url)
         if job.failures > self._retries:
@@ -290,65 +352,97 @@ class ServerPool:
             return
 
         def requeue() -> None:
-            if self._stream is stream:
-                stream.waiting.appendleft(job)
+            if not stream.aborting:
+                self._waiting.appendleft((stream, job))
                 self._dispatch()
 
         pause = min(_LONGEST_RETRY_SECONDS, _FIRST_RETRY_SECONDS * 2**job.failures)
         self._loop.call_later(pause * self._random.uniform(0.5, 1.5), requeue)
+
+    async def abort(self, stream: JobStream, *, wait: bool = True) -> None:
+        """Ends a stream's jobs: what runs is aborted and, if ``wait``, given a while to answer with what it has."""
+        stream.aborting = True
+        self._waiting = deque(item for item in self._waiting if item[0] is not stream)
+        deadline = self._loop.time() + (_ABORT_SECONDS if wait else 0)
+        while running := [member for member in self._members if self._tasks(member, stream)]:
+            orders = [asyncio.wait_for(m.server.abort(stream.id), _ABORT_ORDER_SECONDS) for m in running if m.usable]
+            await asyncio.gather(*orders, return_exceptions=True)
+            tasks = [task for member in running for task in self._tasks(member, stream)]
+            if self._loop.time() >= deadline:
+                for member in running:
+                    member.running = {t: item for t, item in member.running.items() if item[0] is not stream}
+                return await _cancel(tasks)
+            if tasks:
+                await asyncio.wait(tasks, timeout=_ABORT_AGAIN_SECONDS)
+
+    def _tasks(self, member: _Member, stream: JobStream) -> list["asyncio.Task[None]"]:
+        return [task for task, (owner, _) in member.running.items() if owner is stream]
 
     def _take_out(self, member: _Member, reason: str) -> None:
         if not member.usable:
             return
         member.usable, member.reason, member.strikes = False, reason, 0
         member.removals += 1
-        lost, member.jobs = member.jobs, {}
+        lost, member.running = member.running, {}
         logger.warning("server %s is taken out (%d requests go to others): %s", member.server.url, len(lost), reason)
-        for task, job in lost.items():
+        for task, (stream, job) in lost.items():
             task.cancel()
-            self._again(job, member, reason)
+            self._again(stream, job, member, reason)
 
     async def _watch(self, member: _Member) -> None:
         while True:
-            pause = self._watch_seconds
+            pause = self.watch_seconds
             if not member.usable:
                 pause *= min(2 ** max(0, member.removals - 1), _LONGEST_PAUSE)
             await asyncio.sleep(pause * self._random.uniform(0.8, 1.2))
+            changes = self._changes
+            if self._changing:
+                continue
             try:
                 await member.server.check_health()
                 if not member.usable:
-                    await self._take_back(member)
+                    await self._take_back(member, changes)
             except (ServerFault, Refused) as error:
-                self._take_out(member, str(error))
+                if changes == self._changes:  # or else it was paused
+                    self._take_out(member, str(error))
 
-    async def _take_back(self, member: _Member) -> None:
+    async def _take_back(self, member: _Member, changes: int) -> None:
         """A healthy server comes back if it has the weights, or gets them."""
         weights = self._weights
         if weights is None:
             return
         if await member.server.weight_version() != weights.label:
             if weights.load is None:
-                return  # another rank will give it the weights
+                member.lacks_weights = weights.by_sync_only
+                return  # another rank will give it the weights, or the next sync
             await weights.load(member.server)
+        if changes != self._changes:
+            return  # newer ones are on their way
         member.usable = True
         logger.info("server %s is back", member.server.url)
         self._dispatch()
 
-    async def _be_patient(self, stream: _Stream) -> None:
+    async def _be_patient(self, stream: JobStream) -> None:
         last_usable = self._loop.time()
         while True:
             await asyncio.sleep(min(1.0, self.patience_seconds / 4))
-            if self.usable:
+            reasons = "; ".join(f"{member.server.url}: {member.reason}" for member in self._members)
+            if self.usable or self._changing:
                 last_usable = self._loop.time()
+            elif any(member.lacks_weights for member in self._members):
+                return stream.results.put(WeightsWantedError(f"no server holds the current weights; {reasons}"))
             elif self._loop.time() - last_usable > self.patience_seconds:
-                reasons = "; ".join(f"{member.server.url}: {member.reason}" for member in self._members)
-                stream.results.put(
+                return stream.results.put(
                     ServersError(
                         f"no server could be used for {self.patience_seconds:g} s (rollout.server_timeout_seconds); "
                         f"{reasons}"
                     )
                 )
-                return
+
+
+def faults(results: Mapping[str, Any]) -> dict[str, str]:
+    """{URL: why} of the servers that failed, from what `ServerPool.everywhere` returns."""
+    return {url: str(result) for url, result in results.items() if isinstance(result, ServerFault)}
 
 
 async def _cancel(tasks: Sequence["asyncio.Task[None]"]) -> None:

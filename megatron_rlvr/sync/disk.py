@@ -5,26 +5,22 @@ it. What servers call their weights is that name, so that weights of another run
 The folder stays until the next one has been loaded, for servers that come back.
 """
 
-import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_rlvr.hf.weights import write_folder
 from megatron_rlvr.policy.ranks import Ranks
-from megatron_rlvr.rollout.server import Server, ServerFault
+from megatron_rlvr.rollout.server import Server
 from megatron_rlvr.rollout.servers import ServerPool, ServersError, Weights
+from megatron_rlvr.sync.base import Sync, faults
 
-T = TypeVar("T")
 
-
-class DiskSync:
+class DiskSync(Sync):
     """Hands weights over through a folder; see rollout.sglang.WeightSync.
 
     Args:
@@ -42,12 +38,10 @@ class DiskSync:
         ranks: Ranks,
         finish: Callable[[Path], None] = lambda folder: None,
     ) -> None:
+        super().__init__(pool, ranks)
         self._folder = folder.absolute()
         self._source = source
-        self._pool = pool
-        self._ranks = ranks
         self._finish = finish
-        self._run = secrets.token_hex(4)
         self._written: list[Path] = []
 
     def hand_over(
@@ -58,21 +52,19 @@ class DiskSync:
         Returns: what servers have to sample from, with a loader on the main rank, and {URL: why it does not}.
         Raises: ServersError on every rank if the folder cannot be written.
         """
-        label = f"{self._run}-{version}"
+        label = self._label(version)
         tensors = iter(named_tensors)
         problem = self._write(label, tensors) if self._ranks.is_main else None
         for _ in tensors:
             pass  # the other ranks wait in its collectives
-        label, problem = self._from_main((label, problem))  # and now no rank has a request in flight
+        problem = self._from_main(problem)
         if problem is not None:
             raise ServersError(problem)
         failures: dict[str, str] = {}
         load = None
-        if self._ranks.is_main:
-            assert self._pool is not None
-            load = partial(_load, str(self._folder / label), label, self._pool.patience_seconds)
-            results = self._pool.everywhere(load)
-            failures = {url: str(fault) for url, fault in results.items() if isinstance(fault, ServerFault)}
+        if self._main_pool is not None:
+            load = partial(_load, str(self._folder / label), label, self._main_pool.patience_seconds)
+            failures = faults(self._main_pool.everywhere(load))
             self._drop_all_but(label)
         return Weights(label, load), self._from_main(failures)
 
@@ -97,12 +89,6 @@ class DiskSync:
         for folder in [folder for folder in self._written if folder.name != label]:
             shutil.rmtree(folder, ignore_errors=True)
             self._written.remove(folder)
-
-    def _from_main(self, value: T) -> T:
-        """The main rank's ``value`` on every rank."""
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
 
 
 async def _load(folder: str, label: str, timeout_seconds: float, server: Server) -> None:

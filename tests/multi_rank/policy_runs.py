@@ -135,7 +135,14 @@ def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_gr
     for order, (prompt, responses, rewards) in enumerate(groups):
         if order % policy.ranks.data_size == policy.ranks.data_rank:
             completions = [
-                Completion(str(order), i, np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", 0)
+                Completion(
+                    str(order),
+                    i,
+                    np.array(ids, np.int32),
+                    np.zeros(len(ids), np.float32),
+                    "stop",
+                    np.zeros(len(ids), np.int32),
+                )
                 for i, ids in enumerate(responses)
             ]
             grades = [Grade(reward, reward > 0) for reward in rewards]

@@ -22,7 +22,7 @@ def groups_of(count: int) -> list[tuple[int, Group]]:
             length = int(random.integers(1, 71))
             tokens = random.integers(1000, size=length).astype(np.int32)
             logprobs = -random.random(length).astype(np.float32)
-            completions.append(Completion(prompt.id, sample, tokens, logprobs, "stop", 0))
+            completions.append(Completion(prompt.id, sample, tokens, logprobs, "stop", np.zeros(len(tokens), np.int32)))
             correct = (order + sample) % 3 == 0
             grades.append(Grade(1.0 if correct else -1.0 - 0.25 * (sample == 3), correct))
         groups.append((order, Group(prompt, completions, grades)))

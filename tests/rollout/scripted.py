@@ -79,6 +79,9 @@ class ScriptedEngine:
     def update_weights(self, named_tensors: Any, version: int) -> None:
         raise NotImplementedError
 
+    def release_memory(self) -> None:
+        raise NotImplementedError
+
     def generate(self, requests: Sequence[SampleRequest], sampling: Any) -> Iterator[Completion]:
         self.calls.append(len(requests))
         self.asked += [(request, sampling) for request in requests]
@@ -92,7 +95,9 @@ def answer(request: SampleRequest, script: Script = by_accuracy) -> Completion:
     words = [request.seed >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
     token_ids = np.array([verdict, *words, *[9] * (length - 5)], dtype=np.int32)
     logprobs = np.zeros(len(token_ids), dtype=np.float32)
-    return Completion(request.prompt.id, request.sample, token_ids, logprobs, "length" if cut else "stop", 0)
+    return Completion(
+        request.prompt.id, request.sample, token_ids, logprobs, "length" if cut else "stop", 0 * token_ids
+    )
 
 
 class PlainTokenizer:

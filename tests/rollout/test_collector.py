@@ -94,7 +94,8 @@ def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[list[
 def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
     from megatron_rlvr.data.cursor import PromptCursor
     from megatron_rlvr.data.prompts import FilePrompts, PromptSet
-    from megatron_rlvr.rollout.collector import Collector, logger
+    from megatron_rlvr.rollout.collector import logger
+    from megatron_rlvr.rollout.rounds import RoundsCollector
     from megatron_rlvr.rollout.sampler import Sampler
 
     engine = ScriptedEngine(case.script)
@@ -107,7 +108,7 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
     reward = RewardSettings(overlong_buffer=case.overlong_buffer)
     count = len(case.set)
     prompt_set = PromptSet(case.set, (FilePrompts("set", 0, count, float(count), 0),))
-    collector = Collector(
+    collector = RoundsCollector(
         Sampler(engine, PlainTokenizer(), graders, reward, leaders_only=case.leaders_only),  # type: ignore[arg-type]
         PromptCursor(prompt_set, case.seed, case.shuffle),
         ranks,
@@ -313,6 +314,7 @@ def test_the_figures_are_a_direct_count_of_what_was_sampled(folder: Path):
                 "reward/failures": 0,
                 "rollout/response_tokens": sum(len(c.token_ids) for c in answers),
                 "rollout/rounds": len(step.calls),
+                "rollout/groups_begun": 0,
                 "rollout/groups": step.size,
                 "rollout/groups_sampled": drawn,
                 "rollout/groups_dropped": drawn - len(mixed) if case.dynamic else 0,

@@ -71,24 +71,27 @@ def one_rank() -> Iterator[Any]:
 @pytest.fixture
 def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Makes engines on servers, which hold no weights of theirs yet."""
+    from sync_runs import sync_by
+
     from megatron_rlvr.config import RolloutSettings
     from megatron_rlvr.hf.files import read_config
     from megatron_rlvr.rollout.sglang import SglangEngine, connect
-    from megatron_rlvr.sync.disk import DiskSync
 
     engines = []
 
     def make(urls: list[str], stop: tuple[int, ...] = (2,), longest: int = 512, **settings: Any) -> SglangEngine:
         config = read_config(model) | settings.pop("config", {})
+        way = {"method": settings.pop("method", "disk"), "bucket_bytes": settings.pop("bucket_bytes", 2**20)}
         rollout = RolloutSettings(engine="sglang", servers=urls, **settings)
         pool = connect(rollout, one_rank, config, longest=longest)
-        sync = DiskSync(tmp_path / "sync", model, pool, one_rank)
+        sync = sync_by(**way, folder=tmp_path / "sync", source=model, pool=pool, ranks=one_rank)
         engine = SglangEngine(pool, sync, stop_token_ids=stop, vocab_size=config["vocab_size"], longest=longest)
         engines.append(engine)
         return engine
 
     yield make
     for engine in engines:
+        engine._sync.close()  # while its pool is open
         engine.close()
 
 

@@ -32,6 +32,14 @@ def good_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
     }
 
 
+def cut_in_half(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request that is aborted half-way."""
+    half = len(answer["output_ids"]) // 2
+    meta = answer["meta_info"] | {"finish_reason": {"type": "abort", "message": "Abort"}}
+    meta["output_token_logprobs"] = meta["output_token_logprobs"][:half]
+    return answer | {"output_ids": answer["output_ids"][:half], "meta_info": meta}
+
+
 class FakeServer:
     """Serves on a loopback port from a thread of its own.
 
@@ -40,6 +48,7 @@ class FakeServer:
         healthy: what /health answers; None hangs.
         version: of its weights, as it tells; changed by a load unless ``loads`` is false.
         seen: bodies of /generate.
+        aborts: what was aborted; a request that is aborted answers with the first half of its tokens.
         calls: paths in the order in which they were asked for, /health aside.
         most: requests that it had at once.
     """
@@ -54,6 +63,8 @@ class FakeServer:
         self.seen: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.loaded: list[str] = []
+        self.aborts: list[str] = []
+        self._running: dict[str, asyncio.Event] = {}
         self.most = self._now = 0
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -84,6 +95,7 @@ class FakeServer:
                 web.post("/generate", self._generate),
                 web.post("/pause_generation", self._nothing),
                 web.post("/continue_generation", self._nothing),
+                web.post("/abort_request", self._abort),
                 web.post("/update_weights_from_disk", self._load),
             ]
         )
@@ -114,6 +126,14 @@ class FakeServer:
     async def _nothing(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
+    async def _abort(self, request: web.Request) -> web.Response:
+        prefix = (await request.json())["rid"]
+        self.aborts.append(prefix)
+        for rid, aborted in self._running.items():
+            if rid.startswith(prefix):
+                aborted.set()
+        return web.json_response({"status": "ok"})
+
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.loaded.append(body["model_path"])
@@ -128,13 +148,18 @@ class FakeServer:
         self.seen.append(body)
         self._now += 1
         self.most = max(self.most, self._now)
+        aborted = self._running[body["rid"]] = asyncio.Event()
         try:
-            await asyncio.sleep(self.delay)
-            answer = self.spoil(good_answer(body, self.version))
+            try:
+                await asyncio.wait_for(aborted.wait(), self.delay)
+                answer: Any = cut_in_half(good_answer(body, self.version))
+            except TimeoutError:
+                answer = self.spoil(good_answer(body, self.version))
             if answer is None:
                 await asyncio.sleep(3600)
         finally:
             self._now -= 1
+            del self._running[body["rid"]]
         if isinstance(answer, int):
             return web.Response(status=answer, text="as told")
         return web.json_response(answer)

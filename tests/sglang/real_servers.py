@@ -15,9 +15,16 @@ import psutil
 import tiny
 from fake_server import free_port
 
+from megatron_rlvr.rollout.server_process import ServerProgram
+
 # 40 s on two idle cores; both start at once, and the machine may be busy.
 _START_SECONDS = 480
 _INSTALL_SECONDS = 900
+# --enable-metrics is what colocation asks for.
+_FLAGS = (
+    *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "32"),
+    *("--skip-server-warmup", "--log-level", "warning", "--enable-metrics"),
+)
 
 
 def installed() -> Path:
@@ -29,35 +36,35 @@ def installed() -> Path:
 
 
 class RealServer:
-    """A server that starts from the weights of ``model``, on a port that it keeps when it is started again."""
+    """A server that starts from the weights of ``model``, on a port that it keeps when it is started again.
 
-    def __init__(self, python: Path, model: Path, log: Path) -> None:
+    ``flags`` are SGLang's, on top of those that suit all tests.
+    """
+
+    def __init__(self, python: Path, model: Path, log: Path, *flags: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._python = python
         self._model = model
         self._log = log
+        self._flags = flags
         self._process: psutil.Popen | None = None
 
     def start(self) -> None:
         """Starts it; see `wait`."""
-        program = [str(self._python), "-m", "sglang.launch_server", "--model-path", str(self._model)]
-        program += ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu", "--dtype", "float32"]
-        program += [
-            "--attention-backend",
-            "torch_native",
-            "--sleep-on-idle",
-            "--skip-server-warmup",
-            "--log-level",
-            "warning",
-        ]
-        program += ["--max-total-tokens", "16384", "--max-running-requests", "32"]
-        own = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        program = ServerProgram(
+            python=self._python,
+            model=self._model,
+            port=self.port,
+            log=self._log,
+            device="cpu",
+            flags=[*_FLAGS, *self._flags],
+        )
         # Not the checkout on PYTHONPATH: its tests/sglang would hide the package of that name.
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own
+        environment = {key: value for key, value in program.variables.items() if key != "PYTHONPATH"}
         with self._log.open("ab") as log:
             self._process = psutil.Popen(
-                program, cwd=self._log.parent, env=environment, stdout=log, stderr=log, start_new_session=True
+                program.command, cwd=self._log.parent, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait(self) -> None:
@@ -73,11 +80,26 @@ class RealServer:
                 assert time.monotonic() < deadline, f"no server after {_START_SECONDS} s:\n{self.log}"
                 time.sleep(0.5)
 
+    def restart(self, model: Path | None = None) -> None:
+        """Kills it, and starts it again on the same port, with the weights of ``model`` if that is given."""
+        self.kill()
+        self._model = model or self._model
+        self.start()
+        self.wait()
+
+    def freeze(self) -> None:
+        """It still accepts connections, and answers nothing until `thaw`."""
+        for process in self._family():
+            process.suspend()
+
+    def thaw(self) -> None:
+        """It goes on, after a `freeze`."""
+        for process in self._family():
+            process.resume()
+
     def kill(self) -> None:
         """Kills it and its children, by their process ids."""
-        if self._process is None:
-            return
-        family = [self._process, *self._process.children(recursive=True)] if self._process.is_running() else []
+        family = self._family()
         for process in family:
             try:
                 process.kill()
@@ -85,6 +107,16 @@ class RealServer:
                 continue
         psutil.wait_procs(family, timeout=30)
         self._process = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is there."""
+        return bool(self._family())
+
+    def _family(self) -> list[psutil.Process]:
+        if self._process is None or not self._process.is_running():
+            return []
+        return [self._process, *self._process.children(recursive=True)]
 
     @property
     def log(self) -> str:

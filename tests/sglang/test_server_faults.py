@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_server import VOCABULARY, FakeServer, good_answer
+from fake_server import VOCABULARY, FakeServer, cut_in_half, good_answer
 from scripted import Layout, on_ranks, process_group, ranks_of
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.rollout.sampler import requests_for
-from megatron_rlvr.rollout.servers import ServersError
+from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
 from megatron_rlvr.types import Prompt, SampleRequest
 
 LENGTH = 5
@@ -49,7 +49,7 @@ def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
 
 
 def ready(engine: Any) -> Any:
-    engine._pool._watch_seconds = 0.1
+    engine._pool.watch_seconds = 0.1
     return engine
 
 
@@ -61,7 +61,7 @@ def check(asked: list[SampleRequest], completions: list[Any]) -> None:
         last = prompts[completion.prompt_id]
         assert completion.token_ids.tolist() == [(last + i + 1) % VOCABULARY for i in range(LENGTH)]
         assert completion.logprobs.tolist() == [-0.25, -0.5, -0.75, -1.0, -1.25]
-        assert (completion.finish_reason, completion.weight_version) == ("length", 1)
+        assert (completion.finish_reason, completion.weight_versions.tolist()) == ("length", [1] * LENGTH)
 
 
 def taken_out(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -96,10 +96,22 @@ def with_token(answer: dict[str, Any], token: Any, logprob: Any = -0.5) -> dict[
     return answer | {"output_ids": tokens, "meta_info": meta | {"output_token_logprobs": logprobs}}
 
 
+def spanned(*spans: tuple[str | None, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Weights of the tokens up to an end; None: those that the server holds."""
+
+    def spoil(answer: dict[str, Any]) -> dict[str, Any]:
+        label = answer["meta_info"]["weight_version"]
+        starts = [0, *(end for _, end in spans)]
+        told = [{"version": v or label, "start": s, "end": e} for s, (v, e) in zip(starts, spans, strict=False)]
+        return spoiled(weight_versions=told)(answer)
+
+    return spoil
+
+
 NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no tokens": (lambda answer: {"meta_info": answer["meta_info"]}, "lacks tokens"),
     "a list": (lambda answer: [answer], "no JSON object"),
-    "no logprobs": (spoiled(output_token_logprobs=None), "lacks tokens"),
+    "no logprobs": (spoiled(output_token_logprobs=None), "log-probabilities of other tokens"),
     "few logprobs": (spoiled(output_token_logprobs=[[-0.5, 1, None]]), "log-probabilities of other tokens"),
     "empty": (spoiled(output_ids=[]), "0 tokens"),
     "too long": (spoiled(output_ids=[1] * 6), "6 tokens, not 1 to 5"),
@@ -110,10 +122,13 @@ NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "NaN": (lambda answer: with_token(answer, 3, float("nan")), "log-probability nan"),
     "impossible": (lambda answer: with_token(answer, 3, 0.5), "log-probability 0.5"),
     "null": (lambda answer: with_token(answer, 3, None), "log-probability None"),
-    "other weights": (spoiled(weight_version="1"), "sampled from weights 1, not"),
+    "half a span": (spanned((None, 3)), "does not tell the weights"),
+    "a span of others": (spanned((None, 3), ("x", 5)), "sampled from weights x, which are not of this run"),
+    "given up": (cut_in_half, "gave the request up: Abort"),
+    "other weights": (spoiled(weight_version="1"), "sampled from weights 1, which are not of this run"),
     "stopped by text": (
         spoiled(finish_reason={"type": "stop", "matched": "NaN happened"}),
-        "stopped by 'NaN happened' and ends with token",
+        "stopped by 'NaN happened' and ends with [",
     ),
 }
 
@@ -232,7 +247,7 @@ def test_a_request_that_fails_everywhere_ends_the_run_with_its_reason(fakes: lis
         fake.spoil = lambda answer: 500 if answer["output_ids"][0] == 3 else answer
     with pytest.raises(ServersError, match=r"sample 0 of prompt set/2 failed 4 times, .* /generate answered 500"):
         list(engine.generate(requests(8), SAMPLING))
-    assert all(not member.jobs for member in engine._pool._members), "nothing is left in flight"
+    assert all(not member.running for member in engine._pool._members), "nothing is left in flight"
     for fake in fakes:
         fake.spoil = lambda answer: 400
     with pytest.raises(ServersError, match="is refused by"):
@@ -258,6 +273,7 @@ def test_what_is_sent_is_the_request(fakes: list[FakeServer], engine: Any):
     (request,) = requests(1)
     check([request], list(engine.generate([request], SAMPLING)))
     (body,) = fakes[0].seen + fakes[1].seen
+    assert body.pop("rid")
     assert body == {
         "input_ids": [1, 0],
         "return_logprob": True,
@@ -330,12 +346,75 @@ def test_a_dropped_iterator_leaves_nothing_behind_and_close_ends_the_thread(fake
     answers = engine.generate(requests(40), SAMPLING)
     next(answers)
     answers.close()
-    assert all(not member.jobs for member in engine._pool._members)
+    assert all(not member.running for member in engine._pool._members)
     asked = requests(4)
     check(asked, list(engine.generate(asked, SAMPLING)))
     engine.close()
     assert "servers" not in [thread.name for thread in threading.enumerate()]
     engine.close()
+
+
+def test_an_abort_gives_what_there_is_and_it_is_gone_on_with(fakes: list[FakeServer], engine: Any):
+    for fake in fakes:
+        fake.delay = 0.5
+    asked = requests(40)
+    with engine.open(SAMPLING) as stream:
+        stream.submit(asked)
+        assert stream.get(0.01) is None
+        begun = {request.prompt.id: completion for request, completion in stream.abort()}
+    assert len(begun) == 40
+    assert all(c.finish_reason == "abort" and len(c.token_ids) == 2 for c in begun.values())
+    assert all(not member.running for member in engine._pool._members)
+    for fake in fakes:
+        fake.delay = 0.0
+        fake.seen.clear()
+    engine.update_weights(no_weights(), version=2)
+    with engine.open(SAMPLING) as stream:
+        stream.submit(asked, [begun[request.prompt.id] for request in asked])
+        found = [stream.get()[1] for _ in asked]
+    for completion in found:
+        first = int(completion.prompt_id.split("/")[1])
+        assert completion.token_ids.tolist() == [first + i + 1 for i in range(LENGTH)]
+        assert completion.logprobs.tolist() == [-0.25, -0.5, -0.25, -0.5, -0.75]
+        assert completion.weight_versions.tolist() == [1, 1, 2, 2, 2]
+        assert completion.finish_reason == "length"
+    sent = fakes[0].seen[0]
+    assert len(sent["input_ids"]) == 4
+    assert sent["sampling_params"]["max_new_tokens"] == 3
+
+
+def test_a_stream_that_is_left_ends_its_requests_on_the_servers(fakes: list[FakeServer], engine: Any):
+    for fake in fakes:
+        fake.delay = 30.0
+    with engine.open(SAMPLING) as stream:
+        stream.submit(requests(10))
+        while sum(fake._now for fake in fakes) < 10:
+            time.sleep(0.01)
+    assert all(fake.aborts == [stream._jobs.id] for fake in fakes)
+    assert sum(fake._now for fake in fakes) == 0
+
+
+def test_two_streams_have_their_own_answers(fakes: list[FakeServer], engine: Any):
+    asked = requests(20)
+    with engine.open(SAMPLING) as first, engine.open(SAMPLING) as second:
+        first.submit(asked[:10])
+        second.submit(asked[10:])
+        mine = [second.get()[1] for _ in range(10)]
+        check(asked[:10], [first.get()[1] for _ in range(10)])
+        check(asked[10:], mine)
+
+
+def test_servers_that_come_back_without_weights_want_them_where_only_a_sync_can_give_them(
+    fakes: list[FakeServer], engine: Any
+):
+    from dataclasses import replace as changed
+
+    engine._pool._weights = changed(engine._pool._weights, load=None, by_sync_only=True)
+    engine._pool.patience_seconds = 60.0
+    for fake in fakes:
+        fake.version = "default"
+    with pytest.raises(WeightsWantedError, match="no server holds the current weights"):
+        list(engine.generate(requests(4), SAMPLING))
 
 
 # Over ranks ---------------------------------------------------------------------------------------------------------

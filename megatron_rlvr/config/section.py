@@ -1,0 +1,13 @@
+"""What all sections of the settings are."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message is one sentence that names key, value and remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

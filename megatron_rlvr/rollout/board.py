@@ -1,0 +1,69 @@
+"""What leaders know of each other while they sample for one step: counters in the process group's store.
+
+A counter is changed by atomic additions, so that no prompt is drawn twice and the number of groups is exact without
+any collective; leaders that wait for each other do so here, where nothing times out.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.25
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Where the step stands, over all replicas.
+
+    Attributes:
+        drawn: prompts claimed in this step; more than the limit where leaders asked in vain.
+        settled: groups of this step that are finished and graded.
+        useful: those of them that can be trained on.
+        stopped: leaders that gave up, for whatever reason.
+    """
+
+    drawn: int
+    settled: int
+    useful: int
+    stopped: int
+
+
+class Board:
+    """The counters of one step.
+
+    Args:
+        store: of all leaders; used by no other thread.
+        name: of the step's attempt, never used before.
+    """
+
+    def __init__(self, store: dist.Store, name: str) -> None:
+        self._store = dist.PrefixStore(f"rollout/{name}", store)
+
+    def counts(self) -> Counts:
+        return Counts(**{name: self._store.add(name, 0) for name in ("drawn", "settled", "useful", "stopped")})
+
+    def claim(self) -> int:
+        """Number of the next prompt of the step, from 0: nobody else gets the same."""
+        return self._store.add("drawn", 1) - 1
+
+    def settle(self, useful: bool) -> None:
+        """A group is finished."""
+        self._store.add("settled", 1)
+        if useful:
+            self._store.add("useful", 1)
+
+    def stop(self) -> None:
+        """Nobody need go on."""
+        self._store.add("stopped", 1)
+
+    def leave(self) -> None:
+        """This leader has finished."""
+        self._store.add("left", 1)
+
+    def wait_for_all(self, leaders: int) -> None:
+        """Returns when all have left."""
+        pause = _FIRST_PAUSE_SECONDS
+        while self._store.add("left", 0) < leaders:
+            time.sleep(pause)
+            pause = min(_LONGEST_PAUSE_SECONDS, 1.5 * pause)

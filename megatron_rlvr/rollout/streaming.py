@@ -1,0 +1,122 @@
+"""Collecting from servers: the leader of each replica keeps them busy until the batch is full (harvest.py).
+
+The other ranks wait without a collective, which could time out, until all leaders have finished; then all ranks agree
+on how many prompts were drawn, and the ranks of a replica learn its groups.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch.distributed as dist
+
+from megatron_rlvr.rollout.agreement import agree, gather
+from megatron_rlvr.rollout.board import Board
+from megatron_rlvr.rollout.collector import Collector, Filled
+from megatron_rlvr.rollout.groups import OrderedGroup
+from megatron_rlvr.rollout.harvest import Harvest, Quota, Yield
+from megatron_rlvr.rollout.servers import WeightsWantedError
+
+
+class StreamingCollector(Collector):
+    """Collects the batch of a training step from an engine that streams.
+
+    Args:
+        store: shared by all ranks, for counters; no other thread uses it.
+        sync: hands the policy's weights to the servers once more; a collective over the world.
+    """
+
+    def __init__(self, *, store: dist.Store, sync: Callable[[], None], **parts: Any) -> None:
+        super().__init__(**parts)
+        self._store = store
+        self._sync = sync
+        self._attempts = 0
+        self._world = cast(dist.ProcessGroup, dist.group.WORLD)
+        self._harvest: Harvest | None = None
+
+    def begin(self, step: int) -> None:
+        """Begins to sample for a step, in the background. A collective over the world."""
+        super().begin(step)
+        self._drawn_in_step = 0
+        self._start()
+
+    def close(self) -> None:
+        """Stops the servers."""
+        if self._harvest is not None:
+            self._harvest.cancel()
+
+    def _start(self) -> None:
+        """A harvest of what is missing."""
+        self._attempts += 1
+        self._board = Board(self._store, str(self._attempts))
+        missing = max(0, self._prompts - self._kept_everywhere)
+        # A step never draws more prompts than there are: sampling one twice would not make it informative.
+        most = min(self._settings.max_rounds * self._prompts, self._cursor.prompts) if missing else 0
+        quota = Quota(
+            useful=missing,
+            begun=self._count(len(self._begun)),
+            prompts=self._cursor.peek(max(0, most - self._drawn_in_step)),
+            first_order=self._drawn,
+            informative=self._useful,
+            seen=self._seen,
+            leaders=self._ranks.data_size,
+        )
+        self._most = len(quota.prompts)
+        if self._ranks.replica_rank == 0:
+            begun, self._begun = self._begun, []
+            self._harvest = Harvest(
+                self._sampler,
+                self._settings,
+                self._board,
+                quota,
+                begun,
+                useful=self._is_useful,
+                overlong_buffer=self._reward.overlong_buffer,
+                seed=self._seed,
+            )
+
+    def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
+        finished: list[OrderedGroup] = []
+        total = useful = 0
+        while True:
+            here = self._finish(on_finished)
+            found = self._count(sum(map(self._is_useful, here.settled)))
+            self._keep(here.settled, found)
+            finished += here.settled
+            total, useful = total + self._count(len(here.settled)), useful + found
+            weights_wanted = isinstance(here.failure, WeightsWantedError)
+            agree(None if weights_wanted else here.failure)
+            if not any(gather(weights_wanted, self._world)):
+                break
+            self._sync()
+            self._start()
+        if self._kept_everywhere < self._prompts:
+            used_up = self._drawn_in_step == self._cursor.prompts
+            rounds = self._settings.max_rounds
+            self._warn(
+                step, "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
+            )
+        return Filled(finished, total, useful, self._drawn_in_step / self._prompts)
+
+    def _finish(self, on_finished: Callable[[int], None]) -> Yield:
+        """What this replica has sampled, known to its ranks, once all have finished; the begun groups to its leader."""
+        here = Yield()
+        if self._harvest is not None:
+            harvest, seen = self._harvest, 0
+
+            def look() -> None:
+                nonlocal seen
+                sampled = harvest.sampled
+                on_finished(sampled - seen)
+                seen = sampled
+
+            here = harvest.finish(look)
+            look()
+            self._harvest = None
+            self._begun = here.begun
+        self._board.wait_for_all(self._ranks.data_size)
+        drawn = min(self._board.counts().drawn, self._most)
+        self._cursor.take(drawn)
+        self._drawn += drawn
+        self._drawn_in_step += drawn
+        here.settled, self._begun_here = gather((here.settled, len(here.begun)), self._ranks.replica_objects)[0]
+        return here

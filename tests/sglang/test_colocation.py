@@ -1,0 +1,261 @@
+"""Memory released by, and resumed at, the real server: in order, never what is not due, and after any crash.
+
+Nothing is freed on a CPU, but the server keeps the same accounts: it ends if it is to resume what it has not released.
+"""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import pytest
+import tiny
+import torch
+from fake_server import FakeServer
+from real_servers import RealServer
+
+from megatron_rlvr.rollout import colocation
+from megatron_rlvr.rollout.colocation import RELEASED, Missing, missing_memory
+from megatron_rlvr.rollout.server import Server, UnusableServer
+
+T = TypeVar("T")
+PROMPT = [5, 77, 201, 34, 150]
+SECONDS = 60.0
+
+# A trainer in small. It says each request before it sends it, and waits for a line each time.
+TRAINER = """
+import asyncio, sys
+import aiohttp
+from megatron_rlvr.rollout import colocation
+from megatron_rlvr.rollout.server import Server
+
+class Stepped(Server):
+    async def _send(self, method, path, timeout_seconds, body=None):
+        print(path, flush=True)
+        sys.stdin.readline()
+        return await super()._send(method, path, timeout_seconds, body)
+
+async def step(url, folder):
+    async with aiohttp.ClientSession() as session:
+        server = Stepped(url, session)
+        await colocation.release(server)
+        await colocation.resume_weights(server)
+        body = {"model_path": folder, "weight_version": "synced", "flush_cache": True}
+        await server.call("POST", "/update_weights_from_disk", 60, body)
+        await colocation.resume_all(server)
+
+asyncio.run(step(*sys.argv[1:]))
+"""
+
+
+def talk(url: str, conversation: Callable[[Server], Awaitable[T]]) -> T:
+    """What a conversation with a server comes to, by a client that knows nothing of it beforehand."""
+
+    async def run() -> T:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+            return await conversation(Server(url, session))
+
+    return asyncio.run(run())
+
+
+async def sample(server: Server, count: int) -> dict[str, Any]:
+    sampling = {"max_new_tokens": count, "temperature": 0.0, "ignore_eos": True}
+    return await server.generate({"input_ids": PROMPT, "sampling_params": sampling}, SECONDS)
+
+
+@torch.no_grad()
+def greedy(model: Any, count: int) -> list[int]:
+    tokens = list(PROMPT)
+    for _ in range(count):
+        tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[-count:]
+
+
+async def orders(server: Server) -> tuple[int, int]:
+    """Releases and resumptions that it has answered."""
+    text = await server._send("GET", "/metrics", SECONDS)
+    lines = [line for line in text.splitlines() if "http_responses_total" in line and "_memory_occupation" in line]
+    counts = [sum(float(line.split()[-1]) for line in lines if verb in line) for verb in ("/release_", "/resume_")]
+    return int(counts[0]), int(counts[1])
+
+
+class Trainer:
+    """TRAINER in a process of its own, request by request."""
+
+    def __init__(self, server: RealServer, folder: Path) -> None:
+        program = [sys.executable, "-c", TRAINER, server.url, str(folder)]
+        self._process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tiny.CHECKOUT
+        )
+
+    def next_request(self) -> str:
+        """The path that it wants to ask for; empty when it is done."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def go_on(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def kill(self) -> None:
+        with self._process:
+            self._process.kill()
+
+
+@pytest.fixture
+def start_trainer(servers: list[RealServer], other_weights: Path) -> Iterator[Callable[[], Trainer]]:
+    started = []
+
+    def start() -> Trainer:
+        started.append(Trainer(servers[0], other_weights))
+        return started[-1]
+
+    yield start
+    for trainer in started:
+        trainer.kill()
+
+
+def requests_of(trainer: Trainer) -> list[str]:
+    paths = []
+    while path := trainer.next_request():
+        paths.append(path)
+        trainer.go_on()
+    return paths
+
+
+def test_a_step_releases_syncs_and_resumes_in_an_order_that_leaves_no_moment_without_memory(
+    servers: list[RealServer], start_trainer: Callable[[], Trainer]
+) -> None:
+    paths = requests_of(start_trainer())
+    assert [path for path in paths if path not in ("/metrics", "/ready")] == [
+        "/pause_generation",
+        "/update_weight_version",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "/update_weights_from_disk",
+        "/resume_memory_occupation",
+        "/continue_generation",
+    ]
+    assert talk(servers[0].url, Server.weight_version) == "synced"
+
+
+def test_a_trainer_that_is_killed_between_or_within_any_two_requests_leaves_a_server_that_the_next_one_can_use(
+    servers: list[RealServer], start_trainer: Callable[[], Trainer], reference: Any, model: Path
+) -> None:
+    expected = greedy(reference, 6)
+    total = len(requests_of(start_trainer()))
+    found = []
+
+    async def next_trainer(server: Server) -> None:
+        missing = await missing_memory(server)
+        version = await server.weight_version()
+        assert missing is Missing.NOTHING or version in (RELEASED, "synced"), "gone weights have no name"
+        found.append(missing)
+        await colocation.recover(server, patience_seconds=5)
+        assert await missing_memory(server) is Missing.NOTHING
+        await server.load_weights(str(model), "next", SECONDS)
+        answer = await sample(server, 6)
+        assert (answer["output_ids"], answer["meta_info"]["weight_version"]) == (expected, "next")
+
+    for within in (False, True):
+        for done in range(total):
+            trainer = start_trainer()
+            for _ in range(done):
+                trainer.next_request()
+                trainer.go_on()
+            trainer.next_request()
+            if within:
+                trainer.go_on()  # the request may still get away, or not
+            trainer.kill()
+            talk(servers[0].url, next_trainer)
+    assert set(found) == set(Missing), "every state was recovered from"
+
+
+def test_requests_in_flight_wait_for_the_memory_and_go_on_with_the_new_weights(
+    servers: list[RealServer], other_weights: Path, model: Path
+) -> None:
+    async def conversation(server: Server) -> None:
+        await server.load_weights(str(model), "first", SECONDS)
+        running = asyncio.create_task(sample(server, 300))
+        await asyncio.sleep(0.15)
+        await colocation.release(server)
+        assert await server.weight_version() == RELEASED
+        late = asyncio.create_task(sample(server, 3))
+        await asyncio.sleep(0.5)
+        assert not running.done()
+        assert not late.done()
+        await colocation.resume_weights(server)
+        assert await missing_memory(server) is Missing.CACHE
+        body = {"model_path": str(other_weights), "weight_version": "second", "flush_cache": True}
+        await server.call("POST", "/update_weights_from_disk", SECONDS, body)
+        await colocation.resume_all(server)
+        spans = (await running)["meta_info"]["weight_versions"]
+        assert [span["version"] for span in spans] == ["first", "second"]
+        assert spans[-1]["end"] == 300
+        assert (await late)["meta_info"]["weight_version"] == "second"
+
+    talk(servers[0].url, conversation)
+
+
+def test_what_is_not_due_is_not_ordered(servers: list[RealServer]) -> None:
+    async def conversation(server: Server) -> None:
+        before = await orders(server)
+        await colocation.resume_weights(server)
+        await colocation.resume_all(server)
+        assert await orders(server) == before
+        await colocation.release(server)
+        await colocation.release(server)
+        assert await orders(server) == (before[0] + 1, before[1])
+        await colocation.resume_weights(server)
+        await colocation.resume_weights(server)
+        assert await orders(server) == (before[0] + 1, before[1] + 1)
+        await colocation.release(server)  # with the cache missing
+        assert await missing_memory(server) is Missing.ALL
+        await colocation.resume_all(server)
+        assert await orders(server) == (before[0] + 2, before[1] + 4)
+        assert len((await sample(server, 4))["output_ids"]) == 4
+
+    talk(servers[0].url, conversation)
+
+
+def test_memory_that_another_program_released_is_left_alone(servers: list[RealServer]) -> None:
+    async def order(server: Server, verb: str, tags: str) -> None:
+        await server._send("POST", f"/{verb}_memory_occupation", SECONDS, {"tags": list(tags)})
+
+    async def conversation(server: Server) -> None:
+        # Tags of no memory: only the count tells of them.
+        await order(server, "release", "a")
+        await order(server, "resume", "a")
+        before = await orders(server)
+        for verb in (colocation.release, colocation.resume_weights, colocation.resume_all):
+            with pytest.raises(UnusableServer, match="released by another program"):
+                await verb(server)
+        assert await orders(server) == before
+        await order(server, "release", "abc")
+        for tag in "abc":
+            await order(server, "resume", tag)
+        assert await missing_memory(server) is Missing.NOTHING
+
+    talk(servers[0].url, conversation)
+
+
+def test_a_server_that_was_started_again_has_all_of_its_memory(servers: list[RealServer], other_weights: Path) -> None:
+    talk(servers[0].url, colocation.release)
+    servers[0].restart()
+    assert talk(servers[0].url, missing_memory) is Missing.NOTHING
+    talk(servers[0].url, lambda server: colocation.recover(server, patience_seconds=5))
+    assert len(talk(servers[0].url, lambda server: sample(server, 4))["output_ids"]) == 4
+
+
+def test_a_server_that_does_not_count_is_refused() -> None:
+    fake = FakeServer()
+    try:
+        with pytest.raises(UnusableServer, match="start it with --enable-metrics"):
+            talk(fake.url, colocation.release)
+        assert fake.calls == ["/metrics"]
+    finally:
+        fake.close()

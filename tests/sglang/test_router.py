@@ -1,0 +1,103 @@
+"""A real router in front of real servers: the trainer finds the workers behind it, each once."""
+
+import asyncio
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from fake_server import free_port
+from real_servers import RealServer, installed
+
+from megatron_rlvr.rollout.router import expand, workers_of
+from megatron_rlvr.rollout.server import ServerFault
+from megatron_rlvr.rollout.servers import ServerPool
+
+_START_SECONDS = 120
+
+
+@pytest.fixture
+def router(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Starts routers; gives their URLs."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*workers: str, flags: tuple[str, ...] = ()) -> str:
+        port = free_port()
+        command = [str(installed()), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--prometheus-port", str(free_port()), "--shutdown-grace-period-secs", "0", *flags]
+        command += ["--worker-urls", *workers] if workers else []
+        with (tmp_path / f"router_{port}.log").open("wb") as log:
+            started.append(subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log))
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                return f"http://127.0.0.1:{port}"
+            except OSError:
+                assert started[-1].poll() is None, log
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def ask(urls: list[str], patience: float = 30.0) -> dict[str, list[str] | ServerFault | None]:
+    pool = ServerPool(urls, max_inflight=1, retries=0, patience_seconds=patience)
+    try:
+        return pool.everywhere(partial(workers_of, patience_seconds=patience))
+    finally:
+        pool.close()
+
+
+def test_a_router_stands_for_its_workers_each_of_which_counts_once(servers: list[RealServer], router) -> None:
+    first, second = (server.url for server in servers)
+    both, one = router(first, second), router(second)
+    answers = ask([second, both, one])
+    assert answers[second] is None, "a server is no router"
+    assert sorted(answers[both]) == sorted([first, second])  # type: ignore[arg-type,type-var]
+    assert expand(answers) == ([second, first], [])
+    assert expand(ask([one, second])) == ([second], [])
+
+
+def test_workers_that_come_late_are_waited_for(servers: list[RealServer], router) -> None:
+    url = router()
+    answers = ask([url], patience=1.0)
+    (problem,) = expand(answers)[1]
+    assert f"rollout.servers {url} cannot be used (it is a router that has no workers; add some to it)" in problem
+    body = f'{{"url": "{servers[0].url}"}}'.encode()
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{url}/workers", body, headers), timeout=10).close()
+    assert ask([url])[url] == [servers[0].url]
+
+
+def test_what_does_not_answer_is_named_and_the_others_are_kept(servers: list[RealServer]) -> None:
+    gone = f"http://127.0.0.1:{free_port()}"
+    urls, problems = expand(ask([gone, servers[0].url], patience=0.5))
+    assert urls == [servers[0].url]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"rollout.servers {gone} cannot be used (/workers: ")
+    assert problems[0].endswith("start it, or drop it from the list")
+
+
+@pytest.mark.parametrize(
+    "worker",
+    [
+        {"url": "http://a:1", "worker_type": "prefill"},
+        {"url": "grpc://a:1", "worker_type": "regular"},
+        {"url": "http://a:1@0", "worker_type": "regular"},
+    ],
+)
+def test_workers_that_cannot_be_asked_alone_are_refused(worker: dict[str, str]) -> None:
+    class Router:
+        async def call(self, method: str, path: str, timeout_seconds: float) -> object:
+            return {"workers": [{"url": "http://b:1", "worker_type": "regular"}, worker]}
+
+    with pytest.raises(ServerFault, match="cannot be asked alone; route to whole servers"):
+        asyncio.run(workers_of(cast(Any, Router()), 0))

@@ -1,0 +1,379 @@
+"""Whole steps on real servers that die, freeze, come back with other weights, or run out of memory in mid-generation.
+
+The collector, the engine, the graders and the servers are real. Each step must end with its number of groups, all
+sampled from the weights of this run and graded once, and what happened must stand in the log.
+"""
+
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch.distributed as dist
+from real_servers import RealServer, installed
+from scripted import PlainTokenizer, prompts_of, start_graders
+from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
+
+from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
+from megatron_rlvr.rollout.servers import ServersError
+from megatron_rlvr.types import SampleRequest
+
+PROMPTS, SAMPLES, LENGTH = 6, 8, 150
+
+PARITY_REWARD = """\
+import os
+
+
+def first_token(prompt, response):
+    file = os.open(os.path.join(os.path.dirname(__file__), "graded"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, (response + "\\n").encode())
+    os.close(file)
+    return sum(map(int, response.split())) % 2 == 0
+"""
+
+
+@pytest.fixture
+def both(servers: list[RealServer]) -> list[RealServer]:
+    """Two servers that are up, whatever an earlier test has done to them."""
+    for server in servers:
+        if not server.alive:
+            server.start()
+    for server in servers:
+        server.wait()
+    return servers
+
+
+@pytest.fixture
+def graders(tmp_path: Path) -> Iterator[Any]:
+    (tmp_path / "user_reward.py").write_text(PARITY_REWARD, encoding="ascii")
+    with start_graders(tmp_path) as pool:
+        yield pool
+
+
+class Steps:
+    """Steps of a run of one rank, and faults in the middle of them."""
+
+    def __init__(self, engine: Any, ranks: Any, graders: Any, reference: Any, journal: Path) -> None:
+        from megatron_rlvr.data.cursor import PromptCursor
+        from megatron_rlvr.data.prompts import FilePrompts, PromptSet
+        from megatron_rlvr.rollout.sampler import Sampler
+        from megatron_rlvr.rollout.streaming import StreamingCollector
+
+        self.engine, self.reference, self.journal = engine, reference, journal
+        self.syncs = 0
+        self.step = 0
+        settings = RolloutSettings(
+            engine="sglang",
+            servers=["http://localhost:1"],
+            samples_per_prompt=SAMPLES,
+            max_response_tokens=LENGTH,
+            partial=True,
+            oversampling=1.5,
+        )
+        self.collector = StreamingCollector(
+            sampler=Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
+            cursor=PromptCursor(PromptSet(prompts_of([0.5] * 200), (FilePrompts("set", 0, 200, 1.0, 0),)), 0, True),
+            ranks=ranks,
+            rollout=settings,
+            reward=RewardSettings(overlong_buffer=0),
+            prompts=PROMPTS,
+            seed=0,
+            store=dist.PrefixStore(str(id(self)), dist.HashStore()),
+            sync=self.sync,
+        )
+        self.sync()
+
+    def sync(self) -> None:
+        self.syncs += 1
+        self.engine.update_weights(self.reference.state_dict().items(), version=0)
+
+    def take(self, fault: Callable[[], None] = lambda: None) -> None:
+        """One step, with ``fault`` once some responses are there; the batch is checked."""
+        self.step += 1
+        seen, done = [0], threading.Event()
+
+        def on_finished(count: int) -> None:
+            seen[0] += count
+            if seen[0] >= SAMPLES and not done.is_set():
+                done.set()
+                fault()
+
+        rollout = self.collector.collect(self.step, on_finished)
+        assert done.is_set()
+        assert rollout.size == PROMPTS
+        assert len(rollout.groups) == PROMPTS
+        for ordered in rollout.groups:
+            group = ordered.group
+            assert len(group.completions) == SAMPLES
+            assert group.informative
+            for completion in group.completions[:2]:
+                assert completion.finish_reason == "length" or completion.token_ids[-1] == 2
+                request = SampleRequest(group.prompt, completion.sample, 0)
+                expected = logprobs_of(self.reference, request, completion)
+                assert np.abs(expected - completion.logprobs).max() < TOLERANCE
+                assert set(completion.weight_versions.tolist()) == {0}
+        graded = self.journal.read_text().splitlines()
+        assert len(graded) == len(set(graded)), "nothing is graded twice"
+
+
+@pytest.fixture
+def steps_on(engine_on: Any, one_rank: Any, graders: Any, reference: Any, tmp_path: Path) -> Iterator[Any]:
+    made = []
+
+    def make(servers: list[RealServer], **settings: Any) -> Steps:
+        engine = engine_on([server.url for server in servers], stop=(2,), max_inflight=24, **settings)
+        engine._pool.watch_seconds = 1.0
+        made.append(Steps(engine, one_rank, graders, reference, tmp_path / "graded"))
+        return made[-1]
+
+    yield make
+    for steps in made:
+        steps.collector.close()
+
+
+def taken_out(caplog: pytest.LogCaptureFixture, server: RealServer) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records]
+    return [line for line in lines if line.startswith(f"server {server.url} is taken out")]
+
+
+def usable_within(steps: Steps, count: int, seconds: float) -> None:
+    pool = steps.engine._pool
+    deadline = time.monotonic() + seconds
+    with pool.open():
+        while len(pool.usable) < count:
+            assert time.monotonic() < deadline, pool.usable
+            time.sleep(0.1)
+
+
+def test_one_of_two_is_killed_and_comes_back_with_other_weights_which_it_is_rid_of(
+    both: list[RealServer], steps_on: Any, other_weights: Path, caplog: pytest.LogCaptureFixture
+):
+    steps = steps_on(both)
+    steps.take(both[1].kill)
+    assert len(taken_out(caplog, both[1])) == 1
+    assert steps.engine._pool.usable == [both[0].url]
+    both[1].restart(other_weights)
+    steps.take()
+    usable_within(steps, 2, 90)
+    steps.take()
+    assert len(taken_out(caplog, both[1])) == 1
+
+
+def test_one_of_two_is_frozen_for_30_seconds(both: list[RealServer], steps_on: Any):
+    steps = steps_on(both)
+
+    def freeze() -> None:
+        both[0].freeze()
+        threading.Timer(30, both[0].thaw).start()
+
+    start = time.monotonic()
+    steps.take(freeze)
+    time.sleep(max(0.0, start + 31 - time.monotonic()))
+    usable_within(steps, 2, 90)
+    steps.take()
+
+
+@pytest.mark.parametrize("method", ["disk", "distributed"])
+def test_all_are_gone_and_come_back_with_other_weights(
+    method: str, both: list[RealServer], steps_on: Any, caplog: pytest.LogCaptureFixture
+):
+    steps = steps_on(both, method=method, server_timeout_seconds=400.0)
+
+    def restart_both() -> None:
+        for server in both:
+            server.kill()
+        for server in both:
+            server.start()
+
+    start = time.monotonic()
+    steps.take(restart_both)
+    assert time.monotonic() - start > 20
+    assert steps.syncs == (1 if method == "disk" else 2), "a folder outlasts the servers, a broadcast does not"
+    assert all(len(taken_out(caplog, server)) >= 1 for server in both)
+
+
+def test_all_are_gone_for_good_and_what_was_sampled_is_kept(both: list[RealServer], steps_on: Any, tmp_path: Path):
+    steps = steps_on(both, server_timeout_seconds=3.0)
+
+    def kill_both() -> None:
+        for server in both:
+            server.kill()
+
+    with pytest.raises(ServersError, match=r"no server could be used for 3 s") as caught:
+        steps.take(kill_both)
+    assert all(server.url in str(caught.value) for server in both)
+    assert "\n" not in str(caught.value)
+    graded = len((tmp_path / "graded").read_text().splitlines())
+    assert graded >= SAMPLES
+    kept, begun = steps.collector._kept, steps.collector._begun
+    assert sum(len(group.graded) for group in begun) + SAMPLES * len(kept) == graded
+    for server in both:
+        server.start()
+    for server in both:
+        server.wait()
+    steps.sync()
+    steps.take()
+
+
+@contextmanager
+def garbage(port: int) -> Iterator[None]:
+    """Something on ``port`` that answers every connection with what is no HTTP."""
+    with socket.create_server(("127.0.0.1", port), reuse_port=False) as listener:
+        listener.settimeout(0.1)
+        stop = threading.Event()
+
+        def serve() -> None:
+            while not stop.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.sendall(bytes(range(256)))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_port_that_answers_garbage(
+    both: list[RealServer], steps_on: Any, engine_on: Any, caplog: pytest.LogCaptureFixture
+):
+    steps = steps_on(both, server_timeout_seconds=2.0)
+    with ExitStack() as stack:
+
+        def replace() -> None:
+            both[1].kill()
+            stack.enter_context(garbage(both[1].port))
+
+        steps.take(replace)
+        steps.take()
+        assert len(taken_out(caplog, both[1])) == 1
+        with pytest.raises(SettingsError, match=f"rollout.servers {both[1].url} cannot be used"):
+            engine_on([server.url for server in both], server_timeout_seconds=2.0)
+
+
+def test_a_server_without_memory_for_all_its_requests_takes_turns(
+    both: list[RealServer], steps_on: Any, other_weights: Path, tmp_path: Path
+):
+    both[0].kill()  # its memory and its core are needed
+    small = RealServer(installed(), other_weights, tmp_path / "small.log", "--max-total-tokens", "700")
+    small.start()
+    try:
+        small.wait()
+        steps = steps_on([small])
+        retractions: list[int] = []
+        job = steps.engine.job
+
+        def spying(*arguments: Any) -> Any:
+            made = job(*arguments)
+            read = made.read
+
+            def note(answer: Any) -> Any:
+                retractions.append(answer["meta_info"].get("num_retractions", 0))
+                return read(answer)
+
+            made.read = note
+            return made
+
+        steps.engine.job = spying
+        steps.take()
+        assert sum(retractions) > 0, "or it had memory enough"
+    finally:
+        small.kill()
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGKILL"])
+def test_servers_are_idle_after_the_trainer_is_gone(
+    signal_name: str, both: list[RealServer], model: Path, problems: Path, tmp_path: Path
+):
+    (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
+    settings = tiny.settings_for(
+        model,
+        problems,
+        tmp_path / "run",
+        rollout={
+            "engine": "sglang",
+            "servers": [server.url for server in both],
+            "samples_per_prompt": 8,
+            "max_response_tokens": 380,
+            "max_rounds": 2,
+        },
+        reward={"function": "rewards:even"},
+        sync={"method": "disk"},
+        run={"dir": str(tmp_path / "run"), "steps": 100},
+    )
+    config = tiny.write_settings(tmp_path / "config.yaml", settings)
+    with (tmp_path / "out").open("wb") as out:
+        trainer = subprocess.Popen(
+            tiny.command(config), cwd=tmp_path, env=tiny.environment(), stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while all(idle(server) for server in both):
+                assert trainer.poll() is None, (tmp_path / "out").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            trainer.send_signal(getattr(signal, signal_name))
+            trainer.wait(timeout=60)
+        finally:
+            trainer.kill()
+            trainer.wait()
+    deadline = time.monotonic() + 10
+    while not all(idle(server) for server in both):
+        assert time.monotonic() < deadline, "a request goes on without anyone to read its answer"
+        time.sleep(0.2)
+    if signal_name == "SIGTERM":
+        assert trainer.returncode == 143
+        assert "stopped by SIGTERM" in (tmp_path / "out").read_text()
+
+
+def idle(server: RealServer) -> bool:
+    """Only an idle server empties its cache."""
+    request = urllib.request.Request(server.url + "/flush_cache", data=b"{}", method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=30):
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code != 400:
+            raise
+        return False
+
+
+def test_weights_change_under_a_running_request_and_each_token_says_which(
+    both: list[RealServer], engine_on: Any, reference: Any
+):
+    engine = engine_on([server.url for server in both], stop=())
+    engine.update_weights(reference.state_dict().items(), version=0)
+    asked = requests(8)
+    changed = {name: 1.1 * tensor for name, tensor in reference.state_dict().items()}
+    with engine.open(sampling(300, temperature=1.0)) as stream:
+        stream.submit(asked)
+        time.sleep(0.4)
+        engine.update_weights(changed.items(), version=1)
+        found = [stream.get() for _ in asked]
+    other = type(reference)(reference.config).eval()
+    other.load_state_dict(changed)
+    mixed = 0
+    for request, completion in found:
+        versions = completion.weight_versions
+        assert versions.tolist() == sorted(versions.tolist())
+        mixed += len(set(versions.tolist())) == 2
+        by_version = [logprobs_of(weights, request, completion) for weights in (reference, other)]
+        expected = np.where(versions == 0, *by_version)
+        assert np.abs(completion.logprobs - expected).max() < TOLERANCE
+    assert mixed > 2

@@ -1,0 +1,290 @@
+"""New weights on real servers: they are the policy's, whoever gathers them, and whatever servers do meanwhile."""
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launcher import Ranks
+from policy_runs import Layout
+from real_servers import RealServer
+from sync_runs import PROMPTS, Synced, trained_and_synced
+from test_real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling
+
+from megatron_rlvr.sync.buckets import buckets
+from megatron_rlvr.sync.distributed import _address_toward
+
+METHODS = ["disk", "distributed", "tensor"]
+IN_BUCKETS = ["distributed", "tensor"]
+LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2)]
+# Smaller than the embedding: it travels alone, and the rest in several buckets.
+BUCKET_BYTES = 20_000
+
+
+@pytest.fixture
+def both(servers: list[RealServer]) -> list[RealServer]:
+    """Two servers that run, whatever an earlier test did to them."""
+    started = [server for server in servers if server._process is None]
+    for server in started:
+        server.start()
+    for server in started:
+        server.wait()
+    return servers
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(most=2)
+    yield ranks
+    ranks.stop()
+
+
+def scaled(model: Any, factor: float) -> Any:
+    """A copy of the model with all weights multiplied."""
+    copy = type(model)(model.config).eval()
+    copy.load_state_dict({name: factor * tensor for name, tensor in model.state_dict().items()})
+    return copy
+
+
+def weights_of(model: Any, during: Callable[[], Any] = lambda: None) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights, with something that happens halfway."""
+    tensors = list(model.state_dict().items())
+    yield from tensors[: len(tensors) // 2]
+    during()
+    yield from tensors[len(tensors) // 2 :]
+
+
+def check(engine: Any, model: Any, urls: list[str], version: int) -> None:
+    """Servers, these and no others, sample from the model."""
+    assert sorted(engine._pool.usable) == sorted(urls)
+    asked = requests(8)
+    for request, completion in zip(asked, in_order(asked, engine.generate(asked, sampling(12, 1.0))), strict=True):
+        assert np.abs(completion.logprobs - logprobs_of(model, request, completion)).max() < TOLERANCE
+    for url in urls:
+        assert version_at(url).endswith(f"-{version}")
+
+
+def version_at(url: str) -> str:
+    with urllib.request.urlopen(url + "/model_info", timeout=20) as answer:
+        return json.load(answer)["weight_version"]
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["one_rank", "tensor", "pipeline"])
+def test_servers_have_the_logprobs_of_the_policy_that_gave_them_its_weights(
+    layout: Layout, both, ranks: Ranks, model: Path, reference, tmp_path: Path
+):
+    urls = [server.url for server in both]
+    found: list[Synced] = ranks.run(
+        trained_and_synced, layout.size, str(model), layout, urls, str(tmp_path), METHODS, BUCKET_BYTES, timeout=200
+    )
+    main = found[0]
+    trained = type(reference)(reference.config).eval()
+    trained.load_state_dict(main.weights)
+    for method in METHODS:
+        on_servers = main.on_servers[method]
+        assert len(main.sequences[method]) == 4 * PROMPTS
+        by_transformers = {
+            (number << 20) + place: logprob
+            for number, (prompt, response) in enumerate(main.sequences[method])
+            for place, logprob in enumerate(logprobs_after(trained, prompt, response))
+        }
+        in_policy = {token: logp for rank in found for token, logp in rank.in_policy[method].items()}
+        assert mean_gap(on_servers, in_policy) < TOLERANCE, method
+        assert mean_gap(on_servers, by_transformers) < TOLERANCE, method
+
+
+@torch.no_grad()
+def logprobs_after(model: Any, prompt: list[int], response: list[int]) -> list[float]:
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].tolist()
+
+
+def mean_gap(a: dict[int, float], b: dict[int, float]) -> float:
+    assert a.keys() == b.keys()
+    return sum(abs(a[token] - b[token]) for token in a) / len(a)
+
+
+@pytest.mark.parametrize("method", IN_BUCKETS)
+def test_each_sync_replaces_all_weights_and_says_what_it_sent(method: str, both, engine_on, reference):
+    urls = [server.url for server in both]
+    engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
+    groups = []
+    for version, factor in enumerate((1.0, 0.8, 1.1)):
+        model = scaled(reference, factor)
+        engine.update_weights(weights_of(model), version)
+        check(engine, model, urls, version)
+        sent = engine._sync.sent
+        assert sent.bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+        assert sent.largest_bucket == model.get_input_embeddings().weight.nbytes > BUCKET_BYTES
+        assert (sent.servers, sent.buckets > 4, sent.seconds > 0) == (2, True, True)
+        groups.append(dict(getattr(engine._sync, "_groups", {})))
+    assert groups[0] == groups[1] == groups[2], "made once"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, both, engine_on, reference):
+    url, version = both[0].url, 4
+    engine = engine_on([url], method=method)
+    engine.update_weights(weights_of(reference), version - 1)
+    old = version_at(url)
+    body = {"input_ids": [5, 6, 7], "stream": True, "return_logprob": True}
+    body |= {"sampling_params": {"max_new_tokens": 450, "ignore_eos": True, "temperature": 1.0}}
+    request = urllib.request.Request(url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    new_model = scaled(reference, 0.9)
+    with urllib.request.urlopen(request, timeout=120) as stream:
+        lines = (line.removeprefix(b"data: ") for line in stream if line.startswith(b"data: "))
+        assert len(list(islice(lines, 3))) == 3, "it is running"
+        engine.update_weights(weights_of(new_model), version)
+        answers = [json.loads(line) for line in lines if not line.startswith(b"[DONE]")]
+    meta = answers[-1]["meta_info"]
+    assert meta["finish_reason"]["type"] == "length"
+    assert meta["completion_tokens"] == 450
+    first, second = meta["weight_versions"]
+    assert (first["version"], second["version"]) == (old, version_at(url))
+    assert first["start"] == 0 < first["end"] == second["start"] < second["end"] == 450
+    tokens = [token for _, token, _ in meta["output_token_logprobs"]]
+    logprobs = np.array([logprob for logprob, _, _ in meta["output_token_logprobs"]])
+    for span, model in ((first, reference), (second, new_model)):
+        expected = np.array(logprobs_after(model, [5, 6, 7], tokens))
+        gap = np.abs(logprobs - expected)[span["start"] : span["end"]]
+        assert gap.max() < TOLERANCE, span
+
+
+@pytest.mark.parametrize("method", IN_BUCKETS)
+def test_a_server_that_refuses_halfway_is_left_out_and_comes_back_with_the_next_sync(
+    method: str, both, engine_on, reference, caplog: pytest.LogCaptureFixture
+):
+    urls = [server.url for server in both]
+    engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
+    engine.update_weights(weights_of(reference), 0)
+    model = scaled(reference, 0.9)
+    engine.update_weights(weights_of(model, lambda: post(urls[1] + "/end_weight_update", {})), 1)
+    check(engine, model, urls[:1], 1)
+    assert f"server {urls[1]} is taken out" in caplog.text
+    assert "must run between begin_weight_update() and end_weight_update()" in caplog.text
+    assert version_at(urls[1]).endswith("-1-incomplete")
+    engine.update_weights(weights_of(reference), 2)
+    check(engine, reference, urls, 2)
+
+
+@pytest.mark.parametrize("method", IN_BUCKETS)
+def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str, both, engine_on, reference):
+    urls = [server.url for server in both]
+    engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES, server_timeout_seconds=4.0)
+    engine.update_weights(weights_of(reference), 0)
+    model = scaled(reference, 0.9)
+    assert both[1]._process is not None
+    family = [both[1]._process, *both[1]._process.children(recursive=True)]
+    start = time.monotonic()
+    try:
+        engine.update_weights(weights_of(model, lambda: [process.suspend() for process in family]), 1)
+        assert time.monotonic() - start < 4 + 20 + 10, "one bucket's time, one for the order to go on, and reserve"
+        check(engine, model, urls[:1], 1)
+    finally:
+        for process in family:
+            process.resume()
+    both[1].wait()
+    assert version_at(urls[1]).endswith("-1-incomplete")
+    model = scaled(reference, 1.1)
+    engine.update_weights(weights_of(model), 2)
+    check(engine, model, urls, 2)
+
+
+@pytest.mark.parametrize("method", IN_BUCKETS)
+def test_a_fault_of_the_trainer_halfway_leaves_no_server_paused_or_current(method: str, both, engine_on, reference):
+    urls = [server.url for server in both]
+    engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
+    engine.update_weights(weights_of(reference), 0)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.update_weights(weights_of(scaled(reference, 0.9), interrupt), 1)
+    for url in urls:
+        assert version_at(url).endswith("-1-incomplete")
+        body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 4}}
+        assert post(url + "/generate", body)["meta_info"]["completion_tokens"] <= 4
+    engine.update_weights(weights_of(reference), 2)
+    check(engine, reference, urls, 2)
+
+
+def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update_are_taken_up_by_the_next(
+    both, engine_on, reference
+):
+    urls = [server.url for server in both]
+    for url in urls:
+        post(url + "/pause_generation", {"mode": "retract"})
+        post(url + "/begin_weight_update", {})
+    engine = engine_on(urls, method="distributed", server_timeout_seconds=30.0)
+    engine.update_weights(weights_of(reference), 0)
+    check(engine, reference, urls, 0)
+
+
+def test_a_server_that_was_restarted_joins_anew_and_one_that_dies_halfway_is_left_out_at_once(
+    both, engine_on, reference, caplog: pytest.LogCaptureFixture
+):
+    urls = [server.url for server in both]
+    engine = engine_on(urls, method="distributed", bucket_bytes=BUCKET_BYTES)
+    engine.update_weights(weights_of(reference), 0)
+    both[1].kill()
+    both[1].start()
+    both[1].wait()
+    model = scaled(reference, 0.9)
+    engine.update_weights(weights_of(model), 1)
+    check(engine, model, urls, 1)
+    assert "taken out" not in caplog.text
+    start = time.monotonic()
+    engine.update_weights(weights_of(reference, both[1].kill), 2)
+    assert time.monotonic() - start < 30
+    check(engine, reference, urls[:1], 2)
+    engine._sync.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert "weights" not in names, "no broadcast is left behind"
+
+
+def test_buckets_hold_every_tensor_in_order_at_places_that_its_receiver_can_work_out():
+    dice = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
+    tensors = {}
+    for i in range(200):
+        shape = torch.randint(1, 7, (int(torch.randint(0, 4, (), generator=dice)),), generator=dice).tolist()
+        tensors[f"t{i}"] = torch.randint(0, 200, shape, generator=dice).to(dtypes[i % 7 % 4])
+    tensors["large"] = torch.arange(300.0).reshape(3, 100).T
+    tensors["last"] = torch.ones(2, 2)
+    most, found, memories = 1000, {}, set()
+    for bucket in buckets(tensors.items(), most, torch.device("cpu")):
+        assert bucket.bytes <= most or bucket.names == ["large"]
+        if bucket.names != ["large"]:
+            memories.add(bucket.data.untyped_storage().data_ptr())
+        start = 0
+        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+            assert start % dtype.itemsize == 0
+            end = start + shape.numel() * dtype.itemsize
+            found[name] = bucket.data[start:end].clone().view(dtype).reshape(shape)
+            start = end
+        assert start == bucket.bytes
+    assert list(found) == list(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert len(memories) == 1, "one bucket of memory for all"
+    assert list(buckets([], most, torch.device("cpu"))) == []
+
+
+def test_servers_of_this_machine_are_told_its_loopback_address():
+    assert _address_toward("http://127.0.0.1:30000") == "127.0.0.1"
+    assert _address_toward("http://localhost") in ("127.0.0.1", "::1")
