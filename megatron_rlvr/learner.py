@@ -138,14 +138,18 @@ class Learner:
         gap_sum, entropy_sum, staleness_sum, fresh_count, count = sums.tolist()
         mean_gap, limit = gap_sum / max(1.0, fresh_count), self._settings.rollout.max_logprob_gap
         if mean_gap > limit:
+            reason = "the engine sampled from other weights"
+            if -least > (self._settings.rollout.overlap == "one_step"):
+                reason = f"the newest tokens are {-least:g} steps old; lower rollout.max_staleness or the learning rate"
             raise LogprobGapError(
                 f"step {step}: log-probabilities at sampling differ from the policy's by {mean_gap:.3g} nats on "
-                f"average, above rollout.max_logprob_gap {limit:g}: the engine sampled from other weights"
+                f"average, above rollout.max_logprob_gap {limit:g}: {reason}"
             )
         return {
             "rollout/logprob_gap_mean": mean_gap,
             "rollout/logprob_gap_max": self._largest_of(gap),
             "rollout/staleness_mean": staleness_sum / count,
+            "rollout/staleness_min": -least,
             "rollout/staleness_max": most,
             "entropy/mean": entropy_sum / count,
         }

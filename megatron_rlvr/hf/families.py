@@ -2,7 +2,7 @@
 
 A family is two things one can read: the fields of Megatron's TransformerConfig computed from the Hugging Face config,
 and a table of names. A row of the table says which layers have a Megatron parameter, which Hugging Face tensors make it
-up, and how:
+up, of which shapes, and how:
 
     whole      one tensor, the same on every tensor-parallel rank
     vocab      one tensor [V, H], rows padded and split over ranks
@@ -13,6 +13,12 @@ up, and how:
 
 Layers are dense (one feed-forward network) or sparse (a router and experts). Experts are the exception to the splits: a
 rank holds some of them, and those whole.
+
+Names are those of our layers. Transformer Engine's differ in two norms, which it holds in the linear layer behind them;
+checkpoints have these names whichever layers wrote them, and all experts of a layer as one tensor.
+
+Shapes: V vocabulary, H hidden, D head, Q queries of all heads, K keys of all key-value groups, F feed-forward,
+E experts, M feed-forward of an expert.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,78 +35,145 @@ class Row:
     megatron: str
     hugging_face: tuple[str, ...]
     layout: Layout
+    shapes: tuple[str, ...]
+    """Of the Hugging Face tensors, a letter a dimension: ``QH`` is [Q, H]."""
     layers: Literal["all", "dense", "sparse"] = "all"
+    in_checkpoint: str = ""
+    """Its name there, or that of the tensor whose part ``expert`` it is; "" where it is no other."""
+    expert: int | None = None
 
     @property
     def of_expert(self) -> bool:
         """Whether it is a parameter of one expert, which no other rank of the replica holds a part of."""
         return ".local_experts." in self.megatron
 
-    def at(self, layer: int, expert: int = 0) -> "Row":
+    @property
+    def key(self) -> str:
+        """Its name in checkpoints."""
+        return self.in_checkpoint or self.megatron
+
+    def at(self, layer: int, expert: int | None = None) -> "Row":
         """The row with its numbers filled in."""
-        names = tuple(name.format(layer=layer, expert=expert) for name in self.hugging_face)
-        return replace(self, megatron=self.megatron.format(layer=layer, expert=expert), hugging_face=names)
+        megatron, key, *names = (
+            name.format(layer=layer, expert=expert) for name in (self.megatron, self.in_checkpoint, *self.hugging_face)
+        )
+        return replace(self, megatron=megatron, in_checkpoint=key, hugging_face=tuple(names), expert=expert)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its Hugging Face ``model_type``, its table, whether queries and keys are normed, and whether
-    it has sparse layers."""
+    """One architecture: its Hugging Face ``model_type``, its table, and what only some families have."""
 
     model_type: str
     architecture: str
     rows: tuple[Row, ...]
-    qk_layernorm: bool
+    qk_layernorm: bool = False
+    """Queries and keys are normed."""
+    qkv_bias: bool = False
+    """Queries, keys and values have biases."""
     sparse: bool = False
+    """Layers may have experts."""
 
 
 _LAYER = "model.layers.{layer}."
 _DECODER = "decoder.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
 _LOCAL_EXPERT = _DECODER + "mlp.experts.local_experts.{expert}."
+_ALL_EXPERTS = _DECODER + "mlp.experts.experts."
+_QKV = _DECODER + "self_attention.linear_qkv."
 
-_QWEN3_ROWS = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-    Row(_DECODER + "input_layernorm.weight", (_LAYER + "input_layernorm.weight",), "whole"),
+_COMMON_ROWS = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", ("VH",)),
     Row(
-        _DECODER + "self_attention.linear_qkv.weight",
-        tuple(_LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"),
-        "qkv",
+        _DECODER + "input_layernorm.weight",
+        (_LAYER + "input_layernorm.weight",),
+        "whole",
+        ("H",),
+        in_checkpoint=_QKV + "layer_norm_weight",
     ),
-    Row(_DECODER + "self_attention.q_layernorm.weight", (_LAYER + "self_attn.q_norm.weight",), "whole"),
-    Row(_DECODER + "self_attention.k_layernorm.weight", (_LAYER + "self_attn.k_norm.weight",), "whole"),
-    Row(_DECODER + "self_attention.linear_proj.weight", (_LAYER + "self_attn.o_proj.weight",), "row"),
-    Row(_DECODER + "pre_mlp_layernorm.weight", (_LAYER + "post_attention_layernorm.weight",), "whole"),
+    Row(_QKV + "weight", tuple(_LAYER + f"self_attn.{p}_proj.weight" for p in "qkv"), "qkv", ("QH", "KH", "KH")),
+    Row(_DECODER + "self_attention.linear_proj.weight", (_LAYER + "self_attn.o_proj.weight",), "row", ("HQ",)),
+    Row(
+        _DECODER + "pre_mlp_layernorm.weight",
+        (_LAYER + "post_attention_layernorm.weight",),
+        "whole",
+        ("H",),
+        "dense",
+        in_checkpoint=_DECODER + "mlp.linear_fc1.layer_norm_weight",
+    ),
     Row(
         _DECODER + "mlp.linear_fc1.weight",
         (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
         "gate_up",
+        ("FH", "FH"),
         "dense",
     ),
-    Row(_DECODER + "mlp.linear_fc2.weight", (_LAYER + "mlp.down_proj.weight",), "row", "dense"),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "whole"),
-    Row("output_layer.weight", ("lm_head.weight",), "vocab"),
+    Row(_DECODER + "mlp.linear_fc2.weight", (_LAYER + "mlp.down_proj.weight",), "row", ("HF",), "dense"),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "whole", ("H",)),
+    Row("output_layer.weight", ("lm_head.weight",), "vocab", ("VH",)),
 )
 
-_QWEN3_MOE_ROWS = (
-    *_QWEN3_ROWS,
-    Row(_DECODER + "mlp.router.weight", (_LAYER + "mlp.gate.weight",), "whole", "sparse"),
+_QKV_BIAS_ROWS = (
+    Row(_QKV + "bias", tuple(_LAYER + f"self_attn.{p}_proj.bias" for p in "qkv"), "qkv", ("Q", "K", "K")),
+)
+
+_QK_NORM_ROWS = (
+    Row(_DECODER + "self_attention.q_layernorm.weight", (_LAYER + "self_attn.q_norm.weight",), "whole", ("D",)),
+    Row(_DECODER + "self_attention.k_layernorm.weight", (_LAYER + "self_attn.k_norm.weight",), "whole", ("D",)),
+)
+
+_EXPERT_ROWS = (
+    Row(
+        _DECODER + "pre_mlp_layernorm.weight",
+        (_LAYER + "post_attention_layernorm.weight",),
+        "whole",
+        ("H",),
+        "sparse",
+    ),
+    Row(_DECODER + "mlp.router.weight", (_LAYER + "mlp.gate.weight",), "whole", ("EH",), "sparse"),
     Row(
         _LOCAL_EXPERT + "linear_fc1.weight",
         (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
         "gate_up",
+        ("MH", "MH"),
         "sparse",
+        in_checkpoint=_ALL_EXPERTS + "linear_fc1.weight",
     ),
-    Row(_LOCAL_EXPERT + "linear_fc2.weight", (_EXPERT + "down_proj.weight",), "row", "sparse"),
+    Row(
+        _LOCAL_EXPERT + "linear_fc2.weight",
+        (_EXPERT + "down_proj.weight",),
+        "row",
+        ("HM",),
+        "sparse",
+        in_checkpoint=_ALL_EXPERTS + "linear_fc2.weight",
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen3", "Qwen3ForCausalLM", _QWEN3_ROWS, qk_layernorm=True),
-        Family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE_ROWS, qk_layernorm=True, sparse=True),
+        Family("llama", "LlamaForCausalLM", _COMMON_ROWS),
+        Family("qwen2", "Qwen2ForCausalLM", (*_COMMON_ROWS, *_QKV_BIAS_ROWS), qkv_bias=True),
+        Family("qwen3", "Qwen3ForCausalLM", (*_COMMON_ROWS, *_QK_NORM_ROWS), qk_layernorm=True),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            (*_COMMON_ROWS, *_QK_NORM_ROWS, *_EXPERT_ROWS),
+            qk_layernorm=True,
+            sparse=True,
+        ),
     )
 }
+
+# {name in a layer of Transformer Engine's: in one of ours}, of the norms that it holds elsewhere.
+NORMS_IN_LINEARS = {
+    row.in_checkpoint.removeprefix(_DECODER): row.megatron.removeprefix(_DECODER)
+    for row in _COMMON_ROWS
+    if row.in_checkpoint
+}
+
+# Megatron knows these constants of Llama 3's rotary embedding by heart; every Llama 3.1, 3.2 and 3.3 has them.
+_LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 class ModelError(ValueError):
@@ -118,19 +191,29 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def transformer_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig that follow from a Hugging Face ``config.json``."""
     family = family_of(config)
-    heads = config["num_attention_heads"]
     _refuse_unsupported(config)
+    heads, groups, size = attention_sizes(config)
     return {
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"],
+        "num_layers": _whole_number(config, "num_hidden_layers"),
+        "hidden_size": _whole_number(config, "hidden_size"),
+        "ffn_hidden_size": _whole_number(config, "intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "num_query_groups": groups,
+        "kv_channels": size,
         "layernorm_epsilon": config["rms_norm_eps"],
         "qk_layernorm": family.qk_layernorm,
+        "add_qkv_bias": family.qkv_bias,
         **(_expert_fields(config) if family.sparse else {}),
     }
+
+
+def attention_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Query heads, key-value groups, and the size of a head; older configs leave the last two out."""
+    heads = _whole_number(config, "num_attention_heads")
+    groups = heads if config.get("num_key_value_heads") is None else _whole_number(config, "num_key_value_heads")
+    if config.get("head_dim") is not None:
+        return heads, groups, _whole_number(config, "head_dim")
+    return heads, groups, _whole_number(config, "hidden_size") // heads
 
 
 def _expert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,9 +289,24 @@ def rows_of(config: Mapping[str, Any], expert_ranks: int = 1) -> Iterator[Sequen
                 yield tuple(row.at(layer, rank * here + expert) for rank in range(expert_ranks))
 
 
+def tensor_shapes(row: Row, config: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of a row's Hugging Face tensors."""
+    heads, groups, size = attention_sizes(config)
+    sizes = {"D": size, "Q": heads * size, "K": groups * size}
+    keys = {"V": "vocab_size", "H": "hidden_size", "F": "intermediate_size", "M": "moe_intermediate_size"}
+    sizes |= {letter: config[key] for letter, key in keys.items() if key in config} | {"E": expert_count(config)}
+    return [tuple(sizes[letter] for letter in shape) for shape in row.shapes]
+
+
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Base period of the rotary embedding (transformers 4 and 5 keep it in different places)."""
     return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def rope_scaling_factor(config: Mapping[str, Any]) -> float | None:
+    """By how much Llama 3 stretches the slow turns of its rotary embedding; None where they are left as they are."""
+    rope = _rope(config)
+    return float(rope["factor"]) if _rope_type(rope) == "llama3" else None
 
 
 def tied(config: Mapping[str, Any]) -> bool:
@@ -216,17 +314,49 @@ def tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", False))
 
 
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type != "default":
-        raise ModelError(f"rope type {rope_type!r} is not supported; use a model with default rotary embeddings")
-    if config.get("use_sliding_window"):
-        raise ModelError("sliding-window attention is not supported; set use_sliding_window to false in config.json")
+    rope = _rope(config)
+    known = [family.architecture for family in FAMILIES.values()]
+    architecture = (config.get("architectures") or known)[0]
+    if architecture not in known:
+        raise ModelError(f"architecture {architecture!r} is not supported; known are {', '.join(known)}")
+    if _rope_type(rope) not in ("default", "llama3"):
+        raise ModelError(f"rope type {_rope_type(rope)!r} is not supported; use a model with default or llama3")
+    if _rope_type(rope) == "llama3":
+        _refuse_other_llama3(rope)
+    for key, only, remedy in (
+        ("partial_rotary_factor", 1, "use a model that turns whole heads"),
+        ("attention_bias", False, "use a model without it"),
+        ("mlp_bias", False, "use a model without it"),
+    ):
+        value = rope.get(key, config.get(key))
+        if value is not None and value != only:
+            raise ModelError(f"{key} {value!r} is not supported; {remedy}")
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"activation {config['hidden_act']!r} is not supported; known is silu")
-    if config.get("attention_bias"):
-        raise ModelError("attention_bias is not supported for this family; use a model without it")
+    if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise ModelError("sliding-window attention is not supported; use a model whose layers attend to all tokens")
+    _whole_number(config, "vocab_size")
+    if not isinstance(config.get("rms_norm_eps"), float | int):
+        raise ModelError("rms_norm_eps of config.json is missing or not a number; copy the model's own")
+
+
+def _refuse_other_llama3(rope: Mapping[str, Any]) -> None:
+    for key, only in _LLAMA3_ROPE.items():
+        if rope.get(key) != only:
+            raise ModelError(f"{key} {rope.get(key)!r} of rope type llama3 is not supported; it is {only} in Llama 3")
+    if not isinstance(rope.get("factor"), float | int) or rope["factor"] < 1:
+        raise ModelError(
+            f"factor {rope.get('factor')!r} of rope type llama3 is not a number from 1; copy the model's own"
+        )
 
 
 def _whole_number(config: Mapping[str, Any], key: str) -> int:

@@ -16,9 +16,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object; copy the model's own")
+    return config
 
 
 def weight_files(folder: str | Path) -> list[Path]:

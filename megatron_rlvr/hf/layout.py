@@ -6,13 +6,14 @@
 Shapes: H hidden, g key-value groups, q query heads in a group, d head size, F feed-forward size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rlvr.hf.families import Layout
+from megatron_rlvr.hf.families import Layout, attention_sizes
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class Geometry:
     vocab: int
     padded_vocab: int
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any], padded_vocab: int | None = None) -> "Geometry":
+        """From a Hugging Face ``config.json``; the vocabulary is not padded where no size is given."""
+        heads, groups, size = attention_sizes(config)
+        vocab = config["vocab_size"]
+        return cls(groups, heads // groups, size, vocab, vocab if padded_vocab is None else padded_vocab)
+
 
 def merge(layout: Layout, tensors: Sequence[Tensor], geometry: Geometry) -> Tensor:
     """Megatron's full parameter from the Hugging Face tensors of its row."""
@@ -34,7 +42,7 @@ def merge(layout: Layout, tensors: Sequence[Tensor], geometry: Geometry) -> Tens
     if layout == "gate_up":
         return torch.cat(list(tensors))
     (tensor,) = tensors
-    if layout == "vocab":
+    if layout == "vocab" and geometry.padded_vocab > geometry.vocab:
         padded = tensor.new_zeros(geometry.padded_vocab, *tensor.shape[1:])
         padded[: geometry.vocab] = tensor
         return padded

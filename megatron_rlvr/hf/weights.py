@@ -1,43 +1,158 @@
-"""Weights of Hugging Face folders: read one tensor at a time, written so that a folder appears whole or not at all."""
+"""Weights of Hugging Face folders: read and written one tensor at a time, and a folder appears whole or not at all.
+
+A safetensors file starts with a header that names its tensors, and which tensors a file will hold is known only when
+the last one has come. The format lets a header end in spaces: room for it is left, and it is written last. So no more
+than one tensor is in memory at a time, whatever the size of the files.
+"""
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from megatron_rlvr.hf.families import ModelError
+from megatron_rlvr.hf.families import ModelError, rows_of, tensor_shapes, tied
 from megatron_rlvr.hf.files import INDEX, SINGLE, weight_files
 
-_FILE_BYTES = 4 * 2**30
+FILE_BYTES = 5 * 10**9
+"""Where an export is cut into files, if nothing else is asked for."""
+_HEADER_BYTES = 2**18
 # Everything in the source folder travels with an export, but weights.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies in which file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
 
 
 class TensorReader:
-    """Tensors of a model folder by name, each read from disk when asked for."""
+    """Tensors of a model folder by name, each read from disk when asked for.
+
+    Files are not mapped into memory: pages of a mapped file count as memory of this process for as long as it is open.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        self._handles: dict[str, Any] = {}
-        for path in weight_files(folder):
-            try:
-                handle = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read ({error}); download it again") from None
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
+        self._stored = {name: stored for path in weight_files(folder) for name, stored in _contents(path)}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._handles
+        return name in self._stored
 
     def names(self) -> set[str]:
-        return set(self._handles)
+        return set(self._stored)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every tensor."""
+        return {name: stored.shape for name, stored in self._stored.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        return self._handles[name].get_tensor(name)
+        stored = self._stored[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            file.readinto(_bytes_of(tensor))
+        return tensor
+
+
+def _contents(path: Path) -> Iterator[tuple[str, _Stored]]:
+    """(name, place) of every tensor of a safetensors file; ModelError where it is damaged."""
+    try:
+        with safe_open(str(path), framework="numpy"):
+            pass  # checks the header, and the length of the file
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ModelError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(_DTYPES)}")
+        start = 8 + size + entry["data_offsets"][0]
+        yield name, _Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_weights(reader: TensorReader, config: Mapping[str, Any], folder: str | Path) -> None:
+    """ModelError where a folder's tensors are not those of its ``config.json``, with the names of those that differ."""
+    shapes = dict(reader.shapes)
+    if tied(config) and "lm_head.weight" in reader:  # some folders hold the embedding twice
+        del shapes["lm_head.weight"]
+        if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
+            raise ModelError(
+                f"{folder}: lm_head.weight is not model.embed_tokens.weight, which tie_word_embeddings of its "
+                "config.json says; correct it"
+            )
+    expected = {
+        name: shape
+        for (row,) in rows_of(config)
+        for name, shape in zip(row.hugging_face, tensor_shapes(row, config), strict=True)
+    }
+    check_tensors(shapes, expected, folder)
+
+
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], folder: str | Path
+) -> None:
+    """ModelError that names the tensors of ``folder`` that are missing, without a place or misshapen."""
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"lacks {_list(missing)}")
+    if extra := found.keys() - expected.keys():
+        problems.append(f"holds {_list(extra)}, which its config.json has no place for")
+    if wrong := {name for name in expected.keys() & found.keys() if found[name] != expected[name]}:
+        fits = [f"{name} {list(found[name])} does not fit {list(expected[name])}" for name in wrong]
+        problems.append(f"is of other sizes than its config.json says: {_list(fits)}")
+    if problems:
+        raise ModelError(f"{folder} {'; it '.join(problems)}; give weights and config.json that belong together")
+
+
+def _list(names: Collection[str], most: int = 5) -> str:
+    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextmanager
+def built_beside(target: Path) -> Iterator[Path]:
+    """A new folder that gets the name ``target`` when all is well, replacing what was there, and else is removed."""
+    building = beside(target)
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        if target.exists():
+            shutil.rmtree(target)
+        building.rename(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def beside(target: Path) -> Path:
+    """Where a folder is built before it gets its name."""
+    return target.with_name(target.name + ".incomplete")
+
+
+def copy_all_but_weights(source: Path, target: Path) -> None:
+    """Configuration, tokenizer and whatever else lies in a model folder."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHTS):
+            shutil.copy2(path, target / path.name)
 
 
 def write_folder(
@@ -45,49 +160,73 @@ def write_folder(
     source: Path,
     named_tensors: Iterable[tuple[str, torch.Tensor]],
     finish: Callable[[Path], None] = lambda folder: None,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
     """Writes a model folder: weights from ``named_tensors``, configuration and tokenizer from ``source``.
 
     ``finish`` may add files, such as another tokenizer. The folder is built under a temporary name beside ``target``
-    and renamed when complete, replacing what was there.
+    and renamed when complete, replacing what was there. Weights are cut into files of ``file_bytes`` at most; a larger
+    tensor has one of its own.
     """
-    building = target.with_name(target.name + ".incomplete")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHTS):
-            shutil.copy2(path, building / path.name)
-    _write_weights(building, named_tensors)
-    finish(building)
-    if target.exists():
-        shutil.rmtree(target)
-    building.rename(target)
+    with built_beside(target) as building:
+        copy_all_but_weights(source, building)
+        _write_weights(building, named_tensors, file_bytes)
+        finish(building)
 
 
-def _write_weights(folder: Path, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Files of at most 4 GiB each, and the index that names them where there is more than one."""
-    files: list[list[str]] = []
-    current: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def close_file() -> None:
-        save_file(current, str(folder / f"{len(files)}.safetensors"), metadata={"format": "pt"})
-        files.append(list(current))
-
+def _write_weights(folder: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], file_bytes: int) -> None:
+    """The files, and the index that names them where there is more than one."""
+    files = [_WeightFile(folder / "0")]
     for name, tensor in named_tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if current and size + nbytes > _FILE_BYTES:
-            close_file()
-            current, size = {}, 0
-        current[name] = tensor.detach().cpu().contiguous()
-        size, total = size + nbytes, total + nbytes
-    close_file()
+        if not files[-1].has_room(name, tensor, file_bytes):
+            files[-1].finish()
+            files.append(_WeightFile(folder / str(len(files))))
+        files[-1].append(name, tensor)
+    files[-1].finish()
     if len(files) == 1:
-        (folder / "0.safetensors").rename(folder / SINGLE)
+        files[0].path.rename(folder / SINGLE)
         return
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    for i, name in enumerate(names):
-        (folder / f"{i}.safetensors").rename(folder / name)
-    weight_map = {tensor: name for tensors, name in zip(files, names, strict=True) for tensor in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file.path.rename(folder / name)
+        weight_map |= dict.fromkeys(file.tensors, name)
+    index = {"metadata": {"total_size": sum(file.size for file in files)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+class _WeightFile:
+    """A safetensors file that grows by a tensor at a time; ``finish`` makes it one.
+
+    Layout: the header's length in 8 bytes, the header (JSON, then spaces), the tensors' bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, Any] = {}
+        self.size = 0
+        self._header = {"__metadata__": {"format": "pt"}}
+        self._header_bytes = len(json.dumps(self._header))
+        path.write_bytes(bytes(8 + _HEADER_BYTES))
+
+    def has_room(self, name: str, tensor: torch.Tensor, file_bytes: int) -> bool:
+        """Whether it holds at most ``file_bytes`` with this tensor as well; any tensor fits into an empty file."""
+        header = self._header_bytes + len(json.dumps({name: self._entry(tensor)}))
+        return not self.tensors or (self.size + tensor.nbytes <= file_bytes and header <= _HEADER_BYTES)
+
+    def append(self, name: str, tensor: torch.Tensor) -> None:
+        entry = self._entry(tensor)
+        with self.path.open("ab") as file:
+            file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+        self.tensors[name] = entry
+        self.size += tensor.nbytes
+        self._header_bytes += len(json.dumps({name: entry}))
+
+    def finish(self) -> None:
+        header = json.dumps(self._header | self.tensors).encode().ljust(_HEADER_BYTES)
+        with self.path.open("r+b") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+
+    def _entry(self, tensor: torch.Tensor) -> dict[str, Any]:
+        offsets = [self.size, self.size + tensor.nbytes]
+        return {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}

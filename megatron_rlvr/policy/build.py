@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_rlvr import platform
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, SettingsError
-from megatron_rlvr.hf.families import rope_theta, tied, transformer_fields
+from megatron_rlvr.hf.families import rope_scaling_factor, rope_theta, tied, transformer_fields
 from megatron_rlvr.policy.layers import layer_parts, layer_spec
 from megatron_rlvr.policy.ranks import Ranks
 
@@ -178,6 +178,7 @@ def build_chunks(
     config: TransformerConfig = _config(TransformerConfig, megatron, **owned_fields(model, parallel, hf_config))
     ddp = _config(DistributedDataParallelConfig, megatron)
     pieces, parts = parallel.virtual_pipeline, layer_parts()
+    stretch = rope_scaling_factor(hf_config)
     chunks = []
     for piece in range(pieces):
         stage = piece if pieces > 1 else None
@@ -195,6 +196,8 @@ def build_chunks(
             share_embeddings_and_output_weights=tied(hf_config),
             position_embedding_type="rope",
             rotary_base=rope_theta(hf_config),
+            rope_scaling=stretch is not None,
+            rope_scaling_factor=stretch or 1.0,
             vp_stage=stage,
         ).to(platform.device())
         # Later chunks finish their backward first: their gradients travel whole while the earlier ones still compute.

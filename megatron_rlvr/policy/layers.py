@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_rlvr import platform
+from megatron_rlvr.hf.families import NORMS_IN_LINEARS
 from megatron_rlvr.policy.attention import PackedAttention
 from megatron_rlvr.policy.experts import sparse_mlp_spec
 
@@ -85,6 +86,8 @@ def layer_spec(config: TransformerConfig, layer: int, parts: LayerParts) -> Modu
     linears = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
     built_in = parts.normed_column_linear is not None
     dense = replace(linears, linear_fc1=parts.normed_column_linear) if built_in else linears
+    # Checkpoints have the names of built-in norms; behind the second norm of a sparse layer is no linear layer.
+    names = {own: theirs for theirs, own in NORMS_IN_LINEARS.items() if not (sparse and theirs.startswith("mlp."))}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -104,5 +107,6 @@ def layer_spec(config: TransformerConfig, layer: int, parts: LayerParts) -> Modu
             pre_mlp_layernorm=IdentityOp if built_in and not sparse else parts.norm,
             mlp=sparse_mlp_spec(linears) if sparse else ModuleSpec(module=MLP, submodules=dense),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names,
         ),
     )

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlvr import platform
-from megatron_rlvr.hf.families import ModelError, Row, rows_of, tied
+from megatron_rlvr.hf.families import NORMS_IN_LINEARS, Row, rows_of, tied
 from megatron_rlvr.hf.layout import Geometry, merge, shard, unmerge, unshard
-from megatron_rlvr.hf.weights import TensorReader
+from megatron_rlvr.hf.weights import TensorReader, check_weights
 from megatron_rlvr.policy.ranks import Ranks
 
 
@@ -23,42 +23,22 @@ class WeightMap:
     def __init__(self, hf_config: Mapping[str, Any], padded_vocab: int, ranks: Ranks) -> None:
         self._config = hf_config
         self._ranks = ranks
-        heads = hf_config["num_attention_heads"]
-        groups = hf_config.get("num_key_value_heads") or heads
-        self._geometry = Geometry(
-            groups=groups,
-            heads_per_group=heads // groups,
-            head_size=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
-            vocab=hf_config["vocab_size"],
-            padded_vocab=padded_vocab,
-        )
+        self._geometry = Geometry.of(hf_config, padded_vocab)
 
     def load(self, parameters: Mapping[str, torch.nn.Parameter], folder: str | Path) -> None:
         """Fills this rank's parameters from a model folder; ModelError names tensors that are missing or misshapen."""
         reader = TensorReader(folder)
+        check_weights(reader, self._config, folder)
         rows = {row.megatron: row for (row,) in rows_of(self._config)}
         if tied(self._config):  # the last pipeline stage holds a copy of the embedding as its output layer
             embedding = rows["embedding.word_embeddings.weight"]
             rows["output_layer.weight"] = replace(embedding, megatron="output_layer.weight")
-        missing = sorted({name for row in rows.values() for name in row.hugging_face if name not in reader})
-        if missing:
-            raise ModelError(f"{folder} lacks {_list(missing)}; its weights do not belong to its config.json")
-        extra = reader.names() - {name for row in rows.values() for name in row.hugging_face} - {"lm_head.weight"}
-        if extra:
-            raise ModelError(f"{folder} holds {_list(sorted(extra))}, which its config.json has no place for")
         for name, parameter in parameters.items():
             row = rows[name]
             rank, size = (0, 1) if row.of_expert else (self._ranks.tensor_rank, self._ranks.tensor_size)
             tensors = [reader.read(hf_name) for hf_name in row.hugging_face]
-            try:
-                part = shard(row.layout, merge(row.layout, tensors, self._geometry), rank, size)
-            except RuntimeError:
-                part = torch.empty(0)
-            if part.shape != parameter.shape:
-                shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(row.hugging_face, tensors, strict=True))
-                raise ModelError(f"{folder}: {shapes} does not fit the sizes in its config.json; check both")
             with torch.no_grad():
-                parameter.copy_(part)
+                parameter.copy_(shard(row.layout, merge(row.layout, tensors, self._geometry), rank, size))
 
     def export(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, on every rank in the same order, one parameter at a time.
@@ -119,11 +99,6 @@ def _all_gather(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tenso
     return parts
 
 
-# Transformer Engine holds a norm in the linear layer behind it.
-_BUILT_IN_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 
 
@@ -137,10 +112,6 @@ def global_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.P
                 layer, expert, rest = model.decoder.layers[int(match[1])], match[2], match[3]
                 if expert is not None:
                     rest = f"mlp.experts.local_experts.{layer.mlp.local_expert_indices[int(expert)]}.{rest}"
-                name = f"decoder.layers.{layer.layer_number - 1}.{_BUILT_IN_NORMS.get(rest, rest)}"
+                name = f"decoder.layers.{layer.layer_number - 1}.{NORMS_IN_LINEARS.get(rest, rest)}"
             found[name] = parameter
     return found
-
-
-def _list(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

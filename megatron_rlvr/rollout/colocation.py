@@ -50,7 +50,7 @@ async def release(server: Server) -> None:
     missing = await missing_memory(server)
     if missing is Missing.CACHE:
         await _order(server, _RESUME, _CACHE)
-    server.held = True  # type: ignore[attr-defined]
+    server.held = True
     if missing is Missing.ALL:
         return
     await server.pause()
@@ -71,7 +71,7 @@ async def resume_all(server: Server) -> None:
     await resume_weights(server)
     if await missing_memory(server) is Missing.CACHE:
         await _order(server, _RESUME, _CACHE)
-    server.held = False  # type: ignore[attr-defined]
+    server.held = False
     await server.resume()
 
 

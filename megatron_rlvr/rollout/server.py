@@ -61,6 +61,8 @@ class Server:
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self.url = url
         self._session = session
+        self.held = False
+        """Whether it is to stay paused, whatever `resume` is for: its memory is away (rollout.colocation)."""
 
     async def generate(self, body: dict[str, Any], timeout_seconds: float) -> Any:
         """The answer to one request, unchecked."""
@@ -150,8 +152,9 @@ class Server:
         await self.call("POST", "/pause_generation", _QUICK_SECONDS, {"mode": "retract"})
 
     async def resume(self) -> None:
-        """Requests go on."""
-        await self.call("POST", "/continue_generation", _QUICK_SECONDS, {})
+        """Requests go on, unless it is held."""
+        if not self.held:
+            await self.call("POST", "/continue_generation", _QUICK_SECONDS, {})
 
     # Weights in buckets: pause, begin_update, take_bucket for each, end_update, resume ------------------------------
 

@@ -1,17 +1,22 @@
 """What Megatron is told about a model, against transformers' own reading of the same configuration."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_rlvr.hf.families import (
+    FAMILIES,
     ModelError,
+    Row,
     expert_count,
+    rope_scaling_factor,
     rope_theta,
     rows_of,
     sparse_layers,
+    tensor_shapes,
     tied,
     transformer_fields,
 )
@@ -43,6 +48,7 @@ def test_the_fields_are_the_configurations():
         "kv_channels": 24,
         "layernorm_epsilon": 1e-5,
         "qk_layernorm": True,
+        "add_qkv_bias": False,
     }
 
 
@@ -72,13 +78,124 @@ def test_tied_embeddings_are_the_configurations():
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention is not supported"),
+        ({"architectures": ["Qwen3ForTokenClassification"]}, "architecture 'Qwen3ForTokenClassification' is not"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_size": None}, "hidden_size of config.json is None, not a whole number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads of config.json is '2'"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps of config.json is missing or not a number"),
         ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
     ],
 )
 def test_a_model_that_would_be_computed_wrongly_is_refused(changes, message):
     with pytest.raises(ModelError, match=message):
         transformer_fields(config() | changes)
+
+
+# Qwen2 and Llama ----------------------------------------------------------------------------------------------------
+
+LLAMA_3_1_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+"""As the hub has it; so is the next."""
+QWEN2_5_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+def test_the_fields_of_qwen2_and_llama_are_the_configurations():
+    assert transformer_fields(QWEN2_5_7B) == {
+        "num_layers": 28,
+        "hidden_size": 3584,
+        "ffn_hidden_size": 18944,
+        "num_attention_heads": 28,
+        "num_query_groups": 4,
+        "kv_channels": 128,
+        "layernorm_epsilon": 1e-6,
+        "qk_layernorm": False,
+        "add_qkv_bias": True,
+    }
+    assert transformer_fields(LLAMA_3_1_8B) == {
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 14336,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "kv_channels": 128,
+        "layernorm_epsilon": 1e-5,
+        "qk_layernorm": False,
+        "add_qkv_bias": False,
+    }
+
+
+def test_the_stretch_of_llama_3_is_found_where_transformers_4_and_5_keep_it():
+    newer = {"rope_parameters": {"rope_theta": 5e5} | LLAMA_3_1_8B["rope_scaling"]}
+    assert rope_scaling_factor(LLAMA_3_1_8B) == rope_scaling_factor(newer) == 8.0
+    assert rope_scaling_factor(QWEN2_5_7B) is None
+    assert rope_scaling_factor(config()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_bias": True}, "mlp_bias True is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequenceClassification'"),
+        *(
+            ({"rope_scaling": LLAMA_3_1_8B["rope_scaling"] | change}, f"{next(iter(change))} .* of rope type llama3")
+            for change in (
+                {"low_freq_factor": 2.0},
+                {"high_freq_factor": 8.0},
+                {"original_max_position_embeddings": 4096},
+                {"factor": 0.5},
+                {"factor": None},
+            )
+        ),
+    ],
+)
+def test_a_llama_that_would_be_computed_wrongly_is_refused(changes, message):
+    with pytest.raises(ModelError, match=message):
+        transformer_fields(LLAMA_3_1_8B | changes)
 
 
 # Sparse layers ------------------------------------------------------------------------------------------------------
@@ -135,6 +252,7 @@ def test_the_fields_of_a_model_with_experts_are_the_configurations():
         "kv_channels": 128,
         "layernorm_epsilon": 1e-6,
         "qk_layernorm": True,
+        "add_qkv_bias": False,
         "num_moe_experts": 128,
         "moe_ffn_hidden_size": 768,
         "moe_layer_freq": [1] * 48,
@@ -190,7 +308,7 @@ def test_layers_have_experts_where_transformers_gives_them_some(changes, dense):
         ({"decoder_sparse_step": 0}, "decoder_sparse_step of config.json is 0"),
         ({"mlp_only_layers": list(range(48))}, "no layer has experts by decoder_sparse_step and mlp_only_layers"),
         ({"decoder_sparse_step": 49}, "no layer has experts"),
-        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
     ],
 )
 def test_a_model_whose_experts_would_be_computed_wrongly_is_refused(changes, message):
@@ -208,17 +326,25 @@ def test_a_model_whose_experts_would_be_computed_wrongly_is_refused(changes, mes
         Qwen3Config(**SHAPE, tie_word_embeddings=True),
         Qwen3MoeConfig(**SPARSE_SHAPE),
         Qwen3MoeConfig(**SPARSE_SHAPE, mlp_only_layers=[2], decoder_sparse_step=2),
+        Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, tie_word_embeddings=False),
+        Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, tie_word_embeddings=True),
+        LlamaConfig(**SHAPE, tie_word_embeddings=False),
+        LlamaConfig(**SHAPE, tie_word_embeddings=True),
     ],
 )
 def test_every_tensor_of_a_model_folder_has_exactly_one_row(made, tmp_path):
-    """Against the names under which transformers writes the weights of such a model."""
+    """Against the names and shapes with which transformers writes the weights of such a model."""
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        theirs = sorted(file.keys())
-    ours = [name for (row,) in rows_of(made.to_dict()) for name in row.hugging_face]
+        theirs = sorted((name, tuple(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    ours = [
+        named
+        for (row,) in rows_of(made.to_dict())
+        for named in zip(row.hugging_face, tensor_shapes(row, made.to_dict()), strict=True)
+    ]
     assert sorted(ours) == theirs
 
 
@@ -235,3 +361,26 @@ def test_rows_of_experts_come_with_their_like_on_the_other_expert_ranks():
         for row in rows:
             numbers = set(re.findall(r"layers\.\d+|experts\.\d+", row.megatron))
             assert all(set(re.findall(r"layers\.\d+|experts\.\d+", name)) == numbers for name in row.hugging_face)
+
+
+def test_the_page_about_checkpoints_shows_the_tables():
+    def short(name: str) -> str:
+        return re.sub(r"(decoder|model)\.layers\.\{layer\}\.", "", name).replace("{expert}", "E")
+
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    shown = [line for line in page.splitlines() if line.endswith((*(f" {name} |" for name in FAMILIES), " all |"))]
+    rows: dict[Row, list[str]] = {}
+    for family in FAMILIES.values():
+        for row in family.rows:
+            rows.setdefault(row, []).append(family.model_type)
+    for line, (row, families) in zip(shown, rows.items(), strict=True):
+        tensors = zip(row.hugging_face, row.shapes, strict=True)
+        cells = [
+            f"`{short(row.megatron)}`",
+            f"`{short(row.in_checkpoint)}`" if row.in_checkpoint else "the same",
+            ", ".join(f"`{short(name)}` [{', '.join(shape)}]" for name, shape in tensors),
+            row.layout,
+            row.layers,
+            "all" if len(families) == len(FAMILIES) else ", ".join(families),
+        ]
+        assert line == f"| {' | '.join(cells)} |"

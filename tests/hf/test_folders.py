@@ -50,11 +50,10 @@ def test_an_export_is_one_file_with_everything_that_is_not_weights(source, tmp_p
     assert_holds(target, TENSORS)
 
 
-def test_a_large_export_is_cut_into_files_that_an_index_names(source, tmp_path, monkeypatch):
+def test_a_large_export_is_cut_into_files_that_an_index_names(source, tmp_path):
     limit = 250
-    monkeypatch.setattr(weights, "_FILE_BYTES", limit)
     target = tmp_path / "export"
-    write_folder(target, source, TENSORS.items())
+    write_folder(target, source, TENSORS.items(), file_bytes=limit)
     index = json.loads((target / INDEX).read_text())
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert len(files) > 2
@@ -76,31 +75,39 @@ def broken_halfway(tensors):
         yield item
 
 
-def test_an_export_that_fails_midway_leaves_what_was_there(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_FILE_BYTES", 100)
+def test_an_export_that_fails_midway_leaves_what_was_there(source, tmp_path):
     target = tmp_path / "export"
     with pytest.raises(RuntimeError, match="a rank died"):
-        write_folder(target, source, broken_halfway(TENSORS))
-    assert not target.exists(), "no folder rather than half a folder"
+        write_folder(target, source, broken_halfway(TENSORS), file_bytes=100)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}, "no folder rather than half a folder"
     write_folder(target, source, TENSORS.items())
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     changed = {name: tensor + 1 for name, tensor in TENSORS.items()}
     with pytest.raises(RuntimeError, match="a rank died"):
-        write_folder(target, source, broken_halfway(changed))
+        write_folder(target, source, broken_halfway(changed), file_bytes=100)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     write_folder(target, source, changed.items())
     assert_holds(target, changed)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "export"}, "nothing is left beside it"
 
 
-def test_an_export_replaces_all_of_the_folder_that_was_there(source, tmp_path, monkeypatch):
+def test_an_export_replaces_all_of_the_folder_that_was_there(source, tmp_path):
     target = tmp_path / "export"
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "_FILE_BYTES", 100)
-        write_folder(target, source, TENSORS.items())
+    write_folder(target, source, TENSORS.items(), file_bytes=100)
     write_folder(target, source, [("half", TENSORS["half"])])
     assert_holds(target, {"half": TENSORS["half"]})
     assert not (target / INDEX).exists()
+
+
+def test_no_file_has_more_tensors_than_its_header_has_room_for(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_HEADER_BYTES", 1024)
+    tensors = {f"model.layers.{i}.weight": torch.full((2,), float(i)) for i in range(40)}
+    write_folder(tmp_path / "export", source, tensors.items())
+    sizes = [len(load_file(path)) for path in (tmp_path / "export").glob("*.safetensors")]
+    assert sum(sizes) == 40
+    assert len(sizes) > 1
+    assert max(sizes) > 8, "an entry has about 90 characters"
+    assert_holds(tmp_path / "export", tensors)
 
 
 def test_files_can_be_added_before_the_folder_gets_its_name(source, tmp_path):

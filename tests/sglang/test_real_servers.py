@@ -147,30 +147,55 @@ def test_another_vocabulary_is_found_out_before_weights_are_sent(servers, engine
         engine_on([servers[0].url], longest=513)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_run_on_servers_samples_from_its_own_weights(
-    ranks: int, servers, model: Path, problems: Path, tmp_path: Path
-):
+RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "one rank, disk": (0, {"sync": {"method": "disk"}}),
+    "tensor 2, distributed, partial": (
+        2,
+        {
+            "parallel": {"tensor": 2},
+            "sync": {"bucket_bytes": 20_000},
+            "rollout": {"partial": True, "oversampling": 3.0},
+        },
+    ),
+    "data 2, tensor, overlap": (
+        2,
+        {"sync": {"method": "tensor"}, "rollout": {"overlap": "one_step"}, "loss": {"rollout_correction": "tis"}},
+    ),
+    "colocated": (0, {"rollout": {"colocated": True}}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model: Path, problems: Path, tmp_path: Path):
+    ranks, sections = RUNS[name]
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
     rollout = {"samples_per_prompt": 4, "max_response_tokens": 16, "max_rounds": 2}
+    rollout |= {"engine": "sglang", "servers": [server.url for server in servers]}
     settings = tiny.settings_for(
         model,
         problems,
         tmp_path / "run",
-        rollout=rollout | {"engine": "sglang", "servers": [server.url for server in servers]},
         reward={"function": "rewards:even"},
-        parallel={"tensor": max(1, ranks)},
-        sync={"method": "disk"},
+        **(sections | {"rollout": rollout | sections.get("rollout", {}), "run": {"steps": 3}}),
     )
     done = tiny.run_train(tiny.write_settings(tmp_path / "config.yaml", settings), cwd=tmp_path, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    assert "from 2 SGLang server(s), which get weights by disk" in done.stdout
+    method = settings.get("sync", {}).get("method", "distributed")
+    assert f"from 2 SGLang server(s), which get weights by {method}" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    overlap = settings["rollout"].get("overlap") == "one_step"
     for line in lines:
-        assert line["rollout/logprob_gap_mean"] < TOLERANCE
-        assert line["rollout/logprob_gap_max"] < 10 * TOLERANCE
+        assert line["rollout/groups"] == 4
         assert line["train/grad_norm"] > 0
+        if line["rollout/staleness_min"] == 0:
+            assert line["rollout/logprob_gap_mean"] < TOLERANCE
+            assert line["rollout/logprob_gap_max"] < 10 * TOLERANCE
+    assert lines[0]["rollout/staleness_max"] == 0
+    assert overlap or any(line["rollout/staleness_min"] == 0 for line in lines[1:])
+    if overlap:
+        assert lines[2]["rollout/staleness_mean"] > 0
+        assert lines[2]["rollout/staleness_max"] == 1
     assert not (tmp_path / "run" / "sync").exists()
 
 

@@ -63,7 +63,7 @@ def graders(tmp_path: Path) -> Iterator[Any]:
 class Steps:
     """Steps of a run of one rank, and faults in the middle of them."""
 
-    def __init__(self, engine: Any, ranks: Any, graders: Any, reference: Any, journal: Path) -> None:
+    def __init__(self, engine: Any, ranks: Any, graders: Any, reference: Any, journal: Path, length: int) -> None:
         from megatron_rlvr.data.cursor import PromptCursor
         from megatron_rlvr.data.prompts import FilePrompts, PromptSet
         from megatron_rlvr.rollout.sampler import Sampler
@@ -76,7 +76,7 @@ class Steps:
             engine="sglang",
             servers=["http://localhost:1"],
             samples_per_prompt=SAMPLES,
-            max_response_tokens=LENGTH,
+            max_response_tokens=length,
             partial=True,
             oversampling=1.5,
         )
@@ -130,10 +130,10 @@ class Steps:
 def steps_on(engine_on: Any, one_rank: Any, graders: Any, reference: Any, tmp_path: Path) -> Iterator[Any]:
     made = []
 
-    def make(servers: list[RealServer], **settings: Any) -> Steps:
+    def make(servers: list[RealServer], length: int = LENGTH, **settings: Any) -> Steps:
         engine = engine_on([server.url for server in servers], stop=(2,), max_inflight=24, **settings)
         engine._pool.watch_seconds = 1.0
-        made.append(Steps(engine, one_rank, graders, reference, tmp_path / "graded"))
+        made.append(Steps(engine, one_rank, graders, reference, tmp_path / "graded", length))
         return made[-1]
 
     yield make
@@ -203,7 +203,7 @@ def test_all_are_gone_and_come_back_with_other_weights(
 
 
 def test_all_are_gone_for_good_and_what_was_sampled_is_kept(both: list[RealServer], steps_on: Any, tmp_path: Path):
-    steps = steps_on(both, server_timeout_seconds=3.0)
+    steps = steps_on(both, length=450, server_timeout_seconds=3.0)
 
     def kill_both() -> None:
         for server in both:

@@ -1,0 +1,290 @@
+"""What the client adds to a real SGLang server: our collector beside a bare asynchronous loop, weight sync, memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/rollout.py [--inflight 64 128 256] [--rounds 3] [--json FILE]
+
+A server is started on this machine (tools/install_sglang_cpu.sh, in build/sglang), from a random model. Three tables:
+
+- tokens per second with N requests in flight. The collector does all it does in a run: it draws prompts, checks every
+  answer, decodes, has it graded in a process of its own, and puts groups together. The bare loop is aiohttp and N
+  coroutines that post the same requests and count tokens. They take turns; each figure is the best of its rounds.
+- seconds and bytes of a weight sync by each method, with a model of --sync-megabytes.
+- the client's memory for each million tokens, at its peak and kept, as the interpreter counts it.
+"""
+
+import argparse
+import asyncio
+import functools
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from megatron_rlvr.config import ParallelSettings, RewardSettings, RolloutSettings
+from megatron_rlvr.data.cursor import PromptCursor
+from megatron_rlvr.data.prompts import FilePrompts, PromptSet
+from megatron_rlvr.policy.ranks import Ranks, initialize_ranks
+from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.rollout.sampler import Sampler, requests_for
+from megatron_rlvr.rollout.server_process import ServerProcess, ServerProgram
+from megatron_rlvr.rollout.sglang import SglangEngine, connect
+from megatron_rlvr.rollout.streaming import StreamingCollector
+from megatron_rlvr.sync.disk import DiskSync
+from megatron_rlvr.sync.distributed import DistributedSync
+from megatron_rlvr.sync.tensor import TensorSync
+from megatron_rlvr.types import Prompt
+
+ROOT = Path(__file__).parents[1]
+SAMPLES, LENGTH, VOCABULARY = 8, 64, 512
+# Any free port; the server's own way to choose one would have to be read from its log.
+PORT = 31870
+
+
+@functools.cache
+def one_rank() -> Ranks:
+    """This process as a trainer's only rank."""
+    return initialize_ranks(ParallelSettings(), 30.0)
+
+
+def write_model(folder: Path, megabytes: float) -> Path:
+    """A random Qwen3 in float32 of about that size; the smallest is about 1 MB."""
+    torch.manual_seed(0)
+    hidden = 64
+    while 4e-6 * (2 * VOCABULARY * hidden + 2 * (3 * hidden * 3 * hidden + 4 * hidden * hidden)) < megabytes:
+        hidden += 64
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        head_dim=32,
+        max_position_embeddings=1024,
+        eos_token_id=1,
+        initializer_range=0.02,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def served(model: Path, log: Path) -> Iterator[str]:
+    """The URL of a server."""
+    program = ServerProgram(
+        python=ROOT / "build" / "sglang" / "bin" / "python",
+        model=model,
+        port=PORT,
+        log=log,
+        device="cpu",
+        flags=("--dtype", "float32", "--max-running-requests", "256", "--log-level", "warning"),
+    )
+    server = ServerProcess(program)
+    server.start()
+    try:
+        while not server.is_healthy():
+            assert server.process is not None
+            if server.process.poll() is not None:
+                sys.exit(f"the server ended:\n{server.log_end(20)}")
+            time.sleep(0.5)
+        yield program.url
+    finally:
+        server.clear_away()
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [Prompt(str(i), rng.integers(2, VOCABULARY, 32).astype(np.int32), "1", "set") for i in range(count)]
+
+
+class Numbers:
+    """A tokenizer whose tokens are numbers."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+class Client:
+    """Our side: one rank, one engine, one collector a round."""
+
+    def __init__(self, url: str, model: Path, graders: GraderPool, inflight: int) -> None:
+        self.ranks = one_rank()
+        self.graders = graders
+        self.settings = RolloutSettings(
+            engine="sglang",
+            servers=[url],
+            samples_per_prompt=SAMPLES,
+            max_response_tokens=LENGTH,
+            dynamic_sampling=False,
+            max_inflight=inflight,
+        )
+        self.config = json.loads((model / "config.json").read_text())
+        self.pool = connect(self.settings, self.ranks, self.config, longest=1024)
+        self.engine = SglangEngine(
+            self.pool, TensorSync(self.pool, self.ranks, 2**26), stop_token_ids=(), vocab_size=VOCABULARY, longest=1024
+        )
+        self.weights = dict(AutoModelForCausalLM.from_pretrained(model).state_dict())
+        self.engine.update_weights(self.weights.items(), version=0)
+
+    def collect(self, prompts: list[Prompt]) -> Any:
+        """A step on all prompts."""
+        collector = StreamingCollector(
+            sampler=Sampler(self.engine, Numbers(), self.graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
+            cursor=PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, len(prompts), 1.0, 0),)), 0, False),
+            ranks=self.ranks,
+            rollout=self.settings,
+            reward=RewardSettings(overlong_buffer=0),
+            prompts=len(prompts),
+            seed=0,
+            store=dist.HashStore(),
+            sync=lambda: None,
+        )
+        return collector.collect(1)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+async def bare_loop(url: str, prompts: list[Prompt], inflight: int) -> int:
+    """Posts all requests with ``inflight`` coroutines; tokens that came back."""
+    requests = [r for prompt in prompts for r in requests_for(prompt, SAMPLES, 0, "train/0")]
+    waiting, tokens = iter(requests), 0
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        nonlocal tokens
+        for request in waiting:
+            parameters = {"max_new_tokens": LENGTH, "temperature": 1.0, "sampling_seed": request.seed}
+            body = {
+                "input_ids": request.prompt.token_ids.tolist(),
+                "return_logprob": True,
+                "sampling_params": parameters,
+            }
+            async with session.post(url + "/generate", json=body) as response:
+                tokens += len((await response.json())["output_ids"])
+
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=3600)
+    ) as session:
+        await asyncio.gather(*(work(session) for _ in range(inflight)))
+    return tokens
+
+
+def tokens_of(rollout: Any) -> int:
+    return sum(len(c.token_ids) for ordered in rollout.groups for c in ordered.group.completions)
+
+
+def throughput(url: str, model: Path, graders: GraderPool, inflight: int, rounds: int) -> dict[str, float]:
+    """Tokens per second of both."""
+    client = Client(url, model, graders, inflight)
+    prompts = make_prompts(max(24, 2 * inflight // SAMPLES))
+    best = {"bare": 0.0, "collector": 0.0}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        tokens = asyncio.run(bare_loop(url, prompts, inflight))
+        best["bare"] = max(best["bare"], tokens / (time.perf_counter() - start))
+        start = time.perf_counter()
+        tokens = tokens_of(client.collect(prompts))
+        best["collector"] = max(best["collector"], tokens / (time.perf_counter() - start))
+    client.close()
+    return best | {"ratio": best["collector"] / best["bare"]}
+
+
+def memory(url: str, model: Path, graders: GraderPool) -> dict[str, float]:
+    """MiB for each million tokens."""
+    client = Client(url, model, graders, 256)
+    prompts = make_prompts(48)
+    client.collect(prompts[:8])
+    gc.collect()
+    tracemalloc.start()
+    rollout = client.collect(prompts)
+    _, peak = tracemalloc.get_traced_memory()
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    scale = 1e6 / tokens_of(rollout) / 2**20
+    client.close()
+    return {"peak": peak * scale, "kept": kept * scale}
+
+
+def sync_figures(url: str, model: Path, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds and megabytes of each method; bytes are those of the weights."""
+    ranks = one_rank()
+    settings = RolloutSettings(engine="sglang", servers=[url])
+    pool = connect(settings, ranks, json.loads((model / "config.json").read_text()), longest=1024)
+    assert pool is not None
+    weights = dict(AutoModelForCausalLM.from_pretrained(model).state_dict())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    found = {}
+    methods = {
+        "disk": DiskSync(folder / "sync", model, pool, ranks),
+        "distributed": DistributedSync(pool, ranks, 2**25),
+        "tensor": TensorSync(pool, ranks, 2**25),
+    }
+    for name, sync in methods.items():
+        engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, longest=1024)
+        seconds = []
+        for version in range(rounds + 1):  # the first joins groups
+            start = time.perf_counter()
+            engine.update_weights(weights.items(), version)
+            seconds.append(time.perf_counter() - start)
+        found[name] = {"seconds": min(seconds[1:]), "first_seconds": seconds[0], "megabytes": size / 1e6}
+        sent = getattr(sync, "sent", None)
+        if sent is not None:
+            found[name]["largest_bucket_megabytes"] = sent.largest_bucket / 1e6
+        sync.close()
+    pool.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inflight", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sync-megabytes", type=float, default=200.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    subprocess.run([str(ROOT / "tools" / "install_sglang_cpu.sh"), str(ROOT / "build" / "sglang")], check=True)
+    global RANKS
+    figures: dict[str, Any] = {"throughput": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small = write_model(folder / "small", 0)
+        with (
+            GraderPool("math", workers=1) as graders,
+            served(small, folder / "small.log") as url,
+        ):
+            print(f"{'in flight':>10} {'bare tokens/s':>14} {'collector':>10} {'ratio':>6}")
+            for inflight in options.inflight:
+                row = throughput(url, small, graders, inflight, options.rounds)
+                figures["throughput"][inflight] = row
+                print(f"{inflight:>10} {row['bare']:>14.0f} {row['collector']:>10.0f} {row['ratio']:>6.2f}", flush=True)
+            figures["memory"] = memory(url, small, graders)
+            print("client memory, MiB a million tokens: peak {peak:.0f}, kept {kept:.0f}".format(**figures["memory"]))
+        large = write_model(folder / "large", options.sync_megabytes)
+        with served(large, folder / "large.log") as url:
+            figures["sync"] = sync_figures(url, large, folder, options.rounds)
+        print(f"{'sync':>12} {'MB':>6} {'seconds':>8} {'first':>6} {'MB/s':>6} {'largest bucket MB':>18}")
+        for method, row in figures["sync"].items():
+            bucket = row.get("largest_bucket_megabytes")
+            print(
+                f"{method:>12} {row['megabytes']:>6.0f} {row['seconds']:>8.2f} {row['first_seconds']:>6.2f} "
+                f"{row['megabytes'] / row['seconds']:>6.0f} {'-' if bucket is None else f'{bucket:.0f}':>18}"
+            )
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

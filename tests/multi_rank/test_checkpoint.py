@@ -1,0 +1,244 @@
+"""Checkpoints between layouts: what the converter or a layout wrote is read by any, and comes back bit by bit."""
+
+import contextlib
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launcher import Ranks
+from policy_runs import Layout, norms_built_into_linears, policy_of
+from safetensors.torch import load_file, save_file
+
+from megatron_rlvr.hf.families import ModelError, rows_of, transformer_fields
+from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.policy.checkpoint_files import CheckpointReader
+from megatron_rlvr.policy.conversion import to_hugging_face, to_megatron, verify
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 150,  # Megatron pads it to 256, 512 or 1024, by the number of tensor-parallel ranks
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-3,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+TIED = {"tie_word_embeddings": True}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", TIED),
+    "llama": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, **TIED}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+    "qwen3 tied": ("Qwen3", {"head_dim": 12, **TIED}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 12, **EXPERTS}),
+    "qwen3_moe tied": ("Qwen3Moe", {"head_dim": 12, "norm_topk_prob": True, **EXPERTS, **TIED}),
+}
+DENSE = (
+    Layout(),
+    Layout(tensor=2, sequence=True),
+    Layout(pipeline=2),
+    Layout(tensor=4),
+    Layout(pipeline=2, virtual_pipeline=2),
+    Layout(tensor=2, sequence=True, pipeline=2),
+    Layout(data=2),
+)
+SPARSE = (
+    Layout(),
+    Layout(data=2, expert=2),
+    Layout(tensor=2, sequence=True, expert=2),
+    Layout(pipeline=2, virtual_pipeline=2),
+    Layout(tensor=4, sequence=True, expert=2),
+    Layout(pipeline=2, data=2, expert=2),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Random models, biases and norms included, by name and dtype."""
+    import transformers
+
+    made = {}
+    for name, (kind, changes) in MODELS.items():
+        torch.manual_seed(len(name))
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SHAPE | changes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.5 * torch.randn_like(parameter))
+        for dtype in ("float32", "bfloat16"):
+            made[name, dtype] = tmp_path_factory.mktemp("models") / f"{name} {dtype}"
+            model.to(getattr(torch, dtype)).save_pretrained(made[name, dtype])
+    return made
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], where: object) -> None:
+    assert found.keys() == wanted.keys(), where
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, (where, name)
+        assert torch.equal(found[name], tensor), (where, name)
+
+
+def passed_on(
+    folder: Path, sources: Sequence[Path], target: Path, layout: Layout, dtype: str, built_in: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    """Weights of a policy after it was loaded from each checkpoint, and a checkpoint of the last ones."""
+    from megatron_rlvr.policy.checkpoint import load_weights, save_checkpoint, sharded_weights
+
+    # Megatron writes files in processes of its own, which the ranks of tests, being daemons, may not start.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    layers = norms_built_into_linears() if built_in else contextlib.nullcontext()
+    exported = []
+    with layers, policy_of(str(folder), layout, dtype=dtype) as policy:
+        for source in sources:
+            for chunk in policy._chunks:
+                for parameter in chunk.parameters():
+                    parameter.data.zero_()
+            load_weights(policy._chunks, source, policy.hf_config)
+            exported.append({name: tensor.clone() for name, tensor in policy.export_weights()})
+        save_checkpoint(sharded_weights(policy._chunks), target, folder)
+    assert multiprocessing.active_children() == [], "a process would outlive a rank that is killed"
+    return exported
+
+
+def not_loaded(folder: Path, checkpoint: Path, changes: dict[str, Any]) -> str:
+    from megatron_rlvr.policy.checkpoint import load_weights
+
+    with policy_of(str(folder), Layout(data=2)) as policy:
+        try:
+            load_weights(policy._chunks, checkpoint, {**policy.hf_config, **changes})
+        except ModelError as error:
+            return str(error)
+        return "loaded"
+
+
+def not_saved(folder: Path, target: Path) -> str:
+    from megatron_rlvr.policy.checkpoint import save_checkpoint, sharded_weights
+
+    with policy_of(str(folder), Layout(data=2)) as policy:
+        try:
+            save_checkpoint(sharded_weights(policy._chunks), target, folder)
+        except OSError as error:
+            return str(error)
+        return "saved"
+
+
+def names_by_megatron(folder: Path) -> list[str]:
+    """What the checkpoint of such a model has in it by Megatron's own layers without Transformer Engine."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_rlvr import platform
+    from megatron_rlvr.config import ParallelSettings
+    from megatron_rlvr.policy.checkpoint_files import CONTENT
+    from megatron_rlvr.policy.ranks import initialize_ranks
+
+    initialize_ranks(ParallelSettings(), timeout_minutes=1)
+    config, common = read_config(folder), {"normalization": "RMSNorm", "gated_linear_unit": True}
+    model = GPTModel(
+        TransformerConfig(**transformer_fields(config), **common, add_bias_linear=False, use_cpu_initialization=True),
+        get_gpt_layer_local_spec(qk_layernorm=transformer_fields(config)["qk_layernorm"], normalization="RMSNorm"),
+        vocab_size=config["vocab_size"],
+        max_sequence_length=64,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=config["tie_word_embeddings"],
+    )
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    found = [part.key for part in model.sharded_state_dict(metadata=CONTENT | {"dp_cp_group": group}).values()]
+    parallel_state.destroy_model_parallel()
+    platform.shut_down()
+    return sorted(name for name in found if "_extra_state" not in name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_the_same_bit_by_bit(folders, name, dtype, tmp_path):
+    folder = folders[name, dtype]
+    to_megatron(folder, tmp_path / "checkpoint")
+    to_hugging_face(tmp_path / "checkpoint", tmp_path / "back")
+    assert_same_bits(weights_of(tmp_path / "back"), weights_of(folder), name)
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["qwen2", "llama tied", "qwen3 tied", "qwen3_moe"])
+def test_every_layout_reads_what_the_converter_and_another_layout_wrote(ranks: Ranks, folders, name, dtype, tmp_path):
+    folder = folders[name, dtype]
+    wanted = weights_of(folder)
+    to_megatron(folder, tmp_path / "converted")
+    sources = [tmp_path / "converted"]
+    for number, layout in enumerate(SPARSE if name == "qwen3_moe" else DENSE):
+        written, back = tmp_path / f"{number}", tmp_path / f"{number} back"
+        for exported in ranks.run(passed_on, layout.size, folder, sources, written, layout, dtype):
+            for source, weights in zip(sources, exported, strict=True):
+                assert_same_bits(weights, wanted, (layout, source))
+        to_hugging_face(written, back)
+        assert_same_bits(weights_of(back), wanted, layout)
+        sources = [tmp_path / "converted", written]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_a_converted_model_are_those_of_transformers_and_of_a_changed_one_are_not(folders, name, tmp_path):
+    folder = folders[name, "float32"]
+    to_megatron(folder, tmp_path / "checkpoint")
+    said = verify(folder, tmp_path / "checkpoint")
+    assert float(said.split("differ by ")[1].split()[0]) < 1e-4
+    weights, up = weights_of(folder), "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {up: weights[up].roll(1, 0)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="they are not the same model"):
+        verify(folder, tmp_path / "checkpoint")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_layers_with_norms_inside_their_linears_write_the_same_checkpoint(ranks: Ranks, folders, name, tmp_path):
+    folder, config = folders[name, "float32"], read_config(folders[name, "float32"])
+    to_megatron(folder, tmp_path / "0")
+    ((exported,),) = ranks.run(passed_on, 1, folder, [tmp_path / "0"], tmp_path / "1", Layout(), "float32", True)
+    assert_same_bits(exported, weights_of(folder), name)
+    plain, other = CheckpointReader(tmp_path / "0"), CheckpointReader(tmp_path / "1")
+    other.check(config)
+    assert all(torch.equal(plain.read(row), other.read(row)[: len(plain.read(row))]) for (row,) in rows_of(config))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama tied", "qwen3"])
+def test_names_in_a_checkpoint_are_those_of_megatron(ranks: Ranks, folders, name):
+    (names,) = ranks.run(names_by_megatron, 1, folders[name, "float32"])
+    assert sorted(row.key for (row,) in rows_of(read_config(folders[name, "float32"]))) == names
+
+
+def test_a_checkpoint_of_another_model_is_refused_on_every_rank(ranks: Ranks, folders, tmp_path):
+    folder = folders["qwen2", "float32"]
+    to_megatron(folder, tmp_path / "checkpoint")
+    for told in ranks.run(not_loaded, 2, folder, tmp_path / "checkpoint", {"num_hidden_layers": 3}):
+        assert "holds decoder.layers.3." in told
+    for told in ranks.run(not_loaded, 2, folder, tmp_path / "checkpoint", {"intermediate_size": 64}):
+        assert "decoder.layers.0.mlp.linear_fc1.weight [112, 48] does not fit [128, 48]" in told
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_on_every_rank(ranks: Ranks, folders, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for told in ranks.run(not_saved, 2, folders["qwen2", "float32"], tmp_path / "file" / "checkpoint"):
+        assert "Not a directory" in told
