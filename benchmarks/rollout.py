@@ -4,7 +4,7 @@
 
 A server is started on this machine (tools/install_sglang_cpu.sh, in build/sglang), from a random model. Three tables:
 
-- tokens per second with N requests in flight. The collector does all it does in a run: it draws prompts, checks every
+- tokens per second with N requests in flight, 4 N in all, of up to 192 tokens. The collector does all it does in a run: it draws prompts, checks every
   answer, decodes, has it graded in a process of its own, and puts groups together. The bare loop is aiohttp and N
   coroutines that post the same requests and count tokens. They take turns; each figure is the best of its rounds.
 - seconds and bytes of a weight sync by each method, with a model of --sync-megabytes.
@@ -30,7 +30,10 @@ import aiohttp
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Qwen3Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 from megatron_rlvr.config import ParallelSettings, RewardSettings, RolloutSettings
 from megatron_rlvr.data.cursor import PromptCursor
@@ -47,7 +50,9 @@ from megatron_rlvr.sync.tensor import TensorSync
 from megatron_rlvr.types import Prompt
 
 ROOT = Path(__file__).parents[1]
-SAMPLES, LENGTH, VOCABULARY = 8, 64, 512
+SAMPLES, LENGTH, VOCABULARY = 8, 192, 512
+# One token in 128: responses end at different times, as those of a model that reasons do.
+STOPS = (1, 2, 3, 4)
 # Any free port; the server's own way to choose one would have to be read from its log.
 PORT = 31870
 
@@ -77,6 +82,9 @@ def write_model(folder: Path, megabytes: float) -> Path:
         initializer_range=0.02,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", unk_token="0").save_pretrained(folder)
     return folder
 
 
@@ -133,7 +141,11 @@ class Client:
         self.config = json.loads((model / "config.json").read_text())
         self.pool = connect(self.settings, self.ranks, self.config, longest=1024)
         self.engine = SglangEngine(
-            self.pool, TensorSync(self.pool, self.ranks, 2**26), stop_token_ids=(), vocab_size=VOCABULARY, longest=1024
+            self.pool,
+            TensorSync(self.pool, self.ranks, 2**26),
+            stop_token_ids=STOPS,
+            vocab_size=VOCABULARY,
+            longest=1024,
         )
         self.weights = dict(AutoModelForCausalLM.from_pretrained(model).state_dict())
         self.engine.update_weights(self.weights.items(), version=0)
@@ -165,7 +177,12 @@ async def bare_loop(url: str, prompts: list[Prompt], inflight: int) -> int:
     async def work(session: aiohttp.ClientSession) -> None:
         nonlocal tokens
         for request in waiting:
-            parameters = {"max_new_tokens": LENGTH, "temperature": 1.0, "sampling_seed": request.seed}
+            parameters = {
+                "max_new_tokens": LENGTH,
+                "temperature": 1.0,
+                "stop_token_ids": STOPS,
+                "sampling_seed": request.seed,
+            }
             body = {
                 "input_ids": request.prompt.token_ids.tolist(),
                 "return_logprob": True,
@@ -188,7 +205,7 @@ def tokens_of(rollout: Any) -> int:
 def throughput(url: str, model: Path, graders: GraderPool, inflight: int, rounds: int) -> dict[str, float]:
     """Tokens per second of both."""
     client = Client(url, model, graders, inflight)
-    prompts = make_prompts(max(24, 2 * inflight // SAMPLES))
+    prompts = make_prompts(4 * inflight // SAMPLES)
     best = {"bare": 0.0, "collector": 0.0}
     for _ in range(rounds):
         start = time.perf_counter()

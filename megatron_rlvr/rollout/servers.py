@@ -182,15 +182,18 @@ class ServerPool:
         """URLs of the servers that are in."""
         return [member.server.url for member in self._members if member.usable]
 
-    def everywhere(self, action: Callable[[Server], Awaitable[T]]) -> dict[str, T | ServerFault]:
+    def everywhere(
+        self, action: Callable[[Server], Awaitable[T]], *, healthy: bool = True
+    ) -> dict[str, T | ServerFault]:
         """{URL: what ``action`` returned for the server, or its fault}, at all servers at once.
 
-        A server that is out is asked for its health first, so that a silent one costs no more than that.
+        A server that is out is asked for its health first, so that a silent one costs no more than that; with
+        ``healthy`` false it is not, for servers that cannot be healthy because their memory is away.
         """
 
         async def one(member: _Member) -> T | ServerFault:
             try:
-                if not member.usable:
+                if healthy and not member.usable:
                     await member.server.check_health()
                 return await action(member.server)
             except ServerFault as fault:
@@ -281,9 +284,8 @@ class ServerPool:
     # In the pool's thread -------------------------------------------------------------------------------------------
 
     async def _connect(self, urls: Sequence[str]) -> list[_Member]:
-        # A connection for each request: one that is kept may be closed by the server at the moment of its next use,
-        # which looks like a server that died.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        # A server closes a connection that is idle for 5 s: before that it is given up here.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0))
         return [_Member(Server(url, self._session)) for url in urls]
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":

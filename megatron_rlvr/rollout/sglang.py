@@ -118,7 +118,7 @@ class SglangEngine:
         """Main rank: gives an order to all servers if they are colocated; {URL: why it failed}."""
         if not self._colocated or self._pool is None or dist.get_rank() != 0:
             return {}
-        return faults(self._pool.everywhere(order))
+        return faults(self._pool.everywhere(order, healthy=False))
 
     @property
     def version(self) -> int:

@@ -31,7 +31,7 @@ from megatron_rlvr.sync.buckets import Bucket, buckets
 T = TypeVar("T")
 
 # A server that takes longer than this to load a bucket is taken to hang.
-_SECONDS_A_BUCKET, _BYTES_A_SECOND = 30.0, 20e6
+_SECONDS_A_BUCKET, _BYTES_A_SECOND = 30.0, 10e6
 
 
 @dataclass(frozen=True)

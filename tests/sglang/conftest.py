@@ -91,7 +91,6 @@ def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[.
 
     yield make
     for engine in engines:
-        engine._sync.close()  # while its pool is open
         engine.close()
 
 

@@ -109,7 +109,6 @@ def _sampled(
         sampling = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=RESPONSE)
         completions = list(engine.generate(asked if policy.ranks.is_main else [], sampling))
     finally:
-        sync.close()  # while the pool is open
         engine.close()
     shared: list[Any] = [sorted(completions, key=lambda c: (int(c.prompt_id), c.sample))]
     dist.broadcast_object_list(shared, src=0)
