@@ -1,14 +1,19 @@
 """What the client adds to a real SGLang server: our collector beside a bare asynchronous loop, weight sync, memory.
 
     OMP_NUM_THREADS=1 python benchmarks/rollout.py [--inflight 64 128 256] [--rounds 3] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/rollout.py --long 29696
 
 A server is started on this machine (tools/install_sglang_cpu.sh, in build/sglang), from a random model. Three tables:
 
-- tokens per second with N requests in flight, 4 N in all, of up to 192 tokens. The collector does all it does in a run: it draws prompts, checks every
-  answer, decodes, has it graded in a process of its own, and puts groups together. The bare loop is aiohttp and N
-  coroutines that post the same requests and count tokens. They take turns; each figure is the best of its rounds.
+- tokens per second with N requests in flight, 4 N in all, of up to 192 tokens. The collector does all that it does in a
+  run: it draws prompts, checks every answer, decodes, has it graded in a process of its own, and puts groups together.
+  The bare loop is aiohttp and N coroutines that post the same requests and count tokens. They take turns; each figure
+  is the best of its rounds.
 - seconds and bytes of a weight sync by each method, with a model of --sync-megabytes.
 - the client's memory for each million tokens, at its peak and kept, as the interpreter counts it.
+
+With --long it samples two responses of that many tokens instead, through an abort and a change of weights half-way, and
+compares every log-probability with one forward of transformers under the weights that its token names.
 """
 
 import argparse
@@ -24,6 +29,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -63,8 +69,8 @@ def one_rank() -> Ranks:
     return initialize_ranks(ParallelSettings(), 30.0)
 
 
-def write_model(folder: Path, megabytes: float) -> Path:
-    """A random Qwen3 in float32 of about that size; the smallest is about 1 MB."""
+def write_model(folder: Path, megabytes: float, *, stops: bool = True) -> Path:
+    """A random Qwen3 in float32 of about that size; the smallest is about 1 MB. It may have no end of a text."""
     torch.manual_seed(0)
     hidden = 64
     while 4e-6 * (2 * VOCABULARY * hidden + 2 * (3 * hidden * 3 * hidden + 4 * hidden * hidden)) < megabytes:
@@ -77,14 +83,15 @@ def write_model(folder: Path, megabytes: float) -> Path:
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 64,
         head_dim=32,
-        max_position_embeddings=1024,
-        eos_token_id=1,
+        max_position_embeddings=32768,
+        eos_token_id=1 if stops else None,
         initializer_range=0.02,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", unk_token="0").save_pretrained(folder)
+    ends = {"eos_token": "1"} if stops else {}
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", **ends).save_pretrained(folder)
     return folder
 
 
@@ -265,11 +272,55 @@ def sync_figures(url: str, model: Path, folder: Path, rounds: int) -> dict[str, 
     return found
 
 
+@torch.no_grad()
+def long_responses(url: str, model: Path, length: int) -> dict[str, float]:
+    """Two responses of ``length`` tokens, cut and gone on with under other weights, against transformers."""
+    config = json.loads((model / "config.json").read_text())
+    settings = RolloutSettings(engine="sglang", servers=[url])
+    pool = connect(settings, one_rank(), config, longest=length + 32)
+    sync = TensorSync(pool, one_rank(), 2**26)
+    engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, longest=length + 32)
+    models = [AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa").eval() for _ in range(2)]
+    for parameter in models[1].parameters():
+        parameter.mul_(1.02)
+    sampling = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=length)
+    requests = requests_for(make_prompts(1)[0], 2, 0, "long")
+    engine.update_weights(models[0].state_dict().items(), 0)
+    start = time.perf_counter()
+    with engine.open(sampling) as stream:
+        stream.submit(requests)
+        time.sleep(length / 4000)
+        begun = {request.sample: completion for request, completion in stream.abort()}
+    engine.update_weights(models[1].state_dict().items(), 1)
+    with engine.open(sampling) as stream:
+        stream.submit(requests, [begun[request.sample] for request in requests])
+        answers = [stream.get() for _ in requests]
+    seconds = time.perf_counter() - start
+    gaps, lengths, firsts = [], [], []
+    for answer in answers:
+        assert answer is not None
+        request, completion = answer
+        tokens = torch.from_numpy(np.concatenate([request.prompt.token_ids, completion.token_ids]).astype(np.int64))
+        first = len(request.prompt.token_ids)
+        by_version = []
+        for weights in models:
+            logits = weights(input_ids=tokens[None]).logits[0, first - 1 : -1]
+            by_version.append(logits.log_softmax(-1).gather(-1, tokens[first:, None])[:, 0].numpy())
+        expected = np.where(completion.weight_versions == 0, *by_version)
+        gaps.append(float(np.abs(expected - completion.logprobs).max()))
+        lengths.append(len(completion.token_ids))
+        firsts.append(int((completion.weight_versions == 0).sum()))
+        assert completion.finish_reason == ("length" if len(completion.token_ids) == length else "stop")
+    engine.close()
+    return {"tokens": max(lengths), "of_first_weights": max(firsts), "seconds": seconds, "largest_gap": max(gaps)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inflight", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sync-megabytes", type=float, default=200.0)
+    parser.add_argument("--long", type=int, metavar="TOKENS", help="sample long responses instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     subprocess.run([str(ROOT / "tools" / "install_sglang_cpu.sh"), str(ROOT / "build" / "sglang")], check=True)
@@ -277,7 +328,15 @@ def main() -> None:
     figures: dict[str, Any] = {"throughput": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        small = write_model(folder / "small", 0)
+        small = write_model(folder / "small", 0, stops=not options.long)
+        if options.long:
+            with served(small, folder / "small.log") as url:
+                figures["long"] = long_responses(url, small, options.long)
+            print(
+                "{tokens} tokens, {of_first_weights} of them under the first weights, in {seconds:.0f} s; largest "
+                "difference from transformers {largest_gap:.1e} nats".format(**figures["long"])
+            )
+            return
         with (
             GraderPool("math", workers=1) as graders,
             served(small, folder / "small.log") as url,

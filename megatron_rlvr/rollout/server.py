@@ -68,9 +68,9 @@ class Server:
         """The answer to one request, unchecked."""
         return await self.call("POST", "/generate", timeout_seconds, body)
 
-    async def abort(self, prefix: str) -> None:
-        """Ends the requests whose `rid` begins with ``prefix``; each answers with the tokens that it has."""
-        await self.call("POST", "/abort_request", _QUICK_SECONDS, {"rid": prefix})
+    async def abort(self, rid: str) -> None:
+        """Ends the request of that `rid`, if it is there; it answers with the tokens that it has."""
+        await self._send("POST", "/abort_request", _QUICK_SECONDS, {"rid": rid})
 
     async def check_health(self) -> None:
         """Returns once the server has shown that it can sample."""

@@ -84,6 +84,8 @@ class Job:
     timeout_seconds: float
     failures: int = 0
     tried: set[str] = field(default_factory=set)
+    rid: str = ""
+    """Of the attempt that is running."""
 
 
 @dataclass(eq=False)
@@ -320,17 +322,18 @@ class ServerPool:
         assert me is not None
         self._requests += 1
         # A server refuses an id that it still works on, as after a timeout: each attempt has its own.
-        body = job.body | {"rid": f"{stream.id}.{self._requests}"}
+        job.rid = f"{stream.id}.{self._requests}"
         fault: ServerFault | None = None
         try:
-            result = job.read(await member.server.generate(body, job.timeout_seconds))
+            result = job.read(await member.server.generate(job.body | {"rid": job.rid}, job.timeout_seconds))
         except GivenUp as given_up:
             fault, result = (None, given_up.partial) if stream.aborting else (given_up, None)
         except ServerFault as error:
             fault = error
         except Refused as refusal:
             result = ServersError(f"{job.name} is refused by {member.server.url}: {refusal}")
-        member.running.pop(me, None)
+        if member.running.pop(me, None) is None:
+            return  # it was taken away, and goes elsewhere: a cancellation can turn into the timeout that it overtook
         if fault is None:
             member.strikes = 0
             stream.results.put(result)
@@ -367,8 +370,10 @@ class ServerPool:
         self._waiting = deque(item for item in self._waiting if item[0] is not stream)
         deadline = self._loop.time() + (_ABORT_SECONDS if wait else 0)
         while running := [member for member in self._members if self._tasks(member, stream)]:
-            orders = [asyncio.wait_for(m.server.abort(stream.id), _ABORT_ORDER_SECONDS) for m in running if m.usable]
-            await asyncio.gather(*orders, return_exceptions=True)
+            # One by one: a server knows them by their whole ids only.
+            orders = [m.server.abort(job.rid) for m in running if m.usable for job in self._jobs(m, stream)]
+            in_time = [asyncio.wait_for(order, _ABORT_ORDER_SECONDS) for order in orders]
+            await asyncio.gather(*in_time, return_exceptions=True)
             tasks = [task for member in running for task in self._tasks(member, stream)]
             if self._loop.time() >= deadline:
                 for member in running:
@@ -376,6 +381,9 @@ class ServerPool:
                 return await _cancel(tasks)
             if tasks:
                 await asyncio.wait(tasks, timeout=_ABORT_AGAIN_SECONDS)
+
+    def _jobs(self, member: _Member, stream: JobStream) -> list[Job]:
+        return [job for owner, job in member.running.values() if owner is stream]
 
     def _tasks(self, member: _Member, stream: JobStream) -> list["asyncio.Task[None]"]:
         return [task for task, (owner, _) in member.running.items() if owner is stream]

@@ -127,11 +127,10 @@ class FakeServer:
         return web.json_response({"status": "ok"})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        prefix = (await request.json())["rid"]
-        self.aborts.append(prefix)
-        for rid, aborted in self._running.items():
-            if rid.startswith(prefix):
-                aborted.set()
+        rid = (await request.json())["rid"]
+        self.aborts.append(rid)
+        if rid in self._running:  # a part of an id means nothing
+            self._running[rid].set()
         return web.json_response({"status": "ok"})
 
     async def _load(self, request: web.Request) -> web.Response:

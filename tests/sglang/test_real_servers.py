@@ -147,6 +147,38 @@ def test_another_vocabulary_is_found_out_before_weights_are_sent(servers, engine
         engine_on([servers[0].url], longest=513)
 
 
+def test_an_abort_is_answered_at_once_and_gone_on_with_to_the_token(servers, engine_on, reference):
+    engine = engine_on([server.url for server in servers], stop=())
+    engine.update_weights(weights_of(reference), version=0)
+    asked, length = requests(12), 470
+    whole = [greedy(reference, request, length) for request in asked[:2]]
+    begun: dict[str, Completion | None] = {request.prompt.id: None for request in asked}
+    aborts = 0
+    while True:
+        left = [r for r in asked if begun[r.prompt.id] is None or begun[r.prompt.id].finish_reason == "abort"]
+        if not left:
+            break
+        with engine.open(sampling(length)) as stream:
+            stream.submit(left, [begun[request.prompt.id] for request in left])
+            time.sleep(0.3)
+            start = time.monotonic()
+            answers = stream.abort()
+            assert time.monotonic() - start < 5
+        aborts += sum(c.finish_reason == "abort" and len(c.token_ids) > 0 for _, c in answers)
+        for request, completion in answers:
+            before = begun[request.prompt.id]
+            assert before is None or len(completion.token_ids) >= len(before.token_ids)
+            begun[request.prompt.id] = completion
+    assert aborts > 6
+    for request in asked:
+        completion = begun[request.prompt.id]
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] == 2 else "length")
+        assert np.abs(completion.logprobs - logprobs_of(reference, request, completion)).max() < TOLERANCE
+    for request, expected in zip(asked, whole, strict=False):
+        expected = expected[: expected.index(2) + 1] if 2 in expected else expected
+        assert begun[request.prompt.id].token_ids.tolist() == expected
+
+
 RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one rank, disk": (0, {"sync": {"method": "disk"}}),
     "tensor 2, distributed, partial": (

@@ -335,8 +335,8 @@ def test_each_server_that_cannot_be_used_has_a_line_before_the_run(
         engine_on([fake.url for fake in fakes], config=CONFIG, server_timeout_seconds=0.5)
     lines = [str(error.value), *(r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)]
     assert len(lines) == 2
-    assert f"{fakes[0].url} serves another model (model_type llama, not qwen3" in lines[0]
-    assert f"{fakes[1].url} cannot be used" in lines[1]
+    assert f"{fakes[1].url} cannot be used" in lines[0]
+    assert f"{fakes[0].url} serves another model (model_type llama, not qwen3" in lines[1]
     fakes[1].start()
 
 
@@ -390,7 +390,7 @@ def test_a_stream_that_is_left_ends_its_requests_on_the_servers(fakes: list[Fake
         stream.submit(requests(10))
         while sum(fake._now for fake in fakes) < 10:
             time.sleep(0.01)
-    assert all(fake.aborts == [stream._jobs.id] for fake in fakes)
+    assert sum(len(fake.aborts) for fake in fakes) == 10
     assert sum(fake._now for fake in fakes) == 0
 
 
