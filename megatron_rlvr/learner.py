@@ -33,10 +33,27 @@ class PolicyEntropyError(RuntimeError):
     """The policy's entropy at a response token is NaN or infinite: nothing can be selected by it."""
 
 
+class SkippedStepsError(RuntimeError):
+    """Too many optimizer steps in a row had a loss or gradient that is not finite.
+
+    Attributes:
+        mini_batch: number of the last one in its training step, from 0.
+    """
+
+    def __init__(self, message: str, mini_batch: int) -> None:
+        super().__init__(message)
+        self.mini_batch = mini_batch
+
+
 class Learner:
-    """Takes one optimizer step a mini-batch, on the tokens that the settings select."""
+    """Takes one optimizer step a mini-batch, on the tokens that the settings select.
+
+    Attributes:
+        skipped_in_a_row: optimizer steps since the last one that changed the weights.
+    """
 
     def __init__(self, settings: Settings, policy: Policy, loss: PolicyLoss) -> None:
+        self.skipped_in_a_row = 0
         self._settings = settings
         self._policy = policy
         self._loss = loss
@@ -47,6 +64,7 @@ class Learner:
         Raises:
             LogprobGapError: sampling and policy disagree by more than `rollout.max_logprob_gap`.
             PolicyEntropyError: an entropy is not finite; on every rank, but see `_mask_of_current`.
+            SkippedStepsError: the last `optimizer.max_skipped_steps` optimizer steps were skipped.
         """
         everything = [micro for mini in mini_batches for micro in mini.micro_batches]
         with timed("score"):
@@ -56,10 +74,10 @@ class Learner:
         with timed("train"):
             parts = _parts(mini_batches)
             selections = self._selections(step, everything, parts, scores.entropy)
-            reports = [
-                self._train(step, mini, Work(mini.micro_batches, selection.masks, scores.logp[part]))
-                for mini, part, selection in zip(mini_batches, parts, selections, strict=True)
-            ]
+            reports = []
+            for number, (mini, part, selection) in enumerate(zip(mini_batches, parts, selections, strict=True)):
+                reports.append(self._train(step, mini, Work(mini.micro_batches, selection.masks, scores.logp[part])))
+                self._count_skipped(step, number, reports[-1])
         scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
         return figures | _selection_figures(scopes) | _train_figures(reports, scored)
 
@@ -93,6 +111,16 @@ class Learner:
         masks = work.masks if old else self._mask_of_current(step)
         figures = self._policy.train_step(work.batches, masks, work.old_logp, self._loss, max(1, count))
         return figures | {"tokens": float(self._sum(sum(batch.positions for batch in work.batches)))}
+
+    def _count_skipped(self, step: int, mini_batch: int, report: dict[str, float]) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report["skipped"] else 0
+        if self.skipped_in_a_row >= self._settings.optimizer.max_skipped_steps:
+            raise SkippedStepsError(
+                f"step {step}: loss {report['loss']:g} and gradient norm {report['grad_norm']:g} of mini-batch "
+                f"{mini_batch + 1} are not finite, nor were those of the {self.skipped_in_a_row} optimizer steps up to "
+                "it (optimizer.max_skipped_steps); lower optimizer.learning_rate, or look at what was trained on",
+                mini_batch,
+            )
 
     def _mask_of_current(self, step: int) -> MaskOfEntropy:
         settings, seed = self._settings.selection, self._random_seed(step)

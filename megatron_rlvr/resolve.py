@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.checkpoints import Checkpoint, where_to_begin
 from megatron_rlvr.config import ParallelSettings, Settings, SettingsError, evaluation_name
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
 
-RUN_FILES = ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "sync")
+RUN_FILES = ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "sync", "skipped", "checkpoints")
 """What a run writes into `run.dir` besides config.yaml, and a new run there would replace."""
 
 _SIZES = (
@@ -42,6 +43,8 @@ class Resolved:
     train: PromptSet
     evaluation: Mapping[str, PromptSet]
     world_size: int
+    start: Checkpoint | None
+    """The checkpoint that the run goes on from."""
 
 
 def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
@@ -58,7 +61,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     _check_experts(settings, fields, ranks)
     _check_lengths(settings, hf_config)
     _check_packages(settings)
-    _check_run_folder(settings)
+    start = _check_run_folder(settings)
     tokenizer = load_tokenizer(settings.model.tokenizer or settings.model.path)
     if tokenizer.vocab_size > hf_config["vocab_size"]:
         raise SettingsError(
@@ -75,7 +78,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
         for f in settings.evaluate.sets
     }
     stop = _stop_token_ids(settings.model.path, hf_config, tokenizer)
-    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, ranks)
+    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, ranks, start)
 
 
 def _load(
@@ -203,14 +206,11 @@ def _check_packages(settings: Settings) -> None:
             )
 
 
-def _check_run_folder(settings: Settings) -> None:
+def _check_run_folder(settings: Settings) -> Checkpoint | None:
+    """What the run goes on from."""
     folder = Path(settings.run.dir)
     earlier = [name for name in RUN_FILES if (folder / name).exists()]
-    if earlier and not settings.run.overwrite:
-        raise SettingsError(
-            f"run.dir {folder} holds an earlier run ({', '.join(earlier)}); choose another folder, or set "
-            "run.overwrite to true to replace it"
-        )
+    start = where_to_begin(settings, earlier)
     for key, needed in _inputs(settings):
         for name in earlier:
             if Path(needed).resolve().is_relative_to((folder / name).resolve()):
@@ -218,6 +218,7 @@ def _check_run_folder(settings: Settings) -> None:
     _check_writable("run.dir", folder)
     if settings.sync.dir is not None:
         _check_writable("sync.dir", Path(settings.sync.dir))
+    return start
 
 
 def _check_writable(key: str, folder: Path) -> None:
@@ -293,7 +294,7 @@ def plan_in_words(resolved: Resolved) -> str:
         f"{s.advantage.estimator}",
         f"optimizer   {updates} each, Adam, learning rate {s.optimizer.learning_rate:g}{warmup}",
         f"evaluation  {_evaluation_in_words(resolved)}",
-        f"run         {s.run.steps} steps into {s.run.dir}",
+        f"run         {s.run.steps} steps into {s.run.dir}{_start_in_words(resolved)}",
     ]
     return "\n".join(lines)
 
@@ -329,6 +330,10 @@ def loss_in_words(settings: Settings) -> str:
         beyond = {"tis": "cut at {:g}", "mis": "0 beyond 1/{0:g} .. {0:g}"}[s.rollout_correction]
         words += f", times policy / engine probability {beyond.format(s.correction_cap)} ({s.rollout_correction})"
     return words
+
+
+def _start_in_words(resolved: Resolved) -> str:
+    return f", going on after step {resolved.start.step}" if resolved.start else ""
 
 
 def _engine_in_words(settings: Settings) -> str:

@@ -3,14 +3,14 @@
     torchrun --nproc-per-node 2 -m megatron_rlvr.train CONFIG.yaml --selection.fraction 0.1
 
 Wrong input ends with status 2 and one line on stderr before any process group starts, most of it before torch is
-imported. Ctrl-C and SIGTERM end the run with its metrics complete and its grader processes gone.
+imported. SIGTERM saves a checkpoint after the step it arrives in and ends with status 0; Ctrl-C ends the run at once.
+Either leaves the metrics complete and no grader process behind, and the same command goes on from the last checkpoint.
 """
 
 import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_rlvr.checkpoints import Checkpoint, CheckpointError, Checkpoints, Done, prepare
 from megatron_rlvr.command_line import help_text, load_settings, to_yaml
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.data.rows import DataError
@@ -26,6 +27,7 @@ from megatron_rlvr.data.tokenizer import TokenizerError
 from megatron_rlvr.hf.families import ModelError
 from megatron_rlvr.resolve import RUN_FILES, Resolved, plan_in_words, resolve, world_size
 from megatron_rlvr.reward.graders import GraderPool, RewardError
+from megatron_rlvr.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from megatron_rlvr.policy.policy import Policy
@@ -54,24 +56,16 @@ _TOKENIZER_FILES = (
 )
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_status = 128 + signum
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 for wrong input, 128 + n for signal n, or 1."""
+    """Entry point; exits with 0, 2 for wrong input, 128 + n for signal n that ended it at once, or 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in arguments or "-h" in arguments:
         print(help_text(), end="")
         return
     check = "--check" in arguments
     _quiet_libraries()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
+    signals = Signals()
+    signals.listen()
     try:
         config, *flags = [argument for argument in arguments if argument != "--check"] or [""]
         if not config or config.startswith("--"):
@@ -95,12 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
         if check:
             print(plan_in_words(resolved))
         else:
-            _run_until_stopped(resolved, graders)
+            _run_until_stopped(resolved, graders, signals)
 
 
-def _run_until_stopped(resolved: Resolved, graders: GraderPool) -> None:
+def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals) -> None:
     try:
-        train(resolved, graders)
+        train(resolved, graders, signals)
     except Stopped as stopped:
         if _is_main():
             print(f"stopped by {stopped}; {resolved.settings.run.dir}/metrics.jsonl is complete", file=sys.stderr)
@@ -108,13 +102,16 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool) -> None:
     except INPUT_ERRORS as error:  # found only now, such as a tensor that the model's files lack
         _complain(error)
         _leave(graders, 2)
+    except CheckpointError as error:
+        _complain(error)
+        _leave(graders, 1)
     except Exception:
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         _leave(graders, 1)
 
 
-def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
-    """Trains as resolved and returns what summary.json says, on every rank."""
+def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
+    """Trains as resolved and returns what summary.json says, on every rank; None where SIGTERM ended it before."""
     from megatron_rlvr import platform
     from megatron_rlvr.algo.loss import make_loss
     from megatron_rlvr.evaluate import Evaluator
@@ -126,10 +123,9 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.trainer import Trainer
 
-    started = time.perf_counter()
     settings = resolved.settings
     ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
-    _prepare_run_folder(resolved, ranks)
+    start = _prepare_run_folder(resolved, ranks)
     resources = ExitStack()
     engine = _engine(resolved, ranks, resources)
     policy = Policy(
@@ -155,16 +151,24 @@ def train(resolved: Resolved, graders: GraderPool) -> dict[str, Any]:
     )
     learner = Learner(settings, policy, make_loss(settings.loss))
     folder = Path(settings.run.dir)
-    log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main)
+    log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main, after=start.step if start else None)
     resources.callback(log.close)
+    checkpoints = Checkpoints(settings.run, is_main=ranks.is_main, start=start)
     with resources, Progress(settings.run.steps, enabled=ranks.is_main) as progress:
         progress.say(plan_in_words(resolved))
-        trainer = Trainer(settings, policy, engine, collector, learner, evaluator, log, progress)
-        before, after = trainer.run()
+        trainer = Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals)
+        if start is not None:
+            trainer.resume(start)
+        with signals.noting():
+            done = trainer.run()
+        if done.step < settings.run.steps:
+            progress.say(_stopped_in_words(settings, done))
+            platform.shut_down()
+            return None
     export = folder / "hf" if settings.run.export else None
     if export is not None:
         policy.save_hugging_face(export, partial(_replace_tokenizer, resolved))
-    summary = _summary(settings, time.perf_counter() - started, before, after, export)
+    summary = _summary(settings, done, export)
     if ranks.is_main:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     platform.shut_down()
@@ -257,14 +261,18 @@ def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
     resolved.tokenizer.save(folder)
 
 
-def _summary(
-    settings: Settings, seconds: float, before: dict[str, float], after: dict[str, float], export: Path | None
-) -> dict[str, Any]:
+def _stopped_in_words(settings: Settings, done: Done) -> str:
+    how = " with run.overwrite false" if settings.run.overwrite else ""
+    return f"stopped by SIGTERM after step {done.step}, which is saved; the same command{how} goes on from there"
+
+
+def _summary(settings: Settings, done: Done, export: Path | None) -> dict[str, Any]:
     """The run in a few figures; the accuracies are those of the first evaluation set."""
+    before, after = done.before, done.after
     accuracy = [key for key in before if key.endswith("/accuracy")]
     return {
         "steps": settings.run.steps,
-        "seconds": round(seconds, 1),
+        "seconds": round(done.seconds, 1),
         "accuracy_before": before[accuracy[0]] if accuracy else None,
         "accuracy_after": after[accuracy[0]] if accuracy else None,
         "before": before,
@@ -273,18 +281,24 @@ def _summary(
     }
 
 
-def _prepare_run_folder(resolved: Resolved, ranks: "Ranks") -> None:
-    """A fresh run folder with the resolved settings; what an earlier run left is removed (`run.overwrite`)."""
+def _prepare_run_folder(resolved: Resolved, ranks: "Ranks") -> Checkpoint | None:
+    """The run folder with the resolved settings and nothing of an earlier run but what this one goes on from.
+
+    That is what the main rank has found: another may have looked at a shared folder too early.
+    """
     import torch.distributed as dist
 
     if ranks.is_main:
         folder = Path(resolved.settings.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
+        for name in RUN_FILES if resolved.start is None else ("summary.json", "sync"):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        prepare(resolved.settings, resolved.start)
         (folder / "config.yaml").write_text(to_yaml(resolved.settings), encoding="utf-8")
-    dist.barrier()
+    told = [resolved.start]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _check_megatron(resolved: Resolved, *, running: bool) -> None:
@@ -319,13 +333,6 @@ def _complain(error: Exception) -> None:
     if not _is_main():
         time.sleep(10)
     print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-
-
-def _stop(signum: int, frame: object) -> NoReturn:
-    """Ends the run once; what follows the first signal must not be interrupted by another."""
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, signal.SIG_IGN)
-    raise Stopped(signum)
 
 
 def _leave(graders: GraderPool, status: int) -> NoReturn:

@@ -4,17 +4,21 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 from megatron_rlvr import platform
+from megatron_rlvr.checkpoints import Checkpoint, Checkpoints, Done
 from megatron_rlvr.config import Settings
 from megatron_rlvr.evaluate import Evaluator
-from megatron_rlvr.learner import Learner
+from megatron_rlvr.learner import Learner, SkippedStepsError
 from megatron_rlvr.metrics import MetricsLog
 from megatron_rlvr.mini_batches import build_mini_batches
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import RolloutEngine
+from megatron_rlvr.rollout.agreement import gather
 from megatron_rlvr.rollout.collector import Collector, Rollout
+from megatron_rlvr.signals import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,8 @@ class Trainer:
         evaluator: Evaluator,
         log: MetricsLog,
         progress: Progress,
+        checkpoints: Checkpoints,
+        signals: Signals,
     ) -> None:
         self.settings = settings
         self.policy = policy
@@ -41,22 +47,33 @@ class Trainer:
         self.evaluator = evaluator
         self.log = log
         self.progress = progress
+        self.checkpoints = checkpoints
+        self.signals = signals
+        self.done = Done()
+        self._began = time.perf_counter()
         self._seconds: dict[str, float] = {}
-        self._skipped = 0.0
 
-    def run(self) -> tuple[dict[str, float], dict[str, float]]:
-        """All steps. Returns the figures of the evaluations before and after."""
+    def run(self) -> Done:
+        """All steps that are left, unless SIGTERM ends the run before; what is done then."""
         steps, every = self.settings.run.steps, self.settings.run.eval_every
-        self.sync(version=0)
-        before = after = self.evaluate(0)
-        for step in range(1, steps + 1):
+        self.sync(version=self.done.step)
+        if self.done.step == 0:
+            self.done.before = self.done.after = self.evaluate(0)
+        for step in range(self.done.step + 1, steps + 1):
             figures = self.train_step(step)
             if step == steps or (every and step % every == 0):
-                after = self.evaluate(step)
-                figures |= after
+                self.done.after = self.evaluate(step)
+                figures |= self.done.after
             self.log.write(step, figures)
             self.progress.step(step, figures)
-        return before, after
+            self.done.step = step
+            stop = self._stop_is_wanted()
+            if stop or self.checkpoints.due(step):
+                self.save()
+            if stop:
+                break
+        self.done.seconds += time.perf_counter() - self._began
+        return self.done
 
     def train_step(self, step: int) -> dict[str, float]:
         """One training step: a rollout, and one optimizer step for each of its mini-batches."""
@@ -72,11 +89,36 @@ class Trainer:
             figures = rollout.figures | (self._learn(step, rollout) if rollout.size else {})
             with self._timed("sync"):
                 self.sync(version=step)
-        self._skipped += figures.pop("train/skipped", 0.0)
-        figures |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self._skipped}
+        self.done.skipped += figures.pop("train/skipped", 0.0)
+        figures |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self.done.skipped}
         figures |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         figures["rollout/tokens_per_second"] = figures["rollout/response_tokens"] / figures["time/rollout"]
         return figures
+
+    def save(self) -> None:
+        """A checkpoint of all that the next step depends on."""
+        self.log.flush_to_disk()
+        done = replace(self.done, seconds=self.done.seconds + time.perf_counter() - self._began)
+        state = {
+            "done": asdict(done),
+            "collector": self.collector.state(),
+            "skipped_in_a_row": self.learner.skipped_in_a_row,
+        }
+        self.checkpoints.save(done.step, state, self.policy.save)
+
+    def _stop_is_wanted(self) -> bool:
+        """Whether SIGTERM was noted on any rank; it reaches them at different moments."""
+        ranks = self.policy.ranks
+        noted = any(gather(self.signals.stop_wanted, ranks.data_objects))
+        return any(gather(noted, ranks.replica_objects))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint instead of from the beginning."""
+        state = checkpoint.state()
+        self.policy.load(checkpoint.folder)
+        self.collector.restore(state["collector"])
+        self.learner.skipped_in_a_row = state["skipped_in_a_row"]
+        self.done = Done(**state["done"])
 
     def sync(self, version: int) -> None:
         """Hands the policy's weights to the rollout engine."""
@@ -102,7 +144,15 @@ class Trainer:
             packing=self.policy.packing(settings.batch.tokens_per_micro_batch),
             data_group=self.policy.ranks.data_objects,
         )
-        return self.learner.learn(step, mini_batches, self._timed)
+        try:
+            return self.learner.learn(step, mini_batches, self._timed)
+        except SkippedStepsError as error:
+            size = settings.batch.mini_batch_prompts
+            here = [group.group for group in rollout.groups if group.order // size == error.mini_batch]
+            groups = [group for part in gather(here, self.policy.ranks.data_objects) for group in part]
+            path = self.log.write_skipped(step, groups, self.collector.tokenizer)
+            ids = ", ".join(group.prompt.id for group in groups)
+            raise SkippedStepsError(f"{error}: prompts {ids}, all of it in {path}", error.mini_batch) from None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

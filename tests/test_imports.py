@@ -21,6 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # room: what of ours it may import, packages as a whole or single modules of them
     "types": set(),
     "config": set(),
+    "signals": set(),
+    "checkpoints": {"config"},
     "platform": set(),
     "progress": set(),
     "protocols": {"types"},
@@ -38,10 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"types", "config", "rollout", "policy.ranks"},
     "metrics": {"types", "config"},
     "command_line": {"config"},
-    "resolve": {"config", "data", "hf"},
+    "resolve": {"config", "data", "hf", "checkpoints"},
     "trainer": {
         *("types", "config", "platform", "protocols", "algo", "batch", "mini_batches", "policy", "rollout", "sync"),
-        *("learner", "evaluate", "metrics", "progress"),
+        *("learner", "evaluate", "metrics", "progress", "checkpoints", "signals"),
     },
     "train": EVERYTHING,
 }
@@ -65,7 +67,10 @@ ONLY_IN: dict[str, set[str]] = {
 }
 
 # These answer a user's mistake in a moment: importing them, and what they import, does not import torch.
-WITHOUT_TORCH = ("types", "config", "protocols", "command_line", "resolve", "metrics", "progress", "train")
+WITHOUT_TORCH = (
+    *("types", "config", "protocols", "command_line", "resolve", "metrics", "progress", "train"),
+    *("checkpoints", "signals"),
+)
 WITHOUT_TORCH_PACKAGES = ("data", "reward", "hf.families", "hf.files")
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 

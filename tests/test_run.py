@@ -464,10 +464,13 @@ def test_a_signal_ends_the_run_and_leaves_nothing_behind(name: str, background: 
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 2
     assert not (ending.run.folder / "summary.json").exists()
-    told = f"stopped by {signum.name}; {ending.run.folder}/metrics.jsonl is complete"
-    assert ending.run.stderr.splitlines().count(told) == (signum != signal.SIGKILL)
+    told = f"stopped by SIGINT; {ending.run.folder}/metrics.jsonl is complete"
+    assert ending.run.stderr.splitlines().count(told) == (signum == signal.SIGINT)
+    told = f"stopped by SIGTERM after step {steps[-1]}, which is saved; the same command goes on from there"
+    assert ending.run.stdout.splitlines().count(told) == (signum == signal.SIGTERM)
+    assert (ending.run.folder / "checkpoints" / f"step_{steps[-1]:06d}").exists() == (signum == signal.SIGTERM)
     if not ranks:
-        assert ending.run.status == (-signum if signum == signal.SIGKILL else 128 + signum)
+        assert ending.run.status == {signal.SIGKILL: -signum, signal.SIGINT: 128 + signum, signal.SIGTERM: 0}[signum]
         assert "Traceback" not in ending.run.stderr
     else:
-        assert ending.run.status != 0
+        assert ending.run.status != 0  # the launcher's, whatever its ranks end with

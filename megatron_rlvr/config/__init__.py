@@ -34,10 +34,30 @@ class RunSettings(Section):
     """Evaluate every this many steps; 0: only before and after training."""
     export: bool = True
     """Write the trained model as a Hugging Face folder, `DIR/hf`, at the end."""
+    save_every: int = Field(default=10, ge=0)
+    """Save a checkpoint every this many steps; 0: only at the end, and when SIGTERM stops the run."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that are kept; older ones are removed."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that are multiples of this are kept as well; 0: none."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Go on from the last checkpoint in `run.dir`: where there is one, never, or not without one."""
     overwrite: bool = False
-    """Replace an earlier run in `run.dir`; false: refuse to."""
+    """Begin anew and replace an earlier run in `run.dir`, its checkpoints included."""
     timeout_minutes: float = Field(default=30.0, gt=0)
     """How long a rank waits for another before the run is given up."""
+
+    @model_validator(mode="after")
+    def _resume_or_replace(self) -> "RunSettings":
+        if self.overwrite and self.resume == "must":
+            raise ValueError("run.overwrite true removes the checkpoint that run.resume must needs; drop one of them")
+        if self.keep_every and not self.save_every:
+            raise ValueError(f"run.keep_every {self.keep_every} does nothing with run.save_every 0; drop it")
+        if self.keep_every and self.keep_every % self.save_every:
+            raise ValueError(
+                f"run.keep_every {self.keep_every} is not a multiple of run.save_every {self.save_every}; choose one"
+            )
+        return self
 
 
 class ModelSettings(Section):
@@ -272,6 +292,8 @@ class OptimizerSettings(Section):
     """Adam's decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
+    max_skipped_steps: int = Field(default=5, ge=1)
+    """Optimizer steps in a row that may be skipped since a loss or gradient is not finite; so many stop the run."""
 
     @model_validator(mode="after")
     def _schedule(self) -> "OptimizerSettings":

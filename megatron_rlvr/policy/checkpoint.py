@@ -4,10 +4,13 @@ A layout cuts what another has written differently: Megatron's dist_checkpointin
 Names and files are those of `checkpoint_files`.
 """
 
+import ctypes
+import os
 import queue
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rlvr.hf.weights import beside, copy_all_but_weights
 from megatron_rlvr.policy.checkpoint_files import CONTENT, HUGGING_FACE, CheckpointReader
+
+# Moments have the shape of their parameter, whichever ranks share them: any layout reads them.
+_OF_THE_OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -34,29 +41,125 @@ def sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(state: dict[str, Any], folder: Path, hf_folder: Path) -> None:
-    """Writes a new folder; a collective over the world. The folder gets its name when all ranks have written.
+def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, loading: bool) -> Any:
+    """The optimizer's state in Megatron's sharded form, which any layout can read.
+
+    Args:
+        weights: `sharded_weights`.
+        loading: whether it is to be filled by a checkpoint.
+    """
+    _allocate_moments(optimizer)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return optimizer.sharded_state_dict(weights, loading, metadata=CONTENT | _OF_THE_OPTIMIZER | {"dp_cp_group": group})
+
+
+def load_optimizer(optimizer: Any, loaded: Any) -> None:
+    """Fills the optimizer from a loaded `sharded_optimizer`."""
+    parts = _parts(optimizer)
+    states = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
+    moments = [state.pop("param_state", None) for state in states]
+    for state in states:
+        inner = state.get("optimizer", state)
+        if "state" in inner:  # Megatron leaves out the number of steps where it is 0
+            inner["state"].setdefault("common_step", torch.zeros(()))
+    optimizer.load_state_dict(loaded)
+    for part, moment in zip(parts, moments, strict=True):
+        # With torch's Adam, the distributed optimizer takes the steps, which are not cut, for another moment of the
+        # parameter, and has one tensor count the steps of all parameters, each of which would count it up.
+        steps = {parameter: state.pop("step", None) for parameter, state in part.optimizer.state.items()}
+        if moment is not None:
+            part.load_parameter_state_from_fully_reshardable(moment)
+        for parameter, step in steps.items():
+            if step is not None:
+                part.optimizer.state[parameter]["step"] = step.clone()
+
+
+def _allocate_moments(optimizer: Any) -> None:
+    """Gives Adam the moments of its beginning where it has none: they would come with its first step.
+
+    Without them Megatron takes an optimizer that has skipped all of its steps for one without state.
+    """
+    for part in _parts(optimizer):
+        adam = part.optimizer
+        part.init_state_fn(adam, part.config)
+        if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            for state in adam.state.values():
+                state.setdefault("step", torch.zeros(()))
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Experts have an optimizer of their own."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def save_checkpoint(
+    state: dict[str, Any], folder: Path, hf_folder: Path, finish: Callable[[Path], None] = lambda folder: None
+) -> None:
+    """Writes a folder; a collective over the world. The folder gets its name when all ranks have written.
 
     Args:
         state: `sharded_weights`, and whatever else is to be kept, in Megatron's sharded form.
         hf_folder: whose configuration and tokenizer come along.
+        finish: called on the main rank with the folder before it gets its name, to add files to it.
 
-    Raises: OSError on every rank where the folder cannot be made.
+    Raises: OSError on every rank where the folder cannot be made or written; nothing is left of it.
     """
     building = beside(folder)
 
     def prepare() -> None:
         shutil.rmtree(building, ignore_errors=True)
-        (building / HUGGING_FACE).mkdir(parents=True)
-        copy_all_but_weights(hf_folder, building / HUGGING_FACE)
+        building.mkdir(parents=True)
 
     _on_main_rank(prepare)
     # Writers are waited for here. Megatron would start a process that passes on what they report later, keep it for the
     # next time, and so leave it behind on every machine where a rank is killed.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(building), content_metadata=dict(CONTENT))
-    dist.barrier()
-    _on_main_rank(partial(building.rename, folder))
+    failures: list[Exception] = []
+    try:
+        with _writers_end_with_this_process():
+            dist_checkpointing.save(state, str(building), content_metadata=dict(CONTENT))
+    except CheckpointException as error:  # on the main rank alone, which has heard from all that they have ended
+        failures.extend(failure for failure, _ in error.failures.values() if isinstance(failure, Exception))
+
+    def complete() -> None:
+        try:
+            if failures:
+                raise OSError(str(failures[0].__cause__ or failures[0]))
+            (building / HUGGING_FACE).mkdir()
+            copy_all_but_weights(hf_folder, building / HUGGING_FACE)
+            finish(building)
+            building.rename(folder)
+        except OSError:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+
+    _on_main_rank(complete)
+
+
+_saving_process = 0
+_KILL_WHEN_THE_PARENT_ENDS = 1  # Linux's PR_SET_PDEATHSIG
+
+
+@contextmanager
+def _writers_end_with_this_process() -> Iterator[None]:
+    """Megatron forks the processes that write; where this one is killed they would wait for it for good."""
+    global _saving_process
+    _saving_process = os.getpid()
+    try:
+        yield
+    finally:
+        _saving_process = 0
+
+
+def _end_with_the_parent() -> None:
+    if _saving_process:
+        _LIBC.prctl(_KILL_WHEN_THE_PARENT_ENDS, signal.SIGKILL)
+        if os.getppid() != _saving_process:
+            os._exit(1)
+
+
+_LIBC = ctypes.CDLL(None)
+os.register_at_fork(after_in_child=_end_with_the_parent)
 
 
 def _on_main_rank(act: Callable[[], Any]) -> None:
@@ -78,7 +181,11 @@ def load_weights(chunks: Sequence[torch.nn.Module], folder: Path, hf_config: Map
     Raises: ModelError that names weights that are missing or do not fit ``hf_config``, on every rank.
     """
     CheckpointReader(folder).check(hf_config)
-    loaded = dist_checkpointing.load(sharded_weights(chunks), str(folder))
+    fill_weights(chunks, dist_checkpointing.load(sharded_weights(chunks), str(folder)))
+
+
+def fill_weights(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
+    """Copies loaded `sharded_weights` into this rank's parameters."""
     for number, chunk in enumerate(chunks):
         with torch.no_grad():
             for name, parameter in _module(chunk).named_parameters():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -25,6 +26,14 @@ from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.hf.weights import write_folder
 from megatron_rlvr.policy.attention import packed_stream
 from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
+from megatron_rlvr.policy.checkpoint import (
+    fill_weights,
+    load_optimizer,
+    save_checkpoint,
+    sharded_optimizer,
+    sharded_weights,
+)
+from megatron_rlvr.policy.checkpoint_files import CheckpointReader
 from megatron_rlvr.policy.context import ContextShard, context_shard
 from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.policy.weights import WeightMap, global_parameters
@@ -140,7 +149,7 @@ class Policy:
             loss: sum over selected tokens.
             count: what the sum is divided by, over all ranks.
 
-        Returns: global figures: loss, grad_norm, skipped (1 where a gradient was not finite and nothing was changed),
+        Returns: global figures: loss, grad_norm, skipped (1 where one of them was not finite and nothing was changed),
         and the loss's own figures as means over the selected tokens.
         """
         for chunk in self._chunks:
@@ -148,6 +157,8 @@ class Policy:
         self._optimizer.zero_grad()
         one = partial(self._train_one, masks=masks, old_logp=old_logp, loss=loss, count=count)
         figures = self._reduce(self._run(batches, one, forward_only=False))
+        if not math.isfinite(figures["loss"]):
+            return figures | {"grad_norm": math.nan, "skipped": 1.0}
         return figures | self._update()
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
@@ -156,6 +167,28 @@ class Policy:
         May be iterated again; each time is a collective, which all ranks must exhaust.
         """
         return _Export(self._weights, self._chunks)
+
+    def save(self, folder: Path, finish: Callable[[Path], None]) -> None:
+        """Writes weights, optimizer and schedule as a checkpoint, which appears under its name when it is complete.
+
+        ``finish`` is called on the main rank with the folder before it gets its name, to add files to it.
+        """
+        weights = sharded_weights(self._chunks)
+        state = weights | {
+            "optimizer": sharded_optimizer(self._optimizer, weights, loading=False),
+            "schedule": self._schedule.state_dict(),
+        }
+        save_checkpoint(state, folder, self.folder, finish)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint that `save` has written, in this layout or another."""
+        CheckpointReader(folder).check(self.hf_config)
+        weights = sharded_weights(self._chunks)
+        optimizer = sharded_optimizer(self._optimizer, weights, loading=True)
+        loaded = dist_checkpointing.load(weights | {"optimizer": optimizer}, str(folder))
+        fill_weights(self._chunks, loaded)
+        load_optimizer(self._optimizer, loaded["optimizer"])
+        self._schedule.load_state_dict(loaded["schedule"])
 
     def save_hugging_face(self, folder: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
         """Writes the model as a Hugging Face folder, with the configuration and tokenizer it came with.

@@ -8,8 +8,9 @@ streaming.py (servers that are kept busy).
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_rlvr.config import RewardSettings, RolloutSettings
 from megatron_rlvr.data.cursor import PromptCursor
@@ -131,6 +132,32 @@ class Collector(ABC):
             "rollout/groups_surplus": float(self._kept_everywhere),
         }
         return Rollout(batch, size, figures, sampled)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` goes on from, whole on the main rank: `restore` deals it anew. A collective over the world.
+
+        Besides numbers there are groups, those begun with what is sampled of them.
+        """
+        mine = (self._kept, self._begun)
+        # The main rank is the first of its replica, and this group holds the first of all.
+        parts = gather(mine, self._ranks.data_objects) if self._ranks.replica_rank == 0 else []
+        return {
+            "cursor": self._cursor.state(),
+            "drawn": self._drawn,
+            "rate": (self._useful, self._seen),
+            "kept": sorted((g for kept, _ in parts for g in kept), key=lambda g: g.order),
+            "begun": sorted((g for _, begun in parts for g in begun), key=lambda g: g.order),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state`, on every rank, in this layout or another. DataError if the prompts differ."""
+        self._cursor.restore(state["cursor"])
+        self._drawn = state["drawn"]
+        self._useful, self._seen = state["rate"]
+        ranks = self._ranks
+        self._kept = [group for group in state["kept"] if group.order % ranks.data_size == ranks.data_rank]
+        self._kept_everywhere = len(state["kept"])
+        self._begun = [group for group in state["begun"] if group.order % ranks.data_size == ranks.data_rank]
 
     def close(self) -> None:  # noqa: B027 (most have nothing in the background)
         """Ends what goes on in the background."""

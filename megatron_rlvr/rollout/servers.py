@@ -301,25 +301,41 @@ class ServerPool:
             for stream in self._streams:
                 stream.results.put(error)
 
-    def _dispatch(self) -> None:
-        """Sends what can be sent: each job to the freest server, one where it has not failed yet if there is one."""
-        held_back = []
+    def _dispatch(self, free: _Member | None = None) -> bool:
+        """Sends what can be sent: each job to the freest server, one where it has not failed yet if there is one.
+
+        Args:
+            free: whose request the running task has just finished; it goes on with the first that this server gets.
+
+        Returns: whether there is one.
+        """
+        held_back, goes_on = [], False
         while self._waiting:
             stream, job = self._waiting.popleft()
             usable = [member for member in self._members if member.usable]
             choice = [member for member in usable if member.server.url not in job.tried] or usable
             member = min(choice, key=lambda m: len(m.running), default=None)
             if member is not None and len(member.running) < self._max_inflight:
-                member.running[self._start(self._attempt(stream, job, member))] = stream, job
+                mine = member is free and not goes_on
+                goes_on |= mine
+                task = _this_task() if mine else self._start(self._work(member))
+                member.running[task] = stream, job
             else:
                 held_back.append((stream, job))
                 if not job.tried:
                     break  # nobody has room for the rest, which is as new
         self._waiting.extendleft(reversed(held_back))
+        return goes_on
 
-    async def _attempt(self, stream: JobStream, job: Job, member: _Member) -> None:
-        me = asyncio.current_task()
-        assert me is not None
+    async def _work(self, member: _Member) -> None:
+        """Sends the request that is noted for this task, and then others: a new task would let the server wait."""
+        goes_on = True
+        while goes_on:
+            stream, job = member.running[_this_task()]
+            goes_on = await self._attempt(stream, job, member) and self._dispatch(member)
+
+    async def _attempt(self, stream: JobStream, job: Job, member: _Member) -> bool:
+        """One request; whether its place at the server was still this task's at the end."""
         self._requests += 1
         # A server refuses an id that it still works on, as after a timeout: each attempt has its own.
         job.rid = f"{stream.id}.{self._requests}"
@@ -332,8 +348,8 @@ class ServerPool:
             fault = error
         except Refused as refusal:
             result = ServersError(f"{job.name} is refused by {member.server.url}: {refusal}")
-        if member.running.pop(me, None) is None:
-            return  # it was taken away, and goes elsewhere: a cancellation can turn into the timeout that it overtook
+        if member.running.pop(_this_task(), None) is None:
+            return False  # it goes elsewhere: a cancellation can turn into the timeout that it overtook
         if fault is None:
             member.strikes = 0
             stream.results.put(result)
@@ -342,7 +358,7 @@ class ServerPool:
             self._again(stream, job, member, str(fault))
             if isinstance(fault, UnusableServer) or member.strikes >= _MOST_STRIKES:
                 self._take_out(member, str(fault))
-        self._dispatch()
+        return True
 
     def _again(self, stream: JobStream, job: Job, member: _Member, reason: str) -> None:
         """Puts a failed job in line once more, after a pause that doubles with each failure."""
@@ -453,6 +469,12 @@ class ServerPool:
 def faults(results: Mapping[str, Any]) -> dict[str, str]:
     """{URL: why} of the servers that failed, from what `ServerPool.everywhere` returns."""
     return {url: str(result) for url, result in results.items() if isinstance(result, ServerFault)}
+
+
+def _this_task() -> "asyncio.Task[None]":
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 async def _cancel(tasks: Sequence["asyncio.Task[None]"]) -> None:

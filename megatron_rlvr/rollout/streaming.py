@@ -4,7 +4,7 @@ The other ranks wait without a collective, which could time out, until all leade
 on how many prompts were drawn, and the ranks of a replica learn its groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -32,12 +32,36 @@ class StreamingCollector(Collector):
         self._attempts = 0
         self._world = cast(dist.ProcessGroup, dist.group.WORLD)
         self._harvest: Harvest | None = None
+        self._underway = False
+        self._weights_wanted = False
+        self._settled_early: list[OrderedGroup] = []
+        """Groups of this replica that a checkpoint took in before their step: its figures count them."""
 
     def begin(self, step: int) -> None:
         """Begins to sample for a step, in the background. A collective over the world."""
         super().begin(step)
         self._drawn_in_step = 0
         self._start()
+
+    def state(self) -> dict[str, Any]:
+        """See `Collector`. A harvest in the background is stopped for it, and goes on with what is still missing."""
+        harvesting = self._underway
+        if self._harvest is not None:
+            self._harvest.cancel()
+        if harvesting:
+            self._settled_early += self._take_in(lambda count: None)
+        state = super().state()
+        parts = gather(self._settled_early, self._ranks.data_objects)
+        if harvesting:
+            self._start()
+        return state | {"settled_early": [group for part in parts for group in part]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        ranks = self._ranks
+        self._settled_early = [g for g in state["settled_early"] if g.order % ranks.data_size == ranks.data_rank]
+        if ranks.replica_rank:
+            self._begun = []  # its leader has them
 
     def close(self) -> None:
         """Stops the servers."""
@@ -47,6 +71,7 @@ class StreamingCollector(Collector):
     def _start(self) -> None:
         """A harvest of what is missing."""
         self._attempts += 1
+        self._underway = True
         self._board = Board(self._store, str(self._attempts))
         missing = max(0, self._prompts - self._kept_everywhere)
         # A step never draws more prompts than there are: sampling one twice would not make it informative.
@@ -75,20 +100,13 @@ class StreamingCollector(Collector):
             )
 
     def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
-        finished: list[OrderedGroup] = []
-        total = useful = 0
-        while True:
-            here = self._finish(on_finished)
-            found = self._count(sum(map(self._is_useful, here.settled)))
-            self._keep(here.settled, found)
-            finished += here.settled
-            total, useful = total + self._count(len(here.settled)), useful + found
-            weights_wanted = isinstance(here.failure, WeightsWantedError)
-            agree(None if weights_wanted else here.failure)
-            if not any(gather(weights_wanted, self._world)):
-                break
+        finished, self._settled_early = self._settled_early, []
+        finished = finished + self._take_in(on_finished)
+        while self._weights_wanted:
             self._sync()
             self._start()
+            finished += self._take_in(on_finished)
+        total, useful = self._count(len(finished)), self._count(sum(map(self._is_useful, finished)))
         if self._kept_everywhere < self._prompts:
             used_up = self._drawn_in_step == self._cursor.prompts
             rounds = self._settings.max_rounds
@@ -96,6 +114,15 @@ class StreamingCollector(Collector):
                 step, "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
             )
         return Filled(finished, total, useful, self._drawn_in_step / self._prompts)
+
+    def _take_in(self, on_finished: Callable[[int], None]) -> list[OrderedGroup]:
+        """Waits for the harvest and keeps what it has brought; its finished groups, of this replica."""
+        here = self._finish(on_finished)
+        self._keep(here.settled, self._count(sum(map(self._is_useful, here.settled))))
+        wanted = isinstance(here.failure, WeightsWantedError)
+        agree(None if wanted else here.failure)
+        self._weights_wanted = any(gather(wanted, self._world))
+        return here.settled
 
     def _finish(self, on_finished: Callable[[int], None]) -> Yield:
         """What this replica has sampled, known to its ranks, once all have finished; the begun groups to its leader."""
@@ -113,6 +140,7 @@ class StreamingCollector(Collector):
             look()
             self._harvest = None
             self._begun = here.begun
+        self._underway = False
         self._board.wait_for_all(self._ranks.data_size)
         drawn = min(self._board.counts().drawn, self._most)
         self._cursor.take(drawn)

@@ -5,6 +5,7 @@ the tests.
 """
 
 import os
+import signal
 import subprocess
 import time
 import urllib.error
@@ -15,7 +16,7 @@ import psutil
 import tiny
 from fake_server import free_port
 
-from megatron_rlvr.rollout.server_process import ServerProgram
+from megatron_rlvr.rollout.server_process import ServerProgram, dies_with_parent
 
 # 40 s on two idle cores; both start at once, and the machine may be busy.
 _START_SECONDS = 480
@@ -64,7 +65,13 @@ class RealServer:
         environment = {key: value for key, value in program.variables.items() if key != "PYTHONPATH"}
         with self._log.open("ab") as log:
             self._process = psutil.Popen(
-                program.command, cwd=self._log.parent, env=environment, stdout=log, stderr=log, start_new_session=True
+                program.command,
+                cwd=self._log.parent,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=dies_with_parent(signal.SIGKILL),
             )
 
     def wait(self) -> None:

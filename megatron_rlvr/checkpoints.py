@@ -1,0 +1,233 @@
+"""Training checkpoints in a run folder: their names, when one is due, which stay, and which one a run goes on from.
+
+    checkpoints/settings.json     the settings that the run began with
+    checkpoints/step_000020/      complete, or it would not have this name (policy/checkpoint.py builds it beside)
+    checkpoints/latest            the name of the last one; changed after all else
+
+Whoever is killed at any moment leaves a `latest` that names a complete checkpoint, or none. What is not older than it
+and not it, or has the name of something unfinished, is of no use and is removed by the next run. Imports no torch.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.config import RunSettings, Settings, SettingsError
+
+FOLDER = "checkpoints"
+_SETTINGS, _LATEST, _STATE = "settings.json", "latest", "training_state.pkl"
+_NAME = re.compile(r"step_(\d{6,})")
+
+# What may differ when a run goes on: how long it lasts, what it leaves behind, and where and how fast it runs.
+_MAY_CHANGE = {
+    *("run.dir", "run.steps", "run.eval_every", "run.save_every", "run.keep_last", "run.keep_every", "run.export"),
+    *("run.overwrite", "run.resume", "run.timeout_minutes", "reward.workers", "reward.timeout_seconds"),
+    *("batch.tokens_per_micro_batch", "rollout.max_batch_rows", "rollout.max_batch_tokens", "rollout.servers"),
+    *("rollout.max_inflight", "rollout.retries", "rollout.server_timeout_seconds", "rollout.colocated"),
+    *("optimizer.max_skipped_steps", "parallel", "sync", "log"),
+}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; one sentence."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    folder: Path
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        """What `Checkpoints.save` was given beside the policy. A pickle: load checkpoints of people you trust."""
+        path = self.folder / _STATE
+        try:
+            return pickle.loads(path.read_bytes())
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); write the name of an older checkpoint into "
+                f"{self.folder.parent / _LATEST}"
+            ) from error
+
+
+@dataclass
+class Done:
+    """What a run has done so far, over all of its lives.
+
+    Attributes:
+        step: the last one.
+        skipped: optimizer steps.
+        before, after: figures of the first and of the last evaluation.
+    """
+
+    step: int = 0
+    skipped: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+# Before a run -------------------------------------------------------------------------------------------------------
+
+
+def where_to_begin(settings: Settings, earlier: list[str]) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a fresh run.
+
+    Args:
+        earlier: names in `run.dir` that an earlier run has written.
+
+    Raises: SettingsError where an earlier run may be neither continued nor replaced.
+    """
+    run, root = settings.run, Path(settings.run.dir) / FOLDER
+    if run.overwrite:
+        return None
+    latest = latest_checkpoint(root)
+    if run.resume == "must" and latest is None:
+        raise SettingsError(
+            f"run.resume must finds no checkpoint in {root}; correct run.dir, or set run.resume to auto"
+        )
+    if not earlier:
+        return None
+    began_with = _read_settings(root / _SETTINGS)
+    if run.resume == "never" or began_with is None:
+        without = "" if run.resume == "never" else " and no checkpoint"
+        raise SettingsError(
+            f"run.dir {run.dir} holds an earlier run ({', '.join(earlier)}){without}; choose another folder, or set "
+            "run.overwrite to true to replace it"
+        )
+    _check_settings(began_with, settings)
+    return latest  # None: it ended before its first checkpoint, and begins again
+
+
+def latest_checkpoint(root: Path) -> Checkpoint | None:
+    """The one that ``latest`` names, if there is one."""
+    try:
+        name = (root / _LATEST).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    found = _NAME.fullmatch(name)
+    if not found or not (root / name).is_dir():
+        raise SettingsError(f"{root / _LATEST} names {name!r}, which is no checkpoint; write the name of one into it")
+    return Checkpoint(root / name, int(found[1]))
+
+
+def prepare(settings: Settings, start: Checkpoint | None) -> None:
+    """Notes the settings of a fresh run; removes what a killed run has left after the checkpoint it goes on from."""
+    root = Path(settings.run.dir) / FOLDER
+    root.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        write_whole(root / _SETTINGS, json.dumps(settings.model_dump(), indent=1))
+    for path in root.iterdir():
+        found = _NAME.fullmatch(path.name)
+        later = found and int(found[1]) > (start.step if start else 0)
+        if path.is_dir() and (later or not found):
+            shutil.rmtree(path)
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise SettingsError(f"{path} is not valid JSON ({error}); restore it or start a new run") from None
+
+
+def _check_settings(then: Mapping[str, Any], now: Settings) -> None:
+    for section, values in now.model_dump().items():
+        if section in _MAY_CHANGE:
+            continue
+        if section == "megatron":
+            values = {key: values.get(key) for key in values | then.get(section, {})}
+        for key, value in values.items():
+            before = then.get(section, {}).get(key, None if section == "megatron" else value)
+            if f"{section}.{key}" not in _MAY_CHANGE and before != value:
+                raise SettingsError(
+                    f"{section}.{key} was {json.dumps(before)} when the run in run.dir {now.run.dir} began, and is "
+                    f"{json.dumps(value)} now; set it back, or start a new run in another folder"
+                )
+
+
+# During a run -------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Saves when it is due, and removes what is not kept. All ranks call it alike; the main rank acts.
+
+    Args:
+        is_main: whether this rank is the main one.
+        start: what the run goes on from.
+    """
+
+    def __init__(self, run: RunSettings, *, is_main: bool, start: Checkpoint | None = None) -> None:
+        self._run = run
+        self._root = Path(run.dir) / FOLDER
+        self._is_main = is_main
+        self._last = start.step if start else 0
+
+    def due(self, step: int) -> bool:
+        """Whether to save after a step: every `run.save_every` and at the end."""
+        every = self._run.save_every
+        return step == self._run.steps or bool(every and step % every == 0)
+
+    def save(self, step: int, state: Mapping[str, Any], policy: Callable[[Path, Callable[[Path], None]], None]) -> None:
+        """Writes the checkpoint of a step; a collective over the world.
+
+        Args:
+            state: plain values, of the main rank.
+            policy: writes the policy's part as a new folder, and calls its second argument before it gets its name.
+
+        Raises: CheckpointError on every rank; earlier checkpoints are as they were.
+        """
+        folder = self._root / f"step_{step:06d}"
+
+        def finish(building: Path) -> None:
+            with (building / _STATE).open("wb") as file:
+                pickle.dump(dict(state), file)
+                _flush_to_disk(file)
+
+        try:
+            policy(folder, finish)
+            if self._is_main:
+                write_whole(self._root / _LATEST, folder.name + "\n")
+                self._remove_old(step)
+        except OSError as error:
+            goes_on = f"goes on after step {self._last}" if self._last else "begins again"
+            free = shutil.disk_usage(self._root).free / 1e9
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self._root}, where {free:.1f} GB are free "
+                f"({error}); make room, and the same command {goes_on}"
+            ) from error
+        self._last = step
+
+    def _remove_old(self, latest: int) -> None:
+        """A folder loses its name first: whoever finds one by name finds it whole."""
+        steps = sorted(int(found[1]) for path in self._root.iterdir() if (found := _NAME.fullmatch(path.name)))
+        every = self._run.keep_every
+        for step in [step for step in steps if step <= latest][: -self._run.keep_last]:
+            if not (every and step % every == 0):
+                folder = self._root / f"step_{step:06d}"
+                removing = folder.with_name(folder.name + ".removing")
+                folder.rename(removing)
+                shutil.rmtree(removing)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file has its old content or all of the new one, whatever happens."""
+    building = path.with_name(path.name + ".incomplete")
+    with building.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _flush_to_disk(file)
+    building.replace(path)
+
+
+def _flush_to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

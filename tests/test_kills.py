@@ -1,0 +1,233 @@
+"""Runs that are killed at any moment, terminated, or out of disk: what was saved stays whole, and nothing is lost.
+
+Lives are forked from one process that has imported everything, so that one of them lasts a second or two.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from megatron_rlvr.checkpoints import latest_checkpoint
+
+KILLS, STEPS = 50, 160
+
+# Forks lives of the run until one ends by itself, and kills each of the first KILLS at a moment of its own: some while
+# they begin, most after their first new step. Prints a line for each: status, whether a checkpoint was being written,
+# and the step that the next life will go on from.
+LIVES = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import megatron_rlvr.evaluate, megatron_rlvr.learner, megatron_rlvr.rollout.rounds, megatron_rlvr.rollout.embedded
+import megatron_rlvr.trainer
+from megatron_rlvr.train import main
+
+config, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+dice = random.Random(0)
+latest = folder / "checkpoints" / "latest"
+
+
+def content(path):
+    return path.read_bytes() if path.exists() else b""
+
+
+while True:
+    life = os.fork()
+    if not life:
+        os.setpgid(0, 0)
+        os.dup2(os.open(config + ".out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        status = 1
+        try:
+            main([config])
+            status = 0
+        except SystemExit as left:
+            status = left.code
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    early, pause = dice.random() < 0.2, dice.random()
+    before, ended, saving = content(latest), 0, False
+    if kills:
+        while early is False and content(latest) == before and not ended:
+            ended, status = os.waitpid(life, os.WNOHANG)
+            time.sleep(0.002)
+        deadline = time.monotonic() + pause * (1.0 if early else 0.3)
+        while time.monotonic() < deadline and not ended:
+            ended, status = os.waitpid(life, os.WNOHANG)
+            time.sleep(0.002)
+        if not ended:
+            os.kill(life, signal.SIGKILL)
+            saving = any((folder / "checkpoints").glob("step_*.*"))
+            kills -= 1
+    if not ended:
+        _, status = os.waitpid(life, 0)
+    print(json.dumps([os.waitstatus_to_exitcode(status), saving, content(latest).decode().strip()]), flush=True)
+    if not os.WIFSIGNALED(status):
+        break
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills")
+    (folder / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
+    tiny.write_gsm8k(folder / "problems.jsonl")
+    tiny.write_model(folder / "model", num_hidden_layers=1)
+    return folder
+
+
+def config(place: Path, name: str, *, steps: int, tensor: int = 1, **run: Any) -> Path:
+    """Steps as quick as they get: one optimizer step on a few responses of two tokens."""
+    values = tiny.settings_for(
+        place / "model",
+        place / "problems.jsonl",
+        place / name,
+        run={"steps": steps, "save_every": 1} | run,
+        rollout={"samples_per_prompt": 2, "max_response_tokens": 2, "max_rounds": 4},
+        batch={"prompts": 2, "mini_batch_prompts": 2},
+        reward={"function": "rewards:even"},
+        optimizer={"learning_rate": 1e-4},
+        log={"rollouts": 1},
+        parallel={"tensor": tensor},
+    )
+    return tiny.write_settings(place / f"{name}.yaml", values)
+
+
+def lives(place: Path, name: str, kills: int) -> list[list[Any]]:
+    """[status, whether it was saving, the last checkpoint] of each life of a run."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIVES, str(place / f"{name}.yaml"), str(place / name), str(kills)],
+        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_fifty_kills_cost_nothing_but_time(place: Path) -> None:
+    config(place, "whole", steps=STEPS, save_every=0)
+    config(place, "killed", steps=STEPS)
+    (ending,) = lives(place, "whole", 0)
+    assert ending[0] == 0, (place / "whole.yaml.out").read_text()
+    began = time.monotonic()
+    killed = lives(place, "killed", KILLS)
+    seconds = time.monotonic() - began
+    config_path = str(place / "killed.yaml")
+    assert [p.pid for p in psutil.process_iter(["cmdline"]) if config_path in (p.info["cmdline"] or [])] == []
+    statuses = [status for status, _, _ in killed]
+    assert statuses == [-signal.SIGKILL] * KILLS + [0], (place / "killed.yaml.out").read_text(encoding="utf-8")
+    steps = [int(last.removeprefix("step_") or 0) for _, _, last in killed]
+    assert steps == sorted(steps)
+    print(f"{KILLS} kills, {sum(saving for _, saving, _ in killed)} while saving, {seconds:.0f} s")
+    assert any(saving for _, saving, _ in killed)
+
+    assert [line["step"] for line in lines(place / "killed")] == list(range(1, STEPS + 1))
+    for found, wanted in zip(lines(place / "killed"), lines(place / "whole"), strict=True):
+        for key in wanted:
+            if not key.startswith(("time/", "rollout/tokens_per_second")):
+                assert found[key] == wanted[key], (wanted["step"], key)
+    found, wanted = (load_file(place / name / "hf" / "model.safetensors") for name in ("killed", "whole"))
+    assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
+    assert sorted(path.name for path in (place / "killed" / "checkpoints").iterdir()) == [
+        "latest", "settings.json", f"step_{STEPS - 1:06d}", f"step_{STEPS:06d}",
+    ]  # fmt: skip
+
+
+@dataclass
+class Terminated:
+    status: int
+    seconds: float
+    stdout: str
+
+
+def terminate(config: Path, folder: Path, ranks: int, *, signals: int = 1, gap: float = 0.0) -> Terminated:
+    """Sends SIGTERM to each rank, at different moments, once there are two steps."""
+    with config.with_suffix(".stdout").open("w+") as out:
+        trainer = psutil.Popen(
+            tiny.command(config, ranks=ranks), cwd=config.parent, env=tiny.environment([config.parent]),
+            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 2:
+                assert trainer.poll() is None, config.with_suffix(".stdout").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            targets = [p for p in trainer.children() if "megatron_rlvr.train" in p.cmdline()] if ranks else [trainer]
+            began = time.monotonic()
+            for number in range(signals):
+                for process in targets:
+                    process.send_signal(signal.SIGTERM)
+                    time.sleep(gap if number + 1 < signals else 0.05)
+            status = trainer.wait(60)
+            return Terminated(status, time.monotonic() - began, config.with_suffix(".stdout").read_text())
+        finally:
+            for process in (*trainer.children(recursive=True), trainer) if trainer.is_running() else ():
+                process.kill()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_sigterm_saves_and_ends_well(ranks: int, place: Path) -> None:
+    name = f"terminated {ranks}"
+    folder = place / name
+    ending = terminate(config(place, name, steps=10**5, save_every=0), folder, ranks, signals=2)
+    assert ending.status == 0, ending.stdout
+    assert ending.seconds < 30
+    last = latest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    assert [line["step"] for line in lines(folder)] == list(range(1, last.step + 1))
+    told = f"stopped by SIGTERM after step {last.step}, which is saved; the same command goes on from there"
+    assert ending.stdout.splitlines().count(told) == 1
+    assert not (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(ranks: int, place: Path) -> None:
+    name = f"full {ranks}"
+    run, folder = config(place, name, steps=3, tensor=max(1, ranks)), place / name
+    # The disk of the last rank fills up between two checkpoints: its files may not be as long as they would be.
+    text = f"""
+import os, resource
+from megatron_rlvr import checkpoints, train
+save = checkpoints.Checkpoints.save
+def limited(self, step, state, policy):
+    if step == 3 and os.environ.get("RANK", "0") == "{max(0, ranks - 1)}":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    save(self, step, state, policy)
+checkpoints.Checkpoints.save = limited
+train.main([{str(run)!r}])
+"""
+    program = place / f"{name}.py"
+    program.write_text(text, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(program)],
+        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    root = folder / "checkpoints"
+    told = [line for line in done.stderr.splitlines() if line.startswith("megatron_rlvr: ")]
+    assert len(told) == 1, done.stderr
+    wanted = f"megatron_rlvr: the checkpoint of step 3 could not be written to {root}, where [0-9.]+ GB are free [(]"
+    assert re.match(wanted, told[0])
+    assert told[0].endswith("make room, and the same command goes on after step 2")
+    assert ranks or "Traceback" not in done.stderr  # the launcher has one of its own
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "settings.json", "step_000001", "step_000002"]
+    config(place, name, steps=3)  # in any layout
+    (ending,) = lives(place, name, 0)
+    assert ending == [0, False, "step_000003"]
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3]

@@ -1,0 +1,418 @@
+"""A run that is stopped and goes on is the run that was never stopped: every figure and every weight, bit by bit."""
+
+import copy
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent / "multi_rank"))
+sys.path.insert(0, str(Path(__file__).parent / "rollout"))
+
+import test_streaming
+from launcher import Ranks
+from scripted import LAYOUTS as REPLICAS
+
+from megatron_rlvr.checkpoints import Checkpoint, Checkpoints, latest_checkpoint, where_to_begin
+from megatron_rlvr.command_line import load_settings
+from megatron_rlvr.config import RunSettings, SettingsError
+
+STEPS, CUT = 8, 4
+PATIENCE_SECONDS = 200.0
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "tensor 2": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "pipeline 2": (2, {"parallel": {"pipeline": 2}}),
+    "experts 2": (2, {"experts": True, "parallel": {"expert": 2}}),
+    "bfloat16": (1, {"model": {"dtype": "bfloat16"}}),
+    "data 2": (2, {"megatron": {"use_distributed_optimizer": True}}),
+}
+"""Ranks and settings of each."""
+OTHER_SAMPLES = ("experts 2", "bfloat16")
+"""Their weights are others, and there happens to be no surplus at the cut."""
+
+
+class StopAfter:
+    """Stands for SIGTERM, noted in the step of a number of this life."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    @property
+    def stop_wanted(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+    def noting(self) -> Any:
+        return nullcontext()
+
+
+@contextmanager
+def world_taken_down() -> Iterator[None]:
+    """Megatron's groups end with the run, so that the next one of this process may have other ones."""
+    from megatron.core import parallel_state
+
+    from megatron_rlvr import platform
+
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        platform.shut_down()
+
+
+def life(config: str, steps: int = 10**6) -> str:
+    """Runs the program on this rank, stopped after so many steps; its error, where it has one for the user."""
+    import multiprocessing
+    import os
+
+    from megatron_rlvr.checkpoints import CheckpointError
+    from megatron_rlvr.command_line import load_settings
+    from megatron_rlvr.learner import SkippedStepsError
+    from megatron_rlvr.resolve import resolve
+    from megatron_rlvr.reward.graders import GraderPool
+    from megatron_rlvr.train import INPUT_ERRORS, train
+
+    # Megatron writes files in processes of its own, which the ranks of tests, being daemons, may not start.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    folder = str(Path(config).parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+        os.environ["PYTHONPATH"] = folder  # the graders'
+    try:
+        settings = load_settings(config)
+        resolved = resolve(settings)
+        with GraderPool(settings.reward.function, workers=1, timeout_seconds=10.0) as graders, world_taken_down():
+            train(resolved, graders, StopAfter(steps))  # type: ignore[arg-type]
+    except (*INPUT_ERRORS, CheckpointError, SkippedStepsError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    world = Ranks(2)
+    yield world
+    world.stop()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
+    tiny.write_gsm8k(folder / "problems.jsonl")
+    (folder / "model").symlink_to(model)
+    tiny.write_model(folder / "experts", experts=True)
+    return folder
+
+
+def config(place: Path, name: str, **sections: Any) -> Path:
+    """Settings of a run whose epoch ends within its steps, and which always has surplus groups: half have one grade."""
+    values = tiny.settings_for(
+        place / ("experts" if sections.pop("experts", False) else "model"),
+        place / "problems.jsonl",
+        place / name,
+        **{
+            "run": {"steps": STEPS, "save_every": 0} | sections.pop("run", {}),
+            "rollout": {"samples_per_prompt": 2, "max_rounds": 4} | sections.pop("rollout", {}),
+            "batch": {"prompts": 2, "mini_batch_prompts": 1} | sections.pop("batch", {}),
+            "reward": {"function": "rewards:even"},
+            "optimizer": {"learning_rate": 0.001, "warmup_steps": 4} | sections.pop("optimizer", {}),
+            **sections,
+        },
+    )
+    return tiny.write_settings(place / f"{name}.yaml", values)
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what measures time."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    measured = ("time/", "rollout/tokens_per_second")
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith(measured)} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    tensors = load_file(folder / "hf" / "model.safetensors")
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, ranks: Ranks) -> dict[str, Path]:
+    """Runs that were never stopped, by layout."""
+    for name, (size, sections) in LAYOUTS.items():
+        run = config(place, f"whole {name}", **sections)
+        assert ranks.run(life, size, str(run), timeout=PATIENCE_SECONDS) == [""] * size
+    return {name: place / f"whole {name}" for name in LAYOUTS}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(
+    name: str, place: Path, ranks: Ranks, whole: dict[str, Path]
+) -> None:
+    size, sections = LAYOUTS[name]
+    run, folder = str(config(place, f"cut {name}", **sections)), place / f"cut {name}"
+    assert ranks.run(life, size, run, CUT, timeout=PATIENCE_SECONDS) == [""] * size
+    assert not (folder / "hf").exists()
+    assert not (folder / "summary.json").exists()
+    state = Checkpoint(folder / "checkpoints" / f"step_{CUT:06d}", CUT).state()
+    assert state["collector"]["kept"] or name in OTHER_SAMPLES, "surplus groups are in flight"
+    assert state["collector"]["drawn"] < 20, "the epoch is still to end"
+    assert ranks.run(life, size, run, timeout=PATIENCE_SECONDS) == [""] * size
+
+    last = latest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    assert last.step == STEPS
+    assert last.state()["collector"]["drawn"] > 20
+    assert [line["step"] for line in figures(folder)] == list(range(1, STEPS + 1))
+    assert figures(folder) == figures(whole[name])
+    assert all(line["train/grad_norm"] > 0 for line in figures(folder))
+    found, wanted = weights(folder), weights(whole[name])
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
+
+
+def test_a_run_goes_on_in_another_layout(place: Path, ranks: Ranks, whole: dict[str, Path]) -> None:
+    folder, distributed = place / "wandering", {"megatron": {"use_distributed_optimizer": True}}
+    for size, parallel in (
+        (2, {}),
+        (2, {"tensor": 2, "sequence": True}),
+        (2, {"pipeline": 2}),
+        (1, {}),
+    ):  # two steps each
+        run = str(config(place, "wandering", parallel=parallel, **distributed))
+        assert ranks.run(life, size, run, 2, timeout=PATIENCE_SECONDS) == [""] * size
+    assert [line["step"] for line in figures(folder)] == list(range(1, STEPS + 1))
+    for found, wanted in zip(figures(folder), figures(whole["data 2"]), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    found, wanted = weights(folder), weights(whole["data 2"])
+    # Adam moves a weight by up to the learning rate, 1e-3, in each of 16 steps.
+    assert max(float(np.abs(found[key] - wanted[key]).max()) for key in wanted) < 1e-4
+
+
+def test_what_a_crash_left_after_the_checkpoint_is_cut_off(place: Path, ranks: Ranks, whole: dict[str, Path]) -> None:
+    run, folder = str(config(place, "crashed")), place / "crashed"
+    assert ranks.run(life, 1, run, CUT, timeout=PATIENCE_SECONDS) == [""]
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": CUT + 1, "reward/mean": 7.0}) + "\n" + '{"step": 6, "rew')
+    (folder / "rollouts" / "step_000009.jsonl").write_text("{}\n", encoding="utf-8")
+    checkpoints = folder / "checkpoints"
+    for name in ("step_000005", "step_000005.incomplete", "step_000001.removing"):
+        shutil.copytree(checkpoints / f"step_{CUT:06d}", checkpoints / name)
+    (checkpoints / "step_000005.incomplete" / ".metadata").unlink()
+    assert ranks.run(life, 1, run, timeout=PATIENCE_SECONDS) == [""]
+    assert figures(folder) == figures(whole["alone"])
+    assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [
+        f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)
+    ]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest", "settings.json", f"step_{CUT:06d}", f"step_{STEPS:06d}",
+    ]  # fmt: skip
+    before = weights(folder)
+    # A run that is complete has nothing left to do, and leaves the same again.
+    assert ranks.run(life, 1, run, timeout=PATIENCE_SECONDS) == [""]
+    assert figures(folder) == figures(whole["alone"])
+    assert [key for key in before if (before[key] != weights(folder)[key]).any()] == []
+
+
+# With servers -------------------------------------------------------------------------------------------------------
+
+
+class Resuming:
+    """A streaming collector that is stopped before each step, and goes on as another one from what was saved of it.
+
+    Where sampling has begun in the background by then, it is stopped in the middle.
+    """
+
+    collector: Any = None
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts, self.lives = parts, 0
+        self.inner = self.born()
+
+    def born(self) -> Any:
+        import torch.distributed as dist
+
+        self.lives += 1
+        store = dist.PrefixStore(f"life {self.lives}", self.parts["store"])
+        cursor = copy.deepcopy(self.parts["cursor"])  # as it was before the first step
+        return self.collector(**self.parts | {"store": store, "cursor": cursor})
+
+    def collect(self, step: int, on_finished: Any) -> Any:
+        import torch.distributed as dist
+
+        inner, take_in = self.inner, self.inner._take_in
+        inner._take_in = lambda _: take_in(on_finished)  # so that the test counts these too
+        inner._start = lambda: None  # this life ends here
+        state = [pickle.dumps(inner.state())]
+        dist.broadcast_object_list(state, src=0)
+        inner.close()
+        self.inner = self.born()
+        self.inner.restore(pickle.loads(state[0]))
+        return self.inner.collect(step, on_finished)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def run_resumed_cases(*arguments: Any) -> Any:
+    """`test_streaming.run_cases` with such collectors."""
+    from unittest import mock
+
+    from megatron_rlvr.rollout import streaming
+
+    Resuming.collector = streaming.StreamingCollector
+    with mock.patch.object(streaming, "StreamingCollector", Resuming):
+        return test_streaming.run_cases(*arguments)
+
+
+def test_begun_groups_and_partial_responses_go_on_and_nothing_is_graded_or_trained_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "user_reward.py").write_text(test_streaming.JOURNAL_REWARD, encoding="ascii")
+    monkeypatch.setattr(test_streaming, "run_cases", run_resumed_cases)
+    test_streaming.test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(REPLICAS[5], tmp_path)
+
+
+# Which checkpoint a run goes on from --------------------------------------------------------------------------------
+
+
+def begun(place: Path, *, saved: bool) -> list[str]:
+    """A run folder as `config` names it, by hand, and what is in it."""
+    root = place / "checkpoints"
+    root.mkdir(parents=True)
+    (place / "metrics.jsonl").touch()
+    settings = load_settings(place.with_suffix(".yaml"))
+    (root / "settings.json").write_text(json.dumps(settings.model_dump()), encoding="utf-8")
+    if saved:
+        (root / "step_000020").mkdir()
+        (root / "latest").write_text("step_000020\n", encoding="utf-8")
+    return ["metrics.jsonl", "checkpoints"]
+
+
+def begin(place: Path, name: str, earlier: list[str], **sections: Any) -> Checkpoint | None:
+    return where_to_begin(load_settings(config(place, name, **sections)), earlier)
+
+
+def test_resume_and_overwrite_decide_where_a_run_begins(place: Path) -> None:
+    config(place, "decided")
+    earlier = begun(place / "decided", saved=True)
+    last = Checkpoint(place / "decided" / "checkpoints" / "step_000020", 20)
+    assert begin(place, "decided", earlier) == last
+    assert begin(place, "decided", earlier, run={"resume": "must"}) == last
+    assert begin(place, "decided", earlier, run={"overwrite": True}) is None
+    assert begin(place, "decided", earlier, run={"overwrite": True, "resume": "never"}) is None
+    with pytest.raises(SettingsError, match=r"holds an earlier run .* set run.overwrite to true"):
+        begin(place, "decided", earlier, run={"resume": "never"})
+    with pytest.raises(SettingsError, match=r"run.overwrite true removes the checkpoint that run.resume must needs"):
+        begin(place, "decided", earlier, run={"overwrite": True, "resume": "must"})
+    with pytest.raises(SettingsError, match=r"run.resume must finds no checkpoint in"):
+        begin(place, "elsewhere", [], run={"resume": "must"})
+    assert begin(place, "elsewhere", []) is None
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(place: Path) -> None:
+    config(place, "early")
+    earlier = begun(place / "early", saved=False)
+    assert begin(place, "early", earlier) is None
+    (place / "early" / "checkpoints" / "settings.json").unlink()
+    with pytest.raises(SettingsError, match=r"holds an earlier run .* and no checkpoint"):  # nor was it of this program
+        begin(place, "early", earlier)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("run", "seed", 1),
+        ("model", "dtype", "bfloat16"),
+        ("data", "suffix", " Box it."),
+        ("batch", "prompts", 4),
+        ("rollout", "samples_per_prompt", 3),
+        ("optimizer", "learning_rate", 0.002),
+        ("megatron", "use_distributed_optimizer", True),
+    ],
+)
+def test_settings_that_make_another_run_are_refused_by_name(
+    section: str, key: str, value: Any, place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model").symlink_to(place / "model")
+    config(tmp_path, "changed")
+    earlier = begun(tmp_path / "changed", saved=True)
+    with pytest.raises(SettingsError, match=f"^{section}.{key} was .* and is {json.dumps(value)} now; set it back"):
+        begin(tmp_path, "changed", earlier, **{section: {key: value}})
+
+
+def test_settings_that_do_not_make_another_run_may_change(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(place / "model")
+    config(tmp_path, "changed")
+    earlier = begun(tmp_path / "changed", saved=True)
+    harmless: dict[str, Any] = {
+        "run": {"steps": 100, "save_every": 5, "keep_last": 7, "export": False},
+        "parallel": {"tensor": 2},
+        "batch": {"tokens_per_micro_batch": 1024},
+        "log": {"rollouts": 0},
+    }
+    assert begin(tmp_path, "changed", earlier, **harmless) is not None
+
+
+def test_settings_of_checkpoints_that_do_nothing_are_refused(place: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^run.keep_every 4 does nothing with run.save_every 0; drop it$"):
+        load_settings(config(place, "keep", run={"keep_every": 4}))
+    with pytest.raises(SettingsError, match=r"^run.keep_every 4 is not a multiple of run.save_every 3; choose one$"):
+        load_settings(config(place, "keep", run={"keep_every": 4, "save_every": 3}))
+
+
+def test_checkpoints_are_kept_by_number_and_by_step(tmp_path: Path) -> None:
+    run = RunSettings(dir=str(tmp_path), steps=9, save_every=2, keep_last=2, keep_every=4)
+    checkpoints = Checkpoints(run, is_main=True)
+    root = tmp_path / "checkpoints"
+
+    def write(folder: Path, finish: Any) -> None:
+        folder.mkdir(parents=True)
+        finish(folder)
+
+    for step in range(1, 10):
+        if checkpoints.due(step):
+            checkpoints.save(step, {"step": step}, write)
+            last = latest_checkpoint(root)
+            assert last is not None
+            assert last.step == step
+            assert last.state() == {"step": step}
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000004", "step_000008", "step_000009"]
+
+
+# What is not finite -------------------------------------------------------------------------------------------------
+
+HUGE = """\
+def all(prompt, response):
+    return 1e39 if len(response) % 2 == 0 else -1e39
+"""
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_a_run_of_them(place: Path, ranks: Ranks) -> None:
+    (place / "huge.py").write_text(HUGE, encoding="utf-8")
+    run = config(
+        place, "huge", reward={"function": "huge:all"}, advantage={"estimator": "dr_grpo"},
+        optimizer={"max_skipped_steps": 3}, run={"save_every": 1},
+    )  # fmt: skip
+    folder = place / "huge"
+    for _ in range(2):  # the count is part of the checkpoint: the same command ends at the same place
+        answers = ranks.run(life, 2, str(run), timeout=PATIENCE_SECONDS)
+        assert answers[0] == answers[1]
+        assert answers[0].startswith("step 2: loss ")
+        assert "mini-batch 1 are not finite, nor were those of the 3 optimizer steps up to it" in answers[0]
+        assert [(line["step"], line["train/skipped_steps"]) for line in figures(folder)] == [(1, 2)]
+        lines = [json.loads(line) for line in (folder / "skipped" / "step_000002.jsonl").read_text().splitlines()]
+        assert len(lines) == 2  # samples of the one prompt
+        for line in lines:
+            assert line["prompt_id"] in answers[0]
+            assert abs(line["reward"]) == 1e39
+            assert len(line["response_token_ids"]) == len(line["logprobs"]) == line["tokens"]
