@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.rollout.server import Refused, Server, ServerFault, UnusableServer
-from megatron_rlvr.rollout.servers import ServerPool, Weights
+from megatron_rlvr.rollout.servers import ServerPool, Weights, faults
 from megatron_rlvr.sync.buckets import Bucket, buckets
 
 T = TypeVar("T")
@@ -193,11 +193,6 @@ def _sift(results: Mapping[str, Server | ServerFault], failures: dict[str, str])
     """The servers among results; the others' faults go to ``failures``."""
     failures.update(faults(results))
     return [result for result in results.values() if isinstance(result, Server)]
-
-
-def faults(results: Mapping[str, Any]) -> dict[str, str]:
-    """{URL: why} of those that failed."""
-    return {url: str(result) for url, result in results.items() if isinstance(result, ServerFault)}
 
 
 def _patience(pool: ServerPool, bucket: Bucket) -> float:

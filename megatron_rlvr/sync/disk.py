@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from megatron_rlvr.hf.weights import write_folder
 from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.rollout.server import Server
-from megatron_rlvr.rollout.servers import ServerPool, ServersError, Weights
-from megatron_rlvr.sync.base import Sync, faults
+from megatron_rlvr.rollout.servers import ServerPool, ServersError, Weights, faults
+from megatron_rlvr.sync.base import Sync
 
 
 class DiskSync(Sync):
