@@ -286,8 +286,9 @@ class ServerPool:
     # In the pool's thread -------------------------------------------------------------------------------------------
 
     async def _connect(self, urls: Sequence[str]) -> list[_Member]:
-        # A server closes a connection that is idle for 5 s: before that it is given up here.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0))
+        # A connection for each request: one that is kept may be closed by the server at the moment of its next use,
+        # which looks like a server that died.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
         return [_Member(Server(url, self._session)) for url in urls]
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":

@@ -28,19 +28,30 @@ def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory, other_weights: Path) -> Iterator[list[RealServer]]:
+def started(tmp_path_factory: pytest.TempPathFactory, other_weights: Path) -> Iterator[list[RealServer]]:
     logs = tmp_path_factory.mktemp("servers")
     python = installed()
-    started = [RealServer(python, other_weights, logs / f"server_{i}.log") for i in range(2)]
+    both = [RealServer(python, other_weights, logs / f"server_{i}.log") for i in range(2)]
     try:
-        for server in started:
+        for server in both:
             server.start()
-        for server in started:
+        for server in both:
             server.wait()
-        yield started
+        yield both
     finally:
-        for server in started:
+        for server in both:
             server.kill()
+
+
+@pytest.fixture
+def servers(started: list[RealServer]) -> list[RealServer]:
+    """Two servers that are up, whatever an earlier test has done to them."""
+    dead = [server for server in started if not server.alive]
+    for server in dead:
+        server.start()
+    for server in dead:
+        server.wait()
+    return started
 
 
 @pytest.fixture(autouse=True)

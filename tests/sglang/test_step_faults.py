@@ -43,17 +43,6 @@ def first_token(prompt, response):
 
 
 @pytest.fixture
-def both(servers: list[RealServer]) -> list[RealServer]:
-    """Two servers that are up, whatever an earlier test has done to them."""
-    for server in servers:
-        if not server.alive:
-            server.start()
-    for server in servers:
-        server.wait()
-    return servers
-
-
-@pytest.fixture
 def graders(tmp_path: Path) -> Iterator[Any]:
     (tmp_path / "user_reward.py").write_text(PARITY_REWARD, encoding="ascii")
     with start_graders(tmp_path) as pool:
@@ -156,25 +145,25 @@ def usable_within(steps: Steps, count: int, seconds: float) -> None:
 
 
 def test_one_of_two_is_killed_and_comes_back_with_other_weights_which_it_is_rid_of(
-    both: list[RealServer], steps_on: Any, other_weights: Path, caplog: pytest.LogCaptureFixture
+    servers: list[RealServer], steps_on: Any, other_weights: Path, caplog: pytest.LogCaptureFixture
 ):
-    steps = steps_on(both)
-    steps.take(both[1].kill)
-    assert len(taken_out(caplog, both[1])) == 1
-    assert steps.engine._pool.usable == [both[0].url]
-    both[1].restart(other_weights)
+    steps = steps_on(servers)
+    steps.take(servers[1].kill)
+    assert len(taken_out(caplog, servers[1])) == 1
+    assert steps.engine._pool.usable == [servers[0].url]
+    servers[1].restart(other_weights)
     steps.take()
     usable_within(steps, 2, 90)
     steps.take()
-    assert len(taken_out(caplog, both[1])) == 1
+    assert len(taken_out(caplog, servers[1])) == 1
 
 
-def test_one_of_two_is_frozen_for_30_seconds(both: list[RealServer], steps_on: Any):
-    steps = steps_on(both)
+def test_one_of_two_is_frozen_for_30_seconds(servers: list[RealServer], steps_on: Any):
+    steps = steps_on(servers)
 
     def freeze() -> None:
-        both[0].freeze()
-        threading.Timer(30, both[0].thaw).start()
+        servers[0].freeze()
+        threading.Timer(30, servers[0].thaw).start()
 
     start = time.monotonic()
     steps.take(freeze)
@@ -185,41 +174,41 @@ def test_one_of_two_is_frozen_for_30_seconds(both: list[RealServer], steps_on: A
 
 @pytest.mark.parametrize("method", ["disk", "distributed"])
 def test_all_are_gone_and_come_back_with_other_weights(
-    method: str, both: list[RealServer], steps_on: Any, caplog: pytest.LogCaptureFixture
+    method: str, servers: list[RealServer], steps_on: Any, caplog: pytest.LogCaptureFixture
 ):
-    steps = steps_on(both, method=method, server_timeout_seconds=400.0)
+    steps = steps_on(servers, method=method, server_timeout_seconds=400.0)
 
     def restart_both() -> None:
-        for server in both:
+        for server in servers:
             server.kill()
-        for server in both:
+        for server in servers:
             server.start()
 
     start = time.monotonic()
     steps.take(restart_both)
     assert time.monotonic() - start > 20
     assert steps.syncs == (1 if method == "disk" else 2), "a folder outlasts the servers, a broadcast does not"
-    assert all(len(taken_out(caplog, server)) >= 1 for server in both)
+    assert all(len(taken_out(caplog, server)) >= 1 for server in servers)
 
 
-def test_all_are_gone_for_good_and_what_was_sampled_is_kept(both: list[RealServer], steps_on: Any, tmp_path: Path):
-    steps = steps_on(both, length=450, server_timeout_seconds=3.0)
+def test_all_are_gone_for_good_and_what_was_sampled_is_kept(servers: list[RealServer], steps_on: Any, tmp_path: Path):
+    steps = steps_on(servers, length=450, server_timeout_seconds=3.0)
 
     def kill_both() -> None:
-        for server in both:
+        for server in servers:
             server.kill()
 
     with pytest.raises(ServersError, match=r"no server could be used for 3 s") as caught:
         steps.take(kill_both)
-    assert all(server.url in str(caught.value) for server in both)
+    assert all(server.url in str(caught.value) for server in servers)
     assert "\n" not in str(caught.value)
     graded = len((tmp_path / "graded").read_text().splitlines())
     assert graded >= SAMPLES
     kept, begun = steps.collector._kept, steps.collector._begun
     assert sum(len(group.graded) for group in begun) + SAMPLES * len(kept) == graded
-    for server in both:
+    for server in servers:
         server.start()
-    for server in both:
+    for server in servers:
         server.wait()
     steps.sync()
     steps.take()
@@ -251,26 +240,26 @@ def garbage(port: int) -> Iterator[None]:
 
 
 def test_a_port_that_answers_garbage(
-    both: list[RealServer], steps_on: Any, engine_on: Any, caplog: pytest.LogCaptureFixture
+    servers: list[RealServer], steps_on: Any, engine_on: Any, caplog: pytest.LogCaptureFixture
 ):
-    steps = steps_on(both, server_timeout_seconds=2.0)
+    steps = steps_on(servers, server_timeout_seconds=2.0)
     with ExitStack() as stack:
 
         def replace() -> None:
-            both[1].kill()
-            stack.enter_context(garbage(both[1].port))
+            servers[1].kill()
+            stack.enter_context(garbage(servers[1].port))
 
         steps.take(replace)
         steps.take()
-        assert len(taken_out(caplog, both[1])) == 1
-        with pytest.raises(SettingsError, match=f"rollout.servers {both[1].url} cannot be used"):
-            engine_on([server.url for server in both], server_timeout_seconds=2.0)
+        assert len(taken_out(caplog, servers[1])) == 1
+        with pytest.raises(SettingsError, match=f"rollout.servers {servers[1].url} cannot be used"):
+            engine_on([server.url for server in servers], server_timeout_seconds=2.0)
 
 
 def test_a_server_without_memory_for_all_its_requests_takes_turns(
-    both: list[RealServer], steps_on: Any, other_weights: Path, tmp_path: Path
+    servers: list[RealServer], steps_on: Any, other_weights: Path, tmp_path: Path
 ):
-    both[0].kill()  # its memory and its core are needed
+    servers[0].kill()  # its memory and its core are needed
     small = RealServer(installed(), other_weights, tmp_path / "small.log", "--max-total-tokens", "700")
     small.start()
     try:
@@ -299,7 +288,7 @@ def test_a_server_without_memory_for_all_its_requests_takes_turns(
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGKILL"])
 def test_servers_are_idle_after_the_trainer_is_gone(
-    signal_name: str, both: list[RealServer], model: Path, problems: Path, tmp_path: Path
+    signal_name: str, servers: list[RealServer], model: Path, problems: Path, tmp_path: Path
 ):
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
     settings = tiny.settings_for(
@@ -308,7 +297,7 @@ def test_servers_are_idle_after_the_trainer_is_gone(
         tmp_path / "run",
         rollout={
             "engine": "sglang",
-            "servers": [server.url for server in both],
+            "servers": [server.url for server in servers],
             "samples_per_prompt": 8,
             "max_response_tokens": 380,
             "max_rounds": 2,
@@ -324,7 +313,7 @@ def test_servers_are_idle_after_the_trainer_is_gone(
         )
         try:
             deadline = time.monotonic() + 120
-            while all(idle(server) for server in both):
+            while all(idle(server) for server in servers):
                 assert trainer.poll() is None, (tmp_path / "out").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
@@ -334,7 +323,7 @@ def test_servers_are_idle_after_the_trainer_is_gone(
             trainer.kill()
             trainer.wait()
     deadline = time.monotonic() + 10
-    while not all(idle(server) for server in both):
+    while not all(idle(server) for server in servers):
         assert time.monotonic() < deadline, "a request goes on without anyone to read its answer"
         time.sleep(0.2)
     if signal_name == "SIGTERM":
@@ -355,9 +344,9 @@ def idle(server: RealServer) -> bool:
 
 
 def test_weights_change_under_a_running_request_and_each_token_says_which(
-    both: list[RealServer], engine_on: Any, reference: Any
+    servers: list[RealServer], engine_on: Any, reference: Any
 ):
-    engine = engine_on([server.url for server in both], stop=())
+    engine = engine_on([server.url for server in servers], stop=())
     engine.update_weights(reference.state_dict().items(), version=0)
     asked = requests(8)
     changed = {name: 1.1 * tensor for name, tensor in reference.state_dict().items()}
