@@ -1,14 +1,14 @@
 """What the client adds to a real SGLang server: our collector beside a bare asynchronous loop, weight sync, memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/rollout.py [--inflight 64 128 256] [--rounds 3] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/rollout.py [--inflight 64 128 256] [--rounds 5] [--json FILE]
     OMP_NUM_THREADS=1 python benchmarks/rollout.py --long 29696
 
 A server is started on this machine (tools/install_sglang_cpu.sh, in build/sglang), from a random model. Three tables:
 
-- tokens per second with N requests in flight, 4 N in all, of up to 192 tokens. The collector does all that it does in a
-  run: it draws prompts, checks every answer, decodes, has it graded in a process of its own, and puts groups together.
-  The bare loop is aiohttp and N coroutines that post the same requests and count tokens. They take turns; each figure
-  is the best of its rounds.
+- tokens per second with N requests in flight, 4 N but at least 512 in all, of up to 192 tokens. The collector does all
+  that it does in a run: it draws prompts, checks every answer, decodes, has it graded in a process of its own, and puts
+  groups together. The bare loop is aiohttp and N coroutines that post the same requests and count tokens. They take
+  turns; each figure is the best of its rounds.
 - seconds and bytes of a weight sync by each method, with a model of --sync-megabytes.
 - the client's memory for each million tokens, at its peak and kept, as the interpreter counts it.
 
@@ -213,7 +213,7 @@ def tokens_of(rollout: Any) -> int:
 def throughput(url: str, model: Path, graders: GraderPool, inflight: int, rounds: int) -> dict[str, float]:
     """Tokens per second of both."""
     client = Client(url, model, graders, inflight)
-    prompts = make_prompts(4 * inflight // SAMPLES)
+    prompts = make_prompts(max(512, 4 * inflight) // SAMPLES)
     arms: dict[str, Callable[[], int]] = {
         "bare": lambda: asyncio.run(bare_loop(url, prompts, inflight)),
         "collector": lambda: tokens_of(client.collect(prompts)),
@@ -322,13 +322,12 @@ def long_responses(url: str, model: Path, length: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inflight", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sync-megabytes", type=float, default=200.0)
     parser.add_argument("--long", type=int, metavar="TOKENS", help="sample long responses instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     subprocess.run([str(ROOT / "tools" / "install_sglang_cpu.sh"), str(ROOT / "build" / "sglang")], check=True)
-    global RANKS
     figures: dict[str, Any] = {"throughput": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

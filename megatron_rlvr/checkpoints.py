@@ -2,6 +2,7 @@
 
     checkpoints/settings.json     the settings that the run began with
     checkpoints/step_000020/      complete, or it would not have this name (policy/checkpoint.py builds it beside)
+    checkpoints/step_000020.1/    the same weights, and what was sampled for step 21 until SIGTERM ended that
     checkpoints/latest            the name of the last one; changed after all else
 
 Whoever is killed at any moment leaves a `latest` that names a complete checkpoint, or none. What is not older than it
@@ -16,18 +17,26 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
 
 FOLDER = "checkpoints"
 _SETTINGS, _LATEST, _STATE = "settings.json", "latest", "training_state.pkl"
-_NAME = re.compile(r"step_(\d{6,})")
+_NAME = re.compile(r"step_(\d{6,})(?:\.(\d+))?")
 
 # What may differ when a run goes on: how long it lasts, what it leaves behind, and where and how fast it runs.
 _MAY_CHANGE = {
     *("run.dir", "run.steps", "run.eval_every", "run.save_every", "run.keep_last", "run.keep_every", "run.export"),
-    *("run.overwrite", "run.resume", "run.timeout_minutes", "reward.workers", "reward.timeout_seconds"),
+    *(
+        "run.export_every",
+        "run.grace_seconds",
+        "run.overwrite",
+        "run.resume",
+        "run.timeout_minutes",
+        "reward.workers",
+        "reward.timeout_seconds",
+    ),
     *("batch.tokens_per_micro_batch", "rollout.max_batch_rows", "rollout.max_batch_tokens", "rollout.servers"),
     *("rollout.max_inflight", "rollout.retries", "rollout.server_timeout_seconds", "rollout.colocated"),
     *("optimizer.max_skipped_steps", "parallel", "sync", "log"),
@@ -40,10 +49,27 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint."""
+    """A complete checkpoint.
+
+    Attributes:
+        step: the last one that is done.
+        number: how often one with the same weights was saved before.
+    """
 
     folder: Path
     step: int
+    number: int = 0
+
+    @classmethod
+    def at(cls, folder: Path) -> "Checkpoint | None":
+        """What the name of a folder says; None where it is another's."""
+        found = _NAME.fullmatch(folder.name)
+        return cls(folder, int(found[1]), int(found[2] or 0)) if found else None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands among the others of its run."""
+        return self.step, self.number
 
     def state(self) -> dict[str, Any]:
         """What `Checkpoints.save` was given beside the policy. A pickle: load checkpoints of people you trust."""
@@ -112,10 +138,10 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
         name = (root / _LATEST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    found = _NAME.fullmatch(name)
-    if not found or not (root / name).is_dir():
+    found = Checkpoint.at(root / name)
+    if not found or not found.folder.is_dir():
         raise SettingsError(f"{root / _LATEST} names {name!r}, which is no checkpoint; write the name of one into it")
-    return Checkpoint(root / name, int(found[1]))
+    return found
 
 
 def prepare(settings: Settings, start: Checkpoint | None) -> None:
@@ -125,9 +151,8 @@ def prepare(settings: Settings, start: Checkpoint | None) -> None:
     if start is None:
         write_whole(root / _SETTINGS, json.dumps(settings.model_dump(), indent=1))
     for path in root.iterdir():
-        found = _NAME.fullmatch(path.name)
-        later = found and int(found[1]) > (start.step if start else 0)
-        if path.is_dir() and (later or not found):
+        found = Checkpoint.at(path)
+        if path.is_dir() and (found is None or start is None or found.place > start.place):
             shutil.rmtree(path)
 
 
@@ -158,6 +183,15 @@ def _check_settings(then: Mapping[str, Any], now: Settings) -> None:
 # During a run -------------------------------------------------------------------------------------------------------
 
 
+class SavePolicy(Protocol):
+    """Writes the policy as a new folder, and calls ``finish`` before it gets its name.
+
+    ``same`` is a checkpoint with the same weights, where there is one.
+    """
+
+    def __call__(self, folder: Path, finish: Callable[[Path], None], same: Path | None) -> None: ...
+
+
 class Checkpoints:
     """Saves when it is due, and removes what is not kept. All ranks call it alike; the main rank acts.
 
@@ -170,52 +204,58 @@ class Checkpoints:
         self._run = run
         self._root = Path(run.dir) / FOLDER
         self._is_main = is_main
-        self._last = start.step if start else 0
+        self.last = start
+        """What the run would go on from now."""
 
     def due(self, step: int) -> bool:
         """Whether to save after a step: every `run.save_every` and at the end."""
         every = self._run.save_every
         return step == self._run.steps or bool(every and step % every == 0)
 
-    def save(self, step: int, state: Mapping[str, Any], policy: Callable[[Path, Callable[[Path], None]], None]) -> None:
-        """Writes the checkpoint of a step; a collective over the world.
+    def save(self, step: int, state: Mapping[str, Any], policy: SavePolicy) -> None:
+        """Writes a checkpoint; a collective over the world.
 
         Args:
+            step: the last one that is done.
             state: plain values, of the main rank.
-            policy: writes the policy's part as a new folder, and calls its second argument before it gets its name.
+            policy: writes the policy's part.
 
         Raises: CheckpointError on every rank; earlier checkpoints are as they were.
         """
-        folder = self._root / f"step_{step:06d}"
+        same = self.last if self.last is not None and self.last.step == step else None
+        number = same.number + 1 if same else 0
+        saved = Checkpoint(self._root / (f"step_{step:06d}" + (f".{number}" if number else "")), step, number)
 
         def finish(building: Path) -> None:
-            with (building / _STATE).open("wb") as file:
+            path = building / _STATE
+            path.unlink(missing_ok=True)  # it may be another checkpoint's file
+            with path.open("wb") as file:
                 pickle.dump(dict(state), file)
                 _flush_to_disk(file)
 
         try:
-            policy(folder, finish)
+            policy(saved.folder, finish, same.folder if same else None)
             if self._is_main:
-                write_whole(self._root / _LATEST, folder.name + "\n")
-                self._remove_old(step)
+                write_whole(self._root / _LATEST, saved.folder.name + "\n")
+                self._remove_old(saved)
         except OSError as error:
-            goes_on = f"goes on after step {self._last}" if self._last else "begins again"
+            goes_on = f"goes on after step {self.last.step}" if self.last else "begins again"
             free = shutil.disk_usage(self._root).free / 1e9
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self._root}, where {free:.1f} GB are free "
                 f"({error}); make room, and the same command {goes_on}"
             ) from error
-        self._last = step
+        self.last = saved
 
-    def _remove_old(self, latest: int) -> None:
+    def _remove_old(self, latest: Checkpoint) -> None:
         """A folder loses its name first: whoever finds one by name finds it whole."""
-        steps = sorted(int(found[1]) for path in self._root.iterdir() if (found := _NAME.fullmatch(path.name)))
+        found = filter(None, map(Checkpoint.at, self._root.iterdir()))
+        until = sorted((c for c in found if c.place <= latest.place), key=lambda c: c.place)
         every = self._run.keep_every
-        for step in [step for step in steps if step <= latest][: -self._run.keep_last]:
-            if not (every and step % every == 0):
-                folder = self._root / f"step_{step:06d}"
-                removing = folder.with_name(folder.name + ".removing")
-                folder.rename(removing)
+        for old in until[: -self._run.keep_last]:
+            if not (every and old.step % every == 0):
+                removing = old.folder.with_name(old.folder.name + ".removing")
+                old.folder.rename(removing)
                 shutil.rmtree(removing)
 
 

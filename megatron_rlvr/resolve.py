@@ -19,7 +19,9 @@ from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
 
-RUN_FILES = ("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "sync", "skipped", "checkpoints")
+RUN_FILES = (
+    *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
+)
 """What a run writes into `run.dir` besides config.yaml, and a new run there would replace."""
 
 _SIZES = (

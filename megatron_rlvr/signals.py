@@ -1,15 +1,20 @@
 """SIGINT ends the run at once. SIGTERM, which schedulers send, does so only outside training: there it is noted, and
-acted upon between two steps, when all ranks can save together."""
+acted upon where all ranks can save together; if they do not get there within a time of grace, they give up."""
 
+import math
+import os
+import select
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 # A scheduler signals every process of a job, and a launcher passes on to its ranks what it got itself: what comes so
 # soon after the first SIGTERM is its echo. Later ones mean it.
 ECHO_SECONDS = 5.0
+_TOGETHER_SECONDS = 2.0  # in which the ranks of a job get a signal
 
 
 class Stopped(BaseException):
@@ -27,7 +32,9 @@ class Signals:
         self.stop_wanted = False
         """SIGTERM was noted."""
         self._noting = False
-        self._noted_at = 0.0
+        self._handled_at: float | None = None
+        self._gives_up_at = math.inf
+        self._saving = threading.RLock()
 
     def listen(self) -> None:
         """From now on, `Stopped` is raised where the program is."""
@@ -35,21 +42,61 @@ class Signals:
             signal.signal(signum, self._arrived)
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Within it the first SIGTERM sets ``stop_wanted``; a second one ends the run at once."""
+    def noting(self, grace_seconds: float, give_up: Callable[[], NoReturn]) -> Iterator[None]:
+        """Within it the first SIGTERM sets ``stop_wanted``; a second one ends the run at once.
+
+        ``give_up`` is called ``grace_seconds`` after the first, in a thread of its own, unless the stop has been
+        accepted by then: the main thread may be waiting for other ranks, and runs no handler meanwhile.
+        """
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        watch = threading.Thread(target=self._watch, args=(told, grace_seconds, give_up), name="signals", daemon=True)
+        watch.start()
         self._noting = True
         try:
             yield
         finally:
             self._noting = False
+            signal.set_wakeup_fd(before)
+            os.close(tell)
+
+    def accept(self) -> None:
+        """The run is about to end well: nobody gives up any more."""
+        self._saving.acquire()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """What is being saved is finished, grace or not."""
+        with self._saving:
+            yield
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether the grace is over: what fails now may do so because another rank gave up a moment earlier."""
+        return time.monotonic() > self._gives_up_at - _TOGETHER_SECONDS
+
+    def _watch(self, told: int, grace_seconds: float, give_up: Callable[[], NoReturn]) -> None:
+        """Reads the number of each signal as it arrives, until nobody can tell any more."""
+        with open(told, "rb", buffering=0) as pipe:
+            while True:
+                left = self._gives_up_at - time.monotonic()
+                if not select.select([pipe], [], [], None if left == math.inf else max(0.0, left))[0]:
+                    with self._saving:  # never got once the stop is accepted
+                        give_up()
+                arrived = pipe.read(64)
+                if not arrived:
+                    return
+                if signal.SIGTERM in arrived and not self.stop_wanted:
+                    self._gives_up_at = time.monotonic() + grace_seconds
+                    self.stop_wanted = True
 
     def _arrived(self, signum: int, frame: object) -> None:
         if self._noting and signum == signal.SIGTERM:
             now = time.monotonic()
-            if not self.stop_wanted:
-                self.stop_wanted, self._noted_at = True, now
-                return
-            if now - self._noted_at < ECHO_SECONDS:
+            if self._handled_at is None:
+                self._handled_at = now
+            if now - self._handled_at < ECHO_SECONDS:
                 return
         _stop(signum)
 

@@ -15,13 +15,14 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_rlvr.checkpoints import Checkpoint, CheckpointError, Checkpoints, Done, prepare
 from megatron_rlvr.command_line import help_text, load_settings, to_yaml
-from megatron_rlvr.config import Settings, SettingsError
+from megatron_rlvr.config import RunSettings, Settings, SettingsError
 from megatron_rlvr.data.rows import DataError
 from megatron_rlvr.data.tokenizer import TokenizerError
 from megatron_rlvr.hf.families import ModelError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.rollout.servers import ServerPool
     from megatron_rlvr.rollout.sglang import WeightSync
+    from megatron_rlvr.trainer import Trainer
 
 logger = logging.getLogger("megatron_rlvr")
 
@@ -106,27 +108,26 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals
         _complain(error)
         _leave(graders, 1)
     except Exception:
+        if signals.gives_up:
+            _leave(graders, 0)
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         _leave(graders, 1)
 
 
-def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
-    """Trains as resolved and returns what summary.json says, on every rank; None where SIGTERM ended it before."""
-    from megatron_rlvr import platform
+def build_trainer(
+    resolved: Resolved, graders: GraderPool, signals: Signals, ranks: "Ranks", resources: ExitStack
+) -> "Trainer":
+    """The trainer, in a run folder that exists; ``resources`` closes what it holds. A collective over the world."""
     from megatron_rlvr.algo.loss import make_loss
     from megatron_rlvr.evaluate import Evaluator
     from megatron_rlvr.learner import Learner
     from megatron_rlvr.metrics import MetricsLog
     from megatron_rlvr.policy.policy import Policy
-    from megatron_rlvr.policy.ranks import initialize_ranks
     from megatron_rlvr.progress import Progress
     from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.trainer import Trainer
 
-    settings = resolved.settings
-    ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
-    start = _prepare_run_folder(resolved, ranks)
-    resources = ExitStack()
+    settings, start = resolved.settings, resolved.start
     engine = _engine(resolved, ranks, resources)
     policy = Policy(
         settings.model,
@@ -139,7 +140,7 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     )
     on_servers = settings.rollout.engine == "sglang"
     sampler = Sampler(engine, resolved.tokenizer, graders, settings.reward, leaders_only=on_servers)
-    collector = _collector(resolved, sampler, ranks, policy)
+    collector = _collector(resolved, sampler, ranks, policy, signals)
     resources.callback(collector.close)
     evaluator = Evaluator(
         sampler,
@@ -154,20 +155,36 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main, after=start.step if start else None)
     resources.callback(log.close)
     checkpoints = Checkpoints(settings.run, is_main=ranks.is_main, start=start)
-    with resources, Progress(settings.run.steps, enabled=ranks.is_main) as progress:
-        progress.say(plan_in_words(resolved))
-        trainer = Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals)
-        if start is not None:
-            trainer.resume(start)
-        with signals.noting():
+    progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
+
+    def export(folder: Path) -> None:
+        policy.save_hugging_face(folder, partial(_replace_tokenizer, resolved))
+
+    return Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals, export)
+
+
+def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
+    """Trains as resolved and returns what summary.json says, on every rank; None where SIGTERM ended it before."""
+    from megatron_rlvr import platform
+    from megatron_rlvr.policy.ranks import initialize_ranks
+
+    settings, folder = resolved.settings, Path(resolved.settings.run.dir)
+    ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
+    resolved = replace(resolved, start=_prepare_run_folder(resolved, ranks))
+    with ExitStack() as resources:
+        trainer = build_trainer(resolved, graders, signals, ranks, resources)
+        trainer.progress.say(plan_in_words(resolved))
+        if resolved.start is not None:
+            trainer.resume(resolved.start)
+        with signals.noting(settings.run.grace_seconds, partial(_give_up, trainer, graders)):
             done = trainer.run()
         if done.step < settings.run.steps:
-            progress.say(_stopped_in_words(settings, done))
+            trainer.progress.say(_stopped_in_words(settings, done))
             platform.shut_down()
             return None
     export = folder / "hf" if settings.run.export else None
     if export is not None:
-        policy.save_hugging_face(export, partial(_replace_tokenizer, resolved))
+        trainer.export(export)
     summary = _summary(settings, done, export)
     if ranks.is_main:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -225,7 +242,9 @@ def _weight_sync(resolved: Resolved, pool: "ServerPool | None", ranks: "Ranks") 
     return DistributedSync(pool, ranks, settings.sync.bucket_bytes)
 
 
-def _collector(resolved: Resolved, sampler: "Sampler", ranks: "Ranks", policy: "Policy") -> "Collector":
+def _collector(
+    resolved: Resolved, sampler: "Sampler", ranks: "Ranks", policy: "Policy", signals: Signals
+) -> "Collector":
     """The collector that suits the engine."""
     from megatron_rlvr import platform
     from megatron_rlvr.data.cursor import PromptCursor
@@ -249,7 +268,7 @@ def _collector(resolved: Resolved, sampler: "Sampler", ranks: "Ranks", policy: "
     def sync() -> None:
         engine.update_weights(policy.export_weights(), engine.version)
 
-    return StreamingCollector(**parts, store=platform.store(), sync=sync)
+    return StreamingCollector(**parts, store=platform.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted)
 
 
 def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
@@ -261,8 +280,25 @@ def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
     resolved.tokenizer.save(folder)
 
 
+def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:
+    """Ends this process in the middle of a step; it is called in another thread than the main one."""
+    run, last = trainer.settings.run, trainer.checkpoints.last
+    goes_on = f"goes on after step {last.step}" if last else "begins again"
+    if _is_main():
+        print(
+            f"stopped by SIGTERM in step {trainer.done.step + 1}, which did not end within run.grace_seconds "
+            f"{run.grace_seconds:g}; the same command{_without_overwrite(run)} {goes_on}",
+            flush=True,
+        )
+    _leave(graders, 0)
+
+
+def _without_overwrite(run: RunSettings) -> str:
+    return " with run.overwrite false" if run.overwrite else ""
+
+
 def _stopped_in_words(settings: Settings, done: Done) -> str:
-    how = " with run.overwrite false" if settings.run.overwrite else ""
+    how = _without_overwrite(settings.run)
     return f"stopped by SIGTERM after step {done.step}, which is saved; the same command{how} goes on from there"
 
 

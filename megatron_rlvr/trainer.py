@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from megatron_rlvr import platform
 from megatron_rlvr.checkpoints import Checkpoint, Checkpoints, Done
@@ -17,7 +18,7 @@ from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import RolloutEngine
 from megatron_rlvr.rollout.agreement import gather
-from megatron_rlvr.rollout.collector import Collector, Rollout
+from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
 from megatron_rlvr.signals import Signals
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Trainer:
         progress: Progress,
         checkpoints: Checkpoints,
         signals: Signals,
+        export: Callable[[Path], None],
     ) -> None:
         self.settings = settings
         self.policy = policy
@@ -49,24 +51,34 @@ class Trainer:
         self.progress = progress
         self.checkpoints = checkpoints
         self.signals = signals
+        self.export = export
+        """Writes the policy as a Hugging Face folder; a collective over the world."""
         self.done = Done()
         self._began = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     def run(self) -> Done:
         """All steps that are left, unless SIGTERM ends the run before; what is done then."""
-        steps, every = self.settings.run.steps, self.settings.run.eval_every
+        run = self.settings.run
+        steps, every, every_export = run.steps, run.eval_every, run.export_every
         self.sync(version=self.done.step)
-        if self.done.step == 0:
+        if self.done.step == 0 and not self.done.before:
             self.done.before = self.done.after = self.evaluate(0)
         for step in range(self.done.step + 1, steps + 1):
-            figures = self.train_step(step)
+            try:
+                figures = self.train_step(step)
+            except CollectionStoppedError:
+                self.signals.accept()
+                self.save()
+                break
             if step == steps or (every and step % every == 0):
                 self.done.after = self.evaluate(step)
                 figures |= self.done.after
             self.log.write(step, figures)
             self.progress.step(step, figures)
             self.done.step = step
+            if every_export and step % every_export == 0:
+                self.export(Path(run.dir) / "exports" / f"step_{step:06d}")
             stop = self._stop_is_wanted()
             if stop or self.checkpoints.due(step):
                 self.save()
@@ -104,13 +116,17 @@ class Trainer:
             "collector": self.collector.state(),
             "skipped_in_a_row": self.learner.skipped_in_a_row,
         }
-        self.checkpoints.save(done.step, state, self.policy.save)
+        with self.signals.saving():
+            self.checkpoints.save(done.step, state, self.policy.save)
 
     def _stop_is_wanted(self) -> bool:
         """Whether SIGTERM was noted on any rank; it reaches them at different moments."""
         ranks = self.policy.ranks
         noted = any(gather(self.signals.stop_wanted, ranks.data_objects))
-        return any(gather(noted, ranks.replica_objects))
+        wanted = any(gather(noted, ranks.replica_objects))
+        if wanted:
+            self.signals.accept()
+        return wanted
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint instead of from the beginning."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+import yaml
 from safetensors.numpy import load_file
 
 from megatron_rlvr.checkpoints import latest_checkpoint
@@ -154,8 +156,10 @@ class Terminated:
     stdout: str
 
 
-def terminate(config: Path, folder: Path, ranks: int, *, signals: int = 1, gap: float = 0.0) -> Terminated:
-    """Sends SIGTERM to each rank, at different moments, once there are two steps."""
+def terminate(
+    config: Path, folder: Path, ranks: int, *, signals: int = 1, gap: float = 0.0, before: Callable[[], None] = int
+) -> Terminated:
+    """Sends SIGTERM to each rank, at different moments, once there are two steps, after a call of ``before``."""
     with config.with_suffix(".stdout").open("w+") as out:
         trainer = psutil.Popen(
             tiny.command(config, ranks=ranks), cwd=config.parent, env=tiny.environment([config.parent]),
@@ -168,6 +172,7 @@ def terminate(config: Path, folder: Path, ranks: int, *, signals: int = 1, gap: 
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             targets = [p for p in trainer.children() if "megatron_rlvr.train" in p.cmdline()] if ranks else [trainer]
+            before()
             began = time.monotonic()
             for number in range(signals):
                 for process in targets:
@@ -193,6 +198,49 @@ def test_sigterm_saves_and_ends_well(ranks: int, place: Path) -> None:
     told = f"stopped by SIGTERM after step {last.step}, which is saved; the same command goes on from there"
     assert ending.stdout.splitlines().count(told) == 1
     assert not (folder / "summary.json").exists()
+
+
+HANGS = """\
+import os
+import time
+
+
+def when_told(prompt, response):
+    while os.path.exists(os.path.join(os.path.dirname(__file__), "hang")):
+        time.sleep(0.05)
+    return sum(map(ord, response)) % 2 == 0
+"""
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_step_that_does_not_end_in_time_is_given_up(ranks: int, place: Path) -> None:
+    name = f"endless {ranks}"
+    folder, flag = place / name, place / "hang"
+    (place / "hanging.py").write_text(HANGS, encoding="utf-8")
+    path = config(place, name, steps=10**5, save_every=1, grace_seconds=2.0)
+    settings = yaml.safe_load(path.read_text())
+    settings["reward"] |= {"function": "hanging:when_told", "timeout_seconds": 600.0}
+    tiny.write_settings(path, settings)
+
+    def hang() -> None:
+        flag.touch()
+        time.sleep(1.0)  # no step can end from now on
+
+    try:
+        ending = terminate(path, folder, ranks, before=hang)
+    finally:
+        flag.unlink()
+    assert ending.status == 0, ending.stdout
+    assert 1.5 < ending.seconds < 20
+    last = latest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    told = (
+        f"stopped by SIGTERM in step {last.step + 1}, which did not end within run.grace_seconds 2; the same command "
+        f"goes on after step {last.step}"
+    )
+    assert ending.stdout.splitlines().count(told) == 1, ending.stdout
+    assert "Traceback" not in ending.stdout
+    assert [line["step"] for line in lines(folder)] == list(range(1, last.step + 1))
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

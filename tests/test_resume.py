@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import test_streaming
 from launcher import Ranks
 from scripted import LAYOUTS as REPLICAS
 
-from megatron_rlvr.checkpoints import Checkpoint, Checkpoints, latest_checkpoint, where_to_begin
+from megatron_rlvr.checkpoints import Checkpoint, Checkpoints, latest_checkpoint, prepare, where_to_begin
 from megatron_rlvr.command_line import load_settings
 from megatron_rlvr.config import RunSettings, SettingsError
 
@@ -52,8 +53,12 @@ class StopAfter:
         self.left -= 1
         return self.left <= 0
 
-    def noting(self) -> Any:
+    def noting(self, *_: Any) -> Any:
         return nullcontext()
+
+    saving = noting
+
+    def accept(self) -> None: ...
 
 
 @contextmanager
@@ -375,7 +380,8 @@ def test_checkpoints_are_kept_by_number_and_by_step(tmp_path: Path) -> None:
     checkpoints = Checkpoints(run, is_main=True)
     root = tmp_path / "checkpoints"
 
-    def write(folder: Path, finish: Any) -> None:
+    def write(folder: Path, finish: Any, same: Path | None) -> None:
+        assert same is None
         folder.mkdir(parents=True)
         finish(folder)
 
@@ -387,6 +393,36 @@ def test_checkpoints_are_kept_by_number_and_by_step(tmp_path: Path) -> None:
             assert last.step == step
             assert last.state() == {"step": step}
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000004", "step_000008", "step_000009"]
+
+
+def test_a_step_that_is_saved_again_keeps_its_weights_and_goes_on_from_the_newer_state(tmp_path: Path) -> None:
+    run = RunSettings(dir=str(tmp_path), steps=9, save_every=1, keep_last=2)
+    root = tmp_path / "checkpoints"
+    asked = []
+
+    def write(folder: Path, finish: Any, same: Path | None) -> None:
+        asked.append(same and same.name)
+        folder.mkdir(parents=True)
+        finish(folder)
+
+    checkpoints = Checkpoints(run, is_main=True)
+    for number, step in enumerate((1, 2, 2, 2, 3)):
+        checkpoints.save(step, {"number": number}, write)
+        last = latest_checkpoint(root)
+        assert last is not None
+        assert (last.step, last.state()) == (step, {"number": number})
+        if number == 3:
+            found = sorted(path.name for path in root.iterdir())
+            assert found == ["latest", "step_000002.1", "step_000002.2"]
+            # Another life, which is stopped while it samples for its first step.
+            checkpoints, last_but_one = Checkpoints(run, is_main=True, start=last), last
+    assert asked == [None, None, "step_000002", "step_000002.1", None]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002.2", "step_000003"]
+
+    for name in ("step_000002.1", "step_000002.3", "step_000002.3.incomplete"):
+        (root / name).mkdir()
+    prepare(SimpleNamespace(run=run), last_but_one)  # type: ignore[arg-type]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002.1", "step_000002.2"]
 
 
 # What is not finite -------------------------------------------------------------------------------------------------

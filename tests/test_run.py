@@ -148,7 +148,9 @@ def _start_all(pool: ThreadPoolExecutor, place: Path, model: Path) -> dict[str, 
         "gsm8k": alone("gsm8k", reward=unrewarded, evaluate=evaluate),
         "verl": alone("verl", ranks=2, start=chat, train=verl, reward=unrewarded, data={"suffix": " Box it."}),
         "aime": alone("aime", train=aime, reward=unrewarded, model={"tokenizer": str(pieces)}),
-        "even": alone("even", reward=even, evaluate=evaluate, run={"eval_every": 1}, log={"tensorboard": True}),
+        "even": alone(
+            "even", reward=even, evaluate=evaluate, run={"eval_every": 1, "export_every": 1}, log={"tensorboard": True}
+        ),
     }
     one_mini_batch: dict[str, Any] = {"batch": {"mini_batch_prompts": PROMPTS}}
     variants: dict[str, dict[str, Any]] = {
@@ -364,6 +366,19 @@ def test_the_export_loads_and_has_learnt(finished: Callable[[str], Run], model: 
     moves = [float((trained[name] - start[name]).abs().max()) for name in start]
     assert 0.01 < max(moves) < 0.06
     assert len(AutoTokenizer.from_pretrained(export)) == 320
+
+
+def test_exports_on_the_way_are_the_model_of_their_step(finished: Callable[[str], Run], model: Path) -> None:
+    exports = finished("even").folder / "exports"
+    assert sorted(path.name for path in exports.iterdir()) == ["step_000001", "step_000002"]
+    start, first, second, last = map(
+        tensors, (model, exports / "step_000001", exports / "step_000002", finished("even").folder / "hf")
+    )
+    assert [name for name in last if (second[name] != last[name]).any()] == []
+    for other in (start, last):
+        assert all((first[name] != other[name]).any() for name in other)
+    files = {path.name for path in (finished("even").folder / "hf").iterdir()}
+    assert {path.name for path in (exports / "step_000001").iterdir()} == files
 
 
 def test_tensorboard_has_the_same_values(finished: Callable[[str], Run]) -> None:

@@ -34,6 +34,8 @@ class RunSettings(Section):
     """Evaluate every this many steps; 0: only before and after training."""
     export: bool = True
     """Write the trained model as a Hugging Face folder, `DIR/hf`, at the end."""
+    export_every: int = Field(default=0, ge=0)
+    """Write the model as a Hugging Face folder, `DIR/exports/step_N`, every this many steps; 0: none on the way."""
     save_every: int = Field(default=10, ge=0)
     """Save a checkpoint every this many steps; 0: only at the end, and when SIGTERM stops the run."""
     keep_last: int = Field(default=2, ge=1)
@@ -42,6 +44,8 @@ class RunSettings(Section):
     """Checkpoints of steps that are multiples of this are kept as well; 0: none."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on from the last checkpoint in `run.dir`: where there is one, never, or not without one."""
+    grace_seconds: float = Field(default=40.0, gt=0)
+    """After SIGTERM, sampling is cut short and saved; training may take this long to end its step, or is given up."""
     overwrite: bool = False
     """Begin anew and replace an earlier run in `run.dir`, its checkpoints included."""
     timeout_minutes: float = Field(default=30.0, gt=0)

@@ -136,6 +136,34 @@ def save_checkpoint(
     _on_main_rank(complete)
 
 
+def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) -> None:
+    """Writes a folder that has the files of ``same``, as further names of them; a collective over the world.
+
+    For ``finish`` and errors see `save_checkpoint`.
+    """
+    building = beside(folder)
+
+    def act() -> None:
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            shutil.copytree(same, building, copy_function=_link)
+            finish(building)
+            building.rename(folder)
+        except (OSError, shutil.Error) as error:
+            shutil.rmtree(building, ignore_errors=True)
+            raise OSError(str(error)) from error
+
+    _on_main_rank(act)
+
+
+def _link(source: str, target: str) -> None:
+    """A copy where the file system knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 _saving_process = 0
 _KILL_WHEN_THE_PARENT_ENDS = 1  # Linux's PR_SET_PDEATHSIG
 

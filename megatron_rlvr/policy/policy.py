@@ -28,6 +28,7 @@ from megatron_rlvr.policy.attention import packed_stream
 from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
 from megatron_rlvr.policy.checkpoint import (
     fill_weights,
+    link_checkpoint,
     load_optimizer,
     save_checkpoint,
     sharded_optimizer,
@@ -168,11 +169,15 @@ class Policy:
         """
         return _Export(self._weights, self._chunks)
 
-    def save(self, folder: Path, finish: Callable[[Path], None]) -> None:
+    def save(self, folder: Path, finish: Callable[[Path], None], same: Path | None = None) -> None:
         """Writes weights, optimizer and schedule as a checkpoint, which appears under its name when it is complete.
 
-        ``finish`` is called on the main rank with the folder before it gets its name, to add files to it.
+        ``finish`` is called on the main rank with the folder before it gets its name, to add files to it. ``same`` is
+        a checkpoint of this very state: its files get another name instead of being written again.
         """
+        if same is not None:
+            link_checkpoint(same, folder, finish)
+            return
         weights = sharded_weights(self._chunks)
         state = weights | {
             "optimizer": sharded_optimizer(self._optimizer, weights, loading=False),

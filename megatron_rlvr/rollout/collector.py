@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 MOST_OVERSAMPLING = 4.0
 
 
+class CollectionStoppedError(RuntimeError):
+    """`Collector.collect` was told to stop before the batch was full; the collector's state has what there is."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """What a step has to train on.
@@ -114,6 +118,8 @@ class Collector(ABC):
 
         A collective over the world. ``on_finished`` is called with the number of completions this rank has sampled
         since the last call.
+
+        Raises: CollectionStoppedError on every rank, from collectors that can be stopped.
         """
         if self._step != step:
             self.begin(step)

@@ -110,8 +110,12 @@ class Harvest:
 
     def cancel(self) -> None:
         """Ends it early; what it has is in what `finish` returns."""
-        self._cancelled.set()
+        self.stop_soon()
         self._thread.join()
+
+    def stop_soon(self) -> None:
+        """Like `cancel`, without waiting for the end; and nobody else goes on either."""
+        self._cancelled.set()
 
     # In the harvest's thread ----------------------------------------------------------------------------------------
 
@@ -124,6 +128,8 @@ class Harvest:
                     self._put_by(stream)
         except Exception as error:
             self._yield.failure = error
+            self._board.stop()
+        if self._cancelled.is_set():
             self._board.stop()
         self._yield.begun = sorted(self._open.values(), key=lambda group: group.order)
         self._board.leave()

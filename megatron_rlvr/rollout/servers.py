@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_KEPT_SECONDS = 2.0
 # Failures in a row that each might have been the request's own.
 _MOST_STRIKES = 3
 _LONGEST_PAUSE = 32  # times the pause before a server is first asked again
@@ -286,9 +287,10 @@ class ServerPool:
     # In the pool's thread -------------------------------------------------------------------------------------------
 
     async def _connect(self, urls: Sequence[str]) -> list[_Member]:
-        # A connection for each request: one that is kept may be closed by the server at the moment of its next use,
-        # which looks like a server that died.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        # An idle connection is dropped before the server would do so (after 5 s), or could be another one at the same
+        # port: a request that finds it closed looks like one to a server that died.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_SECONDS)
+        self._session = aiohttp.ClientSession(connector=connector)
         return [_Member(Server(url, self._session)) for url in urls]
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_rlvr.rollout.agreement import agree, gather
 from megatron_rlvr.rollout.board import Board
-from megatron_rlvr.rollout.collector import Collector, Filled
+from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Filled
 from megatron_rlvr.rollout.groups import OrderedGroup
 from megatron_rlvr.rollout.harvest import Harvest, Quota, Yield
 from megatron_rlvr.rollout.servers import WeightsWantedError
@@ -23,17 +23,27 @@ class StreamingCollector(Collector):
     Args:
         store: shared by all ranks, for counters; no other thread uses it.
         sync: hands the policy's weights to the servers once more; a collective over the world.
+        stop_wanted: whether `collect` is to stop where it is.
     """
 
-    def __init__(self, *, store: dist.Store, sync: Callable[[], None], **parts: Any) -> None:
+    def __init__(
+        self,
+        *,
+        store: dist.Store,
+        sync: Callable[[], None],
+        stop_wanted: Callable[[], bool] = lambda: False,
+        **parts: Any,
+    ) -> None:
         super().__init__(**parts)
         self._store = store
         self._sync = sync
+        self._stop_wanted = stop_wanted
         self._attempts = 0
         self._world = cast(dist.ProcessGroup, dist.group.WORLD)
         self._harvest: Harvest | None = None
         self._underway = False
         self._weights_wanted = False
+        self._stopped = False
         self._settled_early: list[OrderedGroup] = []
         """Groups of this replica that a checkpoint took in before their step: its figures count them."""
 
@@ -102,10 +112,13 @@ class StreamingCollector(Collector):
     def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
         finished, self._settled_early = self._settled_early, []
         finished = finished + self._take_in(on_finished)
-        while self._weights_wanted:
+        while self._weights_wanted and not self._stopped:
             self._sync()
             self._start()
             finished += self._take_in(on_finished)
+        if self._stopped and self._kept_everywhere < self._prompts:
+            self._settled_early = finished
+            raise CollectionStoppedError(f"sampling for step {step} was stopped")
         total, useful = self._count(len(finished)), self._count(sum(map(self._is_useful, finished)))
         if self._kept_everywhere < self._prompts:
             used_up = self._drawn_in_step == self._cursor.prompts
@@ -121,7 +134,8 @@ class StreamingCollector(Collector):
         self._keep(here.settled, self._count(sum(map(self._is_useful, here.settled))))
         wanted = isinstance(here.failure, WeightsWantedError)
         agree(None if wanted else here.failure)
-        self._weights_wanted = any(gather(wanted, self._world))
+        told = gather((wanted, self._stop_wanted()), self._world)
+        self._weights_wanted, self._stopped = (any(column) for column in zip(*told, strict=True))
         return here.settled
 
     def _finish(self, on_finished: Callable[[int], None]) -> Yield:
@@ -135,6 +149,8 @@ class StreamingCollector(Collector):
                 sampled = harvest.sampled
                 on_finished(sampled - seen)
                 seen = sampled
+                if self._stop_wanted():
+                    harvest.stop_soon()
 
             here = harvest.finish(look)
             look()

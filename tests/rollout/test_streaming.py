@@ -399,3 +399,85 @@ def test_a_failure_reaches_every_rank_and_what_was_sampled_is_still_there(folder
     assert {size for _, _, size in answers} == {6}
     assert sum(held for _, held, _ in answers) > 0
     assert set(graded_in(folder).values()) == {1}
+
+
+def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float]:
+    """One rank is told to stop in the middle of a step; another life of the run takes that step."""
+    import torch.distributed as dist
+
+    from megatron_rlvr import platform
+    from megatron_rlvr.data.cursor import PromptCursor
+    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
+    from megatron_rlvr.rollout.collector import CollectionStoppedError
+    from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.rollout.streaming import StreamingCollector
+
+    class SlowStream(TricklingStream):
+        def get(self, timeout_seconds: float) -> Any:
+            time.sleep(0.02)  # a leader looks for SIGTERM five times a second
+            return super().get(timeout_seconds)
+
+    class SlowEngine(TricklingEngine):
+        @contextmanager
+        def open(self, sampling: Any) -> Iterator[TricklingStream]:
+            yield SlowStream(self)
+
+    with process_group(), start_graders(folder) as graders:
+        ranks = ranks_of(layout)
+        case = Case(3, 60, 8, 3, steps=1, partial=True)
+        prompts = prompts_of([0.5, 1.0] * 30)
+        seen = [0]
+
+        def born(life: int, stop_after: float) -> StreamingCollector:
+            engine: Any = SlowEngine(case, ranks.rank)
+            return StreamingCollector(
+                sampler=Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),
+                cursor=PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, 60, 1.0, 0),)), 0, True),
+                ranks=ranks,
+                rollout=RolloutSettings(
+                    engine="sglang",
+                    servers=["http://localhost:1"],
+                    samples_per_prompt=3,
+                    max_response_tokens=20,
+                    partial=True,
+                ),
+                reward=RewardSettings(overlong_buffer=0),
+                prompts=8,
+                seed=0,
+                store=dist.PrefixStore(f"life {life}", platform.store()),
+                sync=dist.barrier,
+                stop_wanted=lambda: ranks.rank == 0 and seen[0] >= stop_after,
+            )
+
+        def count(finished: int) -> None:
+            seen[0] += finished
+
+        first = born(1, 2)
+        stopped = False
+        try:
+            first.collect(1, count)
+        except CollectionStoppedError:
+            stopped = True
+        state = [first.state()]
+        dist.broadcast_object_list(state, src=0)
+        in_hand = sum(len(g.graded) for g in state[0]["begun"]) + 3 * len(state[0]["settled_early"])
+        second = born(2, float("inf"))
+        second.restore(state[0])
+        rollout = second.collect(1, count)
+        tokens = rollout.figures["rollout/response_tokens"]
+        counted = sum(len(c.token_ids) for group in rollout.sampled for c in group.completions)
+        if ranks.replica_rank:
+            counted = 0
+        return stopped, in_hand, rollout.size, tokens, float(counted)
+
+
+def test_a_step_that_is_stopped_on_one_rank_stops_on_all_and_goes_on_with_all_that_was_sampled(folder: Path):
+    answers = on_ranks(stop_one, 4, LAYOUTS[5], folder)
+    assert {stopped for stopped, *_ in answers} == {True}
+    assert {size for _, _, size, _, _ in answers} == {8}
+    in_hand = {count for _, count, _, _, _ in answers}
+    assert len(in_hand) == 1
+    assert in_hand.pop() > 2
+    assert set(graded_in(folder).values()) == {1}, "or a sample of the first life was graded again"
+    # The figures of the step count what both lives have sampled for it.
+    assert {tokens for _, _, _, tokens, _ in answers} == {sum(counted for *_, counted in answers)}

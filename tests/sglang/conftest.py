@@ -59,8 +59,8 @@ def _logs_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that fails shows what its servers have said."""
     failed_before = request.session.testsfailed
     yield
-    if request.session.testsfailed > failed_before and "servers" in request.fixturenames:
-        for server in request.getfixturevalue("servers"):
+    if request.session.testsfailed > failed_before and "started" in request.fixturenames:
+        for server in request.getfixturevalue("started"):
             print(f"---- {server.url}\n{server.log}")
 
 

@@ -4,6 +4,7 @@ The collector, the engine, the graders and the servers are real. Each step must 
 sampled from the weights of this run and graded once, and what happened must stand in the log.
 """
 
+import json
 import signal
 import socket
 import subprocess
@@ -24,7 +25,9 @@ from real_servers import RealServer, installed
 from scripted import PlainTokenizer, prompts_of, start_graders
 from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
 
+from megatron_rlvr.checkpoints import latest_checkpoint
 from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
+from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.rollout.servers import ServersError
 from megatron_rlvr.types import SampleRequest
 
@@ -260,7 +263,15 @@ def test_a_server_without_memory_for_all_its_requests_takes_turns(
     servers: list[RealServer], steps_on: Any, other_weights: Path, tmp_path: Path
 ):
     servers[0].kill()  # its memory and its core are needed
-    small = RealServer(installed(), other_weights, tmp_path / "small.log", "--max-total-tokens", "700")
+    small = RealServer(
+        installed(),
+        other_weights,
+        tmp_path / "small.log",
+        "--max-total-tokens",
+        "700",
+        "--schedule-conservativeness",
+        "0.01",
+    )
     small.start()
     try:
         small.wait()
@@ -287,24 +298,27 @@ def test_a_server_without_memory_for_all_its_requests_takes_turns(
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGKILL"])
-def test_servers_are_idle_after_the_trainer_is_gone(
+def test_servers_are_idle_after_the_trainer_is_gone_and_a_saved_step_goes_on(
     signal_name: str, servers: list[RealServer], model: Path, problems: Path, tmp_path: Path
 ):
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
+    folder = tmp_path / "run"
     settings = tiny.settings_for(
         model,
         problems,
-        tmp_path / "run",
+        folder,
         rollout={
             "engine": "sglang",
             "servers": [server.url for server in servers],
             "samples_per_prompt": 8,
             "max_response_tokens": 380,
             "max_rounds": 2,
+            "partial": True,
         },
         reward={"function": "rewards:even"},
         sync={"method": "disk"},
-        run={"dir": str(tmp_path / "run"), "steps": 100},
+        run={"dir": str(folder), "steps": 100, "save_every": 1},
+        log={"rollouts": 1000},
     )
     config = tiny.write_settings(tmp_path / "config.yaml", settings)
     with (tmp_path / "out").open("wb") as out:
@@ -313,12 +327,14 @@ def test_servers_are_idle_after_the_trainer_is_gone(
         )
         try:
             deadline = time.monotonic() + 120
-            while all(idle(server) for server in servers):
+            while not (folder / "checkpoints" / "latest").exists() or all(idle(server) for server in servers):
                 assert trainer.poll() is None, (tmp_path / "out").read_text()
                 assert time.monotonic() < deadline
-                time.sleep(0.2)
+                time.sleep(0.1)
             trainer.send_signal(getattr(signal, signal_name))
+            began = time.monotonic()
             trainer.wait(timeout=60)
+            seconds = time.monotonic() - began
         finally:
             trainer.kill()
             trainer.wait()
@@ -327,8 +343,34 @@ def test_servers_are_idle_after_the_trainer_is_gone(
         assert time.monotonic() < deadline, "a request goes on without anyone to read its answer"
         time.sleep(0.2)
     if signal_name == "SIGTERM":
-        assert trainer.returncode == 143
-        assert "stopped by SIGTERM" in (tmp_path / "out").read_text()
+        assert (trainer.returncode, seconds < 20) == (0, True)
+        assert "stopped by SIGTERM after step" in (tmp_path / "out").read_text()
+        went_on_in_the_middle(folder, config, model)
+
+
+def went_on_in_the_middle(folder: Path, config: Path, model: Path) -> None:
+    """What a run that was stopped while it sampled has saved, and that it goes on with it."""
+    last = latest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    assert last.number == 1, "the signal came while it sampled"
+    state = last.state()["collector"]
+    begun = [part for group in state["begun"] for part in group.partial.values()]
+    assert begun
+    assert all(len(part.token_ids) for part in begun)
+    for path in last.folder.glob("*.distcp"):
+        assert path.samefile(last.folder.with_name(f"step_{last.step:06d}") / path.name), "written once"
+    again = tiny.run_train(config, f"--run.steps={last.step + 1}", cwd=config.parent)
+    assert again.returncode == 0, again.stderr
+    sampled = read_lines(folder / "rollouts" / f"step_{last.step + 1:06d}.jsonl")
+    tokenizer = load_tokenizer(str(model))
+    texts = [tokenizer.decode(part.token_ids.tolist()[:20]) for part in begun]
+    assert [text for text in texts if any(line["response"].startswith(text) for line in sampled)], "it began anew"
+    steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
+    assert steps == list(range(1, last.step + 2))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def idle(server: RealServer) -> bool:

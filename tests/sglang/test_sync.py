@@ -14,7 +14,6 @@ import pytest
 import torch
 from launcher import Ranks
 from policy_runs import Layout
-from real_servers import RealServer
 from sync_runs import PROMPTS, Synced, trained_and_synced
 from test_real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling
 
@@ -26,17 +25,6 @@ IN_BUCKETS = ["distributed", "tensor"]
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2)]
 # Smaller than the embedding: it travels alone, and the rest in several buckets.
 BUCKET_BYTES = 20_000
-
-
-@pytest.fixture
-def both(servers: list[RealServer]) -> list[RealServer]:
-    """Two servers that run, whatever an earlier test did to them."""
-    started = [server for server in servers if server._process is None]
-    for server in started:
-        server.start()
-    for server in started:
-        server.wait()
-    return servers
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +72,9 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["one_rank", "tensor", "pipeline"])
 def test_servers_have_the_logprobs_of_the_policy_that_gave_them_its_weights(
-    layout: Layout, both, ranks: Ranks, model: Path, reference, tmp_path: Path
+    layout: Layout, servers, ranks: Ranks, model: Path, reference, tmp_path: Path
 ):
-    urls = [server.url for server in both]
+    urls = [server.url for server in servers]
     found: list[Synced] = ranks.run(
         trained_and_synced, layout.size, str(model), layout, urls, str(tmp_path), METHODS, BUCKET_BYTES, timeout=200
     )
@@ -118,8 +106,8 @@ def mean_gap(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
-def test_each_sync_replaces_all_weights_and_says_what_it_sent(method: str, both, engine_on, reference):
-    urls = [server.url for server in both]
+def test_each_sync_replaces_all_weights_and_says_what_it_sent(method: str, servers, engine_on, reference):
+    urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
     groups = []
     for version, factor in enumerate((1.0, 0.8, 1.1)):
@@ -135,8 +123,8 @@ def test_each_sync_replaces_all_weights_and_says_what_it_sent(method: str, both,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, both, engine_on, reference):
-    url, version = both[0].url, 4
+def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, servers, engine_on, reference):
+    url, version = servers[0].url, 4
     engine = engine_on([url], method=method)
     engine.update_weights(weights_of(reference), version - 1)
     old = version_at(url)
@@ -165,9 +153,9 @@ def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, bot
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
 def test_a_server_that_refuses_halfway_is_left_out_and_comes_back_with_the_next_sync(
-    method: str, both, engine_on, reference, caplog: pytest.LogCaptureFixture
+    method: str, servers, engine_on, reference, caplog: pytest.LogCaptureFixture
 ):
-    urls = [server.url for server in both]
+    urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
     engine.update_weights(weights_of(reference), 0)
     model = scaled(reference, 0.9)
@@ -181,13 +169,13 @@ def test_a_server_that_refuses_halfway_is_left_out_and_comes_back_with_the_next_
 
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
-def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str, both, engine_on, reference):
-    urls = [server.url for server in both]
+def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str, servers, engine_on, reference):
+    urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES, server_timeout_seconds=4.0)
     engine.update_weights(weights_of(reference), 0)
     model = scaled(reference, 0.9)
-    assert both[1]._process is not None
-    family = [both[1]._process, *both[1]._process.children(recursive=True)]
+    assert servers[1]._process is not None
+    family = [servers[1]._process, *servers[1]._process.children(recursive=True)]
     start = time.monotonic()
     try:
         engine.update_weights(weights_of(model, lambda: [process.suspend() for process in family]), 1)
@@ -196,7 +184,7 @@ def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str
     finally:
         for process in family:
             process.resume()
-    both[1].wait()
+    servers[1].wait()
     assert version_at(urls[1]).endswith("-1-incomplete")
     model = scaled(reference, 1.1)
     engine.update_weights(weights_of(model), 2)
@@ -204,8 +192,8 @@ def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str
 
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
-def test_a_fault_of_the_trainer_halfway_leaves_no_server_paused_or_current(method: str, both, engine_on, reference):
-    urls = [server.url for server in both]
+def test_a_fault_of_the_trainer_halfway_leaves_no_server_paused_or_current(method: str, servers, engine_on, reference):
+    urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
     engine.update_weights(weights_of(reference), 0)
 
@@ -223,9 +211,9 @@ def test_a_fault_of_the_trainer_halfway_leaves_no_server_paused_or_current(metho
 
 
 def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update_are_taken_up_by_the_next(
-    both, engine_on, reference
+    servers, engine_on, reference
 ):
-    urls = [server.url for server in both]
+    urls = [server.url for server in servers]
     for url in urls:
         post(url + "/pause_generation", {"mode": "retract"})
         post(url + "/begin_weight_update", {})
@@ -235,20 +223,20 @@ def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update_are_taken
 
 
 def test_a_server_that_was_restarted_joins_anew_and_one_that_dies_halfway_is_left_out_at_once(
-    both, engine_on, reference, caplog: pytest.LogCaptureFixture
+    servers, engine_on, reference, caplog: pytest.LogCaptureFixture
 ):
-    urls = [server.url for server in both]
+    urls = [server.url for server in servers]
     engine = engine_on(urls, method="distributed", bucket_bytes=BUCKET_BYTES)
     engine.update_weights(weights_of(reference), 0)
-    both[1].kill()
-    both[1].start()
-    both[1].wait()
+    servers[1].kill()
+    servers[1].start()
+    servers[1].wait()
     model = scaled(reference, 0.9)
     engine.update_weights(weights_of(model), 1)
     check(engine, model, urls, 1)
     assert "taken out" not in caplog.text
     start = time.monotonic()
-    engine.update_weights(weights_of(reference, both[1].kill), 2)
+    engine.update_weights(weights_of(reference, servers[1].kill), 2)
     assert time.monotonic() - start < 30
     check(engine, reference, urls[:1], 2)
     engine._sync.close()
