@@ -13,7 +13,7 @@ quickstart: install
 	$(RUN)/python examples/quickstart/quickstart.py
 
 test: lint
-	$(RUN)/python -m pytest -q
+	$(RUN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(RUN)/ruff check .

@@ -14,7 +14,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,20 +28,11 @@ _NAME = re.compile(r"step_(\d{6,})(?:\.(\d+))?")
 
 # What may differ when a run goes on: how long it lasts, what it leaves behind, and where and how fast it runs.
 _MAY_CHANGE = {
-    *("run.dir", "run.steps", "run.eval_every", "run.save_every", "run.keep_last", "run.keep_every", "run.export"),
-    *(
-        "run.export_every",
-        "run.grace_seconds",
-        "run.overwrite",
-        "run.resume",
-        "run.timeout_minutes",
-        "reward.workers",
-        "reward.timeout_seconds",
-    ),
+    *("run", "parallel", "sync", "log", "reward.workers", "reward.timeout_seconds", "optimizer.max_skipped_steps"),
     *("batch.tokens_per_micro_batch", "rollout.max_batch_rows", "rollout.max_batch_tokens", "rollout.servers"),
     *("rollout.max_inflight", "rollout.retries", "rollout.server_timeout_seconds", "rollout.colocated"),
-    *("optimizer.max_skipped_steps", "parallel", "sync", "log"),
 }
+_MUST_STAY = {"run.seed"}
 
 
 class CheckpointError(RuntimeError):
@@ -167,15 +159,15 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
 
 def _check_settings(then: Mapping[str, Any], now: Settings) -> None:
     for section, values in now.model_dump().items():
-        if section in _MAY_CHANGE:
-            continue
         if section == "megatron":
             values = {key: values.get(key) for key in values | then.get(section, {})}
         for key, value in values.items():
             before = then.get(section, {}).get(key, None if section == "megatron" else value)
-            if f"{section}.{key}" not in _MAY_CHANGE and before != value:
+            name = f"{section}.{key}"
+            may_change = not {section, name}.isdisjoint(_MAY_CHANGE) and name not in _MUST_STAY
+            if not may_change and before != value:
                 raise SettingsError(
-                    f"{section}.{key} was {json.dumps(before)} when the run in run.dir {now.run.dir} began, and is "
+                    f"{name} was {json.dumps(before)} when the run in run.dir {now.run.dir} began, and is "
                     f"{json.dumps(value)} now; set it back, or start a new run in another folder"
                 )
 
@@ -184,12 +176,15 @@ def _check_settings(then: Mapping[str, Any], now: Settings) -> None:
 
 
 class SavePolicy(Protocol):
-    """Writes the policy as a new folder, and calls ``finish`` before it gets its name.
+    """Begins to write the policy as a new folder, and returns what waits for the end; both are collectives.
 
-    ``same`` is a checkpoint with the same weights, where there is one.
+    ``finish`` is called with the folder before it gets its name. ``same`` is a checkpoint with the same weights, where
+    there is one. With ``background`` the policy may change meanwhile.
     """
 
-    def __call__(self, folder: Path, finish: Callable[[Path], None], same: Path | None) -> None: ...
+    def __call__(
+        self, folder: Path, finish: Callable[[Path], None], same: Path | None, *, background: bool
+    ) -> Callable[[], None]: ...
 
 
 class Checkpoints:
@@ -206,6 +201,7 @@ class Checkpoints:
         self._is_main = is_main
         self.last = start
         """What the run would go on from now."""
+        self._begun: tuple[Checkpoint, Callable[[], None]] | None = None
 
     def due(self, step: int) -> bool:
         """Whether to save after a step: every `run.save_every` and at the end."""
@@ -213,7 +209,7 @@ class Checkpoints:
         return step == self._run.steps or bool(every and step % every == 0)
 
     def save(self, step: int, state: Mapping[str, Any], policy: SavePolicy) -> None:
-        """Writes a checkpoint; a collective over the world.
+        """Writes a checkpoint, or with `run.async_save` begins to; a collective over the world.
 
         Args:
             step: the last one that is done.
@@ -222,22 +218,41 @@ class Checkpoints:
 
         Raises: CheckpointError on every rank; earlier checkpoints are as they were.
         """
+        self.complete()
         same = self.last if self.last is not None and self.last.step == step else None
         number = same.number + 1 if same else 0
         saved = Checkpoint(self._root / (f"step_{step:06d}" + (f".{number}" if number else "")), step, number)
+        content = pickle.dumps(dict(state)) if self._is_main else b""
 
         def finish(building: Path) -> None:
             path = building / _STATE
             path.unlink(missing_ok=True)  # it may be another checkpoint's file
             with path.open("wb") as file:
-                pickle.dump(dict(state), file)
+                file.write(content)
                 _flush_to_disk(file)
 
-        try:
-            policy(saved.folder, finish, same.folder if same else None)
+        with self._explaining(step):
+            complete = policy(saved.folder, finish, same.folder if same else None, background=self._run.async_save)
+        self._begun = saved, complete
+        if not self._run.async_save:
+            self.complete()
+
+    def complete(self) -> None:
+        """Waits for what `save` has begun; like it otherwise."""
+        if self._begun is None:
+            return
+        (saved, complete), self._begun = self._begun, None
+        with self._explaining(saved.step):
+            complete()
             if self._is_main:
                 write_whole(self._root / _LATEST, saved.folder.name + "\n")
                 self._remove_old(saved)
+        self.last = saved
+
+    @contextmanager
+    def _explaining(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             goes_on = f"goes on after step {self.last.step}" if self.last else "begins again"
             free = shutil.disk_usage(self._root).free / 1e9
@@ -245,7 +260,6 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self._root}, where {free:.1f} GB are free "
                 f"({error}); make room, and the same command {goes_on}"
             ) from error
-        self.last = saved
 
     def _remove_old(self, latest: Checkpoint) -> None:
         """A folder loses its name first: whoever finds one by name finds it whole."""

@@ -77,6 +77,7 @@ class Trainer:
             self.log.write(step, figures)
             self.progress.step(step, figures)
             self.done.step = step
+            self.checkpoints.complete()
             if every_export and step % every_export == 0:
                 self.export(Path(run.dir) / "exports" / f"step_{step:06d}")
             stop = self._stop_is_wanted()
@@ -84,6 +85,7 @@ class Trainer:
                 self.save()
             if stop:
                 break
+        self.checkpoints.complete()
         self.done.seconds += time.perf_counter() - self._began
         return self.done
 

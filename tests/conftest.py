@@ -16,14 +16,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on the CPU
 
 
+_ON_SERVERS = ("sglang", "cluster")
+"""Folders of tests that mostly wait for the same few servers."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist (`--dist loadgroup`) a worker takes a whole file, and one of them all tests on servers."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        item.add_marker(pytest.mark.xdist_group("servers" if _waits(item) else str(item.path)))
+    items.sort(key=lambda item: not _waits(item))
+
+
+def _waits(item: pytest.Item) -> bool:
+    return item.path.parent.name in _ON_SERVERS
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", [])]
+    skipped = [report.nodeid.partition("@")[0] for report in terminalreporter.stats.get("skipped", [])]
     if skipped:
         terminalreporter.section("not run on this machine")
         for name in skipped:

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -75,20 +76,31 @@ def world_taken_down() -> Iterator[None]:
         platform.shut_down()
 
 
-def life(config: str, steps: int = 10**6) -> str:
-    """Runs the program on this rank, stopped after so many steps; its error, where it has one for the user."""
+def life(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
+    """Runs the program on this rank, stopped after so many steps; its error, where it has one for the user.
+
+    Checkpoints begin to be written ``writers_wait`` seconds late.
+    """
     import multiprocessing
     import os
+    from unittest import mock
 
     from megatron_rlvr.checkpoints import CheckpointError
     from megatron_rlvr.command_line import load_settings
     from megatron_rlvr.learner import SkippedStepsError
+    from megatron_rlvr.policy import checkpoint
     from megatron_rlvr.resolve import resolve
     from megatron_rlvr.reward.graders import GraderPool
     from megatron_rlvr.train import INPUT_ERRORS, train
 
     # Megatron writes files in processes of its own, which the ranks of tests, being daemons, may not start.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    write = checkpoint._Writer._run
+
+    def late(self: Any) -> None:
+        time.sleep(writers_wait)
+        write(self)
+
     folder = str(Path(config).parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -96,7 +108,11 @@ def life(config: str, steps: int = 10**6) -> str:
     try:
         settings = load_settings(config)
         resolved = resolve(settings)
-        with GraderPool(settings.reward.function, workers=1, timeout_seconds=10.0) as graders, world_taken_down():
+        with (
+            GraderPool(settings.reward.function, workers=1, timeout_seconds=10.0) as graders,
+            world_taken_down(),
+            mock.patch.object(checkpoint._Writer, "_run", late),
+        ):
             train(resolved, graders, StopAfter(steps))  # type: ignore[arg-type]
     except (*INPUT_ERRORS, CheckpointError, SkippedStepsError) as error:
         return str(error)
@@ -182,6 +198,23 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(
     assert all(line["train/grad_norm"] > 0 for line in figures(folder))
     found, wanted = weights(folder), weights(whole[name])
     assert found.keys() == wanted.keys()
+    assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
+
+
+@pytest.mark.parametrize("name", ["alone", "data 2"])
+def test_a_checkpoint_written_while_the_next_step_runs_is_that_of_its_step(
+    name: str, place: Path, ranks: Ranks, whole: dict[str, Path]
+) -> None:
+    size, sections = LAYOUTS[name]
+    folder, saving = place / f"late {name}", {"save_every": 2, "async_save": True}
+    run = str(config(place, folder.name, run=saving, **sections))
+    assert ranks.run(life, size, run, CUT + 1, 0.5, timeout=PATIENCE_SECONDS) == [""] * size
+    latest = folder / "checkpoints" / "latest"
+    assert latest.read_text(encoding="utf-8") == f"step_{CUT + 1:06d}\n"
+    latest.write_text(f"step_{CUT:06d}\n", encoding="utf-8")
+    assert ranks.run(life, size, run, timeout=PATIENCE_SECONDS) == [""] * size
+    assert figures(folder) == figures(whole[name])
+    found, wanted = weights(folder), weights(whole[name])
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
 
 
@@ -380,10 +413,10 @@ def test_checkpoints_are_kept_by_number_and_by_step(tmp_path: Path) -> None:
     checkpoints = Checkpoints(run, is_main=True)
     root = tmp_path / "checkpoints"
 
-    def write(folder: Path, finish: Any, same: Path | None) -> None:
+    def write(folder: Path, finish: Any, same: Path | None, *, background: bool) -> Any:
         assert same is None
         folder.mkdir(parents=True)
-        finish(folder)
+        return lambda: finish(folder)
 
     for step in range(1, 10):
         if checkpoints.due(step):
@@ -400,10 +433,10 @@ def test_a_step_that_is_saved_again_keeps_its_weights_and_goes_on_from_the_newer
     root = tmp_path / "checkpoints"
     asked = []
 
-    def write(folder: Path, finish: Any, same: Path | None) -> None:
+    def write(folder: Path, finish: Any, same: Path | None, *, background: bool) -> Any:
         asked.append(same and same.name)
         folder.mkdir(parents=True)
-        finish(folder)
+        return lambda: finish(folder)
 
     checkpoints = Checkpoints(run, is_main=True)
     for number, step in enumerate((1, 2, 2, 2, 3)):

@@ -38,6 +38,8 @@ class RunSettings(Section):
     """Write the model as a Hugging Face folder, `DIR/exports/step_N`, every this many steps; 0: none on the way."""
     save_every: int = Field(default=10, ge=0)
     """Save a checkpoint every this many steps; 0: only at the end, and when SIGTERM stops the run."""
+    async_save: bool = False
+    """Write a checkpoint while the next step runs; the machine's memory must hold a copy of what is saved."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints that are kept; older ones are removed."""
     keep_every: int = Field(default=0, ge=0)

@@ -9,6 +9,7 @@ import os
 import queue
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,17 +93,25 @@ def _parts(optimizer: Any) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def save_checkpoint(
-    state: dict[str, Any], folder: Path, hf_folder: Path, finish: Callable[[Path], None] = lambda folder: None
-) -> None:
-    """Writes a folder; a collective over the world. The folder gets its name when all ranks have written.
+def begin_checkpoint(
+    state: dict[str, Any],
+    folder: Path,
+    hf_folder: Path,
+    finish: Callable[[Path], None] = lambda folder: None,
+    *,
+    background: bool,
+) -> Callable[[], None]:
+    """Begins to write a folder; a collective over the world, as what it returns is, which waits for the end.
+
+    The folder gets its name when all ranks have written.
 
     Args:
         state: `sharded_weights`, and whatever else is to be kept, in Megatron's sharded form.
         hf_folder: whose configuration and tokenizer come along.
         finish: called on the main rank with the folder before it gets its name, to add files to it.
+        background: write a copy of this rank's tensors, held in memory, while the caller goes on; or all at the end.
 
-    Raises: OSError on every rank where the folder cannot be made or written; nothing is left of it.
+    Raises: OSError on every rank, now or at the end, where the folder cannot be made or written; nothing is left of it.
     """
     building = beside(folder)
 
@@ -111,29 +120,83 @@ def save_checkpoint(
         building.mkdir(parents=True)
 
     _on_main_rank(prepare)
-    # Writers are waited for here. Megatron would start a process that passes on what they report later, keep it for the
-    # next time, and so leave it behind on every machine where a rank is killed.
+    # Megatron would start a process that passes on what its writers report, keep it for the next time, and so leave it
+    # behind on every machine where a rank is killed.
     filesystem_async._results_queue = queue.Queue()
-    failures: list[Exception] = []
-    try:
-        with _writers_end_with_this_process():
-            dist_checkpointing.save(state, str(building), content_metadata=dict(CONTENT))
-    except CheckpointException as error:  # on the main rank alone, which has heard from all that they have ended
-        failures.extend(failure for failure, _ in error.failures.values() if isinstance(failure, Exception))
+    request = dist_checkpointing.save(state, str(building), content_metadata=dict(CONTENT), async_sharded_save=True)
+    write = _Writer(request, background)
 
     def complete() -> None:
+        failures: list[Exception] = []
         try:
-            if failures:
-                raise OSError(str(failures[0].__cause__ or failures[0]))
-            (building / HUGGING_FACE).mkdir()
-            copy_all_but_weights(hf_folder, building / HUGGING_FACE)
-            finish(building)
-            building.rename(folder)
-        except OSError:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
+            write.wait()
+            for finalize in request.finalize_fns:
+                finalize()
+        except CheckpointException as error:  # on the main rank alone, which has heard from all that they have ended
+            failures.extend(failure for failure, _ in error.failures.values() if isinstance(failure, Exception))
 
-    _on_main_rank(complete)
+        def name() -> None:
+            try:
+                if failures:
+                    raise OSError(str(failures[0].__cause__ or failures[0]))
+                (building / HUGGING_FACE).mkdir()
+                copy_all_but_weights(hf_folder, building / HUGGING_FACE)
+                finish(building)
+                building.rename(folder)
+            except OSError:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+
+        _on_main_rank(name)
+
+    return complete
+
+
+def save_checkpoint(
+    state: dict[str, Any], folder: Path, hf_folder: Path, finish: Callable[[Path], None] = lambda folder: None
+) -> None:
+    """See `begin_checkpoint`; returns when the folder has its name."""
+    begin_checkpoint(state, folder, hf_folder, finish, background=False)()
+
+
+class _Writer:
+    """Writes what Megatron has planned for this rank, in processes forked from a thread of ours."""
+
+    def __init__(self, request: Any, background: bool) -> None:
+        self._request = request
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._arguments = list(request.async_fn_args)
+        if request.async_fn is None:
+            return  # nothing of this rank's
+        if background:
+            self._arguments[1] = _copied(request.preload_fn())
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when all is written, or could not be: Megatron tells the other ranks."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        elif self._request.async_fn is not None:
+            self._arguments[1] = self._request.preload_fn()
+            self._run()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            with _writers_end_with_this_process():
+                self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+        except BaseException as error:
+            self._failure = error
+
+
+def _copied(buckets: Sequence[Any]) -> list[Any]:
+    """Megatron's buckets of what to write, with tensors of their own: on a CPU they are those that training changes."""
+    return [
+        (path, name, (texts, [(item, tensor.clone()) for item, tensor in tensors]))
+        for path, name, (texts, tensors) in buckets
+    ]
 
 
 def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) -> None:
@@ -164,15 +227,18 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-_saving_process = 0
+_saving_process, _saving_thread = 0, 0
 _KILL_WHEN_THE_PARENT_ENDS = 1  # Linux's PR_SET_PDEATHSIG
 
 
 @contextmanager
 def _writers_end_with_this_process() -> Iterator[None]:
-    """Megatron forks the processes that write; where this one is killed they would wait for it for good."""
-    global _saving_process
-    _saving_process = os.getpid()
+    """Megatron forks the processes that write; where this one is killed they would wait for it for good.
+
+    Those that other threads fork are not meant: the kernel takes the end of a thread for that of the parent.
+    """
+    global _saving_process, _saving_thread
+    _saving_process, _saving_thread = os.getpid(), threading.get_ident()
     try:
         yield
     finally:
@@ -180,7 +246,7 @@ def _writers_end_with_this_process() -> Iterator[None]:
 
 
 def _end_with_the_parent() -> None:
-    if _saving_process:
+    if _saving_process and threading.get_ident() == _saving_thread:
         _LIBC.prctl(_KILL_WHEN_THE_PARENT_ENDS, signal.SIGKILL)
         if os.getppid() != _saving_process:
             os._exit(1)

@@ -27,10 +27,10 @@ from megatron_rlvr.hf.weights import write_folder
 from megatron_rlvr.policy.attention import packed_stream
 from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
 from megatron_rlvr.policy.checkpoint import (
+    begin_checkpoint,
     fill_weights,
     link_checkpoint,
     load_optimizer,
-    save_checkpoint,
     sharded_optimizer,
     sharded_weights,
 )
@@ -169,21 +169,26 @@ class Policy:
         """
         return _Export(self._weights, self._chunks)
 
-    def save(self, folder: Path, finish: Callable[[Path], None], same: Path | None = None) -> None:
-        """Writes weights, optimizer and schedule as a checkpoint, which appears under its name when it is complete.
+    def save(
+        self, folder: Path, finish: Callable[[Path], None], same: Path | None = None, *, background: bool = False
+    ) -> Callable[[], None]:
+        """Begins to write weights, optimizer and schedule as a checkpoint; what it returns waits for the end.
 
-        ``finish`` is called on the main rank with the folder before it gets its name, to add files to it. ``same`` is
-        a checkpoint of this very state: its files get another name instead of being written again.
+        Both are collectives over the world. The folder appears under its name when it is complete.
+
+        Args:
+            finish: called on the main rank with the folder before it gets its name, to add files to it.
+            same: a checkpoint of this very state: its files get another name instead of being written again.
+            background: the policy may be trained meanwhile; a copy of this rank's part is held in memory.
         """
         if same is not None:
-            link_checkpoint(same, folder, finish)
-            return
+            return partial(link_checkpoint, same, folder, finish)
         weights = sharded_weights(self._chunks)
         state = weights | {
             "optimizer": sharded_optimizer(self._optimizer, weights, loading=False),
             "schedule": self._schedule.state_dict(),
         }
-        save_checkpoint(state, folder, self.folder, finish)
+        return begin_checkpoint(state, folder, self.folder, finish, background=background)
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint that `save` has written, in this layout or another."""
