@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_rlvr.checkpoints import Checkpoint, CheckpointError, Checkpoints, Done, prepare
+from megatron_rlvr.checkpoints import Checkpoint, CheckpointError, Done, prepare
 from megatron_rlvr.command_line import help_text, load_settings, to_yaml
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
 from megatron_rlvr.data.rows import DataError
@@ -31,31 +31,13 @@ from megatron_rlvr.reward.graders import GraderPool, RewardError
 from megatron_rlvr.signals import Signals, Stopped
 
 if TYPE_CHECKING:
-    from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.policy.ranks import Ranks
-    from megatron_rlvr.protocols import RolloutEngine
-    from megatron_rlvr.rollout.collector import Collector
-    from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.rollout.servers import ServerPool
-    from megatron_rlvr.rollout.sglang import WeightSync
     from megatron_rlvr.trainer import Trainer
 
 logger = logging.getLogger("megatron_rlvr")
 
 # What a user can put right; everything else is a fault and keeps its traceback.
 INPUT_ERRORS = (SettingsError, ModelError, TokenizerError, DataError, RewardError)
-
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,58 +96,10 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals
         _leave(graders, 1)
 
 
-def build_trainer(
-    resolved: Resolved, graders: GraderPool, signals: Signals, ranks: "Ranks", resources: ExitStack
-) -> "Trainer":
-    """The trainer, in a run folder that exists; ``resources`` closes what it holds. A collective over the world."""
-    from megatron_rlvr.algo.loss import make_loss
-    from megatron_rlvr.evaluate import Evaluator
-    from megatron_rlvr.learner import Learner
-    from megatron_rlvr.metrics import MetricsLog
-    from megatron_rlvr.policy.policy import Policy
-    from megatron_rlvr.progress import Progress
-    from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.trainer import Trainer
-
-    settings, start = resolved.settings, resolved.start
-    engine = _engine(resolved, ranks, resources)
-    policy = Policy(
-        settings.model,
-        settings.parallel,
-        ranks,
-        optimizer=settings.optimizer,
-        megatron=settings.megatron,
-        temperature=settings.rollout.temperature,
-        seed=settings.run.seed,
-    )
-    on_servers = settings.rollout.engine == "sglang"
-    sampler = Sampler(engine, resolved.tokenizer, graders, settings.reward, leaders_only=on_servers)
-    collector = _collector(resolved, sampler, ranks, policy, signals)
-    resources.callback(collector.close)
-    evaluator = Evaluator(
-        sampler,
-        ranks,
-        settings.evaluate,
-        {name: prompts.prompts for name, prompts in resolved.evaluation.items()},
-        max_response_tokens=settings.rollout.max_response_tokens,
-        seed=settings.run.seed,
-    )
-    learner = Learner(settings, policy, make_loss(settings.loss))
-    folder = Path(settings.run.dir)
-    log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main, after=start.step if start else None)
-    resources.callback(log.close)
-    checkpoints = Checkpoints(settings.run, is_main=ranks.is_main, start=start)
-    progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
-
-    def export(folder: Path) -> None:
-        policy.save_hugging_face(folder, partial(_replace_tokenizer, resolved))
-
-    return Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals, export)
-
-
 def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
     """Trains as resolved and returns what summary.json says, on every rank; None where SIGTERM ended it before."""
     from megatron_rlvr import platform
+    from megatron_rlvr.assembly import build_trainer
     from megatron_rlvr.policy.ranks import initialize_ranks
 
     settings, folder = resolved.settings, Path(resolved.settings.run.dir)
@@ -190,94 +124,6 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     platform.shut_down()
     return summary
-
-
-def _engine(resolved: Resolved, ranks: "Ranks", resources: ExitStack) -> "RolloutEngine":
-    """The engine of the settings; ``resources`` closes it. Servers are asked who they are, a collective."""
-    settings = resolved.settings
-    if settings.rollout.engine == "embedded":
-        from megatron_rlvr import platform
-        from megatron_rlvr.policy.build import DTYPES
-        from megatron_rlvr.rollout.embedded import EmbeddedEngine
-
-        return EmbeddedEngine(
-            settings.model.path,
-            dtype=DTYPES[settings.model.dtype],
-            device=platform.device(),
-            stop_token_ids=resolved.stop_token_ids,
-            pad_token_id=resolved.tokenizer.pad_token_id,
-            max_batch_tokens=settings.rollout.max_batch_tokens,
-            max_batch_rows=settings.rollout.max_batch_rows,
-        )
-    from megatron_rlvr.rollout.sglang import SglangEngine, connect
-
-    longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
-    pool = connect(settings.rollout, ranks, resolved.hf_config, longest=longest)
-    engine = SglangEngine(
-        pool,
-        _weight_sync(resolved, pool, ranks),
-        stop_token_ids=resolved.stop_token_ids,
-        vocab_size=resolved.hf_config["vocab_size"],
-        longest=longest,
-        colocated=settings.rollout.colocated,
-    )
-    resources.callback(engine.close)
-    return engine
-
-
-def _weight_sync(resolved: Resolved, pool: "ServerPool | None", ranks: "Ranks") -> "WeightSync":
-    """The way of weights to servers."""
-    settings = resolved.settings
-    if settings.sync.method == "disk":
-        from megatron_rlvr.sync.disk import DiskSync
-
-        folder = Path(settings.sync.dir or Path(settings.run.dir) / "sync")
-        return DiskSync(folder, Path(settings.model.path), pool, ranks, partial(_replace_tokenizer, resolved))
-    if settings.sync.method == "tensor":
-        from megatron_rlvr.sync.tensor import TensorSync
-
-        return TensorSync(pool, ranks, settings.sync.bucket_bytes)
-    from megatron_rlvr.sync.distributed import DistributedSync
-
-    return DistributedSync(pool, ranks, settings.sync.bucket_bytes)
-
-
-def _collector(
-    resolved: Resolved, sampler: "Sampler", ranks: "Ranks", policy: "Policy", signals: Signals
-) -> "Collector":
-    """The collector that suits the engine."""
-    from megatron_rlvr import platform
-    from megatron_rlvr.data.cursor import PromptCursor
-    from megatron_rlvr.rollout.rounds import RoundsCollector
-    from megatron_rlvr.rollout.sglang import SglangEngine
-    from megatron_rlvr.rollout.streaming import StreamingCollector
-
-    settings, engine = resolved.settings, sampler.engine
-    parts: dict[str, Any] = {
-        "sampler": sampler,
-        "cursor": PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle),
-        "ranks": ranks,
-        "rollout": settings.rollout,
-        "reward": settings.reward,
-        "prompts": settings.batch.prompts,
-        "seed": settings.run.seed,
-    }
-    if not isinstance(engine, SglangEngine):
-        return RoundsCollector(**parts)
-
-    def sync() -> None:
-        engine.update_weights(policy.export_weights(), engine.version)
-
-    return StreamingCollector(**parts, store=platform.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted)
-
-
-def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
-    """The run's own tokenizer, if it has one, in place of the model's: a file left of that would be read first."""
-    if resolved.settings.model.tokenizer is None:
-        return
-    for name in _TOKENIZER_FILES:
-        (folder / name).unlink(missing_ok=True)
-    resolved.tokenizer.save(folder)
 
 
 def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:

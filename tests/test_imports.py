@@ -41,11 +41,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"types", "config"},
     "command_line": {"config"},
     "resolve": {"config", "data", "hf", "checkpoints"},
+    "planning": {"config", "hf", "resolve"},
     "trainer": {
         *("types", "config", "platform", "protocols", "algo", "batch", "mini_batches", "policy", "rollout", "sync"),
         *("learner", "evaluate", "metrics", "progress", "checkpoints", "signals"),
     },
+    "assembly": EVERYTHING,
     "train": EVERYTHING,
+    "preflight": {
+        *("types", "config", "platform", "algo", "batch", "checkpoints", "command_line", "hf", "policy", "resolve"),
+        *("reward", "rollout", "signals", "assembly", "train"),
+    },
 }
 MAY_IMPORT_FOR_TYPES: dict[str, set[str]] = {"protocols": {"algo"}}
 
@@ -63,15 +69,16 @@ ONLY_IN: dict[str, set[str]] = {
         "evaluate",
         "sync",
         "train",
+        "preflight",
     },
 }
 
 # These answer a user's mistake in a moment: importing them, and what they import, does not import torch.
 WITHOUT_TORCH = (
     *("types", "config", "protocols", "command_line", "resolve", "metrics", "progress", "train"),
-    *("checkpoints", "signals"),
+    *("checkpoints", "signals", "preflight.command"),
 )
-WITHOUT_TORCH_PACKAGES = ("data", "reward", "hf.families", "hf.files")
+WITHOUT_TORCH_PACKAGES = ("data", "reward", "hf.families", "hf.files", "planning")
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 
 DEVICE_WORDS = re.compile(r"cuda|nccl|gloo", re.IGNORECASE)

@@ -30,8 +30,7 @@ KILLS, STEPS = 50, 160
 LIVES = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-import megatron_rlvr.evaluate, megatron_rlvr.learner, megatron_rlvr.rollout.rounds, megatron_rlvr.rollout.embedded
-import megatron_rlvr.trainer
+import megatron_rlvr.assembly
 from megatron_rlvr.train import main
 
 config, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

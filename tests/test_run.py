@@ -90,7 +90,7 @@ STOPS = {
 # Imports once, then forks a process for each settings file, since imports take ten times longer than such a run.
 FORKING = """
 import os, sys, traceback
-import megatron_rlvr.evaluate, megatron_rlvr.learner, megatron_rlvr.rollout.collector, megatron_rlvr.rollout.embedded
+import megatron_rlvr.assembly
 from megatron_rlvr.train import main
 
 for config in sys.argv[1:]:
