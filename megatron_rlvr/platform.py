@@ -92,10 +92,16 @@ def device_facts() -> DeviceFacts:
     )
 
 
-def forget_peak_memory() -> None:
-    """Begins to measure anew, after giving back what is held and not used."""
+def give_back_memory() -> None:
+    """Lets other processes have what this one holds of the GPU and does not use."""
     if has_gpu():
         torch.cuda.empty_cache()
+
+
+def forget_peak_memory() -> None:
+    """Begins to measure anew, after giving back what is held and not used."""
+    give_back_memory()
+    if has_gpu():
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -432,6 +432,11 @@ class Settings(Section):
                     "rollout.overlap one_step trains on samples of older weights, which loss.rollout_correction none "
                     "ignores; set it to tis or mis"
                 )
+        if rollout.colocated and self.sync.method == "distributed":
+            raise ValueError(
+                "sync.method distributed does not go with rollout.colocated true: a process group has no two members "
+                "on one GPU; choose disk (sync.dir may be a folder in memory, such as /dev/shm/NAME) or tensor"
+            )
         if rollout.engine == "embedded" and rollout.max_batch_tokens < longest:
             raise ValueError(
                 f"rollout.max_batch_tokens {rollout.max_batch_tokens} cannot hold a sequence of "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch.distributed as dist
 
+from megatron_rlvr import platform
 from megatron_rlvr.config import RolloutSettings, SettingsError
 from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.protocols import Sampling
@@ -91,6 +92,9 @@ class SglangEngine:
 
         Raises: ServersError on every rank if no server took them.
         """
+        if self._colocated:  # before servers take their memory back
+            platform.give_back_memory()
+            dist.barrier()
         if self._pool is None:
             weights, _ = self._sync.hand_over(named_tensors, version)
             agree(None)

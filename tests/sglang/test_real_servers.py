@@ -193,7 +193,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         2,
         {"sync": {"method": "tensor"}, "rollout": {"overlap": "one_step"}, "loss": {"rollout_correction": "tis"}},
     ),
-    "colocated": (0, {"rollout": {"colocated": True}}),
+    "colocated": (0, {"sync": {"method": "disk"}, "rollout": {"colocated": True}}),
 }
 
 

@@ -59,6 +59,7 @@ def test_one_server_is_a_list_of_one_in_the_file_and_as_a_flag(write_config: Cal
             {"loss": {"rollout_correction": "tis"}},
             ["rollout.overlap one_step", "rollout.colocated true", "drop one"],
         ),
+        (SERVERS | {"colocated": True}, {}, ["sync.method distributed", "rollout.colocated true", "disk"]),
         ({}, {"sync": {"method": "disk"}}, ["sync.method disk does nothing with rollout.engine embedded"]),
     ],
 )

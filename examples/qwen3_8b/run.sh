@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Qwen3-8B on the 8 GPUs of this machine: starts the SGLang servers, trains beside them, and stops them with the run.
+#
+#   examples/qwen3_8b/run.sh RECIPE [--section.key VALUE ...]     RECIPE: forking_20k, then forking_29k; the baseline
+#                                                                 beside each: all_tokens_20k, all_tokens_29k
+#   examples/qwen3_8b/run.sh RECIPE --check [...]                 reads everything, prints the plan; needs no GPU
+#
+# In the root of the checkout, which holds models/, data/ and runs/ (../README.md). Started again, it goes on at the last
+# checkpoint.
+#
+#   SERVER_PYTHON   python of the environment that has SGLang, where it is not the trainer's
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../cluster/common.sh"
+
+RANKS=8
+SERVERS=2 SERVER_TENSOR=4
+# Of each GPU, for weights and cache of its server; the trainer's own memory must fit beside it.
+SERVER_SHARE=0.5
+
+[ $# -gt 0 ] || refuse "name a recipe: forking_20k, all_tokens_20k, forking_29k or all_tokens_29k"
+recipe=$1 config=$ROOT/examples/qwen3_8b/$1.yaml
+[ -f "$config" ] || refuse "$1 is no recipe; the recipes are forking_20k, all_tokens_20k, forking_29k, all_tokens_29k"
+shift
+if [[ " $* " == *" --check "* ]]; then
+    WORLD_SIZE=$RANKS exec "$PYTHON" -m megatron_rlvr.train "$config" "$@"
+fi
+model=$("$PYTHON" - "$config" "$@" <<'PYTHON_CODE'
+import sys
+
+from megatron_rlvr.command_line import load_settings
+from megatron_rlvr.config import SettingsError
+
+try:
+    print(load_settings(sys.argv[1], sys.argv[2:]).model.path)
+except SettingsError as error:
+    sys.exit(f"run: {error}")
+PYTHON_CODE
+) || exit 2
+export GPUS_PER_NODE=$RANKS LOG_DIR=${LOG_DIR:-$PWD/runs/logs/qwen3_8b_$recipe}
+exec "$PYTHON" "$ROOT/tools/launch_sglang.py" "$model" --python "${SERVER_PYTHON:-$PYTHON}" \
+    --servers "$SERVERS" --tensor "$SERVER_TENSOR" --colocated --memory-share "$SERVER_SHARE" --restart \
+    --run-dir "$LOG_DIR" \
+    --then "$ROOT/examples/cluster/torchrun.sh" "$config" --rollout.servers '{servers}' "$@"
