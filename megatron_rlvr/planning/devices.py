@@ -1,0 +1,47 @@
+"""The GPUs that a plan can be made for, with figures of their makers.
+
+All bandwidths are of one direction. A link that a data sheet gives as the sum of both directions is halved here.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, and what connects it.
+
+    Attributes:
+        name: as a person says it.
+        memory: bytes that programs see (memory.total of nvidia-smi), which is not the round figure of the data sheet.
+        flops: dense bfloat16 operations a second of the matrix units, at its peak.
+        bandwidth: bytes a second of its memory.
+        link: bytes a second to the other GPUs of its node, one direction.
+        network: bytes a second to other nodes, one direction, its share of the node's adapters.
+        node: GPUs of a node.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    node: int = 8
+
+
+DEVICES = {
+    # NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s. DGX A100: 8 x 200 Gb/s.
+    "a100": Device("A100 80GB", 80.0 * GIB, 312e12, 2039e9, 300e9, 25e9),
+    # NVIDIA H100 SXM data sheet: 989 TFLOP/s (1,979 with sparsity), 3.35 TB/s, NVLink 900 GB/s. DGX H100: 8 x 400 Gb/s.
+    "h100": Device("H100 80GB", 79.6 * GIB, 989e12, 3350e9, 450e9, 50e9),
+    # NVIDIA H200 SXM data sheet: the H100's chip with 141 GB at 4.8 TB/s. DGX H200: 8 x 400 Gb/s.
+    "h200": Device("H200 141GB", 140.4 * GIB, 989e12, 4800e9, 450e9, 50e9),
+    # NVIDIA HGX H20: 148 TFLOP/s, 96 GB at 4.0 TB/s, NVLink 900 GB/s; adapters as of the H100.
+    "h20": Device("H20 96GB", 95.6 * GIB, 148e12, 4000e9, 450e9, 50e9),
+    # NVIDIA DGX B200 data sheet, an eighth of 18 PFLOP/s dense, 1,440 GB, 64 TB/s; NVLink 1.8 TB/s; 8 x 400 Gb/s.
+    "b200": Device("B200 180GB", 179.0 * GIB, 2250e12, 8000e9, 900e9, 50e9),
+    # NVIDIA L40S data sheet: 362 TFLOP/s, 48 GB at 864 GB/s, PCIe 4 x16 instead of NVLink; 4 x 400 Gb/s for 8 GPUs.
+    "l40s": Device("L40S 48GB", 45.0 * GIB, 362e12, 864e9, 32e9, 25e9),
+}
