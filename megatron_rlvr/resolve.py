@@ -59,9 +59,9 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     _check_config(settings.model.path, hf_config)
     fields = transformer_fields(hf_config)
     ranks = world_size(settings.parallel)
-    _check_layout(settings, fields, ranks)
-    _check_experts(settings, fields, ranks)
-    _check_lengths(settings, hf_config)
+    check_layout(settings, fields, ranks)
+    check_experts(settings, fields, ranks)
+    check_lengths(settings, hf_config)
     _check_packages(settings)
     start = _check_run_folder(settings)
     tokenizer = load_tokenizer(settings.model.tokenizer or settings.model.path)
@@ -123,7 +123,8 @@ def world_size(parallel: ParallelSettings) -> int:
     return int(text)
 
 
-def _check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
+def check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
+    """SettingsError if the model, by Megatron's ``fields``, cannot be cut that way over so many ranks."""
     parallel = settings.parallel
     if world_size % parallel.replica:
         sizes = [(name, getattr(parallel, name)) for name in ("tensor", "context", "pipeline")]
@@ -153,7 +154,8 @@ def _check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int
         )
 
 
-def _check_experts(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
+def check_experts(settings: Settings, fields: Mapping[str, Any], world_size: int) -> None:
+    """Like `check_layout`, for a mixture of experts."""
     parallel, folder, experts = settings.parallel, settings.model.path, fields.get("num_moe_experts")
     if experts is None:
         if parallel.expert > 1:
@@ -190,7 +192,8 @@ def _check_experts(settings: Settings, fields: Mapping[str, Any], world_size: in
         )
 
 
-def _check_lengths(settings: Settings, hf_config: Mapping[str, Any]) -> None:
+def check_lengths(settings: Settings, hf_config: Mapping[str, Any]) -> None:
+    """SettingsError if a prompt with its response may be longer than the model's positions."""
     longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
     if longest > hf_config["max_position_embeddings"]:
         raise SettingsError(

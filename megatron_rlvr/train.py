@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(help_text(), end="")
         return
     check = "--check" in arguments
-    _quiet_libraries()
+    quiet_libraries()
     signals = Signals()
     signals.listen()
     try:
@@ -57,15 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
         settings = load_settings(config, flags)
         if not check:
             _check_launch(settings)
-        resolved = resolve(settings, show_progress=_is_main())
-        _check_megatron(resolved, running=not check)
+        resolved = resolve(settings, show_progress=is_main())
+        check_megatron(resolved, running=not check)
         graders = GraderPool(
             settings.reward.function,
             workers=1 if check else settings.reward.workers,
             timeout_seconds=settings.reward.timeout_seconds,
         )
     except INPUT_ERRORS as error:
-        _complain(error)
+        complain(error)
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(stopped.exit_status)
@@ -80,14 +80,14 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals
     try:
         train(resolved, graders, signals)
     except Stopped as stopped:
-        if _is_main():
+        if is_main():
             print(f"stopped by {stopped}; {resolved.settings.run.dir}/metrics.jsonl is complete", file=sys.stderr)
         _leave(graders, stopped.exit_status)
     except INPUT_ERRORS as error:  # found only now, such as a tensor that the model's files lack
-        _complain(error)
+        complain(error)
         _leave(graders, 2)
     except CheckpointError as error:
-        _complain(error)
+        complain(error)
         _leave(graders, 1)
     except Exception:
         if signals.gives_up:
@@ -130,7 +130,7 @@ def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:
     """Ends this process in the middle of a step; it is called in another thread than the main one."""
     run, last = trainer.settings.run, trainer.checkpoints.last
     goes_on = f"goes on after step {last.step}" if last else "begins again"
-    if _is_main():
+    if is_main():
         print(
             f"stopped by SIGTERM in step {trainer.done.step + 1}, which did not end within run.grace_seconds "
             f"{run.grace_seconds:g}; the same command{_without_overwrite(run)} {goes_on}",
@@ -183,7 +183,7 @@ def _prepare_run_folder(resolved: Resolved, ranks: "Ranks") -> Checkpoint | None
     return told[0]
 
 
-def _check_megatron(resolved: Resolved, *, running: bool) -> None:
+def check_megatron(resolved: Resolved, *, running: bool) -> None:
     """The `megatron:` section against Megatron's own dataclasses; costs an import of torch, so only where it is set.
 
     A run needs this machine's kernels too; a mere check may be made on another machine.
@@ -206,13 +206,14 @@ def _check_launch(settings: Settings) -> None:
         )
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this is rank 0, by what the launcher says."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _complain(error: Exception) -> None:
+def complain(error: Exception) -> None:
     """One line from one rank: torchrun ends the others when the first leaves. A fault of another's own is told late."""
-    if not _is_main():
+    if not is_main():
         time.sleep(10)
     print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
@@ -226,9 +227,9 @@ def _leave(graders: GraderPool, status: int) -> NoReturn:
     os._exit(status)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """One log of our own; libraries speak up for errors only."""
-    level = logging.INFO if _is_main() else logging.ERROR
+    level = logging.INFO if is_main() else logging.ERROR
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logger.setLevel(level)
     warnings.filterwarnings("ignore", category=UserWarning)

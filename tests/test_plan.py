@@ -380,8 +380,8 @@ def test_layouts_that_are_offered_are_accepted_when_they_are_pasted(config, gpus
     for plan in plans:
         values = asked.settings.model_dump() | yaml.safe_load(report.section(plan))
         settings = validate(values)
-        resolve._check_layout(settings, fields, gpus)
-        resolve._check_experts(settings, fields, gpus)
+        resolve.check_layout(settings, fields, gpus)
+        resolve.check_experts(settings, fields, gpus)
         check_passthrough(settings.megatron, settings.model, settings.parallel, asked.shape.config)
         assert settings.parallel.replica * plan.data == gpus
         assert plan.memory.peak < asked.usable < asked.device.memory

@@ -19,7 +19,7 @@ from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.resolve import Resolved, plan_in_words, resolve
 from megatron_rlvr.reward.math import math_reward
-from megatron_rlvr.train import _check_megatron
+from megatron_rlvr.train import check_megatron
 
 EXAMPLES = tiny.CHECKOUT / "examples"
 PUBLISHED = Path(__file__).parent / "published"
@@ -233,7 +233,7 @@ def checkout(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 def checked(recipe: str) -> Resolved:
     """What `--check` does, in this process."""
     resolved = resolve(settings_of(recipe))
-    _check_megatron(resolved, running=False)
+    check_megatron(resolved, running=False)
     return resolved
 
 

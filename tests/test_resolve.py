@@ -346,19 +346,19 @@ def test_a_run_folder_that_cannot_be_written_is_refused(resolve_with: Resolve, t
 def test_megatron_keys_are_checked_against_its_dataclasses(
     megatron: dict[str, Any], message: str, resolve_with: Resolve
 ) -> None:
-    from megatron_rlvr.train import _check_megatron
+    from megatron_rlvr.train import check_megatron
 
     resolved = resolve_with(megatron=megatron)
-    assert refusal(partial(_check_megatron, running=True), resolved).startswith(message)
-    _check_megatron(resolve_with(megatron={"recompute_granularity": "full", "fp8": None}), running=True)
+    assert refusal(partial(check_megatron, running=True), resolved).startswith(message)
+    check_megatron(resolve_with(megatron={"recompute_granularity": "full", "fp8": None}), running=True)
 
 
 def test_a_check_does_not_ask_for_the_kernels_of_another_machine(resolve_with: Resolve) -> None:
-    from megatron_rlvr.train import _check_megatron
+    from megatron_rlvr.train import check_megatron
 
     offloading = resolve_with(megatron={"optimizer_cpu_offload": True})
-    _check_megatron(offloading, running=False)
-    assert "needs a GPU" in refusal(partial(_check_megatron, running=True), offloading)
+    check_megatron(offloading, running=False)
+    assert "needs a GPU" in refusal(partial(check_megatron, running=True), offloading)
 
 
 def test_a_budget_that_context_parallelism_cannot_cut_is_refused(resolve_with: Resolve) -> None:

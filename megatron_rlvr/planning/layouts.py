@@ -122,9 +122,9 @@ def refusal(question: Question, parallel: ParallelSettings) -> str | None:
     fields = transformer_fields(config)
     try:
         # The trainer's own checks, without the files of a run.
-        resolve._check_lengths(settings, config)
-        resolve._check_layout(settings, fields, question.ranks)
-        resolve._check_experts(settings, fields, question.ranks)
+        resolve.check_lengths(settings, config)
+        resolve.check_layout(settings, fields, question.ranks)
+        resolve.check_experts(settings, fields, question.ranks)
     except SettingsError as error:
         return str(error)
     return None

@@ -20,7 +20,7 @@ from megatron_rlvr.config import SettingsError
 from megatron_rlvr.preflight.findings import Finding, Report, from_sentence
 from megatron_rlvr.resolve import Resolved, plan_in_words, resolve, world_size
 from megatron_rlvr.signals import Signals, Stopped
-from megatron_rlvr.train import INPUT_ERRORS, _check_megatron, _complain, _is_main, _quiet_libraries
+from megatron_rlvr.train import INPUT_ERRORS, check_megatron, complain, is_main, quiet_libraries
 
 if TYPE_CHECKING:
     from megatron_rlvr.preflight.site import Fault, Site
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str], description: str) -> NoReturn:
         description: of --help.
     """
     options, flags = _parse(arguments, description)
-    _quiet_libraries()
+    quiet_libraries()
     signals = Signals()
-    if _is_main():  # launchers end the others
+    if is_main():  # launchers end the others
         signals.listen()
-    report = Report(sys.stdout, sys.stderr, enabled=_is_main())
+    report = Report(sys.stdout, sys.stderr, enabled=is_main())
     try:
         resolved = _resolve(options.config, flags)
         report.say(plan_in_words(resolved))
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str], description: str) -> NoReturn:
         _run(resolved, signals, options, report)
         _finish(report, options.json)
     except INPUT_ERRORS as error:
-        _complain(error)
+        complain(error)
         _leave(2)
     except Stopped as stopped:
         _leave(stopped.exit_status)
@@ -119,7 +119,7 @@ def _parse(arguments: Sequence[str], description: str) -> tuple[argparse.Namespa
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n" if _is_main() else "")
+        self.exit(2, f"{self.prog}: {message}\n" if is_main() else "")
 
 
 def _resolve(config: str, flags: list[str]) -> Resolved:
@@ -130,8 +130,8 @@ def _resolve(config: str, flags: list[str]) -> Resolved:
             f"{ranks} ranks are needed, and this is one process; start it as the run: "
             f"torchrun --nproc-per-node {ranks} {sys.argv[0]} {config}"
         )
-    resolved = resolve(settings, show_progress=_is_main())
-    _check_megatron(resolved, running=True)
+    resolved = resolve(settings, show_progress=is_main())
+    check_megatron(resolved, running=True)
     return resolved
 
 
@@ -168,8 +168,8 @@ def _run(resolved: Resolved, signals: Signals, options: argparse.Namespace, repo
         # At full length responses may take as long as in the run.
         ranks = join(resolved.settings, most_minutes=math.inf if options.full_length else _MOST_MINUTES)
     except (SettingsError, RuntimeError) as error:
-        if not _is_main():
-            _complain(error)
+        if not is_main():
+            complain(error)
             _leave(1)
         report.add(replace(_of_error("ranks", error), seconds=time.perf_counter() - start))
         for check in checks[1:]:
