@@ -1,10 +1,12 @@
 # make quickstart   installs, then trains a tiny Qwen3 to reason on two CPU cores
 # make test         installs, then runs lint, type check and all tests
+# make cluster      runs the tests on a Slurm of two loopback nodes and on three network namespaces (part of `make test`)
+# make container    builds the CPU image with buildah and runs `make test` in it (root; an hour)
 VENV ?= .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test cluster container lint packages bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -12,8 +14,18 @@ install:
 quickstart: install
 	$(RUN)/python examples/quickstart/quickstart.py
 
-test: lint
+# Where they cannot be installed, the tests that need them say so by name.
+packages:
+	@tools/install_cluster_packages.sh || true
+
+test: lint packages
 	$(RUN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+
+cluster: install packages
+	$(RUN)/python -m pytest -q tests/cluster
+
+container:
+	tests/container.sh
 
 lint: install
 	$(RUN)/ruff check .

@@ -17,16 +17,16 @@ if not torch.cuda.is_available():
 
 
 _ON_SERVERS = ("sglang", "cluster")
-"""Folders of tests that mostly wait for the same few servers."""
+"""Folders of tests that mostly wait, each for the same few servers."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist (`--dist loadgroup`) a worker takes a whole file, and one of them all tests on servers."""
+    """With pytest-xdist (`--dist loadgroup`) a worker takes a whole file, or all tests on the same servers."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        item.add_marker(pytest.mark.xdist_group("servers" if _waits(item) else str(item.path)))
-    items.sort(key=lambda item: not _waits(item))
+        item.add_marker(pytest.mark.xdist_group(item.path.parent.name if _waits(item) else str(item.path)))
+    items.sort(key=lambda item: _ON_SERVERS.index(item.path.parent.name) if _waits(item) else len(_ON_SERVERS))
 
 
 def _waits(item: pytest.Item) -> bool:

@@ -1,0 +1,109 @@
+# The trainer, and an SGLang server in an environment of its own; docs/container.md says how to use it.
+#
+#   docker build -t megatron_rlvr .                                                    for GPUs
+#   docker build -t megatron_rlvr:cpu --build-arg VARIANT=cpu --build-arg BASE_IMAGE=debian:bookworm-slim .
+#   docker run --rm megatron_rlvr:cpu make test
+#
+# What changes seldom comes first: a change of the code costs the last copy alone. Indexes, proxies and certificates
+# come as mounted files (secrets `pip`, `ca`, `apt`) and as the proxy variables that every builder knows; no layer keeps
+# them.
+
+ARG VARIANT=gpu
+# Ubuntu 24.04, Python 3.12, CUDA 13.3, NCCL 2.30.7, torch 2.13.0a0, Transformer Engine 2.17, apex, flash-attn.
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3
+# A number of its own: on Ubuntu 1000 is taken.
+ARG USER_ID=10001
+# For the steps that install, not for the image. A file that was not mounted is not read.
+ARG PIP_CONFIG_FILE=/run/secrets/pip
+ARG PIP_NO_CACHE_DIR=1
+
+FROM ${BASE_IMAGE} AS base
+USER root
+ARG USER_ID
+RUN useradd --create-home --uid ${USER_ID} --shell /bin/bash rlvr && \
+    install --directory --owner rlvr --group rlvr /opt/megatron_rlvr
+WORKDIR /opt/megatron_rlvr
+ENV VENV=/opt/venv
+
+
+# A CPU: the same scripts as outside of a container.
+FROM base AS cpu
+ARG PIP_CONFIG_FILE
+ARG PIP_NO_CACHE_DIR
+RUN --mount=type=secret,id=apt,target=/etc/apt/apt.conf.d/99secret \
+    apt-get update -qq && \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        ca-certificates make python3 python3-venv >/dev/null && \
+    rm -rf /var/lib/apt/lists/*
+COPY tools/install_sglang_cpu.sh tools/
+COPY tools/sglang_cpu tools/sglang_cpu
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    tools/install_sglang_cpu.sh /opt/sglang
+ENV SGLANG_CPU_VENV=/opt/sglang
+COPY requirements.txt setup.py pyproject.toml ./
+COPY tools/install.sh tools/
+# The package is installed as a link to this folder, whose files come last.
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    mkdir megatron_rlvr && touch README.md megatron_rlvr/__init__.py && \
+    tools/install.sh ${VENV} && \
+    rm -rf /opt/megatron_rlvr/*
+
+
+# GPUs: torch, and what is compiled for it, are the base image's.
+FROM base AS gpu
+ARG PIP_CONFIG_FILE
+ARG PIP_NO_CACHE_DIR
+COPY tools/sglang_gpu/requirements.txt tools/sglang_gpu/
+# With its own torch. NCCL refuses a group of unlike versions: weights could not be sent.
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    set -eu; unset PIP_CONSTRAINT; \
+    nccl=$(sed -n 's/^nvidia-nccl-cu.*==//p' tools/sglang_gpu/requirements.txt); \
+    if [ "${NCCL_VERSION:-$nccl}" != "$nccl" ]; then \
+        echo "SGLang brings NCCL $nccl and BASE_IMAGE has $NCCL_VERSION; choose a BASE_IMAGE with $nccl" >&2; exit 1; \
+    fi; \
+    python3 -m venv /opt/sglang; \
+    /opt/sglang/bin/python -m pip install --quiet --requirement tools/sglang_gpu/requirements.txt
+COPY requirements.txt setup.py pyproject.toml ./
+COPY tools/install.sh tools/
+# The environment lies over the image's Python and holds what that lacks: nothing of the image is replaced or hidden
+# that is compiled for its torch. The stamp is the one by which tools/install.sh knows that it has nothing to do.
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    set -eu; kept='(torch|torchvision|triton|pytorch-triton|transformer[-_]engine.*|apex|flash[-_]attn|numpy)=='; \
+    mkdir megatron_rlvr; touch README.md megatron_rlvr/__init__.py; \
+    python3 -m venv --system-site-packages ${VENV}; \
+    python3 -m pip list --format=freeze | grep -E "^$kept" >${VENV}/image.txt || \
+        { echo "BASE_IMAGE has no torch; choose one of NVIDIA's PyTorch images, or VARIANT=cpu" >&2; exit 1; }; \
+    grep -vE "^$kept" requirements.txt >${VENV}/requirements.txt; \
+    export PIP_CONSTRAINT=${VENV}/image.txt; \
+    ${VENV}/bin/python -m pip install --quiet --requirement ${VENV}/requirements.txt; \
+    ${VENV}/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
+    ${VENV}/bin/python -m pip list --format=freeze | grep -E "^$kept" | diff ${VENV}/image.txt -; \
+    printf '#!/bin/sh\nexec %s -m torch.distributed.run "$@"\n' ${VENV}/bin/python >${VENV}/bin/torchrun; \
+    chmod +x ${VENV}/bin/torchrun; \
+    cat requirements.txt setup.py tools/install.sh | cksum >${VENV}/.installed; \
+    rm -rf /opt/megatron_rlvr/*
+# NVIDIA's image lets float32 products lose 13 bits; log-probabilities and entropies are float32.
+ENV TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
+
+
+FROM ${VARIANT} AS complete
+# For tools/launch_sglang.py --python: the server with its own libraries, not those of the image's torch.
+RUN printf '%s\n' '#!/bin/sh' \
+    'LD_LIBRARY_PATH=$(printf %s "${LD_LIBRARY_PATH:-}" | tr : "\n" | grep -v -- -packages/ | paste -sd:)' \
+    'export LD_LIBRARY_PATH' 'exec /opt/sglang/bin/python "$@"' >/usr/local/bin/sglang-python && \
+    chmod +x /usr/local/bin/sglang-python
+ENV PATH=${VENV}/bin:${PATH}
+COPY --chown=rlvr:rlvr . .
+ARG USER_ID
+USER ${USER_ID}
+# Fails if anything is left to install: this user may write neither environment.
+RUN make install
+ARG SOURCE=unknown
+ARG REVISION=unknown
+ARG VERSION=unknown
+LABEL org.opencontainers.image.title="megatron_rlvr" \
+      org.opencontainers.image.description="Reinforcement learning with verifiable rewards on megatron-core" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.version="${VERSION}"
+CMD ["python", "-m", "megatron_rlvr.train", "--help"]
