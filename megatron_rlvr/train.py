@@ -114,8 +114,9 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
             done = trainer.run()
         if done.step < settings.run.steps:
             trainer.progress.say(_stopped_in_words(settings, done))
-            platform.shut_down()
-            return None
+    if done.step < settings.run.steps:  # what the engine holds of the world is gone by now
+        platform.shut_down()
+        return None
     export = folder / "hf" if settings.run.export else None
     if export is not None:
         trainer.export(export)

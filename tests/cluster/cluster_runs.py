@@ -1,0 +1,86 @@
+"""Small runs that launchers start, and the processes that belong to them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tiny
+
+from megatron_rlvr.checkpoints import latest_checkpoint
+
+# Their own warm-up gives up after two minutes, which a busy machine may take.
+SERVER_FLAGS = "--device cpu -- --dtype float32 --max-total-tokens 8192 --skip-server-warmup --log-level warning"
+
+
+@dataclass
+class Run:
+    """A run of two ranks, or of one on servers, in a folder of its own."""
+
+    place: Path
+    name: str
+    sections: dict[str, Any]
+
+    @property
+    def config(self) -> Path:
+        return self.place / f"{self.name}.yaml"
+
+    @property
+    def folder(self) -> Path:
+        return self.place / self.name
+
+    def write(self, steps: int) -> None:
+        """Its settings, with an end that may change between its lives."""
+        values = tiny.settings_for(
+            self.place / "model",
+            self.place / "problems.jsonl",
+            self.folder,
+            run={"steps": steps} | self.sections.get("run", {}),
+            rollout={"samples_per_prompt": 2, "max_response_tokens": 8, "max_rounds": 4}
+            | self.sections.get("rollout", {}),
+            batch={"prompts": 2, "mini_batch_prompts": 2},
+            reward={"function": "rewards:even"},
+            optimizer={"learning_rate": 1e-3},
+            log={"rollouts": 0},
+        )
+        tiny.write_settings(self.config, values)
+
+    def lines(self) -> list[dict[str, float]]:
+        """metrics.jsonl; none before the first step."""
+        path = self.folder / "metrics.jsonl"
+        whole = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in whole if line.endswith("\n")]
+
+    def figures(self) -> list[dict[str, float]]:
+        """The lines without what measures time."""
+        measured = ("time/", "rollout/tokens_per_second")
+        return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in self.lines()]
+
+    def saved(self) -> int:
+        """The step of the last checkpoint; 0 without one."""
+        latest = latest_checkpoint(self.folder / "checkpoints")
+        return latest.step if latest else 0
+
+    @property
+    def home(self) -> Path:
+        """The folder that it is started in, as are all processes of it and no others."""
+        folder = self.place / f"{self.name}_home"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def processes(self) -> list[psutil.Process]:
+        """Whatever runs of it: launchers, ranks, graders, servers."""
+        return [process for process in psutil.process_iter() if _folder(process) == str(self.home)]
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Its ranks by number."""
+        found = [p for p in self.processes() if p.cmdline()[1:3] == ["-m", "megatron_rlvr.train"]]
+        return {int(process.environ()["RANK"]): process for process in found}
+
+
+def _folder(process: psutil.Process) -> str:
+    try:
+        return process.cwd() if process.status() != psutil.STATUS_ZOMBIE else ""
+    except psutil.Error:
+        return ""

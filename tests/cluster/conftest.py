@@ -1,0 +1,33 @@
+"""What tests of launchers share."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+for folder in ("", "../sglang"):
+    sys.path.insert(0, str((Path(__file__).parent / folder).resolve()))
+
+from cluster_runs import Run  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def new_run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Callable[..., Run]]:
+    """Makes runs on the tiny model, whose half of responses are right."""
+    place = tmp_path_factory.mktemp("cluster")
+    (place / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
+    tiny.write_gsm8k(place / "problems.jsonl")
+    (place / "model").symlink_to(model)
+
+    made = []
+
+    def make(name: str, **sections: Any) -> Run:
+        made.append(Run(place, name, sections))
+        return made[-1]
+
+    yield make
+    for process in [process for run in made for process in run.processes()]:
+        process.kill()

@@ -1,0 +1,85 @@
+"""Hosts on one machine: network namespaces with an address each, on a switch of their own. Their links can be cut.
+
+They have a loopback and `eth0`, see no network but this one, and share the machine's files.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+
+_NETWORK = "10.77.0"
+
+
+def missing() -> str | None:
+    """What this machine lacks, in words."""
+    if shutil.which("ip") is None:
+        return "ip is missing: tools/install_cluster_packages.sh installs iproute2 on Debian"
+    if os.getuid() != 0:
+        return "network namespaces need root"
+    name = f"rlvr-{secrets.token_hex(3)}"
+    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        return f"ip netns add is not permitted ({' '.join(tried.stderr.split())})"
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+    return None
+
+
+class Hosts:
+    """So many hosts and a switch; use as a context manager."""
+
+    def __init__(self, count: int) -> None:
+        self._id = secrets.token_hex(3)
+        self._count = count
+        self._switch = f"rlvr-{self._id}-switch"
+
+    def __enter__(self) -> "Hosts":
+        try:
+            self._ip("netns", "add", self._switch)
+            self._ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
+            self._ip("-n", self._switch, "link", "set", "bridge", "up")
+            for host in range(self._count):
+                self._plug_in(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Interfaces go with their namespaces, once no process is left in these."""
+        for name in (*map(self.name, range(self._count)), self._switch):
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+    def name(self, host: int) -> str:
+        """Of the host's namespace."""
+        return f"rlvr-{self._id}-{host}"
+
+    def address(self, host: int) -> str:
+        """Of the host, for the others."""
+        return f"{_NETWORK}.{host + 1}"
+
+    def command(self, host: int, *words: str) -> list[str]:
+        """A command that runs ``words`` on a host."""
+        return ["ip", "netns", "exec", self.name(host), *words]
+
+    def cut(self, host: int) -> None:
+        """Pulls the host's cable, at the switch."""
+        self._ip("-n", self._switch, "link", "set", f"port{host}", "down")
+
+    def mend(self, host: int) -> None:
+        """Plugs it in again."""
+        self._ip("-n", self._switch, "link", "set", f"port{host}", "up")
+
+    def _plug_in(self, host: int) -> None:
+        name, port = self.name(host), f"port{host}"
+        self._ip("netns", "add", name)
+        self._ip("-n", self._switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
+        self._ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
+        self._ip("-n", name, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
+        for link in ("lo", "eth0"):
+            self._ip("-n", name, "link", "set", link, "up")
+
+    @staticmethod
+    def _ip(*arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"

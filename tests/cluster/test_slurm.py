@@ -1,0 +1,232 @@
+"""examples/cluster/slurm.sbatch on a real Slurm of two nodes, which are this machine: what it promises of a run.
+
+A run that is pre-empted, and one that is killed, must be the run that was never stopped, bit by bit; whatever ends must
+end everything, soon, with one line that says why.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import loopback_slurm
+import numpy as np
+import psutil
+import pytest
+import tiny
+from cluster_runs import SERVER_FLAGS, Run
+from fake_server import free_port
+from loopback_slurm import LoopbackSlurm
+from real_servers import installed
+from safetensors.numpy import load_file
+
+MISSING = loopback_slurm.missing()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+SCRIPT = tiny.CHECKOUT / "examples" / "cluster" / "slurm.sbatch"
+SOON_SECONDS = 60
+START_SECONDS = 240
+FOR_EVER = 10**5
+SERVING = {"SERVER_NODES": "1"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackSlurm]:
+    with LoopbackSlurm(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+@pytest.fixture
+def slurm(cluster: LoopbackSlurm) -> Iterator[LoopbackSlurm]:
+    """The cluster, with nothing of a test left on it afterwards."""
+    yield cluster
+    cluster.cancel()
+
+
+class Job:
+    """A run that was submitted, and what became of it."""
+
+    def __init__(self, slurm: LoopbackSlurm, run: Run, *flags: str, **variables: str) -> None:
+        self.slurm, self.run = slurm, run
+        self.logs = run.place / f"{run.name}_logs"
+        inherited = {"PYTHONPATH": str(run.place), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        self.log = run.place / f"{run.name}_{time.time_ns()}.log"
+        self.id = slurm.submit(
+            str(SCRIPT), str(run.config), *flags,
+            cwd=run.home,
+            log=self.log,
+            PYTHON=sys.executable,
+            RANKS_PER_NODE="1",
+            LOG_DIR=str(self.logs),
+            MASTER_PORT=str(free_port()),
+            SERVER_PORT=str(free_port()),
+            **inherited | variables,
+        )  # fmt: skip
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def record(self, life: int) -> dict[str, Any]:
+        """What the launcher of the servers has written about them."""
+        return json.loads((self.logs / f"life_{life}" / "n2" / "servers.json").read_text(encoding="utf-8"))
+
+    def servers_said(self, life: int) -> str:
+        """The output of that launcher."""
+        return "".join(path.read_text(encoding="utf-8") for path in self.logs.glob(f"life_{life}/servers_*.log"))
+
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> None:
+        """Returns when ``condition`` is met; fails at once if the job ends before."""
+
+        def met() -> bool:
+            if condition():
+                return True
+            assert self.state not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), self.said()
+            return False
+
+        try:
+            self.slurm.wait_until(met, seconds, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n---- {self.log}\n{self.said()[-6000:]}") from None
+
+    @property
+    def state(self) -> str:
+        return self.slurm.job(self.id)["JobState"]
+
+    def interrupt(self, *command: str) -> None:
+        """Runs a command of Slurm's on the job; returns when that has ended this life of it."""
+        lives = len(self.ends())
+        self.slurm.ask(*command, str(self.id))
+        self.wait(lambda: len(self.ends()) > lives, "end of a life", SOON_SECONDS)
+
+    def ended(self, seconds: float) -> str:
+        """Its status, once it has ended, all of its processes included."""
+        self.slurm.wait_until(lambda: self.state not in ("RUNNING", "PENDING", "COMPLETING"), seconds, "end of the job")
+        self.slurm.wait_until(lambda: not self.run.processes(), 10, f"end of {self.run.processes()}")
+        return self.slurm.job(self.id)["ExitCode"]
+
+    def ends(self) -> list[str]:
+        """Why each of its lives ended: what the last line of each says."""
+        return re.findall(rf"^.* job {self.id}: life \d+ ends after \d+ s: (.*)$", self.said(), re.MULTILINE)
+
+
+def weights(run: Run) -> dict[str, np.ndarray]:
+    return load_file(run.folder / "hf" / "model.safetensors")
+
+
+def test_a_run_on_two_nodes_that_is_preempted_and_killed_is_the_run_that_was_never_stopped(
+    slurm: LoopbackSlurm, new_run: Callable[..., Run]
+) -> None:
+    run = new_run("stopped", run={"save_every": 5})
+    run.write(FOR_EVER)
+    job = Job(slurm, run)
+    job.wait(lambda: len(run.lines()) >= 3, "third step")
+    job.interrupt("scancel", "--batch", "--signal=USR1")  # as Slurm does before the time limit
+    saved = run.saved()
+    assert len(run.lines()) == saved, "the last step is saved, whatever its number"
+    assert job.ends() == ["the trainer ended with status 0 after SIGUSR1"]
+
+    job.wait(lambda: len(run.lines()) >= saved + 3, "third step of the second life")
+    ranks = run.ranks()
+    ranks[0].suspend()  # as one that waits on a network that does not tell it of the other's end
+    ranks[1].kill()
+    killed = time.monotonic()
+    assert job.ended(SOON_SECONDS) != "0:0"
+    print(f"ended {time.monotonic() - killed:.1f} s after the kill: {job.ends()[-1]}")
+    assert "rank 1 was killed by signal 9" in job.ends()[-1]
+    assert len(job.ends()) == 2
+
+    last = run.saved() + 2
+    again = Job(slurm, run, "--run.steps", str(last))
+    assert again.ended(START_SECONDS) == "0:0", again.said()
+    assert again.ends() == ["the trainer ended with status 0"]
+    for said, step in ((job.said(), saved), (again.said(), last - 2)):
+        assert f"going on after step {step}" in said
+    assert [line["step"] for line in run.lines()] == list(range(1, last + 1))
+
+    whole = new_run("whole")
+    whole.write(last)
+    never_stopped(whole)
+    assert run.figures() == whole.figures()
+    found, wanted = weights(run), weights(whole)
+    assert [name for name in wanted if (found[name] != wanted[name]).any()] == []
+
+
+def never_stopped(run: Run) -> None:
+    """The run on one node of two ranks, by torchrun.sh alone."""
+    done = subprocess.run(
+        [str(SCRIPT.parent / "torchrun.sh"), str(run.config)],
+        cwd=run.home,
+        env=tiny.environment([run.place], GPUS_PER_NODE="2", LOG_DIR=str(run.place / "whole_logs")),
+        capture_output=True, text=True, timeout=START_SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_run_is_preempted_while_its_server_is_dead_and_goes_on_with_another(
+    slurm: LoopbackSlurm, new_run: Callable[..., Run]
+) -> None:
+    long = {"max_response_tokens": 300, "server_timeout_seconds": START_SECONDS}
+    run = new_run("serving", run={"save_every": 0}, rollout=long)
+    run.write(FOR_EVER)
+    job = Job(slurm, run, SERVER_PYTHON=str(installed()), SERVER_FLAGS=SERVER_FLAGS, **SERVING)
+    job.wait(lambda: len(run.lines()) >= 2, "second step")
+    # Most of a step are long responses, which a server may leave; a sync that reaches none would end the run.
+    psutil.Process(job.record(0)["pids"][0]).kill()
+    job.wait(lambda: "is taken out" in job.said(), "word of the server's end", SOON_SECONDS)
+    job.wait(lambda: "is started again" in job.servers_said(0), "new server", SOON_SECONDS)
+    assert len(run.lines()) < 100, "the run waits for it"
+    job.interrupt("scontrol", "requeue")
+    saved = run.saved()
+    assert len(run.lines()) == saved >= 2
+    assert job.ends() == ["the trainer ended with status 0 after SIGTERM"]
+
+    last = saved + 4
+    run.write(last)
+    assert job.ended(START_SECONDS) == "0:0", job.said()
+    assert job.ends()[1:] == ["the trainer ended with status 0"]
+    assert f"going on after step {saved}" in job.said()
+    # The launchers of the servers have not heeded SIGTERM (143), but SIGINT when the trainer was done.
+    assert job.said().count("Exited with exit code 130") == 2
+    assert [line["step"] for line in run.lines()] == list(range(1, last + 1))
+    # The server of the second life began with the base model: what it samples from is what the checkpoint holds.
+    gaps = {line["step"]: line["rollout/logprob_gap_mean"] for line in run.lines() if not line["rollout/staleness_min"]}
+    assert max(gaps.values()) < 1e-4
+    assert max(gaps) > saved
+
+
+STAND_IN = """
+import http.server, sys
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503 if "--never-ready" in sys.argv else 200)
+        self.end_headers()
+
+http.server.HTTPServer(("", int(sys.argv[sys.argv.index("--port") + 1])), Health).serve_forever()
+"""
+
+
+def test_a_job_ends_with_its_servers_and_waits_for_them_no_longer_than_it_should(
+    slurm: LoopbackSlurm, new_run: Callable[..., Run]
+) -> None:
+    run = new_run("standing_in")
+    run.write(FOR_EVER)
+    package = run.place / "stand_in" / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").write_text(STAND_IN, encoding="utf-8")
+    stand_in = {"PYTHONPATH": f"{run.place}:{package.parent}", "SERVER_PYTHON": sys.executable, **SERVING}
+
+    never = Job(slurm, run, **stand_in, SERVER_FLAGS="--device cpu -- --never-ready", SERVER_START_SECONDS="3")
+    assert never.ended(SOON_SECONDS) == "1:0", never.said()
+    (reason,) = never.ends()
+    assert reason.startswith("the servers were not ready after SERVER_START_SECONDS=3")
+
+    job = Job(slurm, run, **stand_in, SERVER_FLAGS="--device cpu")
+    job.wait(lambda: "servers are ready after" in job.said(), "server", SOON_SECONDS)
+    psutil.Process(job.record(0)["launcher"]).kill()
+    assert job.ended(SOON_SECONDS) == "137:0", job.said()
+    assert job.ends() == ["the servers ended with status 137, and the trainer with them"]
