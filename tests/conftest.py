@@ -16,21 +16,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on the CPU
 
 
-_ON_SERVERS = ("sglang", "cluster")
-"""Folders of tests that mostly wait, each for the same few servers."""
+_MOSTLY_WAIT = ("sglang", "cluster")
+"""Folders of tests that wait for servers, jobs and networks."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist (`--dist loadgroup`) a worker takes a whole file, or all tests on the same servers."""
+    """With pytest-xdist (`--dist loadgroup`) one worker takes all that mostly waits, another what computes.
+
+    Sets of ranks beside each other, on as many cores as one of them, would take more than twice as long.
+    """
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        item.add_marker(pytest.mark.xdist_group(item.path.parent.name if _waits(item) else str(item.path)))
-    items.sort(key=lambda item: _ON_SERVERS.index(item.path.parent.name) if _waits(item) else len(_ON_SERVERS))
+        item.add_marker(pytest.mark.xdist_group("waits" if _waits(item) else "computes"))
+    items.sort(key=lambda item: not _waits(item))
 
 
 def _waits(item: pytest.Item) -> bool:
-    return item.path.parent.name in _ON_SERVERS
+    return item.path.parent.name in _MOSTLY_WAIT
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -216,6 +216,7 @@ def test_modules_are_given_another_torch_only_where_they_name_cuda_themselves():
 
 def test_nothing_is_answered_where_a_gpu_exists(monkeypatch):
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(platform, "_answered", False)  # whatever an earlier test has asked of this process
     before = dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda
     platform.answer_cuda_calls_for_cpu()
     assert (dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda) == before

@@ -4,9 +4,11 @@ The environment is built by tools/install_sglang_cpu.sh in SGLANG_CPU_VENV, or i
 the tests.
 """
 
+import fcntl
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -32,7 +34,9 @@ def installed() -> Path:
     """The Python of an environment that has SGLang."""
     venv = Path(os.environ.get("SGLANG_CPU_VENV", tiny.CHECKOUT / "build" / "sglang"))
     tool = tiny.CHECKOUT / "tools" / "install_sglang_cpu.sh"
-    subprocess.run([str(tool), str(venv)], check=True, timeout=_INSTALL_SECONDS)
+    with (Path(tempfile.gettempdir()) / f"{venv.name}_{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be about to do the same
+        subprocess.run([str(tool), str(venv)], check=True, timeout=_INSTALL_SECONDS)
     return venv / "bin" / "python"
 
 
