@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: install quickstart test cluster container lint packages bench clean
+.PHONY: install quickstart test waiting computing cluster container lint packages bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -18,8 +18,17 @@ quickstart: install
 packages:
 	@tools/install_cluster_packages.sh || true
 
+# Beside each other: tests that mostly wait, for servers, jobs and networks, and tests that compute.
 test: lint packages
-	$(RUN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going waiting computing
+
+WAITING := tests/sglang tests/cluster
+
+waiting:
+	$(RUN)/python -m pytest -q $(WAITING)
+
+computing:
+	$(RUN)/python -m pytest -q $(WAITING:%=--ignore=%)
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

@@ -16,28 +16,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on the CPU
 
 
-_MOSTLY_WAIT = ("sglang", "cluster")
-"""Folders of tests that wait for servers, jobs and networks."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist (`--dist loadgroup`) one worker takes all that mostly waits, another what computes.
-
-    Sets of ranks beside each other, on as many cores as one of them, would take more than twice as long.
-    """
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        item.add_marker(pytest.mark.xdist_group("waits" if _waits(item) else "computes"))
-    items.sort(key=lambda item: not _waits(item))
-
-
-def _waits(item: pytest.Item) -> bool:
-    return item.path.parent.name in _MOSTLY_WAIT
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    skipped = [report.nodeid.partition("@")[0] for report in terminalreporter.stats.get("skipped", [])]
+    skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", [])]
     if skipped:
         terminalreporter.section("not run on this machine")
         for name in skipped:
