@@ -227,7 +227,7 @@ def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model
     assert overlap or any(line["rollout/staleness_min"] == 0 for line in lines[1:])
     if overlap:
         assert lines[2]["rollout/staleness_mean"] > 0
-        assert lines[2]["rollout/staleness_max"] == 1
+        assert 1 <= lines[2]["rollout/staleness_max"] <= 2  # surplus of the first step may have waited
     assert not (tmp_path / "run" / "sync").exists()
 
 
