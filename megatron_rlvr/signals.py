@@ -34,7 +34,7 @@ class Signals:
         self._noting = False
         self._handled_at: float | None = None
         self._gives_up_at = math.inf
-        self._saving = threading.RLock()
+        self._saving = threading.Lock()
 
     def listen(self) -> None:
         """From now on, `Stopped` is raised where the program is."""
@@ -62,8 +62,9 @@ class Signals:
             os.close(tell)
 
     def accept(self) -> None:
-        """The run is about to end well: nobody gives up any more."""
-        self._saving.acquire()
+        """The run is about to end well: nobody gives up any more, and what fails now is a failure."""
+        with self._saving:
+            self._gives_up_at = math.inf
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -82,8 +83,10 @@ class Signals:
             while True:
                 left = self._gives_up_at - time.monotonic()
                 if not select.select([pipe], [], [], None if left == math.inf else max(0.0, left))[0]:
-                    with self._saving:  # never got once the stop is accepted
-                        give_up()
+                    with self._saving:
+                        if time.monotonic() >= self._gives_up_at:  # the stop has not been accepted meanwhile
+                            give_up()
+                    continue
                 arrived = pipe.read(64)
                 if not arrived:
                     return

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m megatron_rlvr.train CONFIG.yaml --selection.fraction 0.1
 
 Wrong input ends with status 2 and one line on stderr before any process group starts, most of it before torch is
-imported. SIGTERM saves a checkpoint after the step it arrives in and ends with status 0; Ctrl-C ends the run at once.
+imported. SIGTERM saves a checkpoint as soon as all ranks can and ends with status 0; Ctrl-C ends the run at once.
 Either leaves the metrics complete and no grader process behind, and the same command goes on from the last checkpoint.
 """
 

@@ -464,7 +464,7 @@ def test_the_readme_points_at_what_is_there() -> None:
 
 SCRIPTS = sorted(
     path
-    for pattern in ("examples/*/*.sh", "examples/*/*.sbatch", "tools/*.sh", "tests/*.sh", ".ci/run")
+    for pattern in ("examples/*.sh", "examples/*/*.sh", "examples/*/*.sbatch", "tools/*.sh", "tests/*.sh", ".ci/run")
     for path in tiny.CHECKOUT.glob(pattern)
 )
 

@@ -10,18 +10,11 @@
 # runs, and what ../cluster/slurm.sbatch reads from the environment is handed on (SERVER_PYTHON, say). Without Slurm:
 # ../cluster/README.md and ../kubernetes.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/../cluster/common.sh"
-
+MODEL=qwen3_14b
 RANKS=16
 TRAIN_NODES=2
 export SERVER_NODES=2 SERVER_TENSOR=4 RANKS_PER_NODE=8
 
-[ $# -gt 0 ] || refuse "name a recipe: forking_20k, all_tokens_20k, forking_29k or all_tokens_29k"
-recipe=$1 config=$ROOT/examples/qwen3_14b/$1.yaml
-[ -f "$config" ] || refuse "$1 is no recipe; the recipes are forking_20k, all_tokens_20k, forking_29k, all_tokens_29k"
-shift
-if [[ " $* " == *" --check "* ]]; then
-    WORLD_SIZE=$RANKS exec "$PYTHON" -m megatron_rlvr.train "$config" "$@"
-fi
+. "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 exec sbatch --nodes $((TRAIN_NODES + SERVER_NODES)) --gpus-per-node 8 \
-    --job-name "qwen3_14b_$recipe" "$ROOT/examples/cluster/slurm.sbatch" "$config" "$@"
+    --job-name "${MODEL}_$recipe" "$ROOT/examples/cluster/slurm.sbatch" "$config" "$@"

@@ -10,20 +10,13 @@
 #
 #   SERVER_PYTHON   python of the environment that has SGLang, where it is not the trainer's
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/../cluster/common.sh"
-
+MODEL=qwen3_8b
 RANKS=8
 SERVERS=2 SERVER_TENSOR=4
 # Of each GPU, for weights and cache of its server; the trainer's own memory must fit beside it.
 SERVER_SHARE=0.5
 
-[ $# -gt 0 ] || refuse "name a recipe: forking_20k, all_tokens_20k, forking_29k or all_tokens_29k"
-recipe=$1 config=$ROOT/examples/qwen3_8b/$1.yaml
-[ -f "$config" ] || refuse "$1 is no recipe; the recipes are forking_20k, all_tokens_20k, forking_29k, all_tokens_29k"
-shift
-if [[ " $* " == *" --check "* ]]; then
-    WORLD_SIZE=$RANKS exec "$PYTHON" -m megatron_rlvr.train "$config" "$@"
-fi
+. "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 model=$("$PYTHON" - "$config" "$@" <<'PYTHON_CODE'
 import sys
 
@@ -36,7 +29,7 @@ except SettingsError as error:
     sys.exit(f"run: {error}")
 PYTHON_CODE
 ) || exit 2
-export GPUS_PER_NODE=$RANKS LOG_DIR=${LOG_DIR:-$PWD/runs/logs/qwen3_8b_$recipe}
+export GPUS_PER_NODE=$RANKS LOG_DIR=${LOG_DIR:-$PWD/runs/logs/${MODEL}_$recipe}
 exec "$PYTHON" "$ROOT/tools/launch_sglang.py" "$model" --python "${SERVER_PYTHON:-$PYTHON}" \
     --servers "$SERVERS" --tensor "$SERVER_TENSOR" --colocated --memory-share "$SERVER_SHARE" --restart \
     --run-dir "$LOG_DIR" \

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rlvr.hf.weights import beside, copy_all_but_weights
+from megatron_rlvr.hf.weights import beside, built_beside, copy_all_but_weights
 from megatron_rlvr.policy.checkpoint_files import CONTENT, HUGGING_FACE, CheckpointReader
 
 # Moments have the shape of their parameter, whichever ranks share them: any layout reads them.
@@ -170,7 +170,7 @@ class _Writer:
         if request.async_fn is None:
             return  # nothing of this rank's
         if background:
-            self._arguments[1] = _copied(request.preload_fn())
+            self._arguments[1] = _copied(self._arguments[1])
             self._thread.start()
 
     def wait(self) -> None:
@@ -192,9 +192,12 @@ class _Writer:
 
 
 def _copied(buckets: Sequence[Any]) -> list[Any]:
-    """Megatron's buckets of what to write, with tensors of their own: on a CPU they are those that training changes."""
+    """Megatron's buckets of what to write, with tensors of their own: training changes the others.
+
+    Megatron's own way to the CPU leaves those as they are that are there already.
+    """
     return [
-        (path, name, (texts, [(item, tensor.clone()) for item, tensor in tensors]))
+        (path, name, (texts, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
         for path, name, (texts, tensors) in buckets
     ]
 
@@ -204,19 +207,13 @@ def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) ->
 
     For ``finish`` and errors see `save_checkpoint`.
     """
-    building = beside(folder)
 
-    def act() -> None:
-        shutil.rmtree(building, ignore_errors=True)
-        try:
-            shutil.copytree(same, building, copy_function=_link)
+    def link() -> None:
+        with built_beside(folder) as building:
+            shutil.copytree(same, building, copy_function=_link, dirs_exist_ok=True)
             finish(building)
-            building.rename(folder)
-        except (OSError, shutil.Error) as error:
-            shutil.rmtree(building, ignore_errors=True)
-            raise OSError(str(error)) from error
 
-    _on_main_rank(act)
+    _on_main_rank(link)
 
 
 def _link(source: str, target: str) -> None:

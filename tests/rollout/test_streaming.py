@@ -147,6 +147,41 @@ class TricklingStream:
         return answers
 
 
+def collector_of(
+    case: Case, engine: Any, prompts: Sequence[Any], ranks: Any, graders: Any, store: Any, **more: Any
+) -> Any:
+    """The real collector of a rank, on a scripted engine."""
+    import torch.distributed as dist
+
+    from megatron_rlvr.data.cursor import PromptCursor
+    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
+    from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.rollout.streaming import StreamingCollector
+
+    parts: dict[str, Any] = {
+        "sampler": Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
+        "cursor": PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, len(prompts), 1.0, 0),)), 0, True),
+        "ranks": ranks,
+        "rollout": RolloutSettings(
+            engine="sglang",
+            servers=["http://localhost:1"],
+            samples_per_prompt=case.samples,
+            max_response_tokens=20,
+            dynamic_sampling=case.dynamic,
+            max_rounds=case.max_rounds,
+            partial=case.partial,
+            oversampling=case.oversampling,
+            max_staleness=case.max_staleness,
+        ),
+        "reward": RewardSettings(overlong_buffer=0),
+        "prompts": case.prompts,
+        "seed": case.seed,
+        "store": store,
+        "sync": dist.barrier,
+    }
+    return StreamingCollector(**parts | more)
+
+
 def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[tuple[list[Step], int]]:
     """On each rank: every step of every case, and how many responses were gone on with."""
     with process_group():
@@ -159,37 +194,13 @@ def run_case(case: Case, number: int, ranks: Any, graders: Any) -> tuple[list[St
     import torch.distributed as dist
 
     from megatron_rlvr import platform
-    from megatron_rlvr.data.cursor import PromptCursor
-    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
-    from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.rollout.streaming import StreamingCollector
 
     engine = TricklingEngine(case, ranks.rank)
-    settings = RolloutSettings(
-        engine="sglang",
-        servers=["http://localhost:1"],
-        samples_per_prompt=case.samples,
-        max_response_tokens=20,
-        dynamic_sampling=case.dynamic,
-        max_rounds=case.max_rounds,
-        partial=case.partial,
-        oversampling=case.oversampling,
-        max_staleness=case.max_staleness,
-    )
     dice = random.Random(case.seed)
     prompts = prompts_of([dice.choice(case.accuracies) for _ in range(case.set_size)])
     syncs = []
-    collector = StreamingCollector(
-        sampler=Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
-        cursor=PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, len(prompts), 1.0, 0),)), 0, True),
-        ranks=ranks,
-        rollout=settings,
-        reward=RewardSettings(overlong_buffer=0),
-        prompts=case.prompts,
-        seed=case.seed,
-        store=dist.PrefixStore(f"case{number}", platform.store()),
-        sync=lambda: syncs.append(dist.barrier()),
-    )
+    store = dist.PrefixStore(f"case{number}", platform.store())
+    collector = collector_of(case, engine, prompts, ranks, graders, store, sync=lambda: syncs.append(dist.barrier()))
     steps = []
     for step in range(1, case.steps + 1):
         sampled: list[int] = []
@@ -349,13 +360,7 @@ def test_tokens_are_never_older_than_allowed(folder: Path):
 
 def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
     """A failure of one leader's servers, for good; then the step is asked for again."""
-    import torch.distributed as dist
-
     from megatron_rlvr import platform
-    from megatron_rlvr.data.cursor import PromptCursor
-    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
-    from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.rollout.streaming import StreamingCollector
 
     class FailingStream(TricklingStream):
         def get(self, timeout_seconds: float) -> Any:
@@ -371,21 +376,9 @@ def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
 
     with process_group(), start_graders(folder) as graders:
         ranks = ranks_of(layout)
-        case = Case(0, 40, 6, 3, steps=1, partial=True, accuracies=(0.5,))
+        case = Case(0, 40, 6, 3, steps=1, partial=True, max_rounds=10, max_staleness=4)
         engine = FailingEngine(case, ranks.rank)
-        prompts = prompts_of([0.5] * 40)
-        settings = {"samples_per_prompt": 3, "max_response_tokens": 20, "partial": True}
-        collector = StreamingCollector(
-            sampler=Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
-            cursor=PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, 40, 1.0, 0),)), 0, True),
-            ranks=ranks,
-            rollout=RolloutSettings(engine="sglang", servers=["http://localhost:1"], **settings),
-            reward=RewardSettings(overlong_buffer=0),
-            prompts=6,
-            seed=0,
-            store=platform.store(),
-            sync=dist.barrier,
-        )
+        collector = collector_of(case, engine, prompts_of([0.5] * 40), ranks, graders, platform.store())
         with pytest.raises(ServersError) as caught:
             collector.collect(1)
         held = sum(len(g.graded) + len(g.partial) for g in collector._begun) + len(collector._kept)
@@ -406,11 +399,7 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
     import torch.distributed as dist
 
     from megatron_rlvr import platform
-    from megatron_rlvr.data.cursor import PromptCursor
-    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
     from megatron_rlvr.rollout.collector import CollectionStoppedError
-    from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.rollout.streaming import StreamingCollector
 
     class SlowStream(TricklingStream):
         def get(self, timeout_seconds: float) -> Any:
@@ -424,28 +413,19 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
 
     with process_group(), start_graders(folder) as graders:
         ranks = ranks_of(layout)
-        case = Case(3, 60, 8, 3, steps=1, partial=True)
+        case = Case(0, 60, 8, 3, steps=1, partial=True, max_rounds=10, max_staleness=4)
         prompts = prompts_of([0.5, 1.0] * 30)
         seen = [0]
 
-        def born(life: int, stop_after: float) -> StreamingCollector:
-            engine: Any = SlowEngine(case, ranks.rank)
-            return StreamingCollector(
-                sampler=Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),
-                cursor=PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, 60, 1.0, 0),)), 0, True),
-                ranks=ranks,
-                rollout=RolloutSettings(
-                    engine="sglang",
-                    servers=["http://localhost:1"],
-                    samples_per_prompt=3,
-                    max_response_tokens=20,
-                    partial=True,
-                ),
-                reward=RewardSettings(overlong_buffer=0),
-                prompts=8,
-                seed=0,
-                store=dist.PrefixStore(f"life {life}", platform.store()),
-                sync=dist.barrier,
+        def born(life: int, stop_after: float) -> Any:
+            store = dist.PrefixStore(f"life {life}", platform.store())
+            return collector_of(
+                case,
+                SlowEngine(case, ranks.rank),
+                prompts,
+                ranks,
+                graders,
+                store,
                 stop_wanted=lambda: ranks.rank == 0 and seen[0] >= stop_after,
             )
 

@@ -114,7 +114,9 @@ class Steps:
                 expected = logprobs_of(self.reference, request, completion)
                 assert np.abs(expected - completion.logprobs).max() < TOLERANCE
                 assert set(completion.weight_versions.tolist()) == {0}
-        graded = self.journal.read_text().splitlines()
+        # Two samples may well be of the same few tokens, a stop at once for one; of ten they are not.
+        graded = [line for line in self.journal.read_text().splitlines() if len(line.split()) >= 10]
+        assert len(graded) >= SAMPLES
         assert len(graded) == len(set(graded)), "nothing is graded twice"
 
 
@@ -194,8 +196,15 @@ def test_all_are_gone_and_come_back_with_other_weights(
     assert all(len(taken_out(caplog, server)) >= 1 for server in servers)
 
 
-def test_all_are_gone_for_good_and_what_was_sampled_is_kept(servers: list[RealServer], steps_on: Any, tmp_path: Path):
+def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
+    servers: list[RealServer], steps_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     steps = steps_on(servers, length=450, server_timeout_seconds=3.0)
+    settled, keep = [], steps.collector._keep
+    # Some of them may have one grade for all samples, and are not kept.
+    monkeypatch.setattr(
+        steps.collector, "_keep", lambda groups, all_of_them: settled.extend(groups) or keep(groups, all_of_them)
+    )
 
     def kill_both() -> None:
         for server in servers:
@@ -207,8 +216,8 @@ def test_all_are_gone_for_good_and_what_was_sampled_is_kept(servers: list[RealSe
     assert "\n" not in str(caught.value)
     graded = len((tmp_path / "graded").read_text().splitlines())
     assert graded >= SAMPLES
-    kept, begun = steps.collector._kept, steps.collector._begun
-    assert sum(len(group.graded) for group in begun) + SAMPLES * len(kept) == graded
+    assert sum(len(group.graded) for group in steps.collector._begun) + SAMPLES * len(settled) == graded
+    assert steps.collector._kept == [group for group in settled if group.group.informative]
     for server in servers:
         server.start()
     for server in servers:
