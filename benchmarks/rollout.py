@@ -8,7 +8,7 @@ A server is started on this machine (tools/install_sglang_cpu.sh, in build/sglan
 - tokens per second with N requests in flight, 4 N but at least 512 in all, of up to 192 tokens. The collector does all
   that it does in a run: it draws prompts, checks every answer, decodes, has it graded in a process of its own, and puts
   groups together. The bare loop is aiohttp and N coroutines that post the same requests and count tokens. They take
-  turns; each figure is the best of its rounds.
+  turns; each figure is the best of its rounds. Beside it the CPU time that either took in this process.
 - seconds and bytes of a weight sync by each method, with a model of --sync-megabytes.
 - the client's memory for each million tokens, at its peak and kept, as the interpreter counts it.
 
@@ -21,6 +21,7 @@ import asyncio
 import functools
 import gc
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -211,22 +212,23 @@ def tokens_of(rollout: Any) -> int:
 
 
 def throughput(url: str, model: Path, graders: GraderPool, inflight: int, rounds: int) -> dict[str, float]:
-    """Tokens per second of both."""
+    """Tokens per second of both, and their own CPU seconds a thousand requests (of grading only the asking)."""
     client = Client(url, model, graders, inflight)
     prompts = make_prompts(max(512, 4 * inflight) // SAMPLES)
     arms: dict[str, Callable[[], int]] = {
         "bare": lambda: asyncio.run(bare_loop(url, prompts, inflight)),
         "collector": lambda: tokens_of(client.collect(prompts)),
     }
-    best = dict.fromkeys(arms, 0.0)
+    best, cpu = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, math.inf)
     for number in range(rounds):
         for name in sorted(arms, reverse=number % 2 == 1):  # a server gets slower as it goes on: nobody is always first
             urllib.request.urlopen(urllib.request.Request(url + "/flush_cache", data=b"{}"), timeout=60)
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             tokens = arms[name]()
             best[name] = max(best[name], tokens / (time.perf_counter() - start))
+            cpu[name] = min(cpu[name], (time.process_time() - start_cpu) * 1000 / (len(prompts) * SAMPLES))
     client.close()
-    return best | {"ratio": best["collector"] / best["bare"]}
+    return best | {"ratio": best["collector"] / best["bare"]} | {f"{name}_cpu": value for name, value in cpu.items()}
 
 
 def memory(url: str, model: Path, graders: GraderPool) -> dict[str, float]:
@@ -344,11 +346,15 @@ def main() -> None:
             GraderPool("math", workers=1) as graders,
             served(small, folder / "small.log") as url,
         ):
-            print(f"{'in flight':>10} {'bare tokens/s':>14} {'collector':>10} {'ratio':>6}")
+            print(f"{'in flight':>10} {'bare tokens/s':>14} {'collector':>10} {'ratio':>6} {'CPU ms a request':>18}")
             for inflight in options.inflight:
                 row = throughput(url, small, graders, inflight, options.rounds)
                 figures["throughput"][inflight] = row
-                print(f"{inflight:>10} {row['bare']:>14.0f} {row['collector']:>10.0f} {row['ratio']:>6.2f}", flush=True)
+                print(
+                    f"{inflight:>10} {row['bare']:>14.0f} {row['collector']:>10.0f} {row['ratio']:>6.2f} "
+                    f"{row['bare_cpu']:>10.1f}, {row['collector_cpu']:>6.1f}",
+                    flush=True,
+                )
             figures["memory"] = memory(url, small, graders)
             print("client memory, MiB a million tokens: peak {peak:.0f}, kept {kept:.0f}".format(**figures["memory"]))
         large = write_model(folder / "large", options.sync_megabytes)
