@@ -90,18 +90,31 @@ class Steps:
         self.engine.update_weights(self.reference.state_dict().items(), version=0)
 
     def take(self, fault: Callable[[], None] = lambda: None) -> None:
-        """One step, with ``fault`` once some responses are there; the batch is checked."""
+        """One step, with ``fault`` at the answer that would be the eighth; the batch is checked."""
         self.step += 1
-        seen, done = [0], threading.Event()
+        answers, job = 0, self.engine.job
 
-        def on_finished(count: int) -> None:
-            seen[0] += count
-            if seen[0] >= SAMPLES and not done.is_set():
-                done.set()
-                fault()
+        def striking(*arguments: Any) -> Any:
+            made = job(*arguments)
+            read = made.read
 
-        rollout = self.collector.collect(self.step, on_finished)
-        assert done.is_set()
+            def strike(answer: Any) -> Any:
+                # Where answers are read, so that none can be overlooked: the other requests are half done.
+                nonlocal answers
+                answers += 1
+                if answers == SAMPLES:
+                    fault()
+                return read(answer)
+
+            made.read = strike
+            return made
+
+        self.engine.job = striking
+        try:
+            rollout = self.collector.collect(self.step)
+        finally:
+            self.engine.job = job
+        assert answers >= SAMPLES
         assert rollout.size == PROMPTS
         assert len(rollout.groups) == PROMPTS
         for ordered in rollout.groups:
