@@ -93,25 +93,33 @@ class Steps:
         """One step, with ``fault`` at the answer that would be the eighth; the batch is checked."""
         self.step += 1
         answers, job = 0, self.engine.job
+        due, over = threading.Event(), threading.Event()
 
         def striking(*arguments: Any) -> Any:
             made = job(*arguments)
             read = made.read
 
             def strike(answer: Any) -> Any:
-                # Where answers are read, so that none can be overlooked: the other requests are half done.
+                # Where answers are read, so that none is while the fault strikes: the other requests are half done.
                 nonlocal answers
                 answers += 1
                 if answers == SAMPLES:
-                    fault()
+                    due.set()
+                    assert over.wait(60)
                 return read(answer)
 
             made.read = strike
             return made
 
+        def on_finished(count: int) -> None:
+            # In this thread: a server ends with the thread that has started it.
+            if due.is_set() and not over.is_set():
+                fault()
+                over.set()
+
         self.engine.job = striking
         try:
-            rollout = self.collector.collect(self.step)
+            rollout = self.collector.collect(self.step, on_finished)
         finally:
             self.engine.job = job
         assert answers >= SAMPLES
@@ -194,16 +202,18 @@ def test_one_of_two_is_frozen_for_30_seconds(servers: list[RealServer], steps_on
 def test_all_are_gone_and_come_back_with_other_weights(
     method: str, servers: list[RealServer], steps_on: Any, caplog: pytest.LogCaptureFixture
 ):
+    if method == "distributed":
+        servers = servers[:1]
     steps = steps_on(servers, method=method, server_timeout_seconds=400.0)
 
-    def restart_both() -> None:
+    def restart_all() -> None:
         for server in servers:
             server.kill()
         for server in servers:
             server.start()
 
     start = time.monotonic()
-    steps.take(restart_both)
+    steps.take(restart_all)
     assert time.monotonic() - start > 20
     assert steps.syncs == (1 if method == "disk" else 2), "a folder outlasts the servers, a broadcast does not"
     assert all(len(taken_out(caplog, server)) >= 1 for server in servers)
@@ -281,10 +291,7 @@ def test_a_port_that_answers_garbage(
             engine_on([server.url for server in servers], server_timeout_seconds=2.0)
 
 
-def test_a_server_without_memory_for_all_its_requests_takes_turns(
-    servers: list[RealServer], steps_on: Any, other_weights: Path, tmp_path: Path
-):
-    servers[0].kill()  # its memory and its core are needed
+def test_a_server_without_memory_for_all_its_requests_takes_turns(steps_on: Any, other_weights: Path, tmp_path: Path):
     small = RealServer(
         installed(),
         other_weights,
@@ -414,9 +421,10 @@ def test_weights_change_under_a_running_request_and_each_token_says_which(
     engine.update_weights(reference.state_dict().items(), version=0)
     asked = requests(8)
     changed = {name: 1.1 * tensor for name, tensor in reference.state_dict().items()}
-    with engine.open(sampling(300, temperature=1.0)) as stream:
+    with engine.open(sampling(450, temperature=1.0)) as stream:
         stream.submit(asked)
-        time.sleep(0.4)
+        while any(idle(server) for server in servers):
+            time.sleep(0.05)
         engine.update_weights(changed.items(), version=1)
         found = [stream.get() for _ in asked]
     other = type(reference)(reference.config).eval()
