@@ -125,8 +125,8 @@ class RealServer:
         return bool(self._family())
 
     def _family(self) -> list[psutil.Process]:
-        if self._process is None or not self._process.is_running():
-            return []
+        if self._process is None or self._process.poll() is not None:
+            return []  # psutil would call a process that nobody has waited for a running one
         return [self._process, *self._process.children(recursive=True)]
 
     @property
