@@ -105,7 +105,8 @@ class Launcher:
     def start(self, *flags: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
         with self.output.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
-                [*prefix, *self.command(*flags)],
+                # With signals as on a terminal: whoever runs the tests in the background may ignore some.
+                ["env", "--default-signal=HUP,INT", *prefix, *self.command(*flags)],
                 env=self._environment | variables,
                 stdout=output,
                 stderr=subprocess.STDOUT,
