@@ -1,5 +1,6 @@
 """Small runs that launchers start, and the processes that belong to them."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,13 @@ class Run:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """Its ranks by number."""
-        found = [p for p in self.processes() if p.cmdline()[1:3] == ["-m", "megatron_rlvr.train"]]
-        return {int(process.environ()["RANK"]): process for process in found}
+        found: dict[int, psutil.Process] = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended since it was listed
+                if process.cmdline()[1:3] == ["-m", "megatron_rlvr.train"]:
+                    # What a rank has just forked looks like it, and has a later number.
+                    found.setdefault(int(process.environ()["RANK"]), process)
+        return found
 
 
 def _folder(process: psutil.Process) -> str:

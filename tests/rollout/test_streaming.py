@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +31,10 @@ from scripted import (
 )
 
 from megatron_rlvr.config import RewardSettings, RolloutSettings
+from megatron_rlvr.reward.graders import Verdict
+from megatron_rlvr.rollout.sampler import Sampler
 from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
-from megatron_rlvr.types import Completion, SampleRequest
+from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
 JOURNAL_REWARD = """\
 import os
@@ -88,6 +91,12 @@ class TricklingEngine:
         self.dice = random.Random(case.seed * 100 + rank)
         self.version = 0
         self.resumed = 0
+        self.judging: list[Future[Verdict]] = []
+        """Of answers that were handed to the graders."""
+
+    def waits_for_graders(self) -> bool:
+        self.judging = [verdict for verdict in self.judging if not verdict.done()]
+        return bool(self.judging)
 
     def update_weights(self, named_tensors: Any, version: int) -> None:
         self.version = version
@@ -106,7 +115,8 @@ class TricklingStream:
         self.running: list[tuple[int, SampleRequest, Completion]] = []
         self.closed = False
         self.now = 0
-        """Calls of `get` so far: the time in which answers take their time, however busy the machine is."""
+        """The time in which answers take their time, in calls of `get` that found the graders idle: how much is sampled
+        before a batch is full does not depend on how busy the machine is."""
         self.fails_at = self.dice.randint(1, 20) if self.dice.random() < engine.case.failures else None
 
     def submit(self, requests: Sequence[SampleRequest], begun: Sequence[Completion | None]) -> None:
@@ -122,7 +132,7 @@ class TricklingStream:
             self.running.append((self.now + self.dice.randint(1, 60), request, whole))
 
     def get(self, timeout_seconds: float) -> tuple[SampleRequest, Completion] | None:
-        self.now += 1
+        self.now += not self.engine.waits_for_graders()
         if self.fails_at is not None and self.now > self.fails_at:
             raise WeightsWantedError("no server holds the current weights")
         time.sleep(min(timeout_seconds, 0.001))
@@ -147,6 +157,15 @@ class TricklingStream:
         return answers
 
 
+class WatchedSampler(Sampler):
+    """The real one; the engine learns what is being graded."""
+
+    def judge(self, prompt: Prompt, completion: Completion) -> Future[Verdict]:
+        verdict = super().judge(prompt, completion)
+        self.engine.judging.append(verdict)  # type: ignore[attr-defined]
+        return verdict
+
+
 def collector_of(
     case: Case, engine: Any, prompts: Sequence[Any], ranks: Any, graders: Any, store: Any, **more: Any
 ) -> Any:
@@ -155,11 +174,10 @@ def collector_of(
 
     from megatron_rlvr.data.cursor import PromptCursor
     from megatron_rlvr.data.prompts import FilePrompts, PromptSet
-    from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.rollout.streaming import StreamingCollector
 
     parts: dict[str, Any] = {
-        "sampler": Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
+        "sampler": WatchedSampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
         "cursor": PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, len(prompts), 1.0, 0),)), 0, True),
         "ranks": ranks,
         "rollout": RolloutSettings(
@@ -363,11 +381,19 @@ def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
     from megatron_rlvr import platform
 
     class FailingStream(TricklingStream):
+        """The first of each leader answers four requests, which is no batch; then one fails and the other is silent."""
+
+        answers_left = 4
+
         def get(self, timeout_seconds: float) -> Any:
-            if ranks.rank == 1 and self.engine.version == 0 and len(self.running) < 3:
-                self.engine.version = 1
-                raise ServersError("all of them are gone")
-            return super().get(timeout_seconds)
+            if self.engine.version == 0 and not self.answers_left:
+                if ranks.rank == 1:
+                    raise ServersError("all of them are gone")
+                time.sleep(min(timeout_seconds, 0.001))
+                return None
+            answer = super().get(timeout_seconds)
+            self.answers_left -= answer is not None
+            return answer
 
     class FailingEngine(TricklingEngine):
         @contextmanager
@@ -382,6 +408,7 @@ def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
         with pytest.raises(ServersError) as caught:
             collector.collect(1)
         held = sum(len(g.graded) + len(g.partial) for g in collector._begun) + len(collector._kept)
+        engine.update_weights(None, 1)
         again = collector.collect(2)
         return str(caught.value), held, again.size
 
