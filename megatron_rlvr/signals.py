@@ -34,6 +34,7 @@ class Signals:
         self._noting = False
         self._handled_at: float | None = None
         self._gives_up_at = math.inf
+        self._give_up: Callable[[], object] = lambda: None
         self._saving = threading.Lock()
 
     def listen(self) -> None:
@@ -48,10 +49,11 @@ class Signals:
         ``give_up`` is called ``grace_seconds`` after the first, in a thread of its own, unless the stop has been
         accepted by then: the main thread may be waiting for other ranks, and runs no handler meanwhile.
         """
+        self._give_up = give_up
         told, tell = os.pipe()
         os.set_blocking(tell, False)
         before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-        watch = threading.Thread(target=self._watch, args=(told, grace_seconds, give_up), name="signals", daemon=True)
+        watch = threading.Thread(target=self._watch, args=(told, grace_seconds), name="signals", daemon=True)
         watch.start()
         self._noting = True
         try:
@@ -72,12 +74,13 @@ class Signals:
         with self._saving:
             yield
 
-    @property
-    def gives_up(self) -> bool:
-        """Whether the grace is over: what fails now may do so because another rank gave up a moment earlier."""
-        return time.monotonic() > self._gives_up_at - _TOGETHER_SECONDS
+    def failed(self) -> None:
+        """To be called when something has failed. It gives up if the grace is over: another rank has just done so."""
+        if time.monotonic() > self._gives_up_at - _TOGETHER_SECONDS:
+            with self._saving:
+                self._give_up()
 
-    def _watch(self, told: int, grace_seconds: float, give_up: Callable[[], NoReturn]) -> None:
+    def _watch(self, told: int, grace_seconds: float) -> None:
         """Reads the number of each signal as it arrives, until nobody can tell any more."""
         with open(told, "rb", buffering=0) as pipe:
             while True:
@@ -85,7 +88,7 @@ class Signals:
                 if not select.select([pipe], [], [], None if left == math.inf else max(0.0, left))[0]:
                     with self._saving:
                         if time.monotonic() >= self._gives_up_at:  # the stop has not been accepted meanwhile
-                            give_up()
+                            self._give_up()
                     continue
                 arrived = pipe.read(64)
                 if not arrived:
@@ -95,7 +98,7 @@ class Signals:
                     self.stop_wanted = True
 
     def _arrived(self, signum: int, frame: object) -> None:
-        if self._noting and signum == signal.SIGTERM:
+        if signum == signal.SIGTERM and (self._noting or self._handled_at is not None):
             now = time.monotonic()
             if self._handled_at is None:
                 self._handled_at = now

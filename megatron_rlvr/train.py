@@ -90,8 +90,7 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals
         complain(error)
         _leave(graders, 1)
     except Exception:
-        if signals.gives_up:
-            _leave(graders, 0)
+        signals.failed()
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         _leave(graders, 1)
 
@@ -128,7 +127,7 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
 
 
 def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:
-    """Ends this process in the middle of a step; it is called in another thread than the main one."""
+    """Ends this process in the middle of a step, whatever its main thread is doing."""
     run, last = trainer.settings.run, trainer.checkpoints.last
     goes_on = f"goes on after step {last.step}" if last else "begins again"
     if is_main():
@@ -215,7 +214,10 @@ def is_main() -> bool:
 def complain(error: Exception) -> None:
     """One line from one rank: torchrun ends the others when the first leaves. A fault of another's own is told late."""
     if not is_main():
-        time.sleep(10)
+        try:
+            time.sleep(10)
+        except Stopped:  # by the launcher: another rank has told it
+            return
     print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
