@@ -121,7 +121,7 @@ class GraderProcess:
     def _cause_of_death(self) -> str:
         """How the process ended, once the socket has ended."""
         try:
-            code = self._process.wait(timeout=1.0)
+            code = self._process.wait(timeout=10.0)
         except subprocess.TimeoutExpired:
             return "grader died: it closed its socket"
         return f"grader died of {signal.Signals(-code).name}" if code < 0 else f"grader died with exit code {code}"

@@ -19,12 +19,15 @@ _HTTP_URL = re.compile(r"https?://[^/@]+")
 async def workers_of(server: Server, patience_seconds: float) -> list[str] | None:
     """URLs of a router's workers in its order, those that it finds ill included; None if ``server`` is no router.
 
-    A server that does not answer, and a router that has no workers yet, may be starting: they are asked again.
+    A server that does not answer, and a router that has no workers yet, may be starting: they are asked again. So is
+    a router whose workers are other ones than a moment ago: it takes them in one by one.
 
     Raises: ServerFault if that does not help, or if a worker can only be used by way of the router.
     """
-    start = time.monotonic()
+    deadline = time.monotonic() + patience_seconds
+    before: set[str] = set()
     while True:
+        late = time.monotonic() > deadline
         fault: ServerFault = UnusableServer("it is a router that has no workers; add some to it")
         try:
             answer = await server.call("GET", "/workers", _QUICK_SECONDS)
@@ -33,9 +36,11 @@ async def workers_of(server: Server, patience_seconds: float) -> list[str] | Non
         except ServerFault as error:
             fault = error
         else:
-            if workers := answer.get("workers"):
-                return [_url(worker) for worker in workers]
-        if time.monotonic() - start > patience_seconds:
+            workers = [_url(worker) for worker in answer.get("workers") or ()]
+            if workers and (set(workers) == before or late):
+                return workers
+            before = set(workers)
+        if late:
             raise fault
         await asyncio.sleep(_ASK_AGAIN_SECONDS)
 

@@ -99,6 +99,8 @@ class _Member:
     removals: int = 0
     strikes: int = 0
     lacks_weights: bool = False
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while it is given weights to come back with."""
     running: dict["asyncio.Task[None]", tuple["JobStream", Job]] = field(default_factory=dict)
 
 
@@ -211,11 +213,17 @@ class ServerPool:
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
-        """Servers may be paused meanwhile: that they do not answer says nothing, and none is taken back."""
+        """Servers may be paused meanwhile: that they do not answer says nothing, and none is taken back.
+
+        Begins when servers that are being given the weights until now have them, or fail to take them in time.
+        """
 
         async def change(begins: bool) -> None:
             self._changing = begins
             self._changes += 1
+            for member in self._members:
+                async with member.loading:  # or it would end up with the older weights
+                    pass
 
         self.run(change(True))
         try:
@@ -229,9 +237,10 @@ class ServerPool:
         async def use() -> None:
             self._weights = weights
             for member in self._members:
+                member.lacks_weights = False
                 reason = failures.get(member.server.url)
                 if reason is None:
-                    member.usable, member.removals, member.strikes, member.lacks_weights = True, 0, 0, False
+                    member.usable, member.removals, member.strikes = True, 0, 0
                 else:
                     self._take_out(member, reason)
             self._dispatch()
@@ -301,6 +310,8 @@ class ServerPool:
 
     def _report(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()):
+            for member in self._members:
+                member.running.pop(task, None)  # nobody waits for it
             for stream in self._streams:
                 stream.results.put(error)
 
@@ -433,6 +444,7 @@ class ServerPool:
                     await self._take_back(member, changes)
             except (ServerFault, Refused) as error:
                 if changes == self._changes:  # or else it was paused
+                    member.lacks_weights = False  # but more than that
                     self._take_out(member, str(error))
 
     async def _take_back(self, member: _Member, changes: int) -> None:
@@ -444,7 +456,9 @@ class ServerPool:
             if weights.load is None:
                 member.lacks_weights = weights.by_sync_only
                 return  # another rank will give it the weights, or the next sync
-            await weights.load(member.server)
+            async with member.loading:
+                if changes == self._changes:
+                    await weights.load(member.server)
         if changes != self._changes:
             return  # newer ones are on their way
         member.usable = True

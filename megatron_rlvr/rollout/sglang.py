@@ -215,11 +215,12 @@ class SglangEngine:
         try:
             meta, tokens = answer["meta_info"], answer["output_ids"]
             reason = meta["finish_reason"]
+            ended = reason["type"]
             pairs = [(entry[0], entry[1]) for entry in meta.get("output_token_logprobs") or []]
             versions = _versions_of(meta, len(tokens), self._versions)
         except (LookupError, TypeError, ValueError):
             raise UnusableServer("its answer lacks tokens, log-probabilities or a reason to end") from None
-        aborted = reason["type"] == "abort"
+        aborted = ended == "abort"
         if wrong := self._wrong(tokens, pairs, 0 if aborted else 1, most):
             raise UnusableServer(f"its answer holds {wrong}")
         if len(versions) and versions.min() < oldest:
@@ -232,14 +233,14 @@ class SglangEngine:
             weight_versions=np.concatenate([begun.weight_versions, versions]),
         )
         # At the cap a server says length, whatever the last token is; and an abort may come too late to matter.
-        stopped = reason["type"] == "stop" or (bool(tokens) and tokens[-1] in self._stop_token_ids)
-        if reason["type"] == "stop" and (not tokens or reason.get("matched") != tokens[-1]):
+        stopped = ended == "stop" or (bool(tokens) and tokens[-1] in self._stop_token_ids)
+        if ended == "stop" and (not tokens or reason.get("matched") != tokens[-1]):
             raise UnusableServer(f"its answer was stopped by {reason.get('matched')!r} and ends with {tokens[-1:]}")
         if stopped or len(tokens) == most:
             return request, replace(whole, finish_reason="stop" if stopped else "length")
         if aborted:
             raise GivenUp(f"it gave the request up: {reason.get('message')}", (request, whole))
-        raise UnusableServer(f"its answer of {len(tokens)} tokens was ended by {reason['type']!r}, not the cap {most}")
+        raise UnusableServer(f"its answer of {len(tokens)} tokens was ended by {ended!r}, not the cap {most}")
 
     def _wrong(self, tokens: list[Any], pairs: list[tuple[Any, Any]], least: int, most: int) -> str | None:
         """What cannot be true of a response."""

@@ -13,6 +13,7 @@ import pytest
 from fake_server import free_port
 from real_servers import RealServer, installed
 
+from megatron_rlvr.rollout import router as router_module
 from megatron_rlvr.rollout.router import expand, workers_of
 from megatron_rlvr.rollout.server import ServerFault
 from megatron_rlvr.rollout.servers import ServerPool
@@ -84,6 +85,18 @@ def test_what_does_not_answer_is_named_and_the_others_are_kept(servers: list[Rea
     assert len(problems) == 1
     assert problems[0].startswith(f"rollout.servers {gone} cannot be used (/workers: ")
     assert problems[0].endswith("start it, or drop it from the list")
+
+
+def test_a_router_that_is_starting_is_asked_until_it_has_all_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "_ASK_AGAIN_SECONDS", 0.01)
+    looks = iter([0, 1, 2, 2, 3])  # workers at each look
+
+    class Router:
+        async def call(self, method: str, path: str, timeout_seconds: float) -> object:
+            return {"workers": [{"url": f"http://{n}:1", "worker_type": "regular"} for n in range(next(looks))]}
+
+    assert asyncio.run(workers_of(cast(Any, Router()), 60)) == ["http://0:1", "http://1:1"]
+    assert next(looks) == 3, "nobody has asked again"
 
 
 @pytest.mark.parametrize(
