@@ -14,7 +14,7 @@ _TOOL = tiny.CHECKOUT / "tools" / "preflight.py"
 
 # Argument lists, one file each; what a run prints goes to files beside it.
 _FORKING = """
-import importlib, json, os, runpy, sys
+import importlib, json, os, runpy, socket, sys
 import megatron_rlvr.preflight.rehearsal, megatron_rlvr.preflight.bandwidth, megatron_rlvr.rollout.embedded
 import megatron_rlvr.evaluate, megatron_rlvr.learner, megatron_rlvr.rollout.rounds
 import megatron_rlvr.train, megatron_rlvr.trainer
@@ -30,10 +30,13 @@ for path in paths:
             if sys.argv[1] == "train":
                 megatron_rlvr.train.main(sys.argv[2:-2])
             elif sys.argv[1] == "ranks":
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", 0))
+                    port = probe.getsockname()[1]
                 rank = os.fork() == 0
                 os.environ |= {"RANK": str(int(rank)), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-                os.environ["MASTER_PORT"] = sys.argv[2]
-                importlib.import_module(sys.argv[3]).together(*sys.argv[4:])
+                os.environ["MASTER_PORT"] = str(port)
+                importlib.import_module(sys.argv[2]).together(*sys.argv[3:])
             else:
                 runpy.run_path(TOOL, run_name="__main__")
             status = 0
@@ -68,7 +71,7 @@ class Preflight:
 def run_all(place: Path, runs: Mapping[str, Sequence[str | Path]]) -> dict[str, Preflight]:
     """Preflights of one rank each with these arguments, one after the other.
 
-    With "train" as the first argument it is a run; with "ranks", PORT, MODULE and others, two ranks call what is named
+    With "train" as the first argument it is a run; with "ranks", MODULE and others, two ranks call what is named
     `together` in the module, with the others.
     """
     for name, arguments in runs.items():

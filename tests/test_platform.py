@@ -48,7 +48,7 @@ def answered(check: Callable[..., Any], *arguments: Any) -> Any:
 @pytest.fixture(scope="module")
 def other_process() -> Iterator[Callable[..., Any]]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield lambda check, *arguments: pool.submit(answered, check, *arguments).result(timeout=100)
+        yield lambda check, *arguments: pool.submit(answered, check, *arguments).result(timeout=300)
 
 
 def which_changed(changed: set[str]) -> tuple[set[str], set[str]]:

@@ -202,7 +202,7 @@ def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all
             os.killpg(trainer.pid, signum) if to_all else trainer.send_signal(signum)
             status = trainer.wait(60)
             seconds = time.monotonic() - sent
-            _, alive = psutil.wait_procs(children, timeout=5)
+            _, alive = psutil.wait_procs(children, timeout=30)
             left_behind = [" ".join(process.cmdline()) for process in alive]
         finally:
             for process in (trainer, *children):
@@ -473,7 +473,7 @@ def test_a_signal_ends_the_run_and_leaves_nothing_behind(name: str, background: 
     signum, ranks, _ = STOPS[name]
     ending: Ending = background[name].result()
     assert ending.left_behind == []
-    assert ending.seconds < 15
+    assert ending.seconds < 45
     assert ending.graders == 2 * max(1, ranks)
     steps = [line["step"] for line in ending.run.lines]
     assert steps == list(range(1, len(steps) + 1))

@@ -40,7 +40,7 @@ class Run:
             run={"steps": steps} | self.sections.get("run", {}),
             rollout={"samples_per_prompt": 2, "max_response_tokens": 8, "max_rounds": 4}
             | self.sections.get("rollout", {}),
-            batch={"prompts": 2, "mini_batch_prompts": 2},
+            batch={"prompts": 2, "mini_batch_prompts": 2} | self.sections.get("batch", {}),
             reward={"function": "rewards:even"},
             optimizer={"learning_rate": 1e-3},
             log={"rollouts": 0},
@@ -78,7 +78,7 @@ class Run:
         """Its ranks by number."""
         found: dict[int, psutil.Process] = {}
         for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended since it was listed
+            with contextlib.suppress(psutil.NoSuchProcess, KeyError):  # one that has ended since it was listed
                 if process.cmdline()[1:3] == ["-m", "megatron_rlvr.train"]:
                     # What a rank has just forked looks like it, and has a later number.
                     found.setdefault(int(process.environ()["RANK"]), process)

@@ -1,10 +1,12 @@
 """What tests of launchers share."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 
@@ -30,4 +32,5 @@ def new_run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[C
 
     yield make
     for process in [process for run in made for process in run.processes()]:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -22,7 +22,7 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sca
 _SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _START_SECONDS = 60
 # After SIGTERM; and before a job that was put in line again may start.
-KILL_WAIT_SECONDS, CREDENTIAL_SECONDS = 20, 5
+KILL_WAIT_SECONDS, CREDENTIAL_SECONDS = 60, 5
 NODES = ("n1", "n2")
 
 

@@ -27,7 +27,7 @@ MISSING = loopback_slurm.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 SCRIPT = tiny.CHECKOUT / "examples" / "cluster" / "slurm.sbatch"
-SOON_SECONDS = 60
+SOON_SECONDS = 120
 START_SECONDS = 240
 FOR_EVER = 10**5
 SERVING = {"SERVER_NODES": "1"}
@@ -104,7 +104,7 @@ class Job:
     def ended(self, seconds: float) -> str:
         """Its status, once it has ended, all of its processes included."""
         self.slurm.wait_until(lambda: self.state not in ("RUNNING", "PENDING", "COMPLETING"), seconds, "end of the job")
-        self.slurm.wait_until(lambda: not self.run.processes(), 10, f"end of {self.run.processes()}")
+        self.slurm.wait_until(lambda: not self.run.processes(), SOON_SECONDS, f"end of {self.run.processes()}")
         return self.slurm.job(self.id)["ExitCode"]
 
     def ends(self) -> list[str]:
@@ -169,7 +169,8 @@ def test_a_run_is_preempted_while_its_server_is_dead_and_goes_on_with_another(
     slurm: LoopbackSlurm, new_run: Callable[..., Run]
 ) -> None:
     long = {"max_response_tokens": 300, "server_timeout_seconds": START_SECONDS}
-    run = new_run("serving", run={"save_every": 0}, rollout=long)
+    # So large a batch that answers in hand do not fill it: the server's end is an end in the middle of sampling.
+    run = new_run("serving", run={"save_every": 0}, rollout=long, batch={"prompts": 6, "mini_batch_prompts": 6})
     run.write(FOR_EVER)
     job = Job(slurm, run, SERVER_PYTHON=str(installed()), SERVER_FLAGS=SERVER_FLAGS, **SERVING)
     job.wait(lambda: len(run.lines()) >= 2, "second step")

@@ -30,7 +30,7 @@ CUT_SECONDS = 20
 TIMEOUT_SECONDS = 60
 EXIT_SECONDS = 5
 # Beyond both: for launchers to look, and for what they have started to end.
-GRACE_SECONDS = 15
+GRACE_SECONDS = 60
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ class Ranks:
         self._processes: list[tuple[SpawnProcess, Connection]] = []
         self._runs = 0
 
-    def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
         """``function(*arguments)`` on ``size`` ranks at once, and what each returned.
 
         The function is found by its name in its module, and joins a process group itself where it wants one
@@ -83,7 +83,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def process_group(timeout_seconds: float = 30.0) -> Iterator[Any]:
+def process_group(timeout_seconds: float = 120.0) -> Iterator[Any]:
     """The group of all ranks of this run, on gloo, left at the end."""
     import torch.distributed as dist
 

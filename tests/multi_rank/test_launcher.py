@@ -23,7 +23,7 @@ def one_rank_leaves(how):
         if how == "raises":
             raise ValueError("rank 1 has had enough")
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # as in a collective that rank 1 never joins
+    time.sleep(600)  # as in a collective that rank 1 never joins
 
 
 def answer(value):
@@ -31,7 +31,7 @@ def answer(value):
 
 
 def all_hang():
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_ranks_are_used_again_and_what_goes_wrong_on_one_is_told(ranks: Ranks):
@@ -44,9 +44,9 @@ def test_ranks_are_used_again_and_what_goes_wrong_on_one_is_told(ranks: Ranks):
     other = Ranks(most=2)
     for how, message in (("raises", "rank 1 has had enough"), ("dies", "rank 1: the process died")):
         with pytest.raises(RankError, match=message):
-            other.run(one_rank_leaves, 2, how)
+            other.run(one_rank_leaves, 2, how, timeout=550)
     with pytest.raises(RankError, match="no answer from rank 0, 1"):
         other.run(all_hang, 2, timeout=0.5)
     assert other.run(answer, 2, "new ones take over") == ["new ones take over"] * 2
     other.stop()
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 300

@@ -427,7 +427,7 @@ def test_without_dynamic_sampling_one_round_keeps_everything(folder: Path):
 
 def test_a_grader_that_hangs_costs_one_answer_which_counts_as_wrong(folder: Path):
     verdicts = [(RIGHT, HANG), (WRONG, HANG), MIXED]
-    case = Case(prompts_with(verdicts), by_verdicts, prompts=2, steps=1, max_rounds=2, timeout_seconds=0.8)
+    case = Case(prompts_with(verdicts), by_verdicts, prompts=2, steps=1, max_rounds=2, timeout_seconds=3.0)
     (step,) = on_one_rank(case, folder)
     assert [(group.prompt_id, group.rewards) for group in step.batch] == [("set/0", [1, -1]), ("set/2", [1, -1])]
     assert step.figures["reward/failures"] == 2

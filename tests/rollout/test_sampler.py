@@ -93,7 +93,7 @@ def test_a_hanging_and_a_raising_reward_cost_their_own_answer_each(reward_folder
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 5, 0, "test")
     engine = ScriptedEngine(lambda request: ((RIGHT, HANG, RIGHT, CRASH, RIGHT)[request.sample], 6, False))
-    with start_graders(reward_folder, timeout_seconds=1.0) as graders:
+    with start_graders(reward_folder, timeout_seconds=3.0) as graders:
         graded = sampler_of(engine, graders).run(requests, SAMPLING)
     marks = [mark for _, mark in graded]
     assert [mark.correct for mark in marks] == [True, False, True, False, True]

@@ -459,7 +459,7 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
         def count(finished: int) -> None:
             seen[0] += finished
 
-        first = born(1, 2)
+        first = born(1, 3)
         stopped = False
         try:
             first.collect(1, count)
