@@ -27,7 +27,8 @@ MISSING = loopback_slurm.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 SCRIPT = tiny.CHECKOUT / "examples" / "cluster" / "slurm.sbatch"
-SOON_SECONDS = 120
+# What ends of itself when a part of it is killed; and, with a server of 20 s of imports on a busy machine, all else.
+KILLED_SECONDS, SOON_SECONDS = 60, 120
 START_SECONDS = 240
 FOR_EVER = 10**5
 SERVING = {"SERVER_NODES": "1"}
@@ -133,7 +134,7 @@ def test_a_run_on_two_nodes_that_is_preempted_and_killed_is_the_run_that_was_nev
     ranks[0].suspend()  # as one that waits on a network that does not tell it of the other's end
     ranks[1].kill()
     killed = time.monotonic()
-    assert job.ended(SOON_SECONDS) != "0:0"
+    assert job.ended(KILLED_SECONDS) != "0:0"
     print(f"ended {time.monotonic() - killed:.1f} s after the kill: {job.ends()[-1]}")
     assert "rank 1 was killed by signal 9" in job.ends()[-1]
     assert len(job.ends()) == 2
@@ -229,5 +230,5 @@ def test_a_job_ends_with_its_servers_and_waits_for_them_no_longer_than_it_should
     job = Job(slurm, run, **stand_in, SERVER_FLAGS="--device cpu")
     job.wait(lambda: "servers are ready after" in job.said(), "server", SOON_SECONDS)
     psutil.Process(job.record(0)["launcher"]).kill()
-    assert job.ended(SOON_SECONDS) == "137:0", job.said()
+    assert job.ended(KILLED_SECONDS) == "137:0", job.said()
     assert job.ends() == ["the servers ended with status 137, and the trainer with them"]

@@ -1,9 +1,12 @@
 """A server that speaks the protocol and misbehaves on demand, for faults that the real one cannot be made to show."""
 
 import asyncio
+import contextlib
+import random
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -11,10 +14,25 @@ from aiohttp import web
 VOCABULARY = 50
 
 
+def _unasked_ports() -> Iterator[int]:
+    """Ports that nobody is given who asks for any one; each once, in an order of this process alone."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    # SGLang takes some for itself above 22000; where the kernel gives away nearly all, none is better than another.
+    end = min(lowest, 22000) if lowest > 4000 else 22000
+    ports = range(max(1024, end - 12000), end)
+    yield from random.SystemRandom().sample(ports, len(ports))
+
+
+_ports = _unasked_ports()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Nobody takes it by chance before it is used, however late that is, nor while a server on it starts again."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def good_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
@@ -46,7 +64,8 @@ class FakeServer:
     Attributes:
         spoil: turns a good answer of /generate into what is answered: JSON, or a status; None hangs.
         healthy: what /health answers; None hangs.
-        version: of its weights, as it tells; changed by a load unless ``loads`` is false.
+        version: of its weights, as it tells; changed by a load, after ``load_delay``, unless ``loads`` is false.
+        loading: loads that it is busy with.
         seen: bodies of /generate.
         aborts: what was aborted; a request that is aborted answers with the first half of its tokens.
         calls: paths in the order in which they were asked for, /health aside.
@@ -57,6 +76,8 @@ class FakeServer:
         self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.healthy: bool | None = True
         self.loads = True
+        self.load_delay = 0.0
+        self.loading = 0
         self.version = "default"
         self.delay = 0.0
         self.model_type = "qwen3"
@@ -136,6 +157,9 @@ class FakeServer:
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.loaded.append(body["model_path"])
+        self.loading += 1
+        await asyncio.sleep(self.load_delay)
+        self.loading -= 1
         if self.loads:
             self.version = body["weight_version"]
         return web.json_response({"success": self.loads, "message": "" if self.loads else "disk on fire"})

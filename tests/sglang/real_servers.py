@@ -4,7 +4,9 @@ The environment is built by tools/install_sglang_cpu.sh in SGLANG_CPU_VENV, or i
 the tests.
 """
 
+import contextlib
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -38,6 +40,12 @@ def installed() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be about to do the same
         subprocess.run([str(tool), str(venv)], check=True, timeout=_INSTALL_SECONDS)
     return venv / "bin" / "python"
+
+
+def version_at(url: str) -> str:
+    """What a server calls its weights."""
+    with urllib.request.urlopen(url + "/model_info", timeout=20) as answer:
+        return json.load(answer)["weight_version"]
 
 
 class RealServer:
@@ -98,24 +106,25 @@ class RealServer:
         self.start()
         self.wait()
 
-    def freeze(self) -> None:
-        """It still accepts connections, and answers nothing until `thaw`."""
+    def freeze(self, part: str = "") -> None:
+        """It still accepts connections, and answers nothing until `thaw`; or only its processes of that name stand."""
         for process in self._family():
-            process.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if part in process.name():
+                    process.suspend()
 
     def thaw(self) -> None:
         """It goes on, after a `freeze`."""
         for process in self._family():
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def kill(self) -> None:
         """Kills it and its children, by their process ids."""
         family = self._family()
         for process in family:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(family, timeout=30)
         self._process = None
 

@@ -19,7 +19,7 @@ from real_servers import RealServer
 
 from megatron_rlvr.rollout import colocation
 from megatron_rlvr.rollout.colocation import RELEASED, Missing, missing_memory
-from megatron_rlvr.rollout.server import Server, UnusableServer
+from megatron_rlvr.rollout.server import Refused, Server, UnusableServer
 
 T = TypeVar("T")
 PROMPT = [5, 77, 201, 34, 150]
@@ -64,6 +64,15 @@ def talk(url: str, conversation: Callable[[Server], Awaitable[T]]) -> T:
 async def sample(server: Server, count: int) -> dict[str, Any]:
     sampling = {"max_new_tokens": count, "temperature": 0.0, "ignore_eos": True}
     return await server.generate({"input_ids": PROMPT, "sampling_params": sampling}, SECONDS)
+
+
+async def busy(server: Server) -> bool:
+    """Only an idle server empties its cache."""
+    try:
+        await server._send("POST", "/flush_cache", SECONDS, {})
+    except Refused:
+        return True
+    return False
 
 
 @torch.no_grad()
@@ -180,8 +189,10 @@ def test_requests_in_flight_wait_for_the_memory_and_go_on_with_the_new_weights(
 ) -> None:
     async def conversation(server: Server) -> None:
         await server.load_weights(str(model), "first", SECONDS)
-        running = asyncio.create_task(sample(server, 300))
-        await asyncio.sleep(0.15)
+        running = asyncio.create_task(sample(server, 480))
+        while not await busy(server):
+            assert not running.done(), "it ended before anyone could look"
+            await asyncio.sleep(0.01)
         await colocation.release(server)
         assert await server.weight_version() == RELEASED
         late = asyncio.create_task(sample(server, 3))
@@ -195,7 +206,7 @@ def test_requests_in_flight_wait_for_the_memory_and_go_on_with_the_new_weights(
         await colocation.resume_all(server)
         spans = (await running)["meta_info"]["weight_versions"]
         assert [span["version"] for span in spans] == ["first", "second"]
-        assert spans[-1]["end"] == 300
+        assert spans[-1]["end"] == 480
         assert (await late)["meta_info"]["weight_version"] == "second"
 
     talk(servers[0].url, conversation)

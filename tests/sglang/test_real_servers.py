@@ -161,9 +161,9 @@ def test_an_abort_is_answered_at_once_and_gone_on_with_to_the_token(servers, eng
         with engine.open(sampling(length)) as stream:
             stream.submit(left, [begun[request.prompt.id] for request in left])
             time.sleep(0.3)
-            start = time.monotonic()
             answers = stream.abort()
-            assert time.monotonic() - start < 5
+        if not aborts:
+            assert all(len(c.token_ids) < length for _, c in answers), "ends were not waited for"
         aborts += sum(c.finish_reason == "abort" and len(c.token_ids) > 0 for _, c in answers)
         for request, completion in answers:
             before = begun[request.prompt.id]
@@ -186,7 +186,8 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "parallel": {"tensor": 2},
             "sync": {"bucket_bytes": 20_000},
-            "rollout": {"partial": True, "oversampling": 3.0},
+            # So few rounds that the surplus of one step matters in the next.
+            "rollout": {"partial": True, "oversampling": 3.0, "max_rounds": 2},
         },
     ),
     "data 2, tensor, overlap": (
@@ -201,7 +202,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model: Path, problems: Path, tmp_path: Path):
     ranks, sections = RUNS[name]
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
-    rollout = {"samples_per_prompt": 4, "max_response_tokens": 16, "max_rounds": 2}
+    rollout = {"samples_per_prompt": 4, "max_response_tokens": 16, "max_rounds": 4}
     rollout |= {"engine": "sglang", "servers": [server.url for server in servers]}
     settings = tiny.settings_for(
         model,

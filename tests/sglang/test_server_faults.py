@@ -42,8 +42,8 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 @pytest.fixture
 def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
-    """An engine on both, with weights of version 1 and little patience."""
-    made = ready(engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, server_timeout_seconds=2.0))
+    """An engine on both, with weights of version 1 and less patience than a request has."""
+    made = ready(engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, server_timeout_seconds=60.0))
     made.update_weights(no_weights(), version=1)
     return made
 
@@ -51,6 +51,13 @@ def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
 def ready(engine: Any) -> Any:
     engine._pool.watch_seconds = 0.1
     return engine
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.01)
 
 
 def check(asked: list[SampleRequest], completions: list[Any]) -> None:
@@ -130,6 +137,8 @@ NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         spoiled(finish_reason={"type": "stop", "matched": "NaN happened"}),
         "stopped by 'NaN happened' and ends with [",
     ),
+    "no reason to end": (spoiled(finish_reason=None), "lacks tokens, log-probabilities or a reason to end"),
+    "a word for a reason": (spoiled(finish_reason="length"), "lacks tokens, log-probabilities or a reason to end"),
 }
 
 
@@ -138,7 +147,7 @@ def test_nonsense_takes_the_server_out_with_one_line_and_its_requests_go_to_the_
     name: str, fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     fakes[0].spoil, reason = NONSENSE[name]
-    fakes[0].healthy = False
+    engine._pool.watch_seconds = 600.0  # its health, which is good, does not bring it back
     asked = requests(20)
     check(asked, list(engine.generate(asked, SAMPLING)))
     (line,) = taken_out(caplog)
@@ -150,12 +159,14 @@ def test_nonsense_takes_the_server_out_with_one_line_and_its_requests_go_to_the_
 def test_a_hanging_server_is_noticed_by_its_health_long_before_its_requests_time_out(
     fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
-    fakes[0].spoil = lambda answer: None
-    fakes[0].healthy = False
+    def hang(answer: dict[str, Any]) -> None:
+        fakes[0].healthy = len(fakes[0].seen) < 5  # ill once all of its requests have come
+
+    fakes[0].spoil = hang
     asked = requests(10)
     start = time.monotonic()
     check(asked, list(engine.generate(asked, SAMPLING)))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60, "none can have timed out"
     assert "/health answered 503" in taken_out(caplog)[0]
     assert len(fakes[0].seen) == 5, "the freest server gets a request"
 
@@ -171,20 +182,18 @@ def test_a_request_that_times_out_goes_elsewhere(fakes: list[FakeServer], engine
 def test_a_server_that_dies_and_returns_with_other_weights_gets_these_again(
     fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
-    for fake in fakes:
-        fake.delay = 0.05
+    fakes[0].delay, fakes[1].delay = 60.0, 0.05
     asked = requests(200)
     answers = engine.generate(asked, SAMPLING)
     completions = [next(answers) for _ in range(20)]
+    wait_for(lambda: fakes[0]._now == 64)
     fakes[0].stop()
-    completions += [next(answers) for _ in range(100)]
+    # More than the other one had: some of those that were lost are among them.
+    completions += [next(answers) for _ in range(150)]
     label = fakes[0].version
-    fakes[0].version, fakes[0].loaded = "default", []
+    fakes[0].version, fakes[0].loaded, fakes[0].delay = "default", [], 0.05
     fakes[0].start()
-    deadline = time.monotonic() + 30
-    while len(engine._pool.usable) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: len(engine._pool.usable) == 2)
     sent = len(fakes[0].seen)
     completions += answers
     check(asked, completions)
@@ -219,6 +228,7 @@ def test_a_single_failure_costs_a_retry_and_a_row_of_them_the_server(
 
 
 def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[FakeServer], engine: Any):
+    engine._pool.patience_seconds = 2.0
     for fake in fakes:
         fake.stop()
     start = time.monotonic()
@@ -226,7 +236,7 @@ def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[
         ServersError, match=r"no server could be used for 2 s .rollout.server_timeout_seconds."
     ) as error:
         list(engine.generate(requests(20), SAMPLING))
-    assert 2 <= time.monotonic() - start < 15
+    assert 2 <= time.monotonic() - start < 30
     assert all(fake.url in str(error.value) for fake in fakes)
     for fake in fakes:
         fake.start()
@@ -235,10 +245,16 @@ def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[
 def test_servers_that_return_in_time_go_on_where_they_were(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.stop()
-    timer = threading.Timer(1.0, fakes[1].start)
-    timer.start()
+
+    def return_once_missed() -> None:
+        wait_for(lambda: not engine._pool.usable)
+        fakes[1].start()
+
+    returning = threading.Thread(target=return_once_missed)
+    returning.start()
     asked = requests(20)
     check(asked, list(engine.generate(asked, SAMPLING)))
+    returning.join()
     fakes[0].start()
 
 
@@ -258,15 +274,19 @@ def test_requests_in_flight_are_bounded_and_shared_evenly(fakes: list[FakeServer
     engine = engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, max_inflight=4)
     engine.update_weights(no_weights(), version=1)
     for fake in fakes:
-        fake.delay = 0.05
+        fake.delay = 0.2
     asked = requests(60)
     check(asked, list(engine.generate(asked, SAMPLING)))
     assert [fake.most for fake in fakes] == [4, 4]
     assert all(len(fake.seen) > 20 for fake in fakes)
-    fakes[0].delay = 0.5
+    fakes[0].delay = 60.0
     fakes[0].seen, fakes[1].seen = [], []
-    check(asked, list(engine.generate(asked, SAMPLING)))
-    assert len(fakes[1].seen) > 4 * len(fakes[0].seen), "a slow server gets less"
+    answers = engine.generate(asked, SAMPLING)
+    for _ in range(56):
+        next(answers)
+    wait_for(lambda: fakes[0]._now == 4)
+    assert [len(fake.seen) for fake in fakes] == [4, 56], "a slow server gets less"
+    answers.close()
 
 
 def test_what_is_sent_is_the_request(fakes: list[FakeServer], engine: Any):
@@ -301,6 +321,7 @@ def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
     assert "did not load weights" in line
     assert "disk on fire" in line
     assert fakes[0].calls[-2:] == ["/update_weights_from_disk", "/continue_generation"]
+    engine._pool.watch_seconds = 600.0  # its health does not bring it back
     asked = requests(6)
     check(asked, list(engine.generate(asked, SAMPLING)))
     assert len(fakes[1].seen) == 6
@@ -356,10 +377,11 @@ def test_a_dropped_iterator_leaves_nothing_behind_and_close_ends_the_thread(fake
 
 def test_an_abort_gives_what_there_is_and_it_is_gone_on_with(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
-        fake.delay = 0.5
+        fake.delay = 60.0
     asked = requests(40)
     with engine.open(SAMPLING) as stream:
         stream.submit(asked)
+        wait_for(lambda: sum(fake._now for fake in fakes) == 40)
         assert stream.get(0.01) is None
         begun = {request.prompt.id: completion for request, completion in stream.abort()}
     assert len(begun) == 40
@@ -388,13 +410,9 @@ def test_a_stream_that_is_left_ends_its_requests_on_the_servers(fakes: list[Fake
         fake.delay = 30.0
     with engine.open(SAMPLING) as stream:
         stream.submit(requests(10))
-        while sum(fake._now for fake in fakes) < 10:
-            time.sleep(0.01)
+        wait_for(lambda: sum(fake._now for fake in fakes) == 10)
     assert sum(len(fake.aborts) for fake in fakes) == 10
-    deadline = time.monotonic() + 10
-    while any(fake._now for fake in fakes):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not any(fake._now for fake in fakes), seconds=20)
 
 
 def test_two_streams_have_their_own_answers(fakes: list[FakeServer], engine: Any):
@@ -418,6 +436,44 @@ def test_servers_that_come_back_without_weights_want_them_where_only_a_sync_can_
         fake.version = "default"
     with pytest.raises(WeightsWantedError, match="no server holds the current weights"):
         list(engine.generate(requests(4), SAMPLING))
+
+
+def test_a_server_that_gets_its_weights_back_while_they_change_ends_up_with_the_newer_ones(
+    fakes: list[FakeServer], engine: Any
+):
+    with engine.open(SAMPLING):
+        fakes[0].healthy = False
+        wait_for(lambda: fakes[0].url not in engine._pool.usable)
+        fakes[0].version, fakes[0].loaded, fakes[0].load_delay = "default", [], 1.0
+        fakes[0].healthy = True
+        wait_for(lambda: fakes[0].loaded)
+        fakes[0].load_delay = 0.0
+        engine.update_weights(no_weights(), version=2)
+        assert len(fakes[0].loaded) == 2
+        wait_for(lambda: not fakes[0].loading)
+        assert [fake.version for fake in fakes] == [engine._pool._weights.label] * 2
+        assert len(engine._pool.usable) == 2
+
+
+def test_a_server_that_lacked_weights_and_is_gone_is_no_reason_for_a_sync(fakes: list[FakeServer], engine: Any):
+    from dataclasses import replace as changed
+
+    engine._pool._weights = changed(engine._pool._weights, load=None, by_sync_only=True)
+    lacking = engine._pool._members[0]
+    with engine.open(SAMPLING) as stream:
+        fakes[0].healthy, fakes[0].version = False, "default"
+        wait_for(lambda: not lacking.usable)
+        fakes[0].healthy = True
+        wait_for(lambda: lacking.lacks_weights)
+        fakes[0].healthy = False
+        wait_for(lambda: not lacking.lacks_weights)
+        fakes[1].healthy = False
+        wait_for(lambda: not engine._pool.usable)
+        asked = requests(4)
+        stream.submit(asked)
+        assert stream.get(2.0) is None, "it waits for the other, which has the weights"
+        fakes[1].healthy = True
+        check(asked, [stream.get()[1] for _ in asked])
 
 
 # Over ranks ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The collector, the engine, the graders and the servers are real. Each step must 
 sampled from the weights of this run and graded once, and what happened must stand in the log.
 """
 
+import contextlib
 import json
 import signal
 import socket
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import tiny
 import torch.distributed as dist
-from real_servers import RealServer, installed
+from real_servers import RealServer, installed, version_at
 from scripted import PlainTokenizer, prompts_of, start_graders
 from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
 
@@ -29,7 +30,7 @@ from megatron_rlvr.checkpoints import latest_checkpoint
 from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.rollout.servers import ServersError
-from megatron_rlvr.types import SampleRequest
+from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
 PROMPTS, SAMPLES, LENGTH = 6, 8, 150
 
@@ -64,6 +65,15 @@ class Steps:
         self.engine, self.reference, self.journal = engine, reference, journal
         self.syncs = 0
         self.step = 0
+        self.judged: list[tuple[str, int]] = []
+        sampler = Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True)  # type: ignore[arg-type]
+        judge = sampler.judge
+
+        def note(prompt: Prompt, completion: Completion) -> Any:
+            self.judged.append((prompt.id, completion.sample))
+            return judge(prompt, completion)
+
+        sampler.judge = note  # type: ignore[method-assign]
         settings = RolloutSettings(
             engine="sglang",
             servers=["http://localhost:1"],
@@ -73,7 +83,7 @@ class Steps:
             oversampling=1.5,
         )
         self.collector = StreamingCollector(
-            sampler=Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
+            sampler=sampler,
             cursor=PromptCursor(PromptSet(prompts_of([0.5] * 200), (FilePrompts("set", 0, 200, 1.0, 0),)), 0, True),
             ranks=ranks,
             rollout=settings,
@@ -135,10 +145,8 @@ class Steps:
                 expected = logprobs_of(self.reference, request, completion)
                 assert np.abs(expected - completion.logprobs).max() < TOLERANCE
                 assert set(completion.weight_versions.tolist()) == {0}
-        # Two samples may well be of the same few tokens, a stop at once for one; of ten they are not.
-        graded = [line for line in self.journal.read_text().splitlines() if len(line.split()) >= 10]
-        assert len(graded) >= SAMPLES
-        assert len(graded) == len(set(graded)), "nothing is graded twice"
+        graded = self.journal.read_text().splitlines()
+        assert len(graded) == len(self.judged) == len(set(self.judged)) >= SAMPLES, "nothing is graded twice"
 
 
 @pytest.fixture
@@ -186,14 +194,14 @@ def test_one_of_two_is_killed_and_comes_back_with_other_weights_which_it_is_rid_
 
 def test_one_of_two_is_frozen_for_30_seconds(servers: list[RealServer], steps_on: Any):
     steps = steps_on(servers)
+    timer = threading.Timer(30, servers[0].thaw)
 
     def freeze() -> None:
         servers[0].freeze()
-        threading.Timer(30, servers[0].thaw).start()
+        timer.start()
 
-    start = time.monotonic()
     steps.take(freeze)
-    time.sleep(max(0.0, start + 31 - time.monotonic()))
+    timer.join()
     usable_within(steps, 2, 90)
     steps.take()
 
@@ -210,9 +218,9 @@ def test_all_are_gone_and_come_back_with_other_weights(
         for server in servers:
             server.start()
 
-    start = time.monotonic()
     steps.take(restart_both)
-    assert time.monotonic() - start > 20
+    pool = steps.engine._pool
+    assert version_at(pool.usable[0]) == pool._weights.label, "started anew they have other weights, of another name"
     assert steps.syncs == (1 if method == "disk" else 2), "a folder outlasts the servers, a broadcast does not"
     assert all(len(taken_out(caplog, server)) >= 1 for server in servers)
 
@@ -220,7 +228,9 @@ def test_all_are_gone_and_come_back_with_other_weights(
 def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
     servers: list[RealServer], steps_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    steps = steps_on(servers, length=450, server_timeout_seconds=3.0)
+    steps = steps_on(servers, length=450)
+    pool = steps.engine._pool
+    patience = pool.patience_seconds
     settled, keep = [], steps.collector._keep
     # Some of them may have one grade for all samples, and are not kept.
     monkeypatch.setattr(
@@ -228,6 +238,7 @@ def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
     )
 
     def kill_both() -> None:
+        pool.patience_seconds = 3.0  # for this alone: it is also what servers have to load weights in
         for server in servers:
             server.kill()
 
@@ -243,6 +254,7 @@ def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
         server.start()
     for server in servers:
         server.wait()
+    pool.patience_seconds = patience
     steps.sync()
     steps.take()
 
@@ -260,7 +272,7 @@ def garbage(port: int) -> Iterator[None]:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     continue
-                with connection:
+                with connection, contextlib.suppress(OSError):  # whoever asked may have gone again
                     connection.sendall(bytes(range(256)))
 
         thread = threading.Thread(target=serve)
@@ -275,7 +287,7 @@ def garbage(port: int) -> Iterator[None]:
 def test_a_port_that_answers_garbage(
     servers: list[RealServer], steps_on: Any, engine_on: Any, caplog: pytest.LogCaptureFixture
 ):
-    steps = steps_on(servers, server_timeout_seconds=2.0)
+    steps = steps_on(servers)
     with ExitStack() as stack:
 
         def replace() -> None:
@@ -353,24 +365,35 @@ def test_servers_are_idle_after_the_trainer_is_gone_and_a_saved_step_goes_on(
             tiny.command(config), cwd=tmp_path, env=tiny.environment(), stdout=out, stderr=subprocess.STDOUT
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 480
             while not (folder / "checkpoints" / "latest").exists() or all(idle(server) for server in servers):
                 assert trainer.poll() is None, (tmp_path / "out").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
+            if signal_name == "SIGKILL":
+                for server in servers:
+                    # A lost client is looked for every 4 s, and its requests may end by themselves sooner.
+                    server.freeze("sglang::scheduler")
+            before = sum(map(aborted, servers))
             trainer.send_signal(getattr(signal, signal_name))
             began = time.monotonic()
             trainer.wait(timeout=60)
             seconds = time.monotonic() - began
+            deadline = time.monotonic() + 60
+            while sum(map(aborted, servers)) == before:
+                assert time.monotonic() < deadline, "requests are not ended, but waited for"
+                time.sleep(0.2)
         finally:
             trainer.kill()
             trainer.wait()
-    deadline = time.monotonic() + 10
+            for server in servers:
+                server.thaw()
+    deadline = time.monotonic() + 60
     while not all(idle(server) for server in servers):
         assert time.monotonic() < deadline, "a request goes on without anyone to read its answer"
         time.sleep(0.2)
     if signal_name == "SIGTERM":
-        assert (trainer.returncode, seconds < 20) == (0, True)
+        assert (trainer.returncode, seconds < 40) == (0, True)
         assert "stopped by SIGTERM after step" in (tmp_path / "out").read_text()
         went_on_in_the_middle(folder, config, model)
 
@@ -410,6 +433,13 @@ def idle(server: RealServer) -> bool:
         if error.code != 400:
             raise
         return False
+
+
+def aborted(server: RealServer) -> float:
+    """Requests that it was told to end, or whose client it has found gone."""
+    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("sglang:num_aborted_requests_total"))
 
 
 def test_weights_change_under_a_running_request_and_each_token_says_which(
