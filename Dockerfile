@@ -54,15 +54,16 @@ FROM base AS gpu
 ARG PIP_CONFIG_FILE
 ARG PIP_NO_CACHE_DIR
 COPY tools/sglang_gpu/requirements.txt tools/sglang_gpu/
-# With its own torch. NCCL refuses a group of unlike versions: weights could not be sent.
+# With its own torch. NCCL refuses a group of unlike versions: weights could not be sent. The image's own pip installs:
+# its Python may come without ensurepip, which would put one into the environment.
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     set -eu; unset PIP_CONSTRAINT; \
     nccl=$(sed -n 's/^nvidia-nccl-cu.*==//p' tools/sglang_gpu/requirements.txt); \
     if [ "${NCCL_VERSION:-$nccl}" != "$nccl" ]; then \
         echo "SGLang brings NCCL $nccl and BASE_IMAGE has $NCCL_VERSION; choose a BASE_IMAGE with $nccl" >&2; exit 1; \
     fi; \
-    python3 -m venv /opt/sglang; \
-    /opt/sglang/bin/python -m pip install --quiet --requirement tools/sglang_gpu/requirements.txt
+    python3 -m venv --without-pip /opt/sglang; \
+    python3 -m pip --python /opt/sglang/bin/python install --quiet --requirement tools/sglang_gpu/requirements.txt
 COPY requirements.txt setup.py pyproject.toml ./
 COPY tools/install.sh tools/
 # The environment lies over the image's Python and holds what that lacks: nothing of the image is replaced or hidden
@@ -70,7 +71,7 @@ COPY tools/install.sh tools/
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     set -eu; kept='(torch|torchvision|triton|pytorch-triton|transformer[-_]engine.*|apex|flash[-_]attn|numpy)=='; \
     mkdir megatron_rlvr; touch README.md megatron_rlvr/__init__.py; \
-    python3 -m venv --system-site-packages ${VENV}; \
+    python3 -m venv --system-site-packages --without-pip ${VENV}; \
     python3 -m pip list --format=freeze | grep -E "^$kept" >${VENV}/image.txt || \
         { echo "BASE_IMAGE has no torch; choose one of NVIDIA's PyTorch images, or VARIANT=cpu" >&2; exit 1; }; \
     grep -vE "^$kept" requirements.txt >${VENV}/requirements.txt; \

@@ -33,7 +33,7 @@ from typing import NoReturn
 from megatron_rlvr.rollout.launch import Launch
 from megatron_rlvr.rollout.server_process import ServerProgram, birth
 
-_MEMORY_SHARE = 0.85
+_MEMORY_SHARE, _COLOCATED_SHARE = 0.85, 0.5
 
 
 def main() -> int:
@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor", type=int, default=1, metavar="N", help="GPUs a server, over which it shards the model (default 1)")
     add("--port", type=int, default=30000, metavar="N", help="of the first; the next ones follow (default 30000)")
     add("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 to serve other machines (default 127.0.0.1)")
-    add("--memory-share", type=float, metavar="X", help=f"of a GPU's memory (default {_MEMORY_SHARE})")
+    shares = f"{_MEMORY_SHARE}, or {_COLOCATED_SHARE} with --colocated, beside which the trainer's own must fit"
+    add("--memory-share", type=float, metavar="X", help=f"of a GPU's memory (default {shares})")
     add("--colocated", action="store_true", help="for rollout.colocated: servers can give their memory to training")
     add("--python", type=Path, default=Path(sys.executable), help="of the environment of SGLang (default: this one)")
     add("--run-dir", type=Path, default=Path("runs/sglang"), metavar="DIR", help="default runs/sglang")
@@ -116,7 +117,8 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
     ports = range(options.port, options.port + len(places))
     for port in ports:
         _check_free(options.host, port)
-    extra = [] if options.device == "cpu" else ["--mem-fraction-static", str(options.memory_share or _MEMORY_SHARE)]
+    share = options.memory_share or (_COLOCATED_SHARE if options.colocated else _MEMORY_SHARE)
+    extra = [] if options.device == "cpu" else ["--mem-fraction-static", str(share)]
     if options.colocated:
         # There is no memory to give back on a CPU; by its counts a server tells what it has released.
         extra += ["--enable-metrics"] if options.device == "cpu" else ["--enable-metrics", "--enable-memory-saver"]

@@ -15,6 +15,8 @@
 #                  their reach, for nothing. Not with MAX_RESTARTS, where the ranks may come again
 #   LOCAL_ADDR     of this node, for the others, where its own name is none that they know
 #   LOG_DIR        (runs/logs/NAME of CONFIG.yaml) holds node_K.log and, after a failure, node_K.reason
+#   PREFLIGHT      1: tools/preflight.py in place of the run, on the same ranks, servers and settings; or its flags, such
+#                  as "--only servers gap"
 #   PYTHON         (.venv/bin/python, else python3); common.sh lists what else can be set
 #
 # SIGTERM and SIGUSR1: the ranks save what there is, training after its step, or give the step up after
@@ -38,6 +40,12 @@ whole EXIT_SECONDS 0
 use_log_dir "$(basename "$1" .yaml)"
 trainer_environment
 
+program=(-m megatron_rlvr.train "$@")
+if [ "${PREFLIGHT:-0}" != 0 ]; then
+    MAX_RESTARTS=0 # what is red stays so
+    read -r -a own <<<"${PREFLIGHT#1}"
+    program=("$ROOT/tools/preflight.py" "$@" "${own[@]}")
+fi
 launch=(--nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
 if ((NODES == 1)); then
     launch+=(--standalone)
@@ -48,7 +56,7 @@ else
     launch+=(--rdzv-id "${RUN_ID:-megatron_rlvr}" --rdzv-conf "is_host=$((NODE_RANK == 0))")
     [ -z "${LOCAL_ADDR:-}" ] || launch+=(--local-addr "$LOCAL_ADDR")
 fi
-ranks=("${dies_with_parent[@]}" "$PYTHON" -m megatron_rlvr.train "$@")
+ranks=("${dies_with_parent[@]}" "$PYTHON" "${program[@]}")
 
 log=$LOG_DIR/node_$NODE_RANK.log
 reason=$LOG_DIR/node_$NODE_RANK.reason

@@ -128,7 +128,7 @@ def _resolve(config: str, flags: list[str]) -> Resolved:
     if ranks > 1 and "RANK" not in os.environ:
         raise SettingsError(
             f"{ranks} ranks are needed, and this is one process; start it as the run: "
-            f"torchrun --nproc-per-node {ranks} {sys.argv[0]} {config}"
+            f"torchrun --nproc-per-node {ranks} {sys.argv[0]} {config}, or by its launcher with PREFLIGHT=1"
         )
     resolved = resolve(settings, show_progress=is_main())
     check_megatron(resolved, running=True)

@@ -26,8 +26,8 @@ def new_run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[C
 
     made = []
 
-    def make(name: str, **sections: Any) -> Run:
-        made.append(Run(place, name, sections))
+    def make(name: str, kind: type[Run] = Run, **sections: Any) -> Run:
+        made.append(kind(place, name, sections))
         return made[-1]
 
     yield make

@@ -1,4 +1,4 @@
-"""A Slurm cluster on this machine: one slurmctld and two slurmd, each a node of one CPU, and a munged of their own.
+"""A Slurm cluster on this machine: one slurmctld and two slurmd, each a node, and a munged of their own.
 
 Nothing is shared with a Slurm that the machine may have: ports, key, socket and folders are this cluster's. Processes
 are tracked by their group (proctrack/pgid), which needs nothing of the machine. On a real cluster it is cgroups, where
@@ -23,7 +23,8 @@ _SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _START_SECONDS = 60
 # After SIGTERM; and before a job that was put in line again may start.
 KILL_WAIT_SECONDS, CREDENTIAL_SECONDS = 60, 5
-NODES = ("n1", "n2")
+NODES = {"n1": 2, "n2": 1}
+"""CPUs of each: unlike, so that what fits the first node need not fit the others."""
 
 
 def missing() -> str | None:
@@ -141,7 +142,7 @@ SlurmdParameters=config_overrides
 KillWait={KILL_WAIT_SECONDS}
 """
             + "".join(
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1\n"
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={NODES[node]}\n"
                 for node, port in ports.items()
             )
             + f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP\n"

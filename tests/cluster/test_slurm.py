@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from cluster_runs import SERVER_FLAGS, Run
+from cluster_runs import SERVER_FLAGS, QuickstartRun, Run
 from fake_server import free_port
 from loopback_slurm import LoopbackSlurm
 from real_servers import installed
@@ -129,7 +129,13 @@ def test_a_run_on_two_nodes_that_is_preempted_and_killed_is_the_run_that_was_nev
     assert len(run.lines()) == saved, "the last step is saved, whatever its number"
     assert job.ends() == ["the trainer ended with status 0 after SIGUSR1"]
 
-    job.wait(lambda: len(run.lines()) >= saved + 3, "third step of the second life")
+    job.wait(lambda: len(run.lines()) >= saved + 2, "second step of the second life")
+    job.interrupt("scontrol", "requeue")
+    assert len(run.lines()) == run.saved() > saved
+    saved = [saved, run.saved()]
+    assert job.ends()[1:] == ["the trainer ended with status 0 after SIGTERM"]
+
+    job.wait(lambda: len(run.lines()) >= saved[1] + 3, "third step of the third life")
     ranks = run.ranks()
     ranks[0].suspend()  # as one that waits on a network that does not tell it of the other's end
     ranks[1].kill()
@@ -137,13 +143,13 @@ def test_a_run_on_two_nodes_that_is_preempted_and_killed_is_the_run_that_was_nev
     assert job.ended(KILLED_SECONDS) != "0:0"
     print(f"ended {time.monotonic() - killed:.1f} s after the kill: {job.ends()[-1]}")
     assert "rank 1 was killed by signal 9" in job.ends()[-1]
-    assert len(job.ends()) == 2
+    assert len(job.ends()) == 3
 
     last = run.saved() + 2
     again = Job(slurm, run, "--run.steps", str(last))
     assert again.ended(START_SECONDS) == "0:0", again.said()
     assert again.ends() == ["the trainer ended with status 0"]
-    for said, step in ((job.said(), saved), (again.said(), last - 2)):
+    for said, step in ((job.said(), saved[0]), (job.said(), saved[1]), (again.said(), last - 2)):
         assert f"going on after step {step}" in said
     assert [line["step"] for line in run.lines()] == list(range(1, last + 1))
 
@@ -166,16 +172,15 @@ def never_stopped(run: Run) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_run_is_preempted_while_its_server_is_dead_and_goes_on_with_another(
+def test_the_quickstart_is_preempted_after_its_server_died_and_goes_on_with_another(
     slurm: LoopbackSlurm, new_run: Callable[..., Run]
 ) -> None:
-    long = {"max_response_tokens": 300, "server_timeout_seconds": START_SECONDS}
-    # So large a batch that answers in hand do not fill it: the server's end is an end in the middle of sampling.
-    run = new_run("serving", run={"save_every": 0}, rollout=long, batch={"prompts": 6, "mini_batch_prompts": 6})
+    run = new_run("serving", QuickstartRun, run={"save_every": 0}, rollout={"server_timeout_seconds": START_SECONDS})
+    run.prepare()
     run.write(FOR_EVER)
     job = Job(slurm, run, SERVER_PYTHON=str(installed()), SERVER_FLAGS=SERVER_FLAGS, **SERVING)
     job.wait(lambda: len(run.lines()) >= 2, "second step")
-    # Most of a step are long responses, which a server may leave; a sync that reaches none would end the run.
+    # Most of a step are hundreds of responses, which a server may leave; a sync that reaches none would end the run.
     psutil.Process(job.record(0)["pids"][0]).kill()
     job.wait(lambda: "is taken out" in job.said(), "word of the server's end", SOON_SECONDS)
     job.wait(lambda: "is started again" in job.servers_said(0), "new server", SOON_SECONDS)
@@ -185,9 +190,9 @@ def test_a_run_is_preempted_while_its_server_is_dead_and_goes_on_with_another(
     assert len(run.lines()) == saved >= 2
     assert job.ends() == ["the trainer ended with status 0 after SIGTERM"]
 
-    last = saved + 4
+    last = saved + 3
     run.write(last)
-    assert job.ended(START_SECONDS) == "0:0", job.said()
+    assert job.ended(2 * START_SECONDS) == "0:0", job.said()
     assert job.ends()[1:] == ["the trainer ended with status 0"]
     assert f"going on after step {saved}" in job.said()
     # The launchers of the servers have not heeded SIGTERM (143), but SIGINT when the trainer was done.
@@ -197,6 +202,16 @@ def test_a_run_is_preempted_while_its_server_is_dead_and_goes_on_with_another(
     gaps = {line["step"]: line["rollout/logprob_gap_mean"] for line in run.lines() if not line["rollout/staleness_min"]}
     assert max(gaps.values()) < 1e-4
     assert max(gaps) > saved
+
+
+def test_the_preflight_is_started_as_the_run_would_be(slurm: LoopbackSlurm, new_run: Callable[..., Run]) -> None:
+    run = new_run("before")
+    run.write(5)
+    job = Job(slurm, run, PREFLIGHT="--only ranks disk", MAX_RESTARTS="1")
+    assert job.ended(START_SECONDS) == "0:0", job.said()
+    assert re.findall(r"^passed +(\w+)", job.said(), re.MULTILINE) == ["settings", "ranks", "disk"]
+    assert "2 rank(s)" in job.said()
+    assert not run.folder.exists()
 
 
 STAND_IN = """
@@ -222,12 +237,17 @@ def test_a_job_ends_with_its_servers_and_waits_for_them_no_longer_than_it_should
     (package / "launch_server.py").write_text(STAND_IN, encoding="utf-8")
     stand_in = {"PYTHONPATH": f"{run.place}:{package.parent}", "SERVER_PYTHON": sys.executable, **SERVING}
 
+    wrong = Job(slurm, run, "--batch.prompts", "0", **stand_in)
+    assert wrong.ended(SOON_SECONDS) == "2:0", wrong.said()
+    assert "batch.prompts 0" in wrong.said(), "and not what is missing without servers"
+
     never = Job(slurm, run, **stand_in, SERVER_FLAGS="--device cpu -- --never-ready", SERVER_START_SECONDS="3")
     assert never.ended(SOON_SECONDS) == "1:0", never.said()
     (reason,) = never.ends()
     assert reason.startswith("the servers were not ready after SERVER_START_SECONDS=3")
 
-    job = Job(slurm, run, **stand_in, SERVER_FLAGS="--device cpu")
+    # A proxy of the site is nothing to servers in its network.
+    job = Job(slurm, run, **stand_in, SERVER_FLAGS="--device cpu", http_proxy="http://127.0.0.1:9")
     job.wait(lambda: "servers are ready after" in job.said(), "server", SOON_SECONDS)
     psutil.Process(job.record(0)["launcher"]).kill()
     assert job.ended(KILLED_SECONDS) == "137:0", job.said()

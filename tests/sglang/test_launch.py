@@ -227,6 +227,14 @@ def test_gpus_are_dealt_out_and_flags_are_handed_on(launcher: Launcher):
         assert "cpu" not in text.splitlines()[0].replace(str(launcher.folder), "")
 
 
+@pytest.mark.parametrize(("flags", "share"), [((), "0.85"), (("--colocated",), "0.5")])
+def test_a_server_leaves_room_for_the_trainer_that_shares_its_gpus(launcher: Launcher, flags: tuple[str, ...], share):
+    launcher.start(*flags, "--then", "true", CUDA_VISIBLE_DEVICES="0")
+    assert launcher.status() == 0, launcher.said()
+    (log,) = (launcher.folder / "run" / "servers").iterdir()
+    assert f'"--mem-fraction-static", "{share}"' in log.read_text(encoding="utf-8")
+
+
 def test_a_command_runs_between_ready_and_the_end_and_its_status_is_returned(launcher: Launcher):
     program = """
 import json, os, sys, urllib.request
