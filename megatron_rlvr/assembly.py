@@ -13,12 +13,14 @@ from megatron_rlvr.evaluate import Evaluator
 from megatron_rlvr.learner import Learner
 from megatron_rlvr.metrics import MetricsLog
 from megatron_rlvr.policy.build import DTYPES
+from megatron_rlvr.policy.checkpoint_files import HUGGING_FACE
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import RolloutEngine
 from megatron_rlvr.resolve import Resolved
 from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.rollout.agreement import agree
 from megatron_rlvr.rollout.collector import Collector
 from megatron_rlvr.rollout.embedded import EmbeddedEngine
 from megatron_rlvr.rollout.rounds import RoundsCollector
@@ -75,11 +77,19 @@ def build_trainer(
     folder = Path(settings.run.dir)
     log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main, after=start.step if start else None)
     resources.callback(log.close)
-    checkpoints = Checkpoints(settings.run, is_main=ranks.is_main, start=start)
+    own_tokenizer = partial(_replace_tokenizer, resolved)
+    checkpoints = Checkpoints(
+        settings.run,
+        is_main=ranks.is_main,
+        start=start,
+        agree=agree,
+        finish=lambda folder: own_tokenizer(folder / HUGGING_FACE),
+    )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
 
     def export(folder: Path) -> None:
-        policy.save_hugging_face(folder, partial(_replace_tokenizer, resolved))
+        with checkpoints.explaining(f"the export {folder.name}", folder.parent):
+            policy.save_hugging_face(folder, own_tokenizer)
 
     return Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals, export)
 

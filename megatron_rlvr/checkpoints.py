@@ -5,26 +5,34 @@
     checkpoints/step_000020.1/    the same weights, and what was sampled for step 21 until SIGTERM ended that
     checkpoints/latest            the name of the last one; changed after all else
 
-Whoever is killed at any moment leaves a `latest` that names a complete checkpoint, or none. What is not older than it
-and not it, or has the name of something unfinished, is of no use and is removed by the next run. Imports no torch.
+Whoever is killed at any moment leaves a `latest` that names a complete checkpoint, or none: then the last one there is
+counts. What is not older than it and not it, or has the name of something unfinished, is of no use and is removed by
+the next run; folders of other names, and links, are somebody's own. Imports no torch.
 """
 
+import errno
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "checkpoints"
 _SETTINGS, _LATEST, _STATE = "settings.json", "latest", "training_state.pkl"
 _NAME = re.compile(r"step_(\d{6,})(?:\.(\d+))?")
+_UNFINISHED = re.compile(_NAME.pattern + r"\.(?:incomplete|removing)")
+
+_OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # What may differ when a run goes on: how long it lasts, what it leaves behind, and where and how fast it runs.
 _MAY_CHANGE = {
@@ -36,7 +44,7 @@ _MUST_STAY = {"run.seed"}
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; one sentence."""
+    """A checkpoint that cannot be written or read, or an export that cannot be written; one sentence."""
 
 
 @dataclass(frozen=True)
@@ -115,21 +123,28 @@ def where_to_begin(settings: Settings, earlier: list[str]) -> Checkpoint | None:
         return None
     began_with = _read_settings(root / _SETTINGS)
     if run.resume == "never" or began_with is None:
-        without = "" if run.resume == "never" else " and no checkpoint"
+        lacks = "no checkpoint" if latest is None else f"no {root / _SETTINGS}"
+        without = "" if run.resume == "never" else f" and {lacks}"
         raise SettingsError(
             f"run.dir {run.dir} holds an earlier run ({', '.join(earlier)}){without}; choose another folder, or set "
             "run.overwrite to true to replace it"
         )
     _check_settings(began_with, settings)
+    if latest is not None and not (root / _LATEST).exists():
+        logger.warning("%s is missing; the last checkpoint there is %s", root / _LATEST, latest.folder.name)
     return latest  # None: it ended before its first checkpoint, and begins again
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
-    """The one that ``latest`` names, if there is one."""
+    """The one that ``latest`` names, if there is one.
+
+    Without it the last of the complete ones: the run was killed just before it wrote its first ``latest``, or the
+    folder was copied without. Beginning anew would remove them.
+    """
     try:
         name = (root / _LATEST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return max(_complete_ones(root), key=lambda c: c.place, default=None) if root.is_dir() else None
     found = Checkpoint.at(root / name)
     if not found or not found.folder.is_dir():
         raise SettingsError(f"{root / _LATEST} names {name!r}, which is no checkpoint; write the name of one into it")
@@ -141,11 +156,31 @@ def prepare(settings: Settings, start: Checkpoint | None) -> None:
     root = Path(settings.run.dir) / FOLDER
     root.mkdir(parents=True, exist_ok=True)
     if start is None:
+        (root / _LATEST).unlink(missing_ok=True)
         write_whole(root / _SETTINGS, json.dumps(settings.model_dump(), indent=1))
+    _remove(root, [found for found in _complete_ones(root) if start is None or found.place > start.place])
+
+
+def _complete_ones(root: Path) -> Iterator[Checkpoint]:
+    """The checkpoints of a folder, but links, which are not ours."""
     for path in root.iterdir():
         found = Checkpoint.at(path)
-        if path.is_dir() and (found is None or start is None or found.place > start.place):
-            shutil.rmtree(path)
+        if found is not None and path.is_dir() and not path.is_symlink():
+            yield found
+
+
+def _remove(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
+    """Removes checkpoints of a folder, and whatever is unfinished there.
+
+    They lose their names first: whoever finds one by name finds it whole. What does not go, as where others have its
+    files open over NFS, is tried again with the next ones: a run does not end for it.
+    """
+    for checkpoint in checkpoints:
+        with suppress(OSError):
+            checkpoint.folder.rename(checkpoint.folder.with_name(checkpoint.folder.name + ".removing"))
+    for path in root.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
@@ -187,18 +222,35 @@ class SavePolicy(Protocol):
     ) -> Callable[[], None]: ...
 
 
+def _alone(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
 class Checkpoints:
     """Saves when it is due, and removes what is not kept. All ranks call it alike; the main rank acts.
 
     Args:
         is_main: whether this rank is the main one.
         start: what the run goes on from.
+        agree: raises on every rank what failed on any; a collective over the world.
+        finish: is called with a new checkpoint's folder before it gets its name, and may change files of it.
     """
 
-    def __init__(self, run: RunSettings, *, is_main: bool, start: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        run: RunSettings,
+        *,
+        is_main: bool,
+        start: Checkpoint | None = None,
+        agree: Callable[[Exception | None], None] = _alone,
+        finish: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         self._run = run
         self._root = Path(run.dir) / FOLDER
         self._is_main = is_main
+        self._agree = agree
+        self._finish = finish
         self.last = start
         """What the run would go on from now."""
         self._begun: tuple[Checkpoint, Callable[[], None]] | None = None
@@ -225,13 +277,15 @@ class Checkpoints:
         content = pickle.dumps(dict(state)) if self._is_main else b""
 
         def finish(building: Path) -> None:
+            if same is None:  # files of another checkpoint are finished, and must stay as they are
+                self._finish(building)
             path = building / _STATE
             path.unlink(missing_ok=True)  # it may be another checkpoint's file
             with path.open("wb") as file:
                 file.write(content)
                 _flush_to_disk(file)
 
-        with self._explaining(step):
+        with self.explaining(f"the checkpoint of step {step}", self._root):
             complete = policy(saved.folder, finish, same.folder if same else None, background=self._run.async_save)
         self._begun = saved, complete
         if not self._run.async_save:
@@ -242,46 +296,81 @@ class Checkpoints:
         if self._begun is None:
             return
         (saved, complete), self._begun = self._begun, None
-        with self._explaining(saved.step):
+        with self.explaining(f"the checkpoint of step {saved.step}", self._root):
             complete()
-            if self._is_main:
-                write_whole(self._root / _LATEST, saved.folder.name + "\n")
-                self._remove_old(saved)
+            self._agree(self._write_latest(saved))
         self.last = saved
+        if self._is_main:
+            with suppress(OSError):  # it is tried again the next time
+                self._remove_old(saved)
 
     @contextmanager
-    def _explaining(self, step: int) -> Iterator[None]:
+    def explaining(self, what: str, folder: Path) -> Iterator[None]:
+        """Raises CheckpointError, which says what to do, for an OSError: all ranks raise it while they write."""
         try:
             yield
         except OSError as error:
+            full = _out_of_room(error)
             goes_on = f"goes on after step {self.last.step}" if self.last else "begins again"
-            free = shutil.disk_usage(self._root).free / 1e9
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self._root}, where {free:.1f} GB are free "
-                f"({error}); make room, and the same command {goes_on}"
+                f"{what} could not be written to {folder}{_room_in_words(folder) if full else ''} ({error}); "
+                f"{'make room' if full else 'put that right'}, and the same command {goes_on}"
             ) from error
 
+    def _write_latest(self, saved: Checkpoint) -> OSError | None:
+        """What has failed."""
+        try:
+            if self._is_main:
+                write_whole(self._root / _LATEST, saved.folder.name + "\n")
+        except OSError as error:
+            return error
+        return None
+
     def _remove_old(self, latest: Checkpoint) -> None:
-        """A folder loses its name first: whoever finds one by name finds it whole."""
-        found = filter(None, map(Checkpoint.at, self._root.iterdir()))
-        until = sorted((c for c in found if c.place <= latest.place), key=lambda c: c.place)
+        until = sorted((c for c in _complete_ones(self._root) if c.place <= latest.place), key=lambda c: c.place)
         every = self._run.keep_every
-        for old in until[: -self._run.keep_last]:
-            if not (every and old.step % every == 0):
-                removing = old.folder.with_name(old.folder.name + ".removing")
-                old.folder.rename(removing)
-                shutil.rmtree(removing)
+        _remove(self._root, [c for c in until[: -self._run.keep_last] if not (every and c.step % every == 0)])
+
+
+def _out_of_room(error: OSError) -> bool:
+    """By its numbers: only words may have come from another process, or a list of what happened to several files.
+
+    torch hides the number at times, and does so where a disk is full.
+    """
+    numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}
+    return not numbers or not numbers.isdisjoint(_OUT_OF_ROOM)
+
+
+def _room_in_words(folder: Path) -> str:
+    """Nothing where this rank's machine does not have the folder."""
+    try:
+        return f", where {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
+    except OSError:
+        return ""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file has its old content or all of the new one, whatever happens."""
+    """The file has its old content or all of the new one, whatever happens, to the machine as well."""
     building = path.with_name(path.name + ".incomplete")
     with building.open("w", encoding="utf-8") as file:
         file.write(text)
         _flush_to_disk(file)
     building.replace(path)
+    _flush_names(path.parent)
 
 
 def _flush_to_disk(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _flush_names(folder: Path) -> None:
+    """A name that was given in the folder would now survive a failure of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that do not know it for folders
+            raise
+    finally:
+        os.close(handle)

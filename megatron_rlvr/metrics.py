@@ -94,7 +94,7 @@ class MetricsLog:
         return path
 
     def flush_to_disk(self) -> None:
-        """Returns when the lines would survive a failure of the machine, as a checkpoint does."""
+        """Returns when the lines that are written so far are on the disk."""
         if self._enabled:
             os.fsync(self._file.fileno())
 

@@ -255,19 +255,19 @@ def test_a_step_that_does_not_end_in_time_is_given_up(ranks: int, place: Path) -
     assert [line["step"] for line in lines(folder)] == list(range(1, last.step + 1))
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(ranks: int, place: Path) -> None:
-    name = f"full {ranks}"
+@pytest.mark.parametrize(("ranks", "full", "room"), [(0, 0, 20_000), (2, 1, 20_000), (2, 0, 500), (2, 1, 0)])
+def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(ranks: int, full: int, room: int, place: Path) -> None:
+    name = f"full {ranks} {full} {room}"
     # In the background, or not.
     run, folder = config(place, name, steps=3, tensor=max(1, ranks), async_save=ranks > 0), place / name
-    # The disk of the last rank fills up between two checkpoints: its files may not be as long as they would be.
+    # The disk of one rank fills up between two checkpoints: its files may not be as long as they would be.
     text = f"""
 import os, resource
 from megatron_rlvr import checkpoints, train
 save = checkpoints.Checkpoints.save
 def limited(self, step, state, policy):
-    if step == 3 and os.environ.get("RANK", "0") == "{max(0, ranks - 1)}":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    if step == 3 and os.environ.get("RANK", "0") == "{full}":
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
     save(self, step, state, policy)
 checkpoints.Checkpoints.save = limited
 train.main([{str(run)!r}])

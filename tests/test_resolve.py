@@ -340,7 +340,8 @@ def test_a_run_folder_that_cannot_be_written_is_refused(resolve_with: Resolve, t
         ({"defer_embedding_wgrad_compute": True}, "megatron.defer_embedding_wgrad_compute True cannot be used: the"),
         ({"cross_entropy_loss_fusion": True}, "megatron.cross_entropy_loss_fusion True cannot be used: the loss"),
         ({"gradient_accumulation_fusion": True}, "megatron.gradient_accumulation_fusion True needs a GPU and apex's"),
-        ({"optimizer_cpu_offload": True}, "megatron.optimizer_cpu_offload True needs a GPU, which this machine lacks"),
+        ({"use_precision_aware_optimizer": True}, "megatron.use_precision_aware_optimizer True needs a GPU and Transf"),
+        ({"optimizer_cpu_offload": True}, "megatron.optimizer_cpu_offload True cannot be used: its state cannot"),
     ],
 )  # fmt: skip
 def test_megatron_keys_are_checked_against_its_dataclasses(
@@ -356,9 +357,9 @@ def test_megatron_keys_are_checked_against_its_dataclasses(
 def test_a_check_does_not_ask_for_the_kernels_of_another_machine(resolve_with: Resolve) -> None:
     from megatron_rlvr.train import check_megatron
 
-    offloading = resolve_with(megatron={"optimizer_cpu_offload": True})
-    check_megatron(offloading, running=False)
-    assert "needs a GPU" in refusal(partial(check_megatron, running=True), offloading)
+    elsewhere = resolve_with(megatron={"use_precision_aware_optimizer": True})
+    check_megatron(elsewhere, running=False)
+    assert "needs a GPU" in refusal(partial(check_megatron, running=True), elsewhere)
 
 
 def test_a_budget_that_context_parallelism_cannot_cut_is_refused(resolve_with: Resolve) -> None:

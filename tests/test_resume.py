@@ -37,9 +37,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "experts 2": (2, {"experts": True, "parallel": {"expert": 2}}),
     "bfloat16": (1, {"model": {"dtype": "bfloat16"}}),
     "data 2": (2, {"megatron": {"use_distributed_optimizer": True}}),
+    "bfloat16 data 2": (2, {"model": {"dtype": "bfloat16"}, "megatron": {"use_distributed_optimizer": True}}),
 }
 """Ranks and settings of each."""
-OTHER_SAMPLES = ("experts 2", "bfloat16")
+OTHER_SAMPLES = ("experts 2", "bfloat16", "bfloat16 data 2")
 """Their weights are others, and there happens to be no surplus at the cut."""
 
 
@@ -218,15 +219,16 @@ def test_a_checkpoint_written_while_the_next_step_runs_is_that_of_its_step(
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
 
 
-def test_a_run_goes_on_in_another_layout(place: Path, ranks: Ranks, whole: dict[str, Path]) -> None:
-    folder, distributed = place / "wandering", {"megatron": {"use_distributed_optimizer": True}}
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_run_goes_on_in_another_layout(distributed: bool, place: Path, ranks: Ranks, whole: dict[str, Path]) -> None:
+    folder, optimizer = place / f"wandering {distributed}", {"use_distributed_optimizer": distributed}
     for size, parallel in (
         (2, {}),
         (2, {"tensor": 2, "sequence": True}),
         (2, {"pipeline": 2}),
         (1, {}),
     ):  # two steps each
-        run = str(config(place, "wandering", parallel=parallel, **distributed))
+        run = str(config(place, folder.name, parallel=parallel, megatron=optimizer))
         assert ranks.run(life, size, run, 2, timeout=PATIENCE_SECONDS) == [""] * size
     assert [line["step"] for line in figures(folder)] == list(range(1, STEPS + 1))
     for found, wanted in zip(figures(folder), figures(whole["data 2"]), strict=True):
@@ -234,6 +236,28 @@ def test_a_run_goes_on_in_another_layout(place: Path, ranks: Ranks, whole: dict[
     found, wanted = weights(folder), weights(whole["data 2"])
     # Adam moves a weight by up to the learning rate, 1e-3, in each of 16 steps.
     assert max(float(np.abs(found[key] - wanted[key]).max()) for key in wanted) < 1e-4
+
+
+def test_an_export_that_cannot_be_written_is_told_by_all_ranks_and_costs_no_checkpoint(
+    place: Path, ranks: Ranks
+) -> None:
+    sections: dict[str, Any] = {"parallel": {"tensor": 2, "sequence": True}}
+    saving = {"steps": 3, "save_every": 1, "async_save": True}
+    run, folder = str(config(place, "export", run=saving, **sections)), place / "export"
+    assert ranks.run(life, 2, run, 1, timeout=PATIENCE_SECONDS) == [""] * 2
+    (folder / "exports").touch()  # where a folder should be
+    config(place, "export", run=saving | {"export_every": 2}, **sections)
+    wanted = f"the export step_000002 could not be written to {folder / 'exports'} ([Errno "
+    for told in ranks.run(life, 2, run, timeout=PATIENCE_SECONDS):
+        assert told.startswith(wanted)
+        assert told.endswith("; put that right, and the same command goes on after step 2")
+    last = latest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    assert last.step == 2
+    (folder / "exports").unlink()
+    assert ranks.run(life, 2, run, timeout=PATIENCE_SECONDS) == [""] * 2
+    assert [line["step"] for line in figures(folder)] == [1, 2, 3]
+    assert weights(folder)
 
 
 def test_what_a_crash_left_after_the_checkpoint_is_cut_off(place: Path, ranks: Ranks, whole: dict[str, Path]) -> None:

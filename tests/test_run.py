@@ -284,13 +284,14 @@ def test_prompts_reach_the_model_as_the_template_has_them(finished: Callable[[st
             assert not line["correct"]
 
 
-def test_a_tokenizer_of_ones_own_travels_with_the_export(finished: Callable[[str], Run]) -> None:
+def test_a_tokenizer_of_ones_own_travels_with_the_export_and_with_checkpoints(finished: Callable[[str], Run]) -> None:
     from megatron_rlvr.data.tokenizer import load_tokenizer
 
     run = finished("aime")
     text = tiny.PROBLEMS[0][0]
     own = load_tokenizer(run.folder.parent / "pieces.model")
-    assert load_tokenizer(run.folder / "hf").encode(text) == own.encode(text)
+    for folder in ("hf", "checkpoints/step_000002/hugging_face"):
+        assert load_tokenizer(run.folder / folder).encode(text) == own.encode(text), folder
 
 
 def test_evaluation_frames_a_run(finished: Callable[[str], Run]) -> None:

@@ -5,7 +5,9 @@ the last one has come. The format lets a header end in spaces: room for it is le
 than one tensor is in memory at a time, whatever the size of the files.
 """
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,18 +131,46 @@ def _list(names: Collection[str], most: int = 5) -> str:
 
 
 @contextmanager
-def built_beside(target: Path) -> Iterator[Path]:
-    """A new folder that gets the name ``target`` when all is well, replacing what was there, and else is removed."""
-    building = beside(target)
+def built_beside(target: Path, *, lasting: bool = True) -> Iterator[Path]:
+    """A new folder that gets the name ``target`` when all is well, replacing what was there, and else is removed.
+
+    Whoever finds ``target`` finds all of the new folder or all of the old one; with ``lasting`` also after a failure
+    of the machine.
+    """
+    building, old = beside(target), target.with_name(target.name + ".removing")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
         yield building
+        if lasting:
+            to_disk(building)
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         building.rename(target)
+        if lasting:
+            flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def to_disk(folder: Path) -> None:
+    """Returns when all that is in a folder, at any depth, would survive a failure of the machine."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """A file's content, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that do not know it for folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def beside(target: Path) -> Path:
@@ -161,14 +191,16 @@ def write_folder(
     named_tensors: Iterable[tuple[str, torch.Tensor]],
     finish: Callable[[Path], None] = lambda folder: None,
     file_bytes: int = FILE_BYTES,
+    *,
+    lasting: bool = True,
 ) -> None:
     """Writes a model folder: weights from ``named_tensors``, configuration and tokenizer from ``source``.
 
     ``finish`` may add files, such as another tokenizer. The folder is built under a temporary name beside ``target``
-    and renamed when complete, replacing what was there. Weights are cut into files of ``file_bytes`` at most; a larger
-    tensor has one of its own.
+    and renamed when complete, replacing what was there; without ``lasting`` nobody waits for the disk. Weights are cut
+    into files of ``file_bytes`` at most; a larger tensor has one of its own.
     """
-    with built_beside(target) as building:
+    with built_beside(target, lasting=lasting) as building:
         copy_all_but_weights(source, building)
         _write_weights(building, named_tensors, file_bytes)
         finish(building)

@@ -113,6 +113,7 @@ _REFUSED = {
     "cross_entropy_loss_fusion": "the loss is not cross entropy and holds no logits",
     "cross_entropy_fusion_impl": "the loss is not cross entropy and holds no logits",
     "overlap_param_gather": "the weights are handed to the rollout engine after each step, before a forward could wait",
+    "optimizer_cpu_offload": "its state cannot be saved yet",
     "fp16": "training is in model.dtype float32 or bfloat16",
 }
 # Of the fields about experts these are the user's; the others change what the model computes, or do nothing here.
@@ -148,7 +149,6 @@ def check_kernels(megatron: Mapping[str, Any]) -> None:
             "a GPU and apex's fused weight gradients",
             platform.has_fused_weight_gradients,
         ),
-        "optimizer_cpu_offload": ("a GPU", platform.has_gpu),
         "use_precision_aware_optimizer": ("a GPU and Transformer Engine", platform.has_transformer_engine),
         "fp8": ("a GPU and Transformer Engine", platform.has_transformer_engine),
         "apply_rope_fusion": ("a GPU and Transformer Engine", platform.has_transformer_engine),

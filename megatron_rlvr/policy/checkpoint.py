@@ -5,6 +5,9 @@ Names and files are those of `checkpoint_files`.
 """
 
 import ctypes
+import gc
+import io
+import multiprocessing
 import os
 import queue
 import shutil
@@ -18,11 +21,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rlvr.hf.weights import beside, built_beside, copy_all_but_weights
+from megatron_rlvr.hf.weights import beside, built_beside, copy_all_but_weights, flush, to_disk
 from megatron_rlvr.policy.checkpoint_files import CONTENT, HUGGING_FACE, CheckpointReader
 
 # Moments have the shape of their parameter, whichever ranks share them: any layout reads them.
@@ -59,9 +66,11 @@ def load_optimizer(optimizer: Any, loaded: Any) -> None:
     parts = _parts(optimizer)
     states = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
     moments = [state.pop("param_state", None) for state in states]
-    for state in states:
+    for part, state in zip(parts, states, strict=True):
         inner = state.get("optimizer", state)
-        if "state" in inner:  # Megatron leaves out the number of steps where it is 0
+        # Megatron leaves out the number of steps where it is 0. Fused optimizers count for a whole group, and some
+        # refuse a parameter's own.
+        if "state" in inner and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             inner["state"].setdefault("common_step", torch.zeros(()))
     optimizer.load_state_dict(loaded)
     for part, moment in zip(parts, moments, strict=True):
@@ -123,26 +132,37 @@ def begin_checkpoint(
     # Megatron would start a process that passes on what its writers report, keep it for the next time, and so leave it
     # behind on every machine where a rank is killed.
     filesystem_async._results_queue = queue.Queue()
-    request = dist_checkpointing.save(state, str(building), content_metadata=dict(CONTENT), async_sharded_save=True)
+    common, sharded = _Common(), _Sharded()
+    register_default_strategy(StrategyAction.SAVE_COMMON, common.backend, common.version, common)  # it takes no other
+    request = dist_checkpointing.save(
+        state, str(building), sharded, content_metadata=dict(CONTENT), async_sharded_save=True
+    )
     write = _Writer(request, background)
 
     def complete() -> None:
         failures: list[Exception] = []
+        # The second would write metadata.json, on the main rank while the others wait for it; `name` does so.
+        gather, _ = request.finalize_fns
         try:
             write.wait()
-            for finalize in request.finalize_fns:
-                finalize()
-        except CheckpointException as error:  # on the main rank alone, which has heard from all that they have ended
+            gather()
+        except CheckpointException as error:  # its failures are known to the main rank, which has heard from all
             failures.extend(failure for failure, _ in error.failures.values() if isinstance(failure, Exception))
 
         def name() -> None:
             try:
                 if failures:
-                    raise OSError(str(failures[0].__cause__ or failures[0]))
+                    cause = failures[0].__cause__ or failures[0]
+                    raise cause if isinstance(cause, OSError) else OSError(str(cause))
+                common.write(building)
+                sharded.write()
+                save_config(CheckpointingConfig(sharded.backend, sharded.version), str(building))
                 (building / HUGGING_FACE).mkdir()
                 copy_all_but_weights(hf_folder, building / HUGGING_FACE)
                 finish(building)
+                to_disk(building)
                 building.rename(folder)
+                flush(folder.parent)
             except OSError:
                 shutil.rmtree(building, ignore_errors=True)
                 raise
@@ -159,36 +179,122 @@ def save_checkpoint(
     begin_checkpoint(state, folder, hf_folder, finish, background=False)()
 
 
+class _Common(TorchCommonSaveStrategy):
+    """Keeps what is common to all ranks for `write`.
+
+    Megatron has the main rank write it at once, between collectives, where no other would hear that it could not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch", 1)
+        self._content = io.BytesIO()
+
+    def save_common(self, common_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        if dist.get_rank() == 0:
+            torch.save(common_state_dict, self._content)
+
+    def write(self, folder: Path) -> None:
+        """To be called on the main rank."""
+        (folder / COMMON_STATE_FNAME).write_bytes(self._content.getbuffer())
+
+
+class _Sharded(TorchDistSaveShardedStrategy):
+    """Megatron's own, which keeps what the main rank is to write at the end, for the same reason."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.write: Callable[[], None] = lambda: None
+        """Writes .metadata; to be called on the main rank when all have told what they wrote."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        finish = writer.finish
+
+        def keep(*arguments: Any) -> None:
+            self.write = lambda: finish(*arguments)
+
+        writer.finish = keep
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+
+
 class _Writer:
     """Writes what Megatron has planned for this rank, in processes forked from a thread of ours."""
 
     def __init__(self, request: Any, background: bool) -> None:
         self._request = request
-        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._arguments = list(request.async_fn_args)
-        if request.async_fn is None:
-            return  # nothing of this rank's
-        if background:
-            self._arguments[1] = _copied(self._arguments[1])
-            self._thread.start()
+        self._left_to_do = request.async_fn is not None  # or nothing is this rank's
+        if background and self._left_to_do:
+            self._left_to_do = False
+            with self._telling():
+                self._arguments[1] = _copied(self._arguments[1])
+                self._thread.start()
 
     def wait(self) -> None:
-        """Returns when all is written, or could not be: Megatron tells the other ranks."""
+        """Returns when all is written, or could not be: Megatron tells the main rank."""
         if self._thread.ident is not None:
             self._thread.join()
-        elif self._request.async_fn is not None:
-            self._arguments[1] = self._request.preload_fn()
-            self._run()
-        if self._failure is not None:
-            raise self._failure
+        elif self._left_to_do:
+            with self._telling():
+                self._arguments[1] = self._request.preload_fn()
+                self._run()
 
     def _run(self) -> None:
+        _, buckets, results = self._arguments
+        transforms, _ = self._request.async_fn.args
+        with self._telling(), _writers_end_with_this_process():
+            results.put(_written(transforms, buckets))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What fails goes where Megatron looks for results: raised here, it would leave the other ranks waiting."""
         try:
-            with _writers_end_with_this_process():
-                self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
-        except BaseException as error:
-            self._failure = error
+            yield
+        except Exception as error:
+            self._arguments[2].put(error)
+
+
+def _written(transforms: Any, buckets: Sequence[Any]) -> dict[int, Any]:
+    """Has each of Megatron's buckets written by a process of its own; what they tell, by the number of the bucket.
+
+    Instead of Megatron's own, which waits for good for a process that was killed, and leaves others writing where one
+    cannot be forked.
+
+    Raises: what the first to fail says; none writes any more.
+    """
+    context = multiprocessing.get_context("fork")
+    writers: list[tuple[Any, Any]] = []
+    try:
+        for number, bucket in enumerate(buckets):
+            pipe, theirs = context.Pipe(duplex=False)
+            with theirs:  # once it is closed here, the pipe ends with the process
+                writer = context.Process(target=_write, args=(theirs, transforms, number, bucket))
+                writer.start()
+            writers.append((writer, pipe))
+        return dict(_told(writer, pipe) for writer, pipe in writers)
+    finally:
+        for writer, _ in writers:
+            writer.kill()
+            writer.join()
+
+
+def _write(pipe: Any, transforms: Any, number: int, bucket: Any) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    busy: queue.Queue[int] = queue.Queue()
+    busy.put(number)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, busy, True)
+    pipe.send(results.get())
+
+
+def _told(writer: Any, pipe: Any) -> tuple[int, Any]:
+    try:
+        number, told = pipe.recv()
+    except EOFError:
+        writer.join()
+        raise ChildProcessError(f"a process that wrote ended with status {writer.exitcode}") from None
+    if isinstance(told, Exception):
+        raise told
+    return number, told
 
 
 def _copied(buckets: Sequence[Any]) -> list[Any]:
@@ -230,7 +336,7 @@ _KILL_WHEN_THE_PARENT_ENDS = 1  # Linux's PR_SET_PDEATHSIG
 
 @contextmanager
 def _writers_end_with_this_process() -> Iterator[None]:
-    """Megatron forks the processes that write; where this one is killed they would wait for it for good.
+    """Those that are forked to write; they would go on where this one is killed.
 
     Those that other threads fork are not meant: the kernel takes the end of a thread for that of the parent.
     """
@@ -242,15 +348,16 @@ def _writers_end_with_this_process() -> Iterator[None]:
         _saving_process = 0
 
 
-def _end_with_the_parent() -> None:
+def _begin_as_a_writer() -> None:
     if _saving_process and threading.get_ident() == _saving_thread:
+        gc.disable()  # what this process has of the other's on a GPU cannot be freed in it
         _LIBC.prctl(_KILL_WHEN_THE_PARENT_ENDS, signal.SIGKILL)
         if os.getppid() != _saving_process:
             os._exit(1)
 
 
 _LIBC = ctypes.CDLL(None)
-os.register_at_fork(after_in_child=_end_with_the_parent)
+os.register_at_fork(after_in_child=_begin_as_a_writer)
 
 
 def _on_main_rank(act: Callable[[], Any]) -> None:

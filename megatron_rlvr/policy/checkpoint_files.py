@@ -8,6 +8,7 @@ the configuration and tokenizer of the model. Names are those of the tables in `
 torch's own writer holds all tensors of a file in memory until it is complete, Megatron's all of the model.
 """
 
+import io
 import json
 import pickle
 from collections.abc import Mapping
@@ -78,7 +79,10 @@ class CheckpointWriter:
             return _StorageInfo(path.name, start, file.tell() - start)
 
     def finish(self) -> None:
-        torch.save({"content_metadata": CONTENT}, self._folder / "common.pt")
+        """Raises: OSError where there is no room."""
+        content = io.BytesIO()  # given a path, torch hides why it could not be written
+        torch.save({"content_metadata": CONTENT}, content)
+        (self._folder / "common.pt").write_bytes(content.getbuffer())
         with (self._folder / ".metadata").open("wb") as file:
             pickle.dump(Metadata(self._tensors, storage_data=self._storage), file)
         (self._folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")

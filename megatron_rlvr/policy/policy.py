@@ -204,13 +204,19 @@ class Policy:
         """Writes the model as a Hugging Face folder, with the configuration and tokenizer it came with.
 
         ``finish`` is called on the main rank with the folder before it gets its name, to add files to it.
+
+        Raises: OSError on every rank where the folder cannot be written; nothing is left of it.
         """
+        weights = iter(self.export_weights())
+        told: list[OSError | None] = [None]
         if self.ranks.is_main:
-            write_folder(folder, self.folder, self.export_weights(), finish)
-        elif self.ranks.data_rank == 0 or self.ranks.expert_size > 1:  # experts come from other replicas as well
-            for _ in self.export_weights():
-                pass
-        dist.barrier()
+            told = [_failure_of(partial(write_folder, folder, self.folder, weights, finish))]
+        if self.ranks.data_rank == 0 or self.ranks.expert_size > 1:  # experts come from other replicas as well
+            for _ in weights:
+                pass  # on the main rank what is left after a failure: the others are in the middle of it
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise told[0]
 
     # One pass through the pipeline ----------------------------------------------------------------------------------
 
@@ -313,6 +319,14 @@ class Policy:
             return {"grad_norm": norm, "skipped": 1.0}
         self._optimizer.step()
         return {"grad_norm": norm, "skipped": 0.0}
+
+
+def _failure_of(write: Callable[[], None]) -> OSError | None:
+    try:
+        write()
+    except OSError as error:
+        return error
+    return None
 
 
 class _Export:

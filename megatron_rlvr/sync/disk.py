@@ -6,7 +6,7 @@ The folder stays until the next one has been loaded, for servers that come back.
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -45,9 +45,15 @@ class DiskSync(Sync):
         self._written: list[Path] = []
 
     def hand_over(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        without: Mapping[str, str] | None = None,
     ) -> tuple[Weights, dict[str, str]]:
         """Writes, and has every server load; a collective over the world in which every rank exhausts the iterator.
+
+        Args:
+            without: see rollout.sglang.WeightSync.
 
         Returns: what servers have to sample from, with a loader on the main rank, and {URL: why it does not}.
         Raises: ServersError on every rank if the folder cannot be written.
@@ -64,7 +70,7 @@ class DiskSync(Sync):
         load = None
         if self._main_pool is not None:
             load = partial(_load, str(self._folder / label), label, self._main_pool.patience_seconds)
-            failures = faults(self._main_pool.everywhere(load))
+            failures = faults(self._main_pool.everywhere(load, without=without))
             self._drop_all_but(label)
         return Weights(label, load), self._from_main(failures)
 
@@ -78,7 +84,7 @@ class DiskSync(Sync):
         """Why the folder could not be written, or None."""
         try:
             self._written.append(self._folder / label)
-            write_folder(self._folder / label, self._source, tensors, self._finish)
+            write_folder(self._folder / label, self._source, tensors, self._finish, lasting=False)
         except (OSError, SafetensorError) as error:
             return (
                 f"weights {label} cannot be written to sync.dir {self._folder} ({error}); make room, or choose another"

@@ -272,6 +272,23 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(model, checkpoint, 
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json"])
+def test_a_small_file_that_cannot_be_written_is_an_error_of_the_disk(name, model, tmp_path, monkeypatch):
+    """The disk may be full just when all of the weights are written."""
+    from megatron_rlvr.policy.checkpoint_files import CheckpointWriter
+
+    finish = CheckpointWriter.finish
+
+    def obstructed(writer: CheckpointWriter) -> None:
+        (writer._folder / name).mkdir()
+        finish(writer)
+
+    monkeypatch.setattr(CheckpointWriter, "finish", obstructed)
+    with pytest.raises(OSError, match=f"Is a directory: .*{name}"):
+        to_megatron(model, tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_arguments_are_one_line(model, tmp_path):
     for arguments, message in (
         ((TO_MEGATRON, tmp_path / "none", tmp_path / "out"), "holds no config.json"),

@@ -2,9 +2,12 @@
 
 import contextlib
 import multiprocessing
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -131,15 +134,83 @@ def not_loaded(folder: Path, checkpoint: Path, changes: dict[str, Any]) -> str:
         return "loaded"
 
 
-def not_saved(folder: Path, target: Path) -> str:
-    from megatron_rlvr.policy.checkpoint import save_checkpoint, sharded_weights
+def not_saved(
+    folder: Path, target: Path, spoil: Callable[[Path], Any] = str, rank: int = 0, background: bool = False
+) -> str:
+    """What saving says here. ``spoil`` is called on a rank, with the folder that is being built, before its save."""
+    from megatron.core import dist_checkpointing
 
-    with policy_of(str(folder), Layout(data=2)) as policy:
+    from megatron_rlvr.policy.checkpoint import begin_checkpoint, sharded_weights
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    save = dist_checkpointing.save
+
+    def spoiled(state: Any, building: str, *arguments: Any, **options: Any) -> Any:
+        if os.environ["RANK"] == str(rank):
+            spoil(Path(building))
+        return save(state, building, *arguments, **options)
+
+    with policy_of(str(folder), Layout(tensor=2)) as policy, mock.patch.object(dist_checkpointing, "save", spoiled):
         try:
-            save_checkpoint(sharded_weights(policy._chunks), target, folder)
+            begin_checkpoint(sharded_weights(policy._chunks), target, folder, background=background)()
         except OSError as error:
             return str(error)
+        finally:
+            mock.patch.stopall()
         return "saved"
+
+
+def no_common(building: Path) -> None:
+    (building / "common.pt").mkdir()
+
+
+def no_metadata(building: Path) -> None:
+    (building / ".metadata.tmp").mkdir()
+
+
+def no_name_of_the_format(building: Path) -> None:
+    (building / "metadata.json").mkdir()
+
+
+def no_weights(building: Path) -> None:
+    (building / "__1_1.distcp").mkdir()
+
+
+def no_processes(building: Path) -> None:
+    multiprocessing.current_process()._config["daemon"] = True  # type: ignore[attr-defined]
+
+
+def killed_writers(building: Path) -> None:
+    """They are forked: what is changed here is changed in them."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def killed(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", killed).start()
+
+
+def put_on_the_disk(folder: Path, target: Path) -> list[str]:
+    """What a save has made sure of, in order."""
+    from megatron_rlvr.policy.checkpoint import save_checkpoint, sharded_weights
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    synced: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def noting(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def named(path: Path, name: Path) -> Path:
+        synced.append("named" if path.is_dir() else "a file of Megatron's")
+        return rename(path, name)
+
+    with policy_of(str(folder), Layout()) as policy:
+        state = sharded_weights(policy._chunks)
+        with mock.patch.object(os, "fsync", noting), mock.patch.object(Path, "rename", named):
+            save_checkpoint(state, target, folder)
+    return synced
 
 
 def names_by_megatron(folder: Path) -> list[str]:
@@ -238,7 +309,51 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(ranks: Ranks, fo
         assert "decoder.layers.0.mlp.linear_fc1.weight [112, 48] does not fit [128, 48]" in told
 
 
-def test_a_checkpoint_that_cannot_be_written_is_an_error_on_every_rank(ranks: Ranks, folders, tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error_on_every_rank(ranks: Ranks, folders, tmp_path):
     (tmp_path / "file").write_text("mine")
     for told in ranks.run(not_saved, 2, folders["qwen2", "float32"], tmp_path / "file" / "checkpoint"):
         assert "Not a directory" in told
+
+
+@pytest.mark.parametrize(
+    ("spoil", "rank", "background", "message"),
+    [
+        (no_common, 0, True, "Is a directory"),
+        (no_metadata, 0, False, "Is a directory"),
+        (no_name_of_the_format, 0, True, "Is a directory"),
+        (no_weights, 1, True, "Is a directory"),
+        (no_processes, 1, False, "daemonic processes are not allowed to have children"),
+        (no_processes, 0, True, "daemonic processes are not allowed to have children"),
+        (killed_writers, 1, True, "a process that wrote ended with status -9"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_an_error_on_every_rank_and_leaves_nothing(
+    ranks: Ranks, folders, spoil, rank, background, message, tmp_path
+):
+    folder = folders["qwen2", "float32"]
+    for told in ranks.run(not_saved, 2, folder, tmp_path / "checkpoint", spoil, rank, background, timeout=60.0):
+        assert message in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(ranks: Ranks, folders, tmp_path):
+    folder, target = folders["qwen2", "float32"], tmp_path / "checkpoint"
+    (synced,) = ranks.run(put_on_the_disk, 1, folder, target)
+    naming = synced.index("named")
+    building = tmp_path / "checkpoint.incomplete"
+    assert {str(building / path.relative_to(target)) for path in target.rglob("*")} < set(synced[:naming])
+    assert str(building) in synced[:naming]
+    assert synced[naming + 1 :] == [str(tmp_path)]
+
+
+def test_only_adam_of_torch_is_told_how_many_steps_it_has_taken():
+    """Fused ones count for themselves, and those of Transformer Engine refuse a parameter that does so."""
+    from megatron_rlvr.policy.checkpoint import load_optimizer
+
+    def told(optimizer: Any) -> dict[str, Any]:
+        loaded = {"optimizer": {"state": {}}}
+        load_optimizer(mock.Mock(spec=["optimizer", "load_state_dict"], optimizer=optimizer), loaded)
+        return loaded["optimizer"]["state"]
+
+    assert told(mock.Mock(state={})) == {}
+    assert told(torch.optim.Adam([torch.zeros(1)])) == {"common_step": 0}
