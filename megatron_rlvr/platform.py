@@ -17,6 +17,8 @@ import importlib
 import importlib.util
 import os
 import resource
+import threading
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
@@ -132,6 +134,9 @@ def init_process_group(timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     _name_absent_kernels()
     if has_gpu():
+        # Set to what it means where it is not, while this is the only thread: only a variable that exists can later be
+        # changed while other threads read the environment.
+        os.environ.setdefault(_WATCHDOG_OFF, "0")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
@@ -141,6 +146,9 @@ def init_process_group(timeout_minutes: float) -> None:
 
 def shut_down() -> None:
     """Leaves the process group; without it gloo's threads abort the interpreter at exit."""
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    for thread in list(_leaving):
+        thread.join(max(0.0, deadline - time.monotonic()))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -154,6 +162,45 @@ def store() -> torch.distributed.Store:
 def object_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
     """A group for CPU tensors and Python objects. Every rank of the world must call it with the same ranks."""
     return torch.distributed.new_group(ranks, backend="gloo")
+
+
+_WATCHDOG_OFF = "TORCH_NCCL_BLOCKING_WAIT"
+_LEAVE_SECONDS = 10.0
+_leaving: list[threading.Thread] = []
+"""Threads that end connections with servers."""
+
+
+class _NoWatchdog:
+    """While any thread is in it, NCCL groups get no watchdog: whoever waits for their work learns how it went.
+
+    The watchdog would end this process when a server dies or hangs. Torch reads the variable as it makes a group, and
+    not again. Threads are not kept apart by a lock: one may be waiting for its server in there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: str | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = os.environ.get(_WATCHDOG_OFF)
+                os.environ[_WATCHDOG_OFF] = "1"
+            self._inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            if self._before is None:
+                os.environ.pop(_WATCHDOG_OFF, None)
+            else:
+                os.environ[_WATCHDOG_OFF] = self._before
+
+
+_no_watchdog = _NoWatchdog()
 
 
 class ServerGroup:
@@ -188,15 +235,16 @@ class ServerGroup:
         c10d = torch.distributed.distributed_c10d
         timeout = timedelta(seconds=timeout_seconds)
         self._store.set_timeout(timeout)
-        group, _ = c10d._new_process_group_helper(
-            self.size,
-            0,
-            [],
-            c10d.Backend(self.backend),
-            c10d.PrefixStore(self.name, self._store),
-            group_name=self.name,  # type: ignore[arg-type]
-            timeout=timeout,
-        )
+        with _no_watchdog:
+            group, _ = c10d._new_process_group_helper(
+                self.size,
+                0,
+                [],
+                c10d.Backend(self.backend),
+                c10d.PrefixStore(self.name, self._store),
+                group_name=self.name,  # type: ignore[arg-type]
+                timeout=timeout,
+            )
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.size)}
         self._group = group
         if self._closed:
@@ -213,11 +261,39 @@ class ServerGroup:
         group.broadcast([data], options).wait(options.timeout)
 
     def close(self) -> None:
-        """Leaves at once. A broadcast that is stuck ends by itself when its time is up, and its connections with it."""
+        """Leaves at once, and the name is free. A broadcast that is stuck ends by itself when its time is up, and its
+        connections with it; NCCL's are broken off, in a thread that nothing waits for but, for a while, `shut_down`.
+        """
         self._closed = True
         group, self._group = self._group, None
-        if group is not None:
+        if group is None:
+            return
+        if self.backend != "nccl":
             torch.distributed.destroy_process_group(group)
+            return
+        _forget(group)
+        thread = threading.Thread(target=_break_off, args=(group,), name="leaving", daemon=True)
+        thread.start()
+        _leaving[:] = [each for each in (*_leaving, thread) if each.is_alive()]
+
+
+def _forget(group: torch.distributed.ProcessGroup) -> None:
+    """Strikes a group off torch's books, as torch does when it has ended one: no end of all groups waits for it."""
+    c10d = torch.distributed.distributed_c10d
+    world: Any = c10d._world
+    for book in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_coalesce_state):
+        book.pop(group, None)
+    tag = world.pg_to_tag.pop(group, None)
+    for each in {tag, ""}:
+        if group in world.tags_to_pg.get(each, ()):
+            world.tags_to_pg[each].remove(group)
+    c10d._unregister_process_group(group.group_name)
+
+
+def _break_off(group: torch.distributed.ProcessGroup) -> None:
+    """Ends a group without waiting for its work; an older torch can only shut it down."""
+    with contextlib.suppress(RuntimeError):  # its server is given up as it is
+        getattr(group, "abort", group.shutdown)()
 
 
 class _NoOp:

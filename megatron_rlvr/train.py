@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_rlvr.checkpoints import Checkpoint, CheckpointError, Done, prepare
+from megatron_rlvr.checkpoints import FOLDER, Checkpoint, CheckpointError, Done, prepare
 from megatron_rlvr.command_line import help_text, load_settings, to_yaml
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
 from megatron_rlvr.data.rows import DataError
@@ -89,10 +89,21 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals
     except CheckpointError as error:
         complain(error)
         _leave(graders, 1)
-    except Exception:
+    except Exception as error:
         signals.failed()
-        logger.exception("rank %s failed", os.environ.get("RANK", "0"))
+        if isinstance(error, _explained()):
+            complain(error)
+        else:
+            logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         _leave(graders, 1)
+
+
+def _explained() -> tuple[type[Exception], ...]:
+    """What ends a run without being a fault of the program: the message says what happened. They come with torch."""
+    from megatron_rlvr.learner import LogprobGapError, PolicyEntropyError, SkippedStepsError
+    from megatron_rlvr.rollout.servers import ServersError
+
+    return ServersError, LogprobGapError, PolicyEntropyError, SkippedStepsError
 
 
 def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
@@ -173,7 +184,8 @@ def _prepare_run_folder(resolved: Resolved, ranks: "Ranks") -> Checkpoint | None
     if ranks.is_main:
         folder = Path(resolved.settings.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES if resolved.start is None else ("summary.json", "sync"):
+        ours = [name for name in RUN_FILES if name != FOLDER]  # `prepare` sees to that one
+        for name in ours if resolved.start is None else ("summary.json", "sync"):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         prepare(resolved.settings, resolved.start)

@@ -19,6 +19,7 @@ from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import RolloutEngine
 from megatron_rlvr.rollout.agreement import gather
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
+from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
 from megatron_rlvr.signals import Signals
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,12 @@ class Trainer:
             self.progress.step(step, figures)
             self.done.step = step
             self.checkpoints.complete()
-            if every_export and step % every_export == 0:
-                self.export(Path(run.dir) / "exports" / f"step_{step:06d}")
             stop = self._stop_is_wanted()
             if stop or self.checkpoints.due(step):
                 self.save()
+            if every_export and step % every_export == 0:
+                self.checkpoints.complete()  # an export that fails, or takes too long after SIGTERM, must not cost it
+                self.export(Path(run.dir) / "exports" / f"step_{step:06d}")
             if stop:
                 break
         self.checkpoints.complete()
@@ -94,7 +96,12 @@ class Trainer:
         self._seconds = dict.fromkeys(("rollout", "score", "train", "sync"), 0.0)
         with self._timed("step"):
             with self._timed("rollout"):
-                rollout = self.collector.collect(step, self.progress.sampled)
+                try:
+                    rollout = self.collector.collect(step, self.progress.sampled)
+                except ServersError:  # on every rank, and the weights are still those of the last step
+                    self.save()
+                    self.checkpoints.complete()
+                    raise
             self.log.write_rollouts(step, rollout.sampled, self.collector.tokenizer)
             if self.settings.rollout.overlap == "one_step" and step < self.settings.run.steps:
                 self.collector.begin(step + 1)
@@ -146,8 +153,13 @@ class Trainer:
         """Accuracy on the evaluation sets; nothing where none is given."""
         if not self.evaluator:
             return {}
-        with self.progress.evaluating(self.evaluator.requests_of_this_rank()) as finished:
-            figures = self.evaluator.run(finished)
+        while True:
+            try:
+                with self.progress.evaluating(self.evaluator.requests_of_this_rank()) as finished:
+                    figures = self.evaluator.run(finished)
+                break
+            except WeightsWantedError:  # on every rank: servers came back without them
+                self.sync(version=step)
         self.progress.evaluated(step, figures)
         if step == 0:
             self.log.write(0, figures)

@@ -2,9 +2,12 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -26,7 +29,7 @@ from scripted import (
 )
 
 from megatron_rlvr.config import EvaluateSettings, EvaluationFileSettings, RewardSettings
-from megatron_rlvr.types import Prompt, SampleRequest
+from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
 SAMPLES, CAP, SEED = 3, 20, 5
 SETS: dict[str, Sequence[Prompt]] = {
@@ -144,3 +147,54 @@ def test_the_samples_are_dealt_evenly_and_counted_in_advance(outcomes: dict[str,
 def test_the_sampling_is_the_evaluations_with_the_cap_of_training(outcomes: dict[str, list[Outcome]]):
     found = [outcome.samplings for ranks in outcomes.values() for outcome in ranks]
     assert all(samplings == {(0.5, 0.25, CAP)} for samplings in found)
+
+
+def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) -> tuple[dict[str, float], Any, Any]:
+    """Figures, versions that were handed over, and steps that were reported, of a trainer's evaluation."""
+    from megatron_rlvr.evaluate import Evaluator
+    from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.rollout.servers import WeightsWantedError
+    from megatron_rlvr.trainer import Trainer
+
+    class ForgettingEngine(ScriptedEngine):
+        """Fails in the middle of its second call, and of its fifth: in the second set, and then in the third."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.versions: list[int] = []
+
+        def update_weights(self, named_tensors: Any, version: int) -> None:
+            self.versions.append(version)
+
+        def generate(self, requests: Sequence[SampleRequest], sampling: Any) -> Iterator[Completion]:
+            fails = len(self.calls) in (1, 4)
+            for number, completion in enumerate(super().generate(requests, sampling)):
+                if fails and number == len(requests) // 2:
+                    break
+                yield completion
+            if fails:
+                raise WeightsWantedError("no server holds the current weights")
+
+    files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
+    settings = EvaluateSettings(sets=files, samples=SAMPLES, temperature=0.5, top_p=0.25)
+    with process_group(), start_graders(folder) as graders:
+        engine = ForgettingEngine()
+        sampler = Sampler(engine, PlainTokenizer(), graders, RewardSettings())  # type: ignore[arg-type]
+        evaluator = Evaluator(sampler, ranks_of(layout), settings, SETS, max_response_tokens=CAP, seed=SEED)
+        reported: list[int] = []
+        progress = SimpleNamespace(
+            evaluating=lambda total: nullcontext(lambda count: None),
+            evaluated=lambda step, figures: reported.append(step),
+        )
+        trainer: Any = Trainer.__new__(Trainer)  # no more of it than evaluations need
+        trainer.evaluator, trainer.progress, trainer.engine = evaluator, progress, engine
+        trainer.policy = SimpleNamespace(export_weights=lambda: iter(()))
+        return trainer.evaluate(7), engine.versions, reported
+
+
+def test_weights_that_servers_have_lost_are_handed_over_again_and_the_evaluation_is_repeated(
+    outcomes: dict[str, list[Outcome]], tmp_path: Path
+):
+    layout = LAYOUTS["2"]
+    found = on_ranks(evaluate_on_servers_that_lose_their_weights, layout.world_size, layout, write_reward(tmp_path))
+    assert found == [(outcomes["2"][0].first, [7, 7], [7])] * layout.world_size

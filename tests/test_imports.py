@@ -35,7 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trimming": {"types", "algo", "batch"},
     "policy": {"config", "platform", "algo", "batch", "hf", "protocols"},
     "rollout": {"types", "config", "platform", "protocols", "data", "reward", "policy.ranks"},
-    "sync": {"types", "config", "platform", "protocols", "policy", "hf", "rollout.server", "rollout.servers"},
+    "sync": {
+        *("types", "config", "platform", "protocols", "policy", "hf"),
+        *("rollout.agreement", "rollout.server", "rollout.servers"),
+    },
     "learner": {"config", "protocols", "algo", "batch", "mini_batches", "trimming", "policy"},
     "evaluate": {"types", "config", "rollout", "policy.ranks"},
     "metrics": {"types", "config"},

@@ -30,11 +30,11 @@ class Counts:
 
 
 class Board:
-    """The counters of one step.
+    """The counters of one step, or of another occasion on which ranks wait for each other.
 
     Args:
-        store: of all leaders; used by no other thread.
-        name: of the step's attempt, never used before.
+        store: of all ranks; used by no other thread.
+        name: of the attempt or occasion, never used before.
     """
 
     def __init__(self, store: dist.Store, name: str) -> None:
@@ -58,12 +58,12 @@ class Board:
         self._store.add("stopped", 1)
 
     def leave(self) -> None:
-        """This leader has finished."""
+        """This rank has finished."""
         self._store.add("left", 1)
 
-    def wait_for_all(self, leaders: int) -> None:
-        """Returns when all have left."""
+    def wait_for_all(self, ranks: int) -> None:
+        """Returns when so many have left."""
         pause = _FIRST_PAUSE_SECONDS
-        while self._store.add("left", 0) < leaders:
+        while self._store.add("left", 0) < ranks:
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, 1.5 * pause)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from megatron_rlvr.rollout.jobs import GivenUp, Job
 from megatron_rlvr.rollout.server import Refused, Server, ServerFault, UnusableServer
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,6 @@ class WeightsWantedError(ServersError):
     """All servers are out, and one that is healthy lacks nothing but the weights, which only a sync can give it."""
 
 
-class GivenUp(ServerFault):
-    """The server ended a request early. ``partial`` is the result as far as it got."""
-
-    def __init__(self, message: str, partial: Any) -> None:
-        super().__init__(message)
-        self.partial = partial
-
-
 @dataclass(frozen=True)
 class Weights:
     """What servers have to sample from.
@@ -65,28 +58,6 @@ class Weights:
     label: str
     load: Callable[[Server], Awaitable[None]] | None = None
     by_sync_only: bool = False
-
-
-@dataclass(eq=False)
-class Job:
-    """One request.
-
-    Attributes:
-        name: for messages.
-        body: of POST /generate.
-        read: makes the result of the server's answer; raises ServerFault for one that cannot be used, GivenUp for one
-            that was ended early.
-        timeout_seconds: of one attempt.
-    """
-
-    name: str
-    body: dict[str, Any]
-    read: Callable[[Any], Any]
-    timeout_seconds: float
-    failures: int = 0
-    tried: set[str] = field(default_factory=set)
-    rid: str = ""
-    """Of the attempt that is running."""
 
 
 @dataclass(eq=False)
@@ -188,17 +159,28 @@ class ServerPool:
         return [member.server.url for member in self._members if member.usable]
 
     def everywhere(
-        self, action: Callable[[Server], Awaitable[T]], *, healthy: bool = True
+        self,
+        action: Callable[[Server], Awaitable[T]],
+        *,
+        healthy: bool = True,
+        without: Mapping[str, str] | None = None,
     ) -> dict[str, T | ServerFault]:
         """{URL: what ``action`` returned for the server, or its fault}, at all servers at once.
 
-        A server that is out is asked for its health first, so that a silent one costs no more than that; with
-        ``healthy`` false it is not, for servers that cannot be healthy because their memory is away.
+        A server that is out is asked for its health first, so that a silent one costs no more than that. One that is
+        held is not, since it is paused and looks unhealthy; with ``healthy`` false none is, for servers that may be
+        paused by others.
+
+        Args:
+            without: {URL: why} of servers that nothing is asked of; the reason is their fault.
         """
+        barred = without or {}
 
         async def one(member: _Member) -> T | ServerFault:
+            if member.server.url in barred:
+                return UnusableServer(barred[member.server.url])
             try:
-                if healthy and not member.usable:
+                if healthy and not member.usable and not member.server.held:
                     await member.server.check_health()
                 return await action(member.server)
             except ServerFault as fault:
@@ -449,19 +431,22 @@ class ServerPool:
 
     async def _take_back(self, member: _Member, changes: int) -> None:
         """A healthy server comes back if it has the weights, or gets them."""
+        if member.server.held:  # a new process where one had its memory taken: paused by any load, until the next sync
+            member.lacks_weights = True
+            return
         weights = self._weights
         if weights is None:
             return
         if await member.server.weight_version() != weights.label:
             if weights.load is None:
-                member.lacks_weights = weights.by_sync_only
-                return  # another rank will give it the weights, or the next sync
+                member.lacks_weights = True
+                return  # another rank may give it the weights, or else the next sync
             async with member.loading:
                 if changes == self._changes:
                     await weights.load(member.server)
         if changes != self._changes:
             return  # newer ones are on their way
-        member.usable = True
+        member.usable, member.lacks_weights = True, False
         logger.info("server %s is back", member.server.url)
         self._dispatch()
 
@@ -472,15 +457,15 @@ class ServerPool:
             reasons = "; ".join(f"{member.server.url}: {member.reason}" for member in self._members)
             if self.usable or self._changing:
                 last_usable = self._loop.time()
-            elif any(member.lacks_weights for member in self._members):
+                continue
+            over = self._loop.time() - last_usable > self.patience_seconds
+            # A rank that can give single servers their weights does so only while it samples, and may have finished.
+            by_sync = over or (self._weights is not None and self._weights.by_sync_only)
+            if any(member.lacks_weights and (by_sync or member.server.held) for member in self._members):
                 return stream.results.put(WeightsWantedError(f"no server holds the current weights; {reasons}"))
-            elif self._loop.time() - last_usable > self.patience_seconds:
-                return stream.results.put(
-                    ServersError(
-                        f"no server could be used for {self.patience_seconds:g} s (rollout.server_timeout_seconds); "
-                        f"{reasons}"
-                    )
-                )
+            if over:
+                none = f"no server could be used for {self.patience_seconds:g} s (rollout.server_timeout_seconds)"
+                return stream.results.put(ServersError(f"{none}; {reasons}"))
 
 
 def faults(results: Mapping[str, Any]) -> dict[str, str]:

@@ -24,9 +24,11 @@ from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.protocols import Sampling
 from megatron_rlvr.rollout import colocation
 from megatron_rlvr.rollout.agreement import agree
+from megatron_rlvr.rollout.board import Board
+from megatron_rlvr.rollout.jobs import GivenUp, Job
 from megatron_rlvr.rollout.router import expand, workers_of
 from megatron_rlvr.rollout.server import Server, ServerFault, ServerInfo, UnusableServer
-from megatron_rlvr.rollout.servers import GivenUp, Job, JobStream, ServerPool, ServersError, Weights, faults
+from megatron_rlvr.rollout.servers import JobStream, ServerPool, ServersError, Weights, faults
 from megatron_rlvr.types import Completion, SampleRequest, nothing_sampled
 
 if TYPE_CHECKING:
@@ -39,15 +41,28 @@ _SECONDS_A_REQUEST, _SECONDS_A_TOKEN = 60.0, 0.5
 
 
 class WeightSync(Protocol):
-    """Hands the policy's weights to the servers."""
+    """Hands the policy's weights to the servers.
+
+    Attributes:
+        announce: is told what servers will call the weights of a version, on every rank, before any server can sample
+            from them. A fast server goes on with them while a slow one is still loading.
+    """
+
+    announce: Callable[[str, int], None]
 
     def hand_over(
-        self, named_tensors: "Iterable[tuple[str, torch.Tensor]]", version: int
+        self,
+        named_tensors: "Iterable[tuple[str, torch.Tensor]]",
+        version: int,
+        without: Mapping[str, str] | None = None,
     ) -> tuple[Weights, dict[str, str]]:
         """What servers now sample from, and {URL: why it does not have it}.
 
         A collective over the world, in which every rank exhausts the iterator. Requests that are running on servers
         wait, and go on with the new weights.
+
+        Args:
+            without: main rank: {URL: why} of servers that cannot take weights; they are among those that lack them.
         """
 
     def close(self) -> None:
@@ -82,8 +97,12 @@ class SglangEngine:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._vocab_size = vocab_size
         self._longest = longest
+        self._store = platform.store()
+        self._calls = 0
+        """Of `generate`, the same on every rank."""
         self._version: int | None = None
         self._versions: dict[str, int] = {}
+        sync.announce = self._versions.__setitem__
 
     def update_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
         """Gives all servers new weights; one that fails is taken out. A collective over the world.
@@ -100,10 +119,10 @@ class SglangEngine:
             agree(None)
         else:
             with self._pool.changing_weights():
-                self._memory(colocation.resume_weights)
-                weights, failures = self._sync.hand_over(named_tensors, version)
-                failures |= self._memory(colocation.resume_all)
-                self._versions[weights.label] = version
+                # Weights that were loaded into memory that is not there would end the server.
+                without_memory = self._memory(colocation.resume_weights)
+                weights, failures = self._sync.hand_over(named_tensors, version, without_memory)
+                failures = self._memory(colocation.resume_all) | failures  # what failed first is the reason
                 self._pool.use(weights, failures)
             reasons = "; ".join(f"{url}: {reason}" for url, reason in failures.items())
             none_left = f"no server took the weights of version {version}; {reasons}"
@@ -138,20 +157,29 @@ class SglangEngine:
 
         Raises: ServersError on every rank, if servers fail for good, or a request cannot be sent to any.
         """
-        if self._pool is None and requests:
-            raise RuntimeError("this rank does not lead its replica and has requests; give them to the leader")
+        self._calls += 1
+        board = Board(self._store, f"generate/{self._calls}")
         failure = None
-        if requests:
-            try:
-                with self.open(sampling) as stream:
-                    stream.submit(requests)
-                    for _ in requests:
-                        answer = stream.get()
-                        assert answer is not None
-                        yield answer[1]
-            except ServersError as error:
-                failure = error
+        try:
+            if requests:
+                yield from self._answers(requests, sampling)
+        except ServersError as error:
+            failure = error
+        finally:
+            board.leave()
+        board.wait_for_all(dist.get_world_size())  # as long as it takes, which a collective would not
         agree(failure)
+
+    def _answers(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
+        """The completions of this rank's requests as they arrive. Raises: ServersError."""
+        if self._pool is None:
+            raise RuntimeError("this rank does not lead its replica and has requests; give them to the leader")
+        with self.open(sampling) as stream:
+            stream.submit(requests)
+            for _ in requests:
+                answer = stream.get()
+                assert answer is not None
+                yield answer[1]
 
     @contextmanager
     def open(self, sampling: Sampling) -> "Iterator[SglangStream]":
@@ -162,8 +190,11 @@ class SglangEngine:
             yield SglangStream(self, jobs, sampling)
 
     def close(self) -> None:
-        """Lets the servers go."""
-        self._memory(colocation.resume_all)
+        """Lets the servers go.
+
+        Memory that they have given to training stays away: whoever leaves in mid-step may still hold it, and a server
+        ends if it cannot have its own. The next trainer finds out what is missing (colocation.recover).
+        """
         self._sync.close()
         if self._pool is not None:
             self._pool.close()

@@ -14,7 +14,7 @@ from megatron_rlvr.rollout.board import Board
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Filled
 from megatron_rlvr.rollout.groups import OrderedGroup
 from megatron_rlvr.rollout.harvest import Harvest, Quota, Yield
-from megatron_rlvr.rollout.servers import WeightsWantedError
+from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
 
 
 class StreamingCollector(Collector):
@@ -45,21 +45,29 @@ class StreamingCollector(Collector):
         self._weights_wanted = False
         self._stopped = False
         self._settled_early: list[OrderedGroup] = []
-        """Groups of this replica that a checkpoint took in before their step: its figures count them."""
+        """Groups of this replica that were taken in, and that the figures of no step have counted yet."""
+        self._failure: Exception | None = None
+        """Of this rank's last harvest; told when a step needs what that has not brought."""
 
     def begin(self, step: int) -> None:
         """Begins to sample for a step, in the background. A collective over the world."""
         super().begin(step)
+        self._leave_begun_to_leader()
         self._drawn_in_step = 0
         self._start()
 
     def state(self) -> dict[str, Any]:
-        """See `Collector`. A harvest in the background is stopped for it, and goes on with what is still missing."""
+        """See `Collector`. A harvest in the background is stopped for it, and goes on with what is still missing.
+
+        What has failed in the background fails the step that needs it, and not a checkpoint of the one that is done.
+        """
         harvesting = self._underway
         if self._harvest is not None:
             self._harvest.cancel()
         if harvesting:
             self._settled_early += self._take_in(lambda count: None)
+            if isinstance(self._failure, ServersError):
+                self._failure = None  # servers are tried once more
         state = super().state()
         parts = gather(self._settled_early, self._ranks.data_objects)
         if harvesting:
@@ -70,13 +78,17 @@ class StreamingCollector(Collector):
         super().restore(state)
         ranks = self._ranks
         self._settled_early = [g for g in state["settled_early"] if g.order % ranks.data_size == ranks.data_rank]
-        if ranks.replica_rank:
-            self._begun = []  # its leader has them
+        self._leave_begun_to_leader()
 
     def close(self) -> None:
         """Stops the servers."""
         if self._harvest is not None:
             self._harvest.cancel()
+
+    def _leave_begun_to_leader(self) -> None:
+        """Only a leader goes on with groups, though all ranks of a replica learn which go back to be sampled again."""
+        if self._ranks.replica_rank:
+            self._begun = []
 
     def _start(self) -> None:
         """A harvest of what is missing."""
@@ -110,15 +122,14 @@ class StreamingCollector(Collector):
             )
 
     def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
-        finished, self._settled_early = self._settled_early, []
-        finished = finished + self._take_in(on_finished)
+        self._settle(on_finished)
         while self._weights_wanted and not self._stopped:
             self._sync()
             self._start()
-            finished += self._take_in(on_finished)
+            self._settle(on_finished)
         if self._stopped and self._kept_everywhere < self._prompts:
-            self._settled_early = finished
             raise CollectionStoppedError(f"sampling for step {step} was stopped")
+        finished, self._settled_early = self._settled_early, []
         total, useful = self._count(len(finished)), self._count(sum(map(self._is_useful, finished)))
         if self._kept_everywhere < self._prompts:
             used_up = self._drawn_in_step == self._cursor.prompts
@@ -128,12 +139,18 @@ class StreamingCollector(Collector):
             )
         return Filled(finished, total, useful, self._drawn_in_step / self._prompts)
 
+    def _settle(self, on_finished: Callable[[int], None]) -> None:
+        """Takes in the harvest; raises on every rank what has ended it on any, but for the want of weights."""
+        self._settled_early += self._take_in(on_finished)
+        failure, self._failure = self._failure, None
+        agree(failure)
+
     def _take_in(self, on_finished: Callable[[int], None]) -> list[OrderedGroup]:
         """Waits for the harvest and keeps what it has brought; its finished groups, of this replica."""
         here = self._finish(on_finished)
         self._keep(here.settled, self._count(sum(map(self._is_useful, here.settled))))
         wanted = isinstance(here.failure, WeightsWantedError)
-        agree(None if wanted else here.failure)
+        self._failure = self._failure or (None if wanted else here.failure)
         told = gather((wanted, self._stop_wanted()), self._world)
         self._weights_wanted, self._stopped = (any(column) for column in zip(*told, strict=True))
         return here.settled

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rlvr.policy.ranks import Ranks
+from megatron_rlvr.rollout.agreement import agree
 from megatron_rlvr.rollout.server import Refused, Server, ServerFault, UnusableServer
 from megatron_rlvr.rollout.servers import ServerPool, Weights, faults
 from megatron_rlvr.sync.buckets import Bucket, buckets
@@ -58,16 +59,23 @@ class Sync:
 
     Args:
         pool: of the main rank; others pass their own or None.
+
+    Attributes:
+        announce: see rollout.sglang.WeightSync.
     """
 
     def __init__(self, pool: ServerPool | None, ranks: Ranks) -> None:
+        self.announce: Callable[[str, int], None] = lambda label, version: None
         self._ranks = ranks
         self._main_pool = pool if ranks.is_main else None
         self._run = secrets.token_hex(4)
 
     def _label(self, version: int) -> str:
-        """What servers call the weights of a version, on every rank."""
-        return self._from_main(f"{self._run}-{version}")
+        """What servers call the weights of a version; announced on every rank when it returns on any."""
+        label = self._from_main(f"{self._run}-{version}")
+        self.announce(label, version)
+        agree(None)  # a replica that lags behind has requests at servers, which may be given the weights before it
+        return label
 
     def _from_main(self, value: T) -> T:
         """The main rank's ``value`` on every rank."""
@@ -96,18 +104,24 @@ class BucketSync(Sync, ABC):
         self.sent: Sent | None = None
 
     def hand_over(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        without: Mapping[str, str] | None = None,
     ) -> tuple[Weights, dict[str, str]]:
         """Updates every server; a collective over the world in which every rank exhausts the iterator.
 
         Requests that are running wait, and go on with the new weights.
+
+        Args:
+            without: see rollout.sglang.WeightSync.
 
         Returns: what servers have to sample from, and {URL: why it does not}.
         """
         label = self._label(version)
         failures: dict[str, str] = {}
         if self._main_pool is not None:
-            failures = self._update(self._main_pool, named_tensors, label)
+            failures = self._update(self._main_pool, named_tensors, label, without)
         else:
             for _ in named_tensors:
                 pass  # the main rank waits in its collectives
@@ -136,12 +150,17 @@ class BucketSync(Sync, ABC):
     # The update, on the main rank -------------------------------------------------------------------------------------
 
     def _update(
-        self, pool: ServerPool, named_tensors: Iterable[tuple[str, torch.Tensor]], label: str
+        self,
+        pool: ServerPool,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        label: str,
+        without: Mapping[str, str] | None,
     ) -> dict[str, str]:
         """Gives servers the weights; {URL: why it does not have them}."""
         start = time.perf_counter()
         failures: dict[str, str] = {}
-        servers = _sift(pool.everywhere(partial(self._try, partial(self._begin, label))), failures)
+        begin = partial(self._try, partial(self._begin, label))
+        servers = _sift(pool.everywhere(begin, without=without), failures)
         sizes = []
         try:
             for bucket in buckets(named_tensors, self._bucket_bytes, self._device):

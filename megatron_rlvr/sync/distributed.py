@@ -12,7 +12,9 @@ Three threads meet here. The trainer's fills a bucket, and waits until all serve
 so in time. The pool's tells each server what comes. A thread of its own blocks in each broadcast; should that be stuck
 for good, nothing waits for it, not even the end of the program.
 
-On CPUs the groups are gloo's, on GPUs NCCL's, with buckets in the GPU's memory; the latter has not been run yet.
+On CPUs the groups are gloo's, on GPUs NCCL's, with buckets in the GPU's memory; the latter has not been run yet. NCCL's
+have no watchdog, which would end the trainer with any server, and are broken off in a thread of their own when a server
+is given up: the pool's goes on reading the answers of the others.
 """
 
 import asyncio

@@ -376,6 +376,36 @@ def test_tokens_are_never_older_than_allowed(folder: Path):
     assert max(stale) > 1, "or the bound was never needed"
 
 
+def send_back(layout: Layout, folder: Path) -> tuple[int, int, int]:
+    """Groups of this rank that became stale, groups that it has begun after that, and groups that it has kept."""
+    from megatron_rlvr import platform
+    from megatron_rlvr.rollout.groups import OrderedGroup
+
+    with process_group(), start_graders(folder) as graders:
+        ranks = ranks_of(layout)
+        case = Case(0, 60, 6, 3, steps=1, partial=True, max_rounds=10, max_staleness=1)
+        engine = TricklingEngine(case, ranks.rank)
+        collector = collector_of(case, engine, prompts_of([0.5] * 60), ranks, graders, platform.store())
+        groups = collector.collect(1).groups
+        collector._kept = [OrderedGroup(1000 + g.order, g.group) for g in groups]
+        collector._start = lambda: None  # a leader would go on with them
+        collector._begun = []
+        collector.begin(10)
+        collector.close()
+        return len(groups), len(collector._begun), len(collector._kept)
+
+
+def test_groups_that_are_sampled_again_are_their_leaders_alone(folder: Path):
+    layout = LAYOUTS[5]
+    found = on_ranks(send_back, layout.world_size, layout, folder)
+    leaders = [replica[0] for replica in layout.replicas]
+    assert [kept for _, _, kept in found] == [0] * layout.world_size
+    assert [begun for _, begun, _ in found] == [
+        stale if rank in leaders else 0 for rank, (stale, _, _) in enumerate(found)
+    ]
+    assert sum(stale for stale, _, _ in found) == 2 * 6, "every rank of a replica has its groups"
+
+
 def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
     """A failure of one leader's servers, for good; then the step is asked for again."""
     from megatron_rlvr import platform
@@ -418,6 +448,65 @@ def test_a_failure_reaches_every_rank_and_what_was_sampled_is_still_there(folder
     assert {message for message, _, _ in answers} == {"all of them are gone"}
     assert {size for _, _, size in answers} == {6}
     assert sum(held for _, held, _ in answers) > 0
+    assert set(graded_in(folder).values()) == {1}
+
+
+def save_while_servers_fail(layout: Layout, folder: Path, failure: Exception) -> tuple[int, str, int]:
+    """A leader fails in the background, and a checkpoint is made after that; then the step is asked for."""
+    from megatron_rlvr import platform
+
+    class FailingStream(TricklingStream):
+        """Every leader is answered four times, and the first stream of one fails then; the others are silent."""
+
+        answers_left = 4
+
+        def get(self, timeout_seconds: float) -> Any:
+            if not self.answers_left and not self.engine.streams[1:]:
+                if ranks.rank == layout.replicas[-1][0]:
+                    raise failure
+                time.sleep(min(timeout_seconds, 0.001))
+                return None
+            answer = super().get(timeout_seconds)
+            self.answers_left -= answer is not None and not self.engine.streams[1:]
+            return answer
+
+    class FailingEngine(TricklingEngine):
+        def __init__(self, case: Case, rank: int) -> None:
+            super().__init__(case, rank)
+            self.streams: list[TricklingStream] = []
+
+        @contextmanager
+        def open(self, sampling: Any) -> Iterator[TricklingStream]:
+            self.streams.append(FailingStream(self))
+            yield self.streams[-1]
+
+    with process_group(), start_graders(folder) as graders:
+        ranks = ranks_of(layout)
+        case = Case(0, 60, 6, 3, steps=1, partial=True, max_rounds=10)
+        engine = FailingEngine(case, ranks.rank)
+        collector = collector_of(case, engine, prompts_of([0.5] * 60), ranks, graders, platform.store())
+        collector.begin(1)
+        if collector._harvest is not None:
+            collector._harvest._thread.join()
+        state = collector.state()
+        in_hand = sum(len(g.graded) for g in state["begun"]) + 3 * len(state["settled_early"])
+        told, rollout = "", None
+        try:
+            rollout = collector.collect(1)
+        except type(failure) as error:
+            told = str(error)
+        rollout = rollout or collector.collect(2)
+        return in_hand, told, rollout.size
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5]], ids=["1", "2 replicas of 2"])
+@pytest.mark.parametrize("failure", [ServersError("all of them are gone"), LookupError("of another kind")])
+def test_a_checkpoint_is_made_whatever_has_failed_in_the_background(failure: Exception, layout: Layout, folder: Path):
+    found = on_ranks(save_while_servers_fail, layout.world_size, layout, folder, failure)
+    # Servers are tried once more; what else has failed ends the next step.
+    assert {told for _, told, _ in found} == {"" if isinstance(failure, ServersError) else str(failure)}
+    assert {size for _, _, size in found} == {6}
+    assert found[0][0] >= 4, "all that was answered is saved"
     assert set(graded_in(folder).values()) == {1}
 
 

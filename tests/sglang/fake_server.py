@@ -65,6 +65,7 @@ class FakeServer:
         spoil: turns a good answer of /generate into what is answered: JSON, or a status; None hangs.
         healthy: what /health answers; None hangs.
         version: of its weights, as it tells; changed by a load, after ``load_delay``, unless ``loads`` is false.
+        load_waits: whether a load is still to wait, asked again and again.
         loading: loads that it is busy with.
         seen: bodies of /generate.
         aborts: what was aborted; a request that is aborted answers with the first half of its tokens.
@@ -77,6 +78,7 @@ class FakeServer:
         self.healthy: bool | None = True
         self.loads = True
         self.load_delay = 0.0
+        self.load_waits: Callable[[], bool] = lambda: False
         self.loading = 0
         self.version = "default"
         self.delay = 0.0
@@ -108,22 +110,23 @@ class FakeServer:
 
     async def _serve(self) -> web.AppRunner:
         app = web.Application(middlewares=[self._note])
-        app.add_routes(
-            [
-                web.get("/health", self._health),
-                web.get("/model_info", self._model_info),
-                web.get("/v1/models", self._models),
-                web.post("/generate", self._generate),
-                web.post("/pause_generation", self._nothing),
-                web.post("/continue_generation", self._nothing),
-                web.post("/abort_request", self._abort),
-                web.post("/update_weights_from_disk", self._load),
-            ]
-        )
+        app.add_routes(self._routes())
         runner = web.AppRunner(app, shutdown_timeout=0.01)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True).start()
         return runner
+
+    def _routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/health", self._health),
+            web.get("/model_info", self._model_info),
+            web.get("/v1/models", self._models),
+            web.post("/generate", self._generate),
+            web.post("/pause_generation", self._nothing),
+            web.post("/continue_generation", self._nothing),
+            web.post("/abort_request", self._abort),
+            web.post("/update_weights_from_disk", self._load),
+        ]
 
     @web.middleware
     async def _note(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -159,6 +162,8 @@ class FakeServer:
         self.loaded.append(body["model_path"])
         self.loading += 1
         await asyncio.sleep(self.load_delay)
+        while self.load_waits():
+            await asyncio.sleep(0.01)
         self.loading -= 1
         if self.loads:
             self.version = body["weight_version"]
@@ -186,3 +191,104 @@ class FakeServer:
         if isinstance(answer, int):
             return web.Response(status=answer, text="as told")
         return web.json_response(answer)
+
+
+class FakeSharing(FakeServer):
+    """One that can give up its memory, counts it as --enable-metrics does, and takes weights in buckets, too.
+
+    Attributes:
+        missing: tags of the memory that it has given up.
+        paused: whether requests wait; it looks unhealthy then, at once.
+        refusals: resumptions that it will refuse.
+        broken: what would have ended a real one.
+    """
+
+    def __init__(self) -> None:
+        self.refusals = 0
+        self.broken: list[str] = []
+        self._forget()
+        super().__init__()
+
+    def start(self) -> None:
+        """As a new process: with its memory, and weights and counts of none before it."""
+        self._forget()
+        super().start()
+
+    def _forget(self) -> None:
+        self.version, self.missing, self.paused = "default", set[str](), False
+        self._answered = {"/release_memory_occupation": 0, "/resume_memory_occupation": 0}
+
+    def _routes(self) -> list[web.RouteDef]:
+        own = [
+            web.get("/metrics", self._metrics),
+            web.get("/ready", self._health),
+            web.get("/server_info", self._server_info),
+            web.post("/pause_generation", self._pause),
+            web.post("/continue_generation", self._continue),
+            web.post("/release_memory_occupation", self._release),
+            web.post("/resume_memory_occupation", self._resume),
+            web.post("/update_weight_version", self._name),
+            web.post("/begin_weight_update", self._succeed),
+            web.post("/update_weights_from_tensor", self._succeed),
+            web.post("/end_weight_update", self._succeed),
+            web.post("/flush_cache", self._succeed),
+        ]
+        return own + [route for route in super()._routes() if route.path not in {mine.path for mine in own}]
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=503) if self.paused else await super()._health(request)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        lines = [
+            f'sglang:http_responses_total{{endpoint="{endpoint}",status_code="200"}} {count}'
+            for endpoint, count in self._answered.items()
+        ]
+        return web.Response(text="\n".join(lines))
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"tp_size": 1, "pp_size": 1, "dp_size": 1})
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        self.paused = True
+        return web.json_response({"status": "ok"})
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        if self.missing:
+            self.broken.append("it samples without memory")
+        self.paused = False
+        return web.json_response({"status": "ok"})
+
+    async def _release(self, request: web.Request) -> web.Response:
+        self.missing |= set((await request.json())["tags"])
+        self._answered[request.path] += 1
+        return web.Response()
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        tags = set((await request.json())["tags"])
+        if self.refusals:
+            self.refusals -= 1
+            return web.Response(status=400, text="no memory")
+        if not tags <= self.missing:
+            self.broken.append(f"it resumes {tags}, and lacks {self.missing}")
+        self.missing -= tags
+        self._answered[request.path] += 1
+        return web.Response()
+
+    async def _name(self, request: web.Request) -> web.Response:
+        self.version = (await request.json())["new_version"]
+        return web.json_response({"success": True})
+
+    async def _succeed(self, request: web.Request) -> web.Response:
+        if "weights" in self.missing:
+            self.broken.append(f"{request.path} without memory")
+        return web.json_response({"success": True})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        if "weights" in self.missing:
+            self.broken.append("weights are loaded into memory that is not there")
+        return await super()._load(request)
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        while self.paused:
+            await asyncio.sleep(0.01)
+        return await super()._generate(request)

@@ -14,8 +14,9 @@ import aiohttp
 import pytest
 import tiny
 import torch
-from fake_server import FakeServer
+from fake_server import FakeServer, FakeSharing
 from real_servers import RealServer
+from test_server_faults import CONFIG, SAMPLING, check, no_weights, requests, taken_out, wait_for
 
 from megatron_rlvr.rollout import colocation
 from megatron_rlvr.rollout.colocation import RELEASED, Missing, missing_memory
@@ -270,3 +271,107 @@ def test_a_server_that_does_not_count_is_refused() -> None:
         assert fake.calls == ["/metrics"]
     finally:
         fake.close()
+
+
+# What an engine makes of fake ones that fail between a release and a sync ---------------------------------------------
+
+
+@pytest.fixture
+def sharing() -> Iterator[list[FakeSharing]]:
+    servers = [FakeSharing(), FakeSharing()]
+    yield servers
+    for server in servers:
+        server.close()
+    assert [server.broken for server in servers] == [[], []]
+
+
+@pytest.fixture(params=["disk", "tensor"])
+def engine(request: Any, sharing: list[FakeSharing], engine_on: Callable[..., Any]) -> Any:
+    """A colocated engine on both, which have weights and memory."""
+    made = colocated(engine_on, sharing, method=request.param)
+    made._pool.watch_seconds = 0.1
+    made.update_weights(no_weights(), 0)
+    return made
+
+
+def colocated(engine_on: Callable[..., Any], servers: list[FakeSharing], **settings: Any) -> Any:
+    urls = [server.url for server in servers]
+    made = engine_on(urls, stop=(), config=CONFIG, colocated=True, server_timeout_seconds=60.0, **settings)
+    made._colocated = True
+    return made
+
+
+def check_all_sample(engine: Any, servers: list[FakeSharing]) -> None:
+    """From the weights of version 1, all servers."""
+    assert sorted(engine._pool.usable) == sorted(server.url for server in servers)
+    assert all(not server.missing and not server.paused for server in servers)
+    for server in servers:
+        server.seen.clear()
+    asked = requests(10)
+    check(asked, list(engine.generate(asked, SAMPLING)))
+    assert all(server.seen for server in servers)
+
+
+def test_a_server_that_is_out_when_its_memory_is_taken_comes_back_with_the_next_sync(
+    engine: Any, sharing: list[FakeSharing]
+) -> None:
+    sharing[0].healthy = False
+    with engine.open(SAMPLING):
+        wait_for(lambda: engine._pool.usable == [sharing[1].url])
+    sharing[0].healthy = True
+    engine.release_memory()
+    assert all(server.missing and server.paused for server in sharing)
+    engine.update_weights(no_weights(), 1)
+    check_all_sample(engine, sharing)
+
+
+def test_a_server_that_dies_without_its_memory_is_not_taken_back_before_a_sync_gives_it_all(
+    engine: Any, sharing: list[FakeSharing], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.release_memory()
+    sharing[0].stop()
+    engine.update_weights(no_weights(), 1)
+    assert engine._pool.usable == [sharing[1].url]
+    sharing[0].start()
+    asked = requests(10)
+    with engine.open(SAMPLING) as stream:
+        wait_for(lambda: engine._pool._members[0].lacks_weights)
+        stream.submit(asked)
+        check(asked, [stream.get()[1] for _ in asked])
+    assert sharing[0].seen == []
+    assert "is back" not in caplog.text
+    engine.release_memory()
+    engine.update_weights(no_weights(), 1)
+    check_all_sample(engine, sharing)
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_a_server_that_cannot_have_its_memory_back_is_given_no_weights(
+    refusals: int, engine: Any, sharing: list[FakeSharing], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.release_memory()
+    # The second is that of the order with which an update ends.
+    sharing[0].refusals, sharing[0].calls = refusals, []
+    engine.update_weights(no_weights(), 1)
+    assert not [path for path in sharing[0].calls if "weights_from" in path or path == "/begin_weight_update"]
+    assert engine._pool.usable == [sharing[1].url]
+    (line,) = taken_out(caplog)
+    assert f"server {sharing[0].url} is taken out" in line
+    assert "did not release or resume ('weights',)" in line
+    engine.release_memory()
+    engine.update_weights(no_weights(), 1)
+    check_all_sample(engine, sharing)
+
+
+def test_whoever_leaves_in_mid_step_leaves_servers_without_memory_to_the_next(
+    engine: Any, sharing: list[FakeSharing], engine_on: Callable[..., Any]
+) -> None:
+    engine.release_memory()
+    for server in sharing:
+        server.calls.clear()
+    engine.close()
+    assert [server.calls for server in sharing] == [[], []], "training may still hold the memory"
+    engine = colocated(engine_on, sharing)
+    assert all(not server.missing and not server.paused for server in sharing)
+    engine.update_weights(no_weights(), 1)
+    check_all_sample(engine, sharing)

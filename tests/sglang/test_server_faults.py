@@ -333,6 +333,27 @@ def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
     assert len(engine._pool.usable) == 2
 
 
+def test_a_server_that_has_new_weights_already_is_not_doubted_while_another_is_still_loading_them(
+    fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
+):
+    answered = threading.Event()
+    fakes[1].load_waits = lambda: not answered.is_set()
+    changing = threading.Thread(target=engine.update_weights, args=(no_weights(), 2))
+    asked = requests(10)
+    with engine.open(SAMPLING) as stream:
+        changing.start()
+        try:
+            wait_for(lambda: fakes[0].version.endswith("-2") and fakes[1].loading)
+            stream.submit(asked)
+            found = [stream.get()[1] for _ in asked]
+        finally:
+            answered.set()
+            changing.join()
+    assert {version for completion in found for version in completion.weight_versions.tolist()} == {1, 2}
+    assert taken_out(caplog) == []
+    assert len(fakes[0].seen) + len(fakes[1].seen) == len(asked)
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_after_the_weights_are_exhausted(engine: Any):
     taken = []
 
@@ -523,6 +544,27 @@ def test_leaders_ask_for_their_replica_and_every_rank_learns_of_a_failure(fakes:
         found = on_ranks(generate_on_ranks, 2, Layout(replicas), urls, tmp_path, 60.0)
         assert "prompt set/3 failed 4 times" in found[0][2]
         assert found[1][2] == found[0][2]
+
+
+def announced_on_ranks(layout: Layout, folder: Any) -> bool:
+    """Whether the other rank, which is slow, knew the label when this one went on."""
+    from megatron_rlvr.sync.disk import DiskSync
+
+    with process_group():
+        ranks = ranks_of(layout)
+        sync = DiskSync(folder, folder, None, ranks)
+
+        def learn_late(label: str, version: int) -> None:
+            time.sleep(0.5)
+            (folder / label).touch()
+
+        if not ranks.is_main:
+            sync.announce = learn_late
+        return (folder / sync._label(3)).exists()
+
+
+def test_no_rank_goes_on_before_all_know_what_new_weights_are_called(tmp_path: Any):
+    assert on_ranks(announced_on_ranks, 2, Layout(((0,), (1,))), tmp_path) == [True, True]
 
 
 def test_the_fake_answers_as_the_protocol_has_it():

@@ -15,21 +15,25 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 import torch.distributed as dist
+from fake_server import FakeServer
 from real_servers import RealServer, installed, version_at
-from scripted import PlainTokenizer, prompts_of, start_graders
+from scripted import Layout, PlainTokenizer, on_ranks, process_group, prompts_of, ranks_of, start_graders
 from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
 
 from megatron_rlvr.checkpoints import latest_checkpoint
 from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
 from megatron_rlvr.data.tokenizer import load_tokenizer
-from megatron_rlvr.rollout.servers import ServersError
+from megatron_rlvr.rollout.sampler import request_seed
+from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
 from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
 PROMPTS, SAMPLES, LENGTH = 6, 8, 150
@@ -466,3 +470,155 @@ def test_weights_change_under_a_running_request_and_each_token_says_which(
         expected = np.where(versions == 0, *by_version)
         assert np.abs(completion.logprobs - expected).max() < TOLERANCE
     assert mixed > 2
+
+
+# On a server that is not real --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    """One that serves the tiny model, as far as it tells."""
+    monkeypatch.setattr("fake_server.VOCABULARY", tiny.model_config()["vocab_size"])
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_sampled(
+    fake: FakeServer, model: Path, problems: Path, tmp_path: Path
+):
+    (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
+    folder, prompts, samples = tmp_path / "run", 2, 3
+    good = prompts * samples + samples + 1  # the second step's first group, and one sample of the other
+
+    def die(answer: dict[str, Any]) -> Any:
+        # Requests come one by one, so that what came before this one is known to the trainer.
+        if len(fake.seen) <= good:
+            return answer
+        fake.healthy = False
+        return []
+
+    fake.spoil = die
+    settings = tiny.settings_for(
+        model,
+        problems,
+        folder,
+        rollout={
+            "engine": "sglang",
+            "servers": [fake.url],
+            "samples_per_prompt": samples,
+            "max_response_tokens": 16,
+            "dynamic_sampling": False,
+            "max_inflight": 1,
+            "max_logprob_gap": 1e9,  # what it answers is nobody's
+            "server_timeout_seconds": 15.0,
+        },
+        batch={"prompts": prompts, "mini_batch_prompts": prompts, "tokens_per_micro_batch": 512},
+        reward={"function": "rewards:even"},
+        sync={"method": "disk"},
+        run={"dir": str(folder), "steps": 3, "save_every": 0, "async_save": True},
+    )
+    del settings["rollout"]["max_rounds"]
+    config = tiny.write_settings(tmp_path / "config.yaml", settings)
+    ended = tiny.run_train(config, cwd=tmp_path)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 1, said
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("megatron_rlvr: ")]
+    assert "no server could be used for 15 s (rollout.server_timeout_seconds)" in line
+    assert fake.url in line
+
+    last = latest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    assert last.step == 1
+    state = last.state()["collector"]
+    held = [(g.order, c) for g in state["kept"] for c in g.group.completions]
+    held += [(group.order, c) for group in state["begun"] for c, _ in group.graded.values()]
+    assert len(held) == samples + 1
+    fake.spoil, fake.healthy = lambda answer: answer, True
+    fake.seen.clear()
+    again = tiny.run_train(config, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    asked = [body["sampling_params"]["sampling_seed"] for body in fake.seen]
+    assert len(asked) == len(set(asked)) == 2 * prompts * samples - len(held)
+    assert not set(asked) & {request_seed(0, f"train/{order}", c.prompt_id, c.sample) for order, c in held}
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["rollout/groups_sampled"] for line in lines] == [prompts] * 3
+
+
+def test_servers_that_nobody_gives_their_weights_get_a_sync_when_patience_is_over(fake: FakeServer, engine_on: Any):
+    engine = engine_on([fake.url])
+    engine.update_weights(iter({"weight": torch.zeros(1)}.items()), version=0)
+    pool = engine._pool
+    pool.watch_seconds = 0.1
+    pool._weights = replace(pool._weights, load=None)  # as on a rank that leaves this to another
+    (member,) = pool._members
+    with engine.open(sampling(16)) as stream:
+        fake.healthy, fake.version = False, "default"
+        wait_for(lambda: not member.usable)
+        fake.healthy = True
+        wait_for(lambda: member.lacks_weights)
+        stream.submit(requests(1))
+        assert stream.get(1.0) is None, "the other may still give it the weights"
+        fake.version = pool._weights.label
+        assert stream.get(60.0) is not None
+        assert not member.lacks_weights
+        fake.healthy, fake.version = False, "default"
+        wait_for(lambda: not member.usable)
+        fake.healthy = True
+        wait_for(lambda: member.lacks_weights)
+        pool.patience_seconds = 0.5
+        with pytest.raises(WeightsWantedError, match="no server holds the current weights"):
+            stream.get(60.0)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.01)
+
+
+def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> list[int]:
+    """Ranks whose sampling was not over when this one entered a collective, in each of two calls of `generate`."""
+    from unittest import mock
+
+    from megatron_rlvr import platform
+    from megatron_rlvr.config import RolloutSettings
+    from megatron_rlvr.hf.files import read_config
+    from megatron_rlvr.rollout import sglang
+    from megatron_rlvr.sync.disk import DiskSync
+
+    with process_group():
+        ranks, config = ranks_of(layout), read_config(model)
+        pool = sglang.connect(RolloutSettings(engine="sglang", servers=[url]), ranks, config, longest=512)
+        sync = DiskSync(folder / "sync", model, pool, ranks)
+        vocabulary = config["vocab_size"]
+        engine = sglang.SglangEngine(pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, longest=512)
+        engine.update_weights(iter({"weight": torch.zeros(1)}.items()), version=0)
+        store, agree, missing = platform.store(), sglang.agree, []
+        for call in range(2):
+
+            def look(failure: Exception | None, key: str = f"over/{call}") -> None:
+                missing.append(ranks.world_size - store.add(key, 0))
+                agree(failure)
+
+            # The first rank has most to do.
+            mine = requests(12 if ranks.is_main else 2) if ranks.replica_rank == 0 else []
+            with mock.patch.object(sglang, "agree", look):
+                answers = engine.generate(mine, sampling(16))
+                found = [next(answers) for _ in mine]
+                store.add(f"over/{call}", 1)
+                assert list(answers) == []
+            assert len(found) == len(mine)
+        engine.close()
+        return missing
+
+
+@pytest.mark.parametrize("replicas", [((0, 1),), ((0,), (1,))], ids=["one leader", "two leaders"])
+def test_who_has_no_requests_or_is_done_waits_outside_of_collectives(
+    replicas: Any, fake: FakeServer, model: Path, tmp_path: Path
+):
+    fake.delay = 1.0
+    assert on_ranks(generate_and_look, 2, Layout(replicas), fake.url, model, tmp_path) == [[0, 0]] * 2
