@@ -21,3 +21,10 @@ def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, value, group=group)
     return parts
+
+
+def gather_on_first(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's ``value``, in rank order, on the first rank of the group; nothing on the others."""
+    parts: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(value, parts, dst=dist.get_global_rank(group, 0), group=group)
+    return parts or []

@@ -16,7 +16,7 @@ from megatron_rlvr.config import RewardSettings, RolloutSettings
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.policy.ranks import Ranks
-from megatron_rlvr.rollout.agreement import gather
+from megatron_rlvr.rollout.agreement import gather, gather_on_first
 from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
 from megatron_rlvr.rollout.sampler import Sampler
 from megatron_rlvr.types import Group
@@ -146,7 +146,7 @@ class Collector(ABC):
         """
         mine = (self._kept, self._begun)
         # The main rank is the first of its replica, and this group holds the first of all.
-        parts = gather(mine, self._ranks.data_objects) if self._ranks.replica_rank == 0 else []
+        parts = gather_on_first(mine, self._ranks.data_objects) if self._ranks.replica_rank == 0 else []
         return {
             "cursor": self._cursor.state(),
             "drawn": self._drawn,

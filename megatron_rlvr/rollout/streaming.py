@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from megatron_rlvr.rollout.agreement import agree, gather
+from megatron_rlvr.rollout.agreement import agree, gather, gather_on_first
 from megatron_rlvr.rollout.board import Board
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Filled
 from megatron_rlvr.rollout.groups import OrderedGroup
@@ -69,7 +69,8 @@ class StreamingCollector(Collector):
             if isinstance(self._failure, ServersError):
                 self._failure = None  # servers are tried once more
         state = super().state()
-        parts = gather(self._settled_early, self._ranks.data_objects)
+        first = self._ranks.replica_rank == 0  # as in `Collector`
+        parts = gather_on_first(self._settled_early, self._ranks.data_objects) if first else []
         if harvesting:
             self._start()
         return state | {"settled_early": [group for part in parts for group in part]}
