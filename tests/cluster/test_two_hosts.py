@@ -133,6 +133,7 @@ def test_a_cable_may_be_out_for_20_s_and_ends_both_hosts_with_a_line_each_if_it_
             assert launcher.wait(timeout=TIMEOUT_SECONDS + EXIT_SECONDS + GRACE_SECONDS) != 0
             reason = run.place / f"{run.name}_logs_{host}" / f"node_{host}.reason"
             (line,) = reason.read_text(encoding="utf-8").splitlines()
+            assert "Error: " in line, "what failed, and not where to look for it"
             print(f"host {host} ended after {time.monotonic() - cut:.1f} s: {line}")
         hosts.mend(SECOND)
         assert not run.ranks()
