@@ -13,7 +13,6 @@ the next run; folders of other names, and links, are somebody's own. Imports no 
 import errno
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
+from megatron_rlvr.durable import flush
 
 logger = logging.getLogger(__name__)
 
@@ -213,8 +213,8 @@ def _check_settings(then: Mapping[str, Any], now: Settings) -> None:
 class SavePolicy(Protocol):
     """Begins to write the policy as a new folder, and returns what waits for the end; both are collectives.
 
-    ``finish`` is called with the folder before it gets its name. ``same`` is a checkpoint with the same weights, where
-    there is one. With ``background`` the policy may change meanwhile.
+    The folder has its name when all in it is on the disk. ``finish`` is called with it before that. ``same`` is a
+    checkpoint with the same weights, where there is one. With ``background`` the policy may change meanwhile.
     """
 
     def __call__(
@@ -281,9 +281,7 @@ class Checkpoints:
                 self._finish(building)
             path = building / _STATE
             path.unlink(missing_ok=True)  # it may be another checkpoint's file
-            with path.open("wb") as file:
-                file.write(content)
-                _flush_to_disk(file)
+            path.write_bytes(content)
 
         with self.explaining(f"the checkpoint of step {step}", self._root):
             complete = policy(saved.folder, finish, same.folder if same else None, background=self._run.async_save)
@@ -352,25 +350,7 @@ def _room_in_words(folder: Path) -> str:
 def write_whole(path: Path, text: str) -> None:
     """The file has its old content or all of the new one, whatever happens, to the machine as well."""
     building = path.with_name(path.name + ".incomplete")
-    with building.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _flush_to_disk(file)
+    building.write_text(text, encoding="utf-8")
+    flush(building)
     building.replace(path)
-    _flush_names(path.parent)
-
-
-def _flush_to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_names(folder: Path) -> None:
-    """A name that was given in the folder would now survive a failure of the machine."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that do not know it for folders
-            raise
-    finally:
-        os.close(handle)
+    flush(path.parent)

@@ -28,6 +28,7 @@ from megatron_rlvr.checkpoints import (
 )
 from megatron_rlvr.command_line import load_settings
 from megatron_rlvr.config import RunSettings, SettingsError
+from megatron_rlvr.durable import flush
 from megatron_rlvr.hf.weights import built_beside
 
 
@@ -242,10 +243,10 @@ def test_a_file_system_that_cannot_flush_folders_will_do(root: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EINVAL, "Invalid argument")))
     with built_beside(root / "hf"):
         pass
-    module._flush_names(root)
+    flush(root)
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
-        module._flush_names(root)
+        flush(root)
 
 
 @pytest.mark.parametrize("name", ["hf > hf.removing", "hf.incomplete > hf"])

@@ -22,18 +22,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "config": set(),
     "signals": set(),
-    "checkpoints": {"config"},
+    "durable": set(),
+    "checkpoints": {"config", "durable"},
     "platform": set(),
     "progress": set(),
     "protocols": {"types"},
     "algo": {"types", "config"},
     "data": {"types"},
     "reward": {"types", "protocols"},
-    "hf": {"algo"},
+    "hf": {"algo", "durable"},
     "batch": {"types", "algo"},
     "mini_batches": {"types", "algo", "batch"},
     "trimming": {"types", "algo", "batch"},
-    "policy": {"config", "platform", "algo", "batch", "hf", "protocols"},
+    "policy": {"config", "durable", "platform", "algo", "batch", "hf", "protocols"},
     "rollout": {"types", "config", "platform", "protocols", "data", "reward", "policy.ranks"},
     "sync": {
         *("types", "config", "platform", "protocols", "policy", "hf"),
@@ -79,7 +80,7 @@ ONLY_IN: dict[str, set[str]] = {
 # These answer a user's mistake in a moment: importing them, and what they import, does not import torch.
 WITHOUT_TORCH = (
     *("types", "config", "protocols", "command_line", "resolve", "metrics", "progress", "train"),
-    *("checkpoints", "signals", "preflight.command"),
+    *("checkpoints", "durable", "signals", "preflight.command"),
 )
 WITHOUT_TORCH_PACKAGES = ("data", "reward", "hf.families", "hf.files", "planning")
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}

@@ -2,10 +2,10 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
+from waiting import wait_for
 
 from megatron_rlvr import signals as module
 from megatron_rlvr.signals import Signals, Stopped
@@ -24,9 +24,7 @@ def signals() -> Iterator[Signals]:
 def terminate(signals: Signals) -> None:
     """Returns when the signal is noted."""
     os.kill(os.getpid(), signal.SIGTERM)
-    deadline = time.monotonic() + 60
-    while not signals.stop_wanted and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: signals.stop_wanted, 60)
 
 
 def test_an_echo_is_one_also_when_the_run_has_saved_meanwhile_and_a_later_signal_is_none(

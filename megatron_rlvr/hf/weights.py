@@ -5,9 +5,7 @@ the last one has come. The format lets a header end in spaces: room for it is le
 than one tensor is in memory at a time, whatever the size of the files.
 """
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_rlvr.durable import flush, to_disk
 from megatron_rlvr.hf.families import ModelError, rows_of, tensor_shapes, tied
 from megatron_rlvr.hf.files import INDEX, SINGLE, weight_files
 
@@ -153,24 +152,6 @@ def built_beside(target: Path, *, lasting: bool = True) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def to_disk(folder: Path) -> None:
-    """Returns when all that is in a folder, at any depth, would survive a failure of the machine."""
-    for path in (*folder.rglob("*"), folder):
-        flush(path)
-
-
-def flush(path: Path) -> None:
-    """A file's content, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that do not know it for folders
-            raise
-    finally:
-        os.close(handle)
 
 
 def beside(target: Path) -> Path:

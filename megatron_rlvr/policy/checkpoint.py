@@ -29,7 +29,8 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rlvr.hf.weights import beside, built_beside, copy_all_but_weights, flush, to_disk
+from megatron_rlvr.durable import flush, to_disk
+from megatron_rlvr.hf.weights import beside, built_beside, copy_all_but_weights
 from megatron_rlvr.policy.checkpoint_files import CONTENT, HUGGING_FACE, CheckpointReader
 
 # Moments have the shape of their parameter, whichever ranks share them: any layout reads them.
@@ -128,7 +129,7 @@ def begin_checkpoint(
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
 
-    _on_main_rank(prepare)
+    on_main_rank(prepare)
     # Megatron would start a process that passes on what its writers report, keep it for the next time, and so leave it
     # behind on every machine where a rank is killed.
     filesystem_async._results_queue = queue.Queue()
@@ -167,7 +168,7 @@ def begin_checkpoint(
                 shutil.rmtree(building, ignore_errors=True)
                 raise
 
-        _on_main_rank(name)
+        on_main_rank(name)
 
     return complete
 
@@ -319,7 +320,7 @@ def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) ->
             shutil.copytree(same, building, copy_function=_link, dirs_exist_ok=True)
             finish(building)
 
-    _on_main_rank(link)
+    on_main_rank(link)
 
 
 def _link(source: str, target: str) -> None:
@@ -360,7 +361,7 @@ _LIBC = ctypes.CDLL(None)
 os.register_at_fork(after_in_child=_begin_as_a_writer)
 
 
-def _on_main_rank(act: Callable[[], Any]) -> None:
+def on_main_rank(act: Callable[[], Any]) -> None:
     """Runs it on the main rank; an OSError there is raised on every rank, so that none is left waiting."""
     told: list[OSError | None] = [None]
     if dist.get_rank() == 0:

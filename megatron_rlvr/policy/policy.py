@@ -31,6 +31,7 @@ from megatron_rlvr.policy.checkpoint import (
     fill_weights,
     link_checkpoint,
     load_optimizer,
+    on_main_rank,
     sharded_optimizer,
     sharded_weights,
 )
@@ -208,15 +209,20 @@ class Policy:
         Raises: OSError on every rank where the folder cannot be written; nothing is left of it.
         """
         weights = iter(self.export_weights())
-        told: list[OSError | None] = [None]
-        if self.ranks.is_main:
-            told = [_failure_of(partial(write_folder, folder, self.folder, weights, finish))]
-        if self.ranks.data_rank == 0 or self.ranks.expert_size > 1:  # experts come from other replicas as well
+
+        def take_the_rest() -> None:
             for _ in weights:
-                pass  # on the main rank what is left after a failure: the others are in the middle of it
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise told[0]
+                pass
+
+        def write() -> None:
+            try:
+                write_folder(folder, self.folder, weights, finish)
+            finally:
+                take_the_rest()  # after a failure: the others are in the middle of it
+
+        if not self.ranks.is_main and (self.ranks.data_rank == 0 or self.ranks.expert_size > 1):
+            take_the_rest()  # experts come from other replicas as well
+        on_main_rank(write)
 
     # One pass through the pipeline ----------------------------------------------------------------------------------
 
@@ -319,14 +325,6 @@ class Policy:
             return {"grad_norm": norm, "skipped": 1.0}
         self._optimizer.step()
         return {"grad_norm": norm, "skipped": 0.0}
-
-
-def _failure_of(write: Callable[[], None]) -> OSError | None:
-    try:
-        write()
-    except OSError as error:
-        return error
-    return None
 
 
 class _Export:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from waiting import wait_for
 
 from megatron_rlvr.rollout.embedded import EmbeddedEngine
 from megatron_rlvr.rollout.sampler import requests_for
@@ -255,14 +256,7 @@ def test_a_server_that_dies_costs_its_requests_in_flight_and_comes_back_with_the
     servers[1].start()
     servers[1].wait()
     with engine._pool.open():
-        _wait_for(lambda: len(engine._pool.usable) == 2, seconds=60)
+        wait_for(lambda: len(engine._pool.usable) == 2, seconds=60)
     servers[0].kill()
     again = in_order(asked[:8], engine.generate(asked[:8], sampling(100)))
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in found[:8]]
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
-        time.sleep(0.1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_server import VOCABULARY, FakeServer, cut_in_half, good_answer
 from scripted import Layout, on_ranks, process_group, ranks_of
+from waiting import wait_for
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.rollout.sampler import requests_for
@@ -51,13 +52,6 @@ def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
 def ready(engine: Any) -> Any:
     engine._pool.watch_seconds = 0.1
     return engine
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
-        time.sleep(0.01)
 
 
 def check(asked: list[SampleRequest], completions: list[Any]) -> None:

@@ -28,6 +28,7 @@ from fake_server import FakeServer
 from real_servers import RealServer, installed, version_at
 from scripted import Layout, PlainTokenizer, on_ranks, process_group, prompts_of, ranks_of, start_graders
 from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
+from waiting import wait_for
 
 from megatron_rlvr.checkpoints import latest_checkpoint
 from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
@@ -556,28 +557,21 @@ def test_servers_that_nobody_gives_their_weights_get_a_sync_when_patience_is_ove
     (member,) = pool._members
     with engine.open(sampling(16)) as stream:
         fake.healthy, fake.version = False, "default"
-        wait_for(lambda: not member.usable)
+        wait_for(lambda: not member.usable, 60)
         fake.healthy = True
-        wait_for(lambda: member.lacks_weights)
+        wait_for(lambda: member.lacks_weights, 60)
         stream.submit(requests(1))
         assert stream.get(1.0) is None, "the other may still give it the weights"
         fake.version = pool._weights.label
         assert stream.get(60.0) is not None
         assert not member.lacks_weights
         fake.healthy, fake.version = False, "default"
-        wait_for(lambda: not member.usable)
+        wait_for(lambda: not member.usable, 60)
         fake.healthy = True
-        wait_for(lambda: member.lacks_weights)
+        wait_for(lambda: member.lacks_weights, 60)
         pool.patience_seconds = 0.5
         with pytest.raises(WeightsWantedError, match="no server holds the current weights"):
             stream.get(60.0)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
-        time.sleep(0.01)
 
 
 def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> list[int]:
