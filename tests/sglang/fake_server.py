@@ -50,12 +50,16 @@ def good_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
     }
 
 
+def aborted(answer: dict[str, Any], length: int) -> dict[str, Any]:
+    """The answer to a request that is aborted after ``length`` tokens."""
+    meta = answer["meta_info"] | {"finish_reason": {"type": "abort", "message": "Abort"}}
+    meta["output_token_logprobs"] = meta["output_token_logprobs"][:length]
+    return answer | {"output_ids": answer["output_ids"][:length], "meta_info": meta}
+
+
 def cut_in_half(answer: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request that is aborted half-way."""
-    half = len(answer["output_ids"]) // 2
-    meta = answer["meta_info"] | {"finish_reason": {"type": "abort", "message": "Abort"}}
-    meta["output_token_logprobs"] = meta["output_token_logprobs"][:half]
-    return answer | {"output_ids": answer["output_ids"][:half], "meta_info": meta}
+    return aborted(answer, len(answer["output_ids"]) // 2)
 
 
 class FakeServer:
@@ -176,10 +180,10 @@ class FakeServer:
         self.seen.append(body)
         self._now += 1
         self.most = max(self.most, self._now)
-        aborted = self._running[body["rid"]] = asyncio.Event()
+        told_to_end = self._running[body["rid"]] = asyncio.Event()
         try:
             try:
-                await asyncio.wait_for(aborted.wait(), self.delay)
+                await asyncio.wait_for(told_to_end.wait(), self.delay)
                 answer: Any = cut_in_half(good_answer(body, self.version))
             except TimeoutError:
                 answer = self.spoil(good_answer(body, self.version))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_server import VOCABULARY, FakeServer, cut_in_half, good_answer
+from fake_server import VOCABULARY, FakeServer, aborted, cut_in_half, good_answer
 from scripted import Layout, on_ranks, process_group, ranks_of
 from waiting import wait_for
 
@@ -418,6 +418,21 @@ def test_an_abort_gives_what_there_is_and_it_is_gone_on_with(fakes: list[FakeSer
     sent = fakes[0].seen[0]
     assert len(sent["input_ids"]) == 4
     assert sent["sampling_params"]["max_new_tokens"] == 3
+
+
+@pytest.mark.parametrize(("stop", "length", "reason"), [((5,), 2, "stop"), ((), LENGTH, "length")])
+def test_an_abort_that_comes_with_the_last_token_leaves_a_response_complete(
+    stop: tuple[int, ...], length: int, reason: str, fakes: list[FakeServer], engine_on: Callable[..., Any]
+):
+    """A server says abort even if the token it has just sampled ends the response: nothing may be asked after it."""
+    engine = ready(engine_on([fake.url for fake in fakes], stop=stop, config=CONFIG))
+    engine.update_weights(no_weights(), version=1)
+    asked = requests(4)[3:]
+    for fake in fakes:
+        fake.spoil = lambda answer: aborted(answer, length)
+    (completion,) = engine.generate(asked, SAMPLING)
+    assert (completion.token_ids.tolist(), completion.finish_reason) == ([4, 5, 6, 7, 8][:length], reason)
+    assert sum(len(fake.seen) for fake in fakes) == 1
 
 
 def test_a_stream_that_is_left_ends_its_requests_on_the_servers(fakes: list[FakeServer], engine: Any):
