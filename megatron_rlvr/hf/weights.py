@@ -6,8 +6,9 @@ than one tensor is in memory at a time, whatever the size of the files.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,27 @@ def check_tensors(
         raise ModelError(f"{folder} {'; it '.join(problems)}; give weights and config.json that belong together")
 
 
-def _list(names: Collection[str], most: int = 5) -> str:
-    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _list(names: Iterable[str]) -> str:
+    """All of the names; those that differ in a number alone share an entry: ``layers.0-27.mlp.experts.3,5.up_proj``."""
+    for numbered in (r"(.*\.)(\d+)(\..*)", r"(.*?\.)(\d+)(\..*)"):  # by the last number, then by the first
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name in names:
+            match = re.fullmatch(numbered, name)
+            before, number, after = match.groups() if match else (name, "", "")
+            alike.setdefault((before, after), []).append(number)
+        names = [f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in alike.items()]
+    return ", ".join(sorted(names))
+
+
+def _ranges(numbers: Iterable[str]) -> str:
+    """``0-2,5`` for 0, 1, 2 and 5."""
+    runs: list[list[int]] = []
+    for number in sorted(int(number) for number in numbers if number):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 @contextmanager

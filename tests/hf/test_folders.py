@@ -1,7 +1,9 @@
 """Model folders on disk: read and written as safetensors itself does it, and never half there."""
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rlvr.hf import weights
 from megatron_rlvr.hf.families import ModelError
 from megatron_rlvr.hf.files import INDEX, SINGLE, read_config, weight_files
-from megatron_rlvr.hf.weights import TensorReader, write_folder
+from megatron_rlvr.hf.weights import TensorReader, check_tensors, write_folder
 
 TENSORS = {f"layer.{i}.weight": torch.full((10, i + 1), float(i), dtype=torch.float32) for i in range(5)} | {
     "half": torch.arange(7, dtype=torch.bfloat16),
@@ -140,3 +142,27 @@ def test_what_is_wrong_with_a_folder_is_said_by_name(tmp_path):
         TensorReader(tmp_path)
     save_file({"b": torch.ones(2)}, tmp_path / names[1])
     assert_holds(tmp_path, {"a": torch.zeros(2), "b": torch.ones(2)})
+
+
+def test_every_tensor_that_is_missing_is_named_in_a_few_words():
+    layers = {f"model.layers.{i}.{part}.weight": (1,) for i in range(28) for part in ("self_attn.q_proj", "mlp.gate")}
+    experts = {f"model.layers.{i}.mlp.experts.{j}.up_proj.weight": (1,) for i in range(28) for j in range(16)}
+    whole = layers | experts | {"lm_head.weight": (1,)}
+    dice = np.random.default_rng(0)
+    for share in (0.0, 0.05, 0.5, 0.95, 1.0):
+        missing = {name for name in whole if dice.random() <= share} | {"lm_head.weight"}
+        with pytest.raises(ModelError) as told:
+            check_tensors({name: shape for name, shape in whole.items() if name not in missing}, whole, "folder")
+        listed = str(told.value).removeprefix("folder lacks ").partition(";")[0]
+        assert sorted(name for entry in listed.split(", ") for name in spelled_out(entry)) == sorted(missing)
+    expected = "lm_head.weight, model.layers.0-27.mlp.experts.0-15.up_proj.weight, model.layers.0-27.mlp.gate.weight"
+    assert listed == f"{expected}, model.layers.0-27.self_attn.q_proj.weight"
+
+
+def spelled_out(entry: str) -> list[str]:
+    """The names that an entry of a list stands for."""
+    choices = []
+    for part in entry.split("."):
+        runs = [run.split("-") for run in part.split(",")] if part[0].isdigit() else []
+        choices.append([str(n) for run in runs for n in range(int(run[0]), int(run[-1]) + 1)] or [part])
+    return [".".join(parts) for parts in itertools.product(*choices)]
