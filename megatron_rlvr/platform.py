@@ -117,6 +117,22 @@ def has_transformer_engine() -> bool:
     return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def import_megatron() -> None:
+    """Imports megatron-core, without a compiler for its fused operations where this torch is for CPUs alone.
+
+    To get ready to compile them takes longer than the rest of Megatron, and on a CPU they are not worth it.
+    """
+    if torch.version.cuda is not None:
+        return
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        # The package comes with most of what it has, and its switch is a part of it.
+        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    finally:
+        torch.compile = compiler
+
+
 def synchronize() -> None:
     """Waits for the device to finish what was queued, so that a clock read next is honest."""
     if has_gpu():

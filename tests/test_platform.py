@@ -6,6 +6,8 @@ The answers change torch for a whole process, so they are looked at in one that 
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from megatron_rlvr import platform
@@ -50,6 +53,19 @@ def answered(check: Callable[..., Any], *arguments: Any) -> Any:
 def other_process() -> Iterator[Callable[..., Any]]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         yield lambda check, *arguments: pool.submit(answered, check, *arguments).result(timeout=300)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch for GPUs has something to compile for")
+def test_megatron_comes_without_a_compiler_that_nothing_here_asks():
+    code = (
+        "import sys, megatron_rlvr.assembly, megatron.core.models.gpt, torch\n"
+        "print('torch._inductor.compile_fx' in sys.modules)\n"
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2)).tolist(), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["False", "[2.0, 2.0] True"]
 
 
 def which_changed(changed: set[str]) -> tuple[set[str], set[str]]:

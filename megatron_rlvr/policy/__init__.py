@@ -1,0 +1,3 @@
+from megatron_rlvr import platform
+
+platform.import_megatron()  # before a module of this package does

@@ -27,7 +27,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_rlvr.batch import MicroBatch
 from megatron_rlvr.policy.context import zigzag
@@ -111,6 +110,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = _AttendToTheEnd.apply(q, k, v, scale)
     else:
+        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler, which takes a while
+
         mask: Any = causal_lower_right(q.shape[2], k.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
