@@ -119,7 +119,7 @@ def where_to_begin(settings: Settings, earlier: list[str]) -> Checkpoint | None:
         raise SettingsError(
             f"run.resume must finds no checkpoint in {root}; correct run.dir, or set run.resume to auto"
         )
-    if not earlier:
+    if not earlier or (earlier == [FOLDER] and not _holds_anything(root)):
         return None
     began_with = _read_settings(root / _SETTINGS)
     if run.resume == "never" or began_with is None:
@@ -133,6 +133,11 @@ def where_to_begin(settings: Settings, earlier: list[str]) -> Checkpoint | None:
     if latest is not None and not (root / _LATEST).exists():
         logger.warning("%s is missing; the last checkpoint there is %s", root / _LATEST, latest.folder.name)
     return latest  # None: it ended before its first checkpoint, and begins again
+
+
+def _holds_anything(root: Path) -> bool:
+    """Not so where a run was killed before it had noted its settings."""
+    return not root.is_dir() or any(path.name != f"{_SETTINGS}.incomplete" for path in root.iterdir())
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:

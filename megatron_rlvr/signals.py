@@ -32,6 +32,8 @@ class Signals:
         self.stop_wanted = False
         """SIGTERM was noted."""
         self._noting = False
+        self._meant = False
+        """Another SIGTERM has arrived, too late for an echo. What counts is when it arrived: handlers may run late."""
         self._handled_at: float | None = None
         self._gives_up_at = math.inf
         self._give_up: Callable[[], object] = lambda: None
@@ -62,6 +64,7 @@ class Signals:
             self._noting = False
             signal.set_wakeup_fd(before)
             os.close(tell)
+            watch.join(1.0)  # what it has seen counts within
 
     def accept(self) -> None:
         """The run is about to end well: nobody gives up any more, and what fails now is a failure."""
@@ -82,6 +85,7 @@ class Signals:
 
     def _watch(self, told: int, grace_seconds: float) -> None:
         """Reads the number of each signal as it arrives, until nobody can tell any more."""
+        main, first_at = threading.main_thread().ident or 0, math.inf
         with open(told, "rb", buffering=0) as pipe:
             while True:
                 left = self._gives_up_at - time.monotonic()
@@ -93,16 +97,23 @@ class Signals:
                 arrived = pipe.read(64)
                 if not arrived:
                     return
-                if signal.SIGTERM in arrived and not self.stop_wanted:
-                    self._gives_up_at = time.monotonic() + grace_seconds
+                if signal.SIGTERM not in arrived:
+                    continue
+                now = time.monotonic()
+                if not self.stop_wanted:
+                    first_at, self._gives_up_at = now, now + grace_seconds
                     self.stop_wanted = True
+                elif now - first_at >= ECHO_SECONDS and not self._meant:
+                    self._meant = True
+                    # Again, as its handler may have run before it was known to be meant.
+                    signal.pthread_kill(main, signal.SIGTERM)
 
     def _arrived(self, signum: int, frame: object) -> None:
         if signum == signal.SIGTERM and (self._noting or self._handled_at is not None):
             now = time.monotonic()
             if self._handled_at is None:
                 self._handled_at = now
-            if now - self._handled_at < ECHO_SECONDS:
+            if not self._meant if self._noting else now - self._handled_at < ECHO_SECONDS:
                 return
         _stop(signum)
 

@@ -84,7 +84,7 @@ def run_all(place: Path, runs: Mapping[str, Sequence[str | Path]]) -> dict[str, 
         cwd=place,
         env=tiny.environment([place, Path(__file__).parent]),
         check=True,
-        timeout=200,
+        timeout=400,
         capture_output=True,
     )
     return {name: _of(place, name) for name in runs}
@@ -95,7 +95,7 @@ def run_ranks(place: Path, name: str, ranks: int, *arguments: str | Path) -> Pre
     words = [*map(str, arguments), "--json", str(place / f"{name}.found.json")]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), _TOOL, *words],
-        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=200, check=False,
+        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     return Preflight(done.returncode, done.stdout, done.stderr, _checks(place, name))
 

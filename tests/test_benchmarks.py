@@ -137,7 +137,7 @@ def test_a_peak_is_what_was_added_even_if_it_was_freed_and_not_what_was_there():
         passing = torch.ones(64 * 2**18)
         del passing
         remaining = torch.ones(16 * 2**18)
-    assert 63 <= peak[0] / 2**20 <= 70
+    assert 60 <= peak[0] / 2**20 <= 75  # pages of libraries come and go
     assert len(there) > len(remaining)
 
 

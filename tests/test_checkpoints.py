@@ -112,6 +112,27 @@ def test_folders_and_links_of_others_stay(root: Path) -> None:
     assert names(root) == sorted([*theirs, "latest", "step_000002"])
 
 
+def test_a_run_that_was_killed_before_its_settings_were_noted_begins_anew(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent)
+    settings = load_settings(tiny.write_settings(root.parent / "config.yaml", values))
+    assert where_to_begin(settings, ["checkpoints"]) is None
+    monkeypatch.setattr("megatron_rlvr.checkpoints.flush", raising(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        prepare(settings, None)
+    assert names(root) == ["settings.json.incomplete"]
+    assert where_to_begin(settings, ["checkpoints"]) is None
+    monkeypatch.undo()
+    prepare(settings, None)
+    assert names(root) == ["settings.json"]
+    for theirs in ("config.yaml", "metrics.jsonl"):
+        (root / "settings.json").replace(root / "settings.json.incomplete")
+        with pytest.raises(SettingsError, match=f"holds an earlier run .checkpoints, {theirs}. and no checkpoint"):
+            where_to_begin(settings, ["checkpoints", theirs])
+        prepare(settings, None)
+
+
 def test_without_latest_the_last_checkpoint_counts(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent)
     settings = load_settings(tiny.write_settings(root.parent / "config.yaml", values))

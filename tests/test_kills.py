@@ -172,7 +172,7 @@ def terminate(
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 2:
                 assert trainer.poll() is None, config.with_suffix(".stdout").read_text()
                 assert time.monotonic() < deadline
@@ -275,15 +275,15 @@ train.main([{str(run)!r}])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     done = subprocess.run(
         [sys.executable, *launcher, str(program)],
-        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=200, check=False,
+        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     root = folder / "checkpoints"
     told = [line for line in done.stderr.splitlines() if line.startswith("megatron_rlvr: ")]
-    assert len(told) == 1, done.stderr
+    assert 1 <= len(told) <= max(1, ranks), done.stderr  # a rank that the launcher has not ended in 10 s tells it, too
     wanted = f"megatron_rlvr: the checkpoint of step 3 could not be written to {root}, where [0-9.]+ GB are free [(]"
-    assert re.match(wanted, told[0])
-    assert told[0].endswith("make room, and the same command goes on after step 2")
+    assert all(re.match(wanted, line) for line in told)
+    assert all(line.endswith("make room, and the same command goes on after step 2") for line in told)
     assert ranks or "Traceback" not in done.stderr  # the launcher has one of its own
     assert "signals.Stopped" not in done.stderr  # the launcher ends the rank that waits to see if another tells it
     assert sorted(path.name for path in root.iterdir()) == ["latest", "settings.json", "step_000001", "step_000002"]

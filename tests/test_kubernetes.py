@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from waiting import wait_for
 
 from megatron_rlvr.command_line import load_settings
 
@@ -188,17 +188,18 @@ def test_nobody_is_root_and_nothing_is_secret() -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts train.sh beside a launcher that tells its arguments and then does what the test says."""
+    """Starts train.sh beside a launcher that does what the test says."""
     for folder in ("kubernetes", "cluster"):
         (tmp_path / folder).mkdir()
     script = tmp_path / "kubernetes/train.sh"
-    script.write_text((FOLDER / "train.sh").read_text().replace("{1..60}", "{1..3}"))  # how long a summary is awaited
-    script.chmod(0o755)
+    script.touch(0o755)
     launcher = tmp_path / "cluster/torchrun.sh"
     started = []
 
-    def call(*lines: str, **variables: str) -> subprocess.Popen[str]:
-        launcher.write_text("\n".join(["#!/bin/bash", 'echo "$@"', *lines]) + "\n")
+    def call(*lines: str, seconds: int = 60, **variables: str) -> subprocess.Popen[str]:
+        """``seconds``: how long a summary is awaited."""
+        script.write_text((FOLDER / "train.sh").read_text().replace("{1..60}", f"{{1..{seconds}}}"))
+        launcher.write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
         launcher.chmod(0o755)
         command: list[str | Path] = [script, tmp_path / "run", "recipe.yaml", "--run.steps", "3"]
         environment = tiny.environment(NODE_RANK="0") | variables
@@ -219,7 +220,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 def test_a_node_of_a_finished_run_ends_with_0_once_the_summary_is_seen(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(f"(sleep 1.5; mkdir {run}; touch {run}/summary.json) > /dev/null 2>&1 &")
+    process = start(f"(sleep 1.5; mkdir {run}; touch {run}/summary.json) > /dev/null 2>&1 &", 'echo "$@"')
     assert process.communicate(timeout=20) == (f"recipe.yaml --run.steps 3 --run.dir {run}\n", "")
     assert process.returncode == 0
 
@@ -230,10 +231,9 @@ def test_the_status_of_a_node_that_failed_is_kept(start: Start) -> None:
 
 def test_a_node_that_saved_and_stopped_does_not_look_finished(start: Start) -> None:
     """SIGTERM reaches the launcher, which ends with 0; the pod must be replaced, so its status is another."""
-    process = start("trap 'echo saved; exit 0' TERM", "while true; do sleep 0.1; done")
+    process = start("trap 'echo saved; exit 0' TERM", "echo ready", "while true; do sleep 0.1; done", seconds=1)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("recipe.yaml")
-    time.sleep(0.3)  # the launcher has set its trap
+    assert process.stdout.readline() == "ready\n"
     process.terminate()
     said, complaint = process.communicate(timeout=20)
     assert (process.returncode, said) == (143, "saved\n")
@@ -250,6 +250,12 @@ def test_other_nodes_wait_for_node_0(start: Start) -> None:
         node_0.listen()
         assert waiting.wait(timeout=20) == 7
     gone = start("exit 7", NODE_RANK="1", **address)
-    time.sleep(0.3)
+    wait_for(lambda: catches(gone.pid, signal.SIGTERM))
     gone.terminate()
     assert gone.wait(timeout=20) == 143
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler of the signal, as Linux says."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> (signum - 1) & 1)

@@ -168,7 +168,7 @@ def together(*arguments: str) -> None:
         dist.barrier()
         return finding
 
-    site.STUCK_SECONDS = 3.0
+    site.STUCK_SECONDS = 10.0
     with (
         mock.patch.object(machines, "check_versions", fails_on_rank_1),
         mock.patch.object(bandwidth, "check_bandwidth", hangs),

@@ -214,10 +214,10 @@ def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all
 
 
 def _wait_for_lines(path: Path, count: int, trainer: psutil.Popen) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert trainer.poll() is None, "the trainer ended by itself"
-        assert time.monotonic() < deadline, "no step in 150 s"
+        assert time.monotonic() < deadline, "no step in 300 s"
         time.sleep(0.05)
 
 

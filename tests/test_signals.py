@@ -1,7 +1,10 @@
 """What SIGTERM does at which moment, in this process; test_kills.py and test_run.py send it to whole runs."""
 
+import hashlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +30,11 @@ def terminate(signals: Signals) -> None:
     wait_for(lambda: signals.stop_wanted, 60)
 
 
+def terminate_and_wait() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
 def test_an_echo_is_one_also_when_the_run_has_saved_meanwhile_and_a_later_signal_is_none(
     signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +49,21 @@ def test_an_echo_is_one_also_when_the_run_has_saved_meanwhile_and_a_later_signal
     monkeypatch.setattr(module, "ECHO_SECONDS", 0.0)
     with pytest.raises(Stopped, match="SIGTERM"):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_is_late_or_an_echo_by_when_it_arrived_not_by_when_its_handler_ran(
+    signals: Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread is in a call that runs no handlers for longer than echoes take."""
+    monkeypatch.setattr(module, "ECHO_SECONDS", 4.0)
+    with signals.noting(600.0, lambda: pytest.fail("it gave up")):
+        terminate(signals)
+        first_at = time.monotonic()
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        while time.monotonic() < first_at + 4.5:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 15_000_000)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            terminate_and_wait()
 
 
 def test_before_training_the_first_signal_ends_it(signals: Signals) -> None:

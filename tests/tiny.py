@@ -237,6 +237,6 @@ def run_train(
         env=environment(search, **(variables or {})),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )

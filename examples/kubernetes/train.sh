@@ -15,14 +15,13 @@ trap 'exit 143' TERM
 if [ "$NODE_RANK" != 0 ]; then
     until (: >"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do sleep 2; done
 fi
+node= asked= early=
+trap 'if [ "$node" ]; then asked=1; kill -TERM "$node" 2>/dev/null; else early=1; fi' TERM
 "$(dirname "${BASH_SOURCE[0]}")/../cluster/torchrun.sh" "$@" --run.dir "$run_dir" &
 node=$!
-trap 'kill -TERM "$node"' TERM
-wait "$node"
-status=$?
-while kill -0 "$node" 2>/dev/null; do # the wait was interrupted by the signal
-    wait "$node"
-    status=$?
+[ ! "$early" ] || kill -TERM "$node"
+while wait "$node"; status=$?; [ "$asked" ]; do # the signal interrupted it; a second wait has the launcher's own status
+    asked=
 done
 [ "$status" = 0 ] || exit "$status"
 for _ in {1..60}; do # another node writes it, and a network file system may show it late

@@ -86,7 +86,7 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
             beta2=recipe.betas[1],
             eps=recipe.eps,
         )
-    ranks = initialize_ranks(parallel, timeout_minutes=1)
+    ranks = initialize_ranks(parallel, timeout_minutes=4)
     try:
         yield Policy(
             ModelSettings(path=folder, dtype=dtype),

@@ -225,7 +225,7 @@ def names_by_megatron(folder: Path) -> list[str]:
     from megatron_rlvr.policy.checkpoint_files import CONTENT
     from megatron_rlvr.policy.ranks import initialize_ranks
 
-    initialize_ranks(ParallelSettings(), timeout_minutes=1)
+    initialize_ranks(ParallelSettings(), timeout_minutes=4)
     config, common = read_config(folder), {"normalization": "RMSNorm", "gated_linear_unit": True}
     model = GPTModel(
         TransformerConfig(**transformer_fields(config), **common, add_bias_linear=False, use_cpu_initialization=True),
@@ -331,7 +331,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_on_every_rank_and_leave
     ranks: Ranks, folders, spoil, rank, background, message, tmp_path
 ):
     folder = folders["qwen2", "float32"]
-    for told in ranks.run(not_saved, 2, folder, tmp_path / "checkpoint", spoil, rank, background, timeout=60.0):
+    for told in ranks.run(not_saved, 2, folder, tmp_path / "checkpoint", spoil, rank, background):
         assert message in told
     assert list(tmp_path.iterdir()) == []
 

@@ -241,7 +241,7 @@ def test_scope_micro_batch_takes_the_fraction_of_each_micro_batch_by_itself(rank
 
 def refusals(keep: str, scope: str, bad_rank: int) -> str:
     settings = SelectionSettings(keep=keep, scope=scope, **({} if keep == "all" else {"fraction": 0.5}))
-    with process_group(timeout_seconds=10) as group:
+    with process_group(timeout_seconds=60) as group:
         rank = group.rank()
         values, ids = torch.rand(6), torch.arange(6) + 100 * rank
         if rank == bad_rank:

@@ -20,7 +20,7 @@ def run_quickstart(folder: Path) -> str:
         cwd=PROGRAM.parents[2],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr

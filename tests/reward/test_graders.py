@@ -177,7 +177,7 @@ def test_a_stopped_grader_costs_one_answer_however_long_the_response(pool: Grade
     verdict = ask(pool, "length " + "x" * 5_000_000)  # does not fit the socket's buffer: sending blocks
     assert verdict.failure == "timeout after 2.0 s"
     assert verdict.seconds < 30
-    assert ask(pool, "length " + "x" * 5_000_000).value == 5_000_007
+    assert ask(pool, "length " + "x" * 1_000_000).value == 1_000_007
 
 
 def test_every_future_gets_its_own_verdict() -> None:
@@ -375,11 +375,11 @@ def test_no_degenerate_answer_passes_the_deadline_or_disturbs_the_next() -> None
         "}{",
         "1/0",
     ]
-    with GraderPool("math", workers=2, timeout_seconds=0.7) as pool:
+    with GraderPool("math", workers=2, timeout_seconds=2.0) as pool:
         futures = [pool.submit(prompt(), f"\\boxed{{{answer}}}") for answer in degenerate]
         for answer, future in zip(degenerate, futures, strict=True):
             verdict = future.result(timeout=60)
-            assert verdict.value is False or verdict.failure == "timeout after 0.7 s", ascii(answer[:50])
+            assert verdict.value is False or verdict.failure == "timeout after 2.0 s", ascii(answer[:50])
             assert verdict.seconds < 30, ascii(answer[:50])
         timeouts = pool.timeouts
         assert timeouts >= 1, "none was hard: this test shows nothing"

@@ -24,7 +24,7 @@ from launcher import process_group as launchers_process_group
 
 from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
-PATIENCE_SECONDS = 200.0
+PATIENCE_SECONDS = 600.0
 
 RIGHT, WRONG, HANG, CRASH, SHARE = 1, 0, 2, 3, 4
 """First tokens, for the reward function below; SHARE stands for a reward of 0.25."""

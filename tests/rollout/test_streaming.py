@@ -520,6 +520,8 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
     class SlowStream(TricklingStream):
         def get(self, timeout_seconds: float) -> Any:
             time.sleep(0.02)  # a leader looks for SIGTERM five times a second
+            if ranks.rank and leader.add("finished", 0) < 3:
+                return None  # or the others could end the step before that leader has begun
             return super().get(timeout_seconds)
 
     class SlowEngine(TricklingEngine):
@@ -532,9 +534,10 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
         case = Case(0, 60, 8, 3, steps=1, partial=True, max_rounds=10, max_staleness=4)
         prompts = prompts_of([0.5, 1.0] * 30)
         seen = [0]
+        leader = dist.PrefixStore("the one that will stop", platform.store())
 
-        def born(life: int, stop_after: float) -> Any:
-            store = dist.PrefixStore(f"life {life}", platform.store())
+        def born(number: int, stop_after: float) -> Any:
+            store = dist.PrefixStore(f"life {number}", platform.store())
             return collector_of(
                 case,
                 SlowEngine(case, ranks.rank),
@@ -547,6 +550,7 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
 
         def count(finished: int) -> None:
             seen[0] += finished
+            leader.add("finished", finished if ranks.rank == 0 else 0)
 
         first = born(1, 3)
         stopped = False
