@@ -111,11 +111,15 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     from megatron_rlvr import platform
     from megatron_rlvr.assembly import build_trainer
     from megatron_rlvr.policy.ranks import initialize_ranks
+    from megatron_rlvr.pulse import Pulse
 
     settings, folder = resolved.settings, Path(resolved.settings.run.dir)
     ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
     resolved = replace(resolved, start=_prepare_run_folder(resolved, ranks))
     with ExitStack() as resources:
+        lost = partial(_lost, settings.run.timeout_minutes, graders)
+        timeout_seconds = 60 * settings.run.timeout_minutes
+        resources.enter_context(Pulse(platform.store(), ranks.rank, ranks.world_size, timeout_seconds, lost))
         trainer = build_trainer(resolved, graders, signals, ranks, resources)
         trainer.progress.say(plan_in_words(resolved))
         if resolved.start is not None:
@@ -148,6 +152,18 @@ def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:
             flush=True,
         )
     _leave(graders, 0)
+
+
+def _lost(minutes: float, graders: GraderPool, rank: int | None) -> NoReturn:
+    """Ends this process, wherever its main thread waits. None: another rank has told who is lost."""
+    if rank is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"megatron_rlvr: rank {rank} has given no sign of life for {minutes:g} min (run.timeout_minutes): it, its "
+            "host or the network is down; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    _leave(graders, 1)
 
 
 def _without_overwrite(run: RunSettings) -> str:

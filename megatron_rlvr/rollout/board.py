@@ -1,7 +1,7 @@
 """What leaders know of each other while they sample for one step: counters in the process group's store.
 
 A counter is changed by atomic additions, so that no prompt is drawn twice and the number of groups is exact without
-any collective; leaders that wait for each other do so here, where nothing times out.
+any collective; leaders that wait for each other do so here, where nothing times out: pulse.py notices one that is gone.
 """
 
 import time

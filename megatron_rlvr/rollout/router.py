@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from megatron_rlvr.rollout.server import Refused, Server, ServerFault, UnusableServer
 
 _QUICK_SECONDS = 20.0
-_ASK_AGAIN_SECONDS = 1.0
+_ASK_AGAIN_SECONDS, _ALIKE = 1.0, 3
 _HTTP_URL = re.compile(r"https?://[^/@]+")
 
 
@@ -20,12 +20,12 @@ async def workers_of(server: Server, patience_seconds: float) -> list[str] | Non
     """URLs of a router's workers in its order, those that it finds ill included; None if ``server`` is no router.
 
     A server that does not answer, and a router that has no workers yet, may be starting: they are asked again. So is
-    a router whose workers are other ones than a moment ago: it takes them in one by one.
+    a router whose workers are other ones than some seconds ago: it takes them in one by one.
 
     Raises: ServerFault if that does not help, or if a worker can only be used by way of the router.
     """
     deadline = time.monotonic() + patience_seconds
-    before: set[str] = set()
+    before, alike = set[str](), 0
     while True:
         late = time.monotonic() > deadline
         fault: ServerFault = UnusableServer("it is a router that has no workers; add some to it")
@@ -37,9 +37,9 @@ async def workers_of(server: Server, patience_seconds: float) -> list[str] | Non
             fault = error
         else:
             workers = [_url(worker) for worker in answer.get("workers") or ()]
-            if workers and (set(workers) == before or late):
+            before, alike = set(workers), alike + 1 if set(workers) == before else 0
+            if workers and (alike >= _ALIKE or late):
                 return workers
-            before = set(workers)
         if late:
             raise fault
         await asyncio.sleep(_ASK_AGAIN_SECONDS)

@@ -34,6 +34,7 @@ _MOST_STRIKES = 3
 _LONGEST_PAUSE = 32  # times the pause before a server is first asked again
 _FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.25, 30.0
 # A request may reach its server after the order to abort it: the order is repeated.
+_LOOK_SECONDS, _PAST_A_PAUSE_SECONDS = 0.05, 0.5
 _ABORT_AGAIN_SECONDS, _ABORT_ORDER_SECONDS, _ABORT_SECONDS = 1.0, 5.0, 20.0
 
 
@@ -333,8 +334,9 @@ class ServerPool:
     async def _attempt(self, stream: JobStream, job: Job, member: _Member) -> bool:
         """One request; whether its place at the server was still this task's at the end."""
         self._requests += 1
-        # A server refuses an id that it still works on, as after a timeout: each attempt has its own.
-        job.rid = f"{stream.id}.{self._requests}"
+        # A server refuses an id that it still works on, as after a timeout: each attempt has its own. An order to abort
+        # one counts for all that begin with it: none begins another.
+        job.rid = f"{stream.id}.{self._requests:012d}"
         fault: ServerFault | None = None
         try:
             result = job.read(await member.server.generate(job.body | {"rid": job.rid}, job.timeout_seconds))
@@ -380,9 +382,14 @@ class ServerPool:
         """Ends a stream's jobs: what runs is aborted and, if ``wait``, given a while to answer with what it has."""
         stream.aborting = True
         self._waiting = deque(item for item in self._waiting if item[0] is not stream)
+        if wait and self._changing:
+            # What reached a paused server waits there, and an order to abort it would be lost, with all that repeat it.
+            while self._changing:
+                await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_PAST_A_PAUSE_SECONDS)
         deadline = self._loop.time() + (_ABORT_SECONDS if wait else 0)
         while running := [member for member in self._members if self._tasks(member, stream)]:
-            # One by one: a server knows them by their whole ids only.
+            # One by one: an order for what their ids begin with is not passed on.
             orders = [m.server.abort(job.rid) for m in running if m.usable for job in self._jobs(m, stream)]
             in_time = [asyncio.wait_for(order, _ABORT_ORDER_SECONDS) for order in orders]
             await asyncio.gather(*in_time, return_exceptions=True)

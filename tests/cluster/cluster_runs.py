@@ -81,10 +81,10 @@ class Run:
     def ranks(self) -> dict[int, psutil.Process]:
         """Its ranks by number."""
         found: dict[int, psutil.Process] = {}
-        for process in self.processes():
+        # What a rank has just forked looks like it, and is younger. psutil knows when since it has listed them.
+        for process in sorted(self.processes(), key=psutil.Process.create_time):
             with contextlib.suppress(psutil.NoSuchProcess, KeyError):  # one that has ended since it was listed
                 if process.cmdline()[1:3] == ["-m", "megatron_rlvr.train"]:
-                    # What a rank has just forked looks like it, and has a later number.
                     found.setdefault(int(process.environ()["RANK"]), process)
         return found
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 SCRIPT = tiny.CHECKOUT / "examples" / "cluster" / "slurm.sbatch"
 # What ends of itself when a part of it is killed; and, with a server of 20 s of imports on a busy machine, all else.
 KILLED_SECONDS, SOON_SECONDS = 60, 120
-START_SECONDS = 240
+START_SECONDS = 600
 FOR_EVER = 10**5
 SERVING = {"SERVER_NODES": "1"}
 
@@ -196,7 +196,8 @@ def test_the_quickstart_is_preempted_after_its_server_died_and_goes_on_with_anot
     assert job.ends()[1:] == ["the trainer ended with status 0"]
     assert f"going on after step {saved}" in job.said()
     # The launchers of the servers have not heeded SIGTERM (143), but SIGINT when the trainer was done.
-    assert job.said().count("Exited with exit code 130") == 2
+    assert "Exited with exit code 130" in job.said()
+    assert "Exited with exit code 143" not in job.said()
     assert [line["step"] for line in run.lines()] == list(range(1, last + 1))
     # The server of the second life began with the base model: what it samples from is what the checkpoint holds.
     gaps = {line["step"]: line["rollout/logprob_gap_mean"] for line in run.lines() if not line["rollout/staleness_min"]}

@@ -4,6 +4,7 @@ What a host knows of the others it knows by the network: each has a log folder o
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 LAUNCHER = tiny.CHECKOUT / "examples" / "cluster" / "torchrun.sh"
 FIRST, SECOND, SERVERS = range(3)
-START_SECONDS = 240
+START_SECONDS = 600
 CUT_SECONDS = 20
 # run.timeout_minutes: Megatron's groups know whole minutes. TCP sends what it lost in the cut 26 s after its beginning.
 TIMEOUT_SECONDS = 60
@@ -133,7 +134,8 @@ def test_a_cable_may_be_out_for_20_s_and_ends_both_hosts_with_a_line_each_if_it_
             assert launcher.wait(timeout=TIMEOUT_SECONDS + EXIT_SECONDS + GRACE_SECONDS) != 0
             reason = run.place / f"{run.name}_logs_{host}" / f"node_{host}.reason"
             (line,) = reason.read_text(encoding="utf-8").splitlines()
-            assert "Error: " in line, "what failed, and not where to look for it"
+            # The other rank's silence or, if it was waited for in a collective, that one's own failure.
+            assert re.search(f"rank {1 - host} has given no sign of life for 1 min|Error: ", line), line
             print(f"host {host} ended after {time.monotonic() - cut:.1f} s: {line}")
         hosts.mend(SECOND)
         assert not run.ranks()

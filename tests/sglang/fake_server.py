@@ -157,8 +157,10 @@ class FakeServer:
     async def _abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]
         self.aborts.append(rid)
-        if rid in self._running:  # a part of an id means nothing
-            self._running[rid].set()
+        if rid in self._running:  # a part of an id means nothing, but a whole one may begin others
+            for other in self._running:
+                if other.startswith(rid):
+                    self._running[other].set()
         return web.json_response({"status": "ok"})
 
     async def _load(self, request: web.Request) -> web.Response:

@@ -162,10 +162,11 @@ def test_an_abort_is_answered_at_once_and_gone_on_with_to_the_token(servers, eng
         if not left:
             break
         with engine.open(sampling(length)) as stream:
+            asked_at = time.monotonic()
             stream.submit(left, [begun[request.prompt.id] for request in left])
             time.sleep(0.1 * patience)  # longer each time: a busy machine gets on, too
             answers = stream.abort()
-        if not aborts:
+        if not aborts and time.monotonic() - asked_at < 1:
             assert all(len(c.token_ids) < length for _, c in answers), "ends were not waited for"
         aborts += sum(c.finish_reason == "abort" and len(c.token_ids) > 0 for _, c in answers)
         for request, completion in answers:
@@ -241,7 +242,7 @@ def test_a_server_that_dies_costs_its_requests_in_flight_and_comes_back_with_the
     engine = engine_on([server.url for server in servers], max_inflight=8)
     engine.update_weights(weights_of(reference), version=3)
     engine._pool.watch_seconds = 0.5
-    asked = requests(48)
+    asked = requests(96)
     answers = engine.generate(asked, sampling(100))
     completions = [next(answers)]
     servers[1].kill()

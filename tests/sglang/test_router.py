@@ -89,7 +89,7 @@ def test_what_does_not_answer_is_named_and_the_others_are_kept(servers: list[Rea
 
 def test_a_router_that_is_starting_is_asked_until_it_has_all_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_module, "_ASK_AGAIN_SECONDS", 0.01)
-    looks = iter([0, 1, 2, 2, 3])  # workers at each look
+    looks = iter([0, 1, 1, 1, 2, 2, 2, 2, 3])  # workers at each look
 
     class Router:
         async def call(self, method: str, path: str, timeout_seconds: float) -> object:

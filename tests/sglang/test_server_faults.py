@@ -435,6 +435,34 @@ def test_an_abort_that_comes_with_the_last_token_leaves_a_response_complete(
     assert sum(len(fake.seen) for fake in fakes) == 1
 
 
+def test_an_abort_waits_for_servers_that_are_paused(fakes: list[FakeServer], engine: Any):
+    for fake in fakes:
+        fake.delay = 60.0
+    with engine.open(SAMPLING) as stream:
+        with engine._pool.changing_weights():
+            stream.submit(requests(10))
+            wait_for(lambda: sum(fake._now for fake in fakes) == 10)
+            answers: list[Any] = []
+            aborting = threading.Thread(target=lambda: answers.extend(stream.abort()))
+            aborting.start()
+            aborting.join(1.5)  # longer than orders are repeated after
+            assert [fake.aborts for fake in fakes] == [[], []]
+        aborting.join(30)
+    assert len(answers) == 10
+    assert sum(len(fake.aborts) for fake in fakes) == 10
+
+
+def test_an_abort_of_one_request_is_of_no_other(fakes: list[FakeServer], engine: Any):
+    """A server aborts whatever has an id that begins so."""
+    asked = requests(120)
+    with engine.open(SAMPLING) as stream:
+        stream.submit(asked)
+        check(asked, [stream.get()[1] for _ in asked])
+    ids = [body["rid"] for fake in fakes for body in fake.seen]
+    assert len(set(ids)) == len(asked)
+    assert not [(one, other) for one in ids for other in ids if one != other and other.startswith(one)]
+
+
 def test_a_stream_that_is_left_ends_its_requests_on_the_servers(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.delay = 30.0
