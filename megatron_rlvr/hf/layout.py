@@ -73,13 +73,12 @@ def shard(layout: Layout, full: Tensor, rank: int, size: int) -> Tensor:
     return full.chunk(size)[rank]
 
 
-def unshard(layout: Layout, parts: Sequence[Tensor]) -> Tensor:
-    """The full parameter from the parts of all tensor-parallel ranks, in rank order."""
+def unshard(layout: Layout, parts: Tensor) -> Tensor:
+    """The full parameter from the parts of all tensor-parallel ranks [ranks, *part]; without a copy where it can be."""
     if len(parts) == 1 or layout == "whole":
         return parts[0]
     if layout == "row":
-        return torch.cat(list(parts), dim=1)
+        return torch.cat(parts.unbind(), dim=1)
     if layout == "gate_up":
-        halves = [part.chunk(2) for part in parts]
-        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-    return torch.cat(list(parts))
+        return parts.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+    return parts.flatten(0, 1)

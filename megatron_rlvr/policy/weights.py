@@ -49,9 +49,9 @@ class WeightMap:
         owners = self._owners(parameters)
         for rows in rows_of(self._config, self._ranks.expert_size):
             row = rows[self._ranks.expert_rank] if rows[0].of_expert else rows[0]
-            part = self._from_stage(owners[row.megatron], parameters.get(row.megatron))
-            for each, full in zip(rows, self._gather(row, part), strict=True):
-                yield from zip(each.hugging_face, unmerge(each.layout, full, self._geometry), strict=True)
+            whole = self._gather(row, self._from_stage(owners[row.megatron], parameters.get(row.megatron)))
+            for each in rows:  # nothing here holds what was yielded while the next is gathered
+                yield from zip(each.hugging_face, unmerge(each.layout, whole.pop(0), self._geometry), strict=True)
 
     def _owners(self, parameters: Mapping[str, torch.nn.Parameter]) -> Mapping[str, "_Owner"]:
         """For each parameter of this replica its first pipeline stage; of experts, those of this expert rank."""
@@ -76,10 +76,12 @@ class WeightMap:
     def _gather(self, row: Row, part: Tensor) -> list[Tensor]:
         """The whole parameter from its parts; of an expert also its like on the other expert ranks."""
         if row.of_expert:
-            return _all_gather(part, self._ranks.expert_group, self._ranks.expert_size)
+            return list(_all_gather(part, self._ranks.expert_group, self._ranks.expert_size).unbind())
         if row.layout == "whole":
             return [part]
-        return [unshard(row.layout, _all_gather(part, self._ranks.tensor_group, self._ranks.tensor_size))]
+        parts = _all_gather(part, self._ranks.tensor_group, self._ranks.tensor_size)
+        del part
+        return [unshard(row.layout, parts)]
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,12 @@ class _Owner:
     dtype: torch.dtype
 
 
-def _all_gather(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
+def _all_gather(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+    """Every rank's part [ranks, *part]."""
     if size == 1:
-        return [part]
-    parts = [torch.empty_like(part) for _ in range(size)]
-    dist.all_gather(parts, part, group=group)
+        return part.unsqueeze(0)
+    parts = part.new_empty(size, *part.shape)
+    dist.all_gather_into_tensor(parts.flatten(0, 1), part, group=group)
     return parts
 
 

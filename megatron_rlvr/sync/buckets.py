@@ -53,5 +53,6 @@ def buckets(
         bucket.names.append(name)
         bucket.dtypes.append(tensor.dtype)
         bucket.shapes.append(tensor.shape)
+        del tensor  # or it would be held while the next is gathered
     if bucket.names:
         yield bucket

@@ -4,12 +4,14 @@ Megatron's groups are torn down at the end, so that all layouts share one set of
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from reference_training import Group, Recipe, Trace
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -280,6 +282,21 @@ def largest_tensors(folder: str, groups: list[Group], layout: Layout) -> dict[st
             with LargestTensor() as found[name]:
                 policy.train_step([batch], masks, scores.logp, loss, mini.response_tokens)
     return {name: watch.elements for name, watch in found.items()}
+
+
+def memory_of_a_handover(folder: str, layout: Layout, bucket_bytes: int) -> tuple[int, int, int]:
+    """Bytes that gathering all weights into buckets took at once; of the largest weight; and of all together."""
+    from planning_runs import Alive
+
+    from megatron_rlvr.sync.buckets import buckets
+
+    largest = total = 0
+    with policy_of(folder, layout) as policy, Alive() as alive:
+        for bucket in buckets(policy.export_weights(), bucket_bytes, torch.device("cpu")):
+            sizes = [math.prod(s) * d.itemsize for s, d in zip(bucket.shapes, bucket.dtypes, strict=True)]
+            largest, total = max(largest, *sizes), total + bucket.bytes
+            assert bucket.bytes <= max(bucket_bytes, largest)
+    return alive.peak, largest, total
 
 
 def refused(folder: str) -> str:

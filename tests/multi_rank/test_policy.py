@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from launcher import Ranks
-from policy_runs import Layout, RankTrace, Run, largest_tensors, refused, saved, scored_and_exported, trained
+from policy_runs import (
+    Layout,
+    RankTrace,
+    Run,
+    largest_tensors,
+    memory_of_a_handover,
+    refused,
+    saved,
+    scored_and_exported,
+    trained,
+)
 from reference_training import Recipe, Trace, load, make_groups, token_scores, train
 from safetensors.torch import load_file, save_file
 
@@ -244,6 +254,17 @@ def test_the_logits_never_exist_in_any_pass(ranks: Ranks, tmp_path):
         for found in ranks.run(largest_tensors, layout.size, str(tmp_path), groups, layout):
             assert found.keys() == {"score", "old", "current"}
             assert max(found.values()) <= 1024 * 2048 < logits / 3, (layout, found, logits)
+
+
+def test_weights_are_handed_over_in_the_memory_of_a_bucket_and_of_what_is_gathered_for_it(ranks: Ranks, tmp_path: Path):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**SHAPE | {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8})
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    bucket_bytes = 2**20
+    for peak, largest, total in ranks.run(memory_of_a_handover, 4, str(tmp_path), TENSOR_PIPELINE, bucket_bytes):
+        print(f"peak {peak}, bucket {bucket_bytes}, largest {largest}, total {total}")
+        assert bucket_bytes < peak < bucket_bytes + 6 * largest < total / 2
 
 
 OTHER_RECIPES = {
