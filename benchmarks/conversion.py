@@ -266,7 +266,7 @@ def print_table(result: dict[str, Any]) -> None:
         for key, label, digits in ROWS:
             figures = [arms[arm][direction][key] if "same" in arms[arm] else None for arm in ("mbridge", "ours")]
             cells = ["-" if figure is None else f"{figure:,.{digits}f}" for figure in figures]
-            ratio = f"{figures[0] / figures[1]:.2f}" if None not in figures else ""
+            ratio = f"{figures[0] / figures[1]:.2f}" if None not in figures and figures[1] else ""
             print(f"{label:<24}{cells[0]:>16}{cells[1]:>10}{ratio:>16}", flush=True)
     for arm, row in arms.items():
         if "why_not" in row:

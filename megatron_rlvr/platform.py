@@ -19,6 +19,7 @@ import os
 import resource
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
@@ -128,7 +129,9 @@ def import_megatron() -> None:
     torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
         # The package comes with most of what it has, and its switch is a part of it.
-        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses Transformer Engine and apex
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
     finally:
         torch.compile = compiler
 

