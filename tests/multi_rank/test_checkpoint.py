@@ -306,7 +306,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(ranks: Ranks, fo
     for told in ranks.run(not_loaded, 2, folder, tmp_path / "checkpoint", {"num_hidden_layers": 3}):
         assert "holds decoder.layers.3." in told
     for told in ranks.run(not_loaded, 2, folder, tmp_path / "checkpoint", {"intermediate_size": 64}):
-        assert "decoder.layers.0.mlp.linear_fc1.weight [112, 48] does not fit [128, 48]" in told
+        assert "decoder.layers.0-3.mlp.linear_fc1.weight [112, 48] does not fit [128, 48]" in told
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_on_every_rank(ranks: Ranks, folders, tmp_path):
