@@ -294,7 +294,7 @@ def test_a_missing_logger_is_named(resolve_with: Resolve, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_what_an_earlier_run_left_is_kept_unless_told(name: str, resolve_with: Resolve, tmp_path: Path) -> None:
-    left = tmp_path / "run" / name
+    left = tmp_path / "run" / name / "of the earlier run"
     left.mkdir(parents=True)
     message = refusal(resolve_with)
     assert f"run.dir {tmp_path}/run holds an earlier run ({name})" in message
