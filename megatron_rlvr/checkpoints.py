@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
-from megatron_rlvr.durable import flush
+from megatron_rlvr.durable import beside, flush
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def where_to_begin(settings: Settings, earlier: list[str]) -> Checkpoint | None:
 
 def _holds_anything(root: Path) -> bool:
     """Not so where a run was killed before it had noted its settings."""
-    return not root.is_dir() or any(path.name != f"{_SETTINGS}.incomplete" for path in root.iterdir())
+    return not root.is_dir() or any(path != beside(root / _SETTINGS) for path in root.iterdir())
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
@@ -354,7 +354,7 @@ def _room_in_words(folder: Path) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """The file has its old content or all of the new one, whatever happens, to the machine as well."""
-    building = path.with_name(path.name + ".incomplete")
+    building = beside(path)
     building.write_text(text, encoding="utf-8")
     flush(building)
     building.replace(path)

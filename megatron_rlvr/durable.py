@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 
+def beside(target: Path) -> Path:
+    """Where a file or folder is built before it gets its name."""
+    return target.with_name(target.name + ".incomplete")
+
+
 def to_disk(folder: Path) -> None:
     """Returns when all that is in a folder, at any depth, would survive a failure of the machine."""
     for path in (*folder.rglob("*"), folder):

@@ -34,7 +34,8 @@ class Signals:
         self._noting = False
         self._meant = False
         """Another SIGTERM has arrived, too late for an echo. What counts is when it arrived: handlers may run late."""
-        self._handled_at: float | None = None
+        self._first_at = -math.inf
+        """When the first SIGTERM that was noted arrived."""
         self._gives_up_at = math.inf
         self._give_up: Callable[[], object] = lambda: None
         self._saving = threading.Lock()
@@ -85,7 +86,7 @@ class Signals:
 
     def _watch(self, told: int, grace_seconds: float) -> None:
         """Reads the number of each signal as it arrives, until nobody can tell any more."""
-        main, first_at = threading.main_thread().ident or 0, math.inf
+        main = threading.main_thread().ident or 0
         with open(told, "rb", buffering=0) as pipe:
             while True:
                 left = self._gives_up_at - time.monotonic()
@@ -101,19 +102,17 @@ class Signals:
                     continue
                 now = time.monotonic()
                 if not self.stop_wanted:
-                    first_at, self._gives_up_at = now, now + grace_seconds
+                    self._first_at, self._gives_up_at = now, now + grace_seconds
                     self.stop_wanted = True
-                elif now - first_at >= ECHO_SECONDS and not self._meant:
+                elif now - self._first_at >= ECHO_SECONDS and not self._meant:
                     self._meant = True
                     # Again, as its handler may have run before it was known to be meant.
                     signal.pthread_kill(main, signal.SIGTERM)
 
     def _arrived(self, signum: int, frame: object) -> None:
-        if signum == signal.SIGTERM and (self._noting or self._handled_at is not None):
-            now = time.monotonic()
-            if self._handled_at is None:
-                self._handled_at = now
-            if not self._meant if self._noting else now - self._handled_at < ECHO_SECONDS:
+        if signum == signal.SIGTERM:
+            late = self._meant if self._noting else time.monotonic() - self._first_at >= ECHO_SECONDS
+            if not late:
                 return
         _stop(signum)
 

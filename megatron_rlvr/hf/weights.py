@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_rlvr.durable import flush, to_disk
+from megatron_rlvr.durable import beside, flush, to_disk
 from megatron_rlvr.hf.families import ModelError, rows_of, tensor_shapes, tied
 from megatron_rlvr.hf.files import INDEX, SINGLE, weight_files
 
@@ -172,11 +172,6 @@ def built_beside(target: Path, *, lasting: bool = True) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def beside(target: Path) -> Path:
-    """Where a folder is built before it gets its name."""
-    return target.with_name(target.name + ".incomplete")
 
 
 def copy_all_but_weights(source: Path, target: Path) -> None:

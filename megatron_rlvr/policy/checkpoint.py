@@ -29,8 +29,8 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rlvr.durable import flush, to_disk
-from megatron_rlvr.hf.weights import beside, built_beside, copy_all_but_weights
+from megatron_rlvr.durable import beside, flush, to_disk
+from megatron_rlvr.hf.weights import built_beside, copy_all_but_weights
 from megatron_rlvr.policy.checkpoint_files import CONTENT, HUGGING_FACE, CheckpointReader
 
 # Moments have the shape of their parameter, whichever ranks share them: any layout reads them.

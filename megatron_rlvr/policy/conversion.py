@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rlvr.durable import beside
 from megatron_rlvr.hf.families import ModelError, Row, expert_count, rows_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
 from megatron_rlvr.hf.layout import Geometry, merge, unmerge
 from megatron_rlvr.hf.weights import (
     FILE_BYTES,
     TensorReader,
-    beside,
     built_beside,
     check_weights,
     copy_all_but_weights,

@@ -33,8 +33,8 @@ _KEPT_SECONDS = 2.0
 _MOST_STRIKES = 3
 _LONGEST_PAUSE = 32  # times the pause before a server is first asked again
 _FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.25, 30.0
-# A request may reach its server after the order to abort it: the order is repeated.
 _LOOK_SECONDS, _PAST_A_PAUSE_SECONDS = 0.05, 0.5
+# A request may reach its server after the order to abort it: the order is repeated.
 _ABORT_AGAIN_SECONDS, _ABORT_ORDER_SECONDS, _ABORT_SECONDS = 1.0, 5.0, 20.0
 
 
