@@ -199,7 +199,7 @@ def peak_mb() -> float:
 
 
 def ours(direction: str, model: Path, out: Path) -> Iterator[None]:
-    from megatron_rlvr.policy.conversion import to_hugging_face, to_megatron
+    from megatron_rlvr.convert.conversion import to_hugging_face, to_megatron
 
     yield
     if direction == "to Megatron":
@@ -215,9 +215,9 @@ def mbridge(direction: str, model: Path, out: Path) -> Iterator[None]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_rlvr import platform
     from megatron_rlvr.config import ParallelSettings
-    from megatron_rlvr.policy.ranks import initialize_ranks
+    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed.ranks import initialize_ranks
 
     initialize_ranks(ParallelSettings(), timeout_minutes=10)
     from mbridge import AutoBridge

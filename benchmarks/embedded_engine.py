@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from megatron_rlvr.rollout.embedded import EmbeddedEngine
+from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.types import Prompt, SampleRequest
 
 STOP, PAD = 1, 0

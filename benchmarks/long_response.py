@@ -54,14 +54,14 @@ def measure(folder: str, length: int, sender: Any) -> None:
     import numpy as np
     import torch
 
-    from megatron_rlvr import platform
     from megatron_rlvr.algo.loss import make_loss
-    from megatron_rlvr.batch import Sample
+    from megatron_rlvr.batching.batch import Sample
+    from megatron_rlvr.batching.mini_batches import MiniBatch
     from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, Settings
+    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.learner import Learner
-    from megatron_rlvr.mini_batches import MiniBatch
     from megatron_rlvr.policy.policy import Policy
-    from megatron_rlvr.policy.ranks import initialize_ranks
 
     torch.set_num_threads(1)
     settings = Settings.model_validate(

@@ -46,15 +46,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from megatron_rlvr.config import ParallelSettings, RewardSettings, RolloutSettings
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.prompts import FilePrompts, PromptSet
-from megatron_rlvr.policy.ranks import Ranks, initialize_ranks
+from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks
+from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
+from megatron_rlvr.engines.sglang.launcher.process import ServerProcess, ServerProgram
+from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
+from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
+from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
 from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.rollout.asynchronous import StreamingCollector
 from megatron_rlvr.rollout.sampler import Sampler, requests_for
-from megatron_rlvr.rollout.server_process import ServerProcess, ServerProgram
-from megatron_rlvr.rollout.sglang import SglangEngine, connect
-from megatron_rlvr.rollout.streaming import StreamingCollector
-from megatron_rlvr.sync.disk import DiskSync
-from megatron_rlvr.sync.distributed import DistributedSync
-from megatron_rlvr.sync.tensor import TensorSync
 from megatron_rlvr.types import Prompt
 
 ROOT = Path(__file__).parents[1]

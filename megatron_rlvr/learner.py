@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from megatron_rlvr.algo.quantile import NonFiniteEntropyError
 from megatron_rlvr.algo.selection import Selection, micro_batch_mask, select
-from megatron_rlvr.batch import MicroBatch, PolicyScores, sample_and_position
+from megatron_rlvr.batching.batch import MicroBatch, PolicyScores, sample_and_position
+from megatron_rlvr.batching.mini_batches import MiniBatch
+from megatron_rlvr.batching.trim import Work, trim
 from megatron_rlvr.config import Settings
-from megatron_rlvr.mini_batches import MiniBatch
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
 from megatron_rlvr.protocols import PolicyLoss
-from megatron_rlvr.trimming import Work, trim
 
 
 class Stopwatch(Protocol):

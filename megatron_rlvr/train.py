@@ -20,18 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_rlvr.checkpoints import FOLDER, Checkpoint, CheckpointError, Done, prepare
-from megatron_rlvr.command_line import help_text, load_settings, to_yaml
+from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, CheckpointError, Done, prepare
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
+from megatron_rlvr.config.command_line import help_text, load_settings, to_yaml
 from megatron_rlvr.data.rows import DataError
 from megatron_rlvr.data.tokenizer import TokenizerError
 from megatron_rlvr.hf.families import ModelError
-from megatron_rlvr.resolve import RUN_FILES, Resolved, plan_in_words, resolve, world_size
 from megatron_rlvr.reward.graders import GraderPool, RewardError
 from megatron_rlvr.signals import Signals, Stopped
+from megatron_rlvr.startup.resolve import RUN_FILES, Resolved, plan_in_words, resolve, world_size
 
 if TYPE_CHECKING:
-    from megatron_rlvr.policy.ranks import Ranks
+    from megatron_rlvr.distributed.ranks import Ranks
     from megatron_rlvr.trainer import Trainer
 
 logger = logging.getLogger("megatron_rlvr")
@@ -100,18 +100,18 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals
 
 def _explained() -> tuple[type[Exception], ...]:
     """What ends a run without being a fault of the program: the message says what happened. They come with torch."""
+    from megatron_rlvr.engines.sglang.pool import ServersError
     from megatron_rlvr.learner import LogprobGapError, PolicyEntropyError, SkippedStepsError
-    from megatron_rlvr.rollout.servers import ServersError
 
     return ServersError, LogprobGapError, PolicyEntropyError, SkippedStepsError
 
 
 def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
     """Trains as resolved and returns what summary.json says, on every rank; None where SIGTERM ended it before."""
-    from megatron_rlvr import platform
-    from megatron_rlvr.assembly import build_trainer
-    from megatron_rlvr.policy.ranks import initialize_ranks
-    from megatron_rlvr.pulse import Pulse
+    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed.heartbeat import Pulse
+    from megatron_rlvr.distributed.ranks import initialize_ranks
+    from megatron_rlvr.startup.assembly import build_trainer
 
     settings, folder = resolved.settings, Path(resolved.settings.run.dir)
     ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)

@@ -7,19 +7,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_rlvr import platform
-from megatron_rlvr.checkpoints import Checkpoint, Checkpoints, Done
+from megatron_rlvr.batching.mini_batches import build_mini_batches
+from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, Done
 from megatron_rlvr.config import Settings
-from megatron_rlvr.evaluate import Evaluator
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.collectives import gather
+from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
+from megatron_rlvr.evaluation.evaluator import Evaluator
 from megatron_rlvr.learner import Learner, SkippedStepsError
 from megatron_rlvr.metrics import MetricsLog
-from megatron_rlvr.mini_batches import build_mini_batches
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import RolloutEngine
-from megatron_rlvr.rollout.agreement import gather
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
-from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
 from megatron_rlvr.signals import Signals
 
 logger = logging.getLogger(__name__)

@@ -147,7 +147,7 @@ def _imports(node: ast.AST, for_types: bool, at_once: bool) -> Iterator[Import]:
 
 
 def _module(name: str) -> str:
-    """``megatron_rlvr.policy.ranks.Ranks`` is the module ``policy.ranks``."""
+    """``megatron_rlvr.distributed.ranks.Ranks`` is the module ``policy.ranks``."""
     parts = name.split(".")[1:]
     while parts and ".".join(parts) not in modules():
         parts.pop()

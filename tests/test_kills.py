@@ -21,7 +21,7 @@ import yaml
 from safetensors.numpy import load_file
 from waiting import wait_for
 
-from megatron_rlvr.checkpoints import latest_checkpoint
+from megatron_rlvr.checkpoint.store import latest_checkpoint
 
 KILLS, STEPS = 50, 160
 
@@ -32,7 +32,7 @@ KILLS, STEPS = 50, 160
 LIVES = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-import megatron_rlvr.assembly
+import megatron_rlvr.startup.assembly
 from megatron_rlvr.train import main
 
 config, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

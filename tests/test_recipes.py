@@ -13,12 +13,12 @@ import pytest
 import tiny
 import yaml
 
-from megatron_rlvr.command_line import load_settings
 from megatron_rlvr.config import Settings
+from megatron_rlvr.config.command_line import load_settings
 from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
-from megatron_rlvr.resolve import Resolved, plan_in_words, resolve
 from megatron_rlvr.reward.math import math_reward
+from megatron_rlvr.startup.resolve import Resolved, plan_in_words, resolve
 from megatron_rlvr.train import check_megatron
 
 EXAMPLES = tiny.CHECKOUT / "examples"

@@ -14,19 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_asynchronous
 import tiny
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent / "multi_rank"))
-sys.path.insert(0, str(Path(__file__).parent / "rollout"))
-
-import test_streaming
 from launcher import Ranks
+from safetensors.torch import load_file
 from scripted import LAYOUTS as REPLICAS
 
-from megatron_rlvr.checkpoints import Checkpoint, Checkpoints, latest_checkpoint, prepare, where_to_begin
-from megatron_rlvr.command_line import load_settings
+from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, latest_checkpoint, prepare, where_to_begin
 from megatron_rlvr.config import RunSettings, SettingsError
+from megatron_rlvr.config.command_line import load_settings
 
 STEPS, CUT = 8, 4
 PATIENCE_SECONDS = 200.0
@@ -68,7 +64,7 @@ def world_taken_down() -> Iterator[None]:
     """Megatron's groups end with the run, so that the next one of this process may have other ones."""
     from megatron.core import parallel_state
 
-    from megatron_rlvr import platform
+    from megatron_rlvr.distributed import accelerator as platform
 
     try:
         yield
@@ -86,12 +82,12 @@ def life(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
     import os
     from unittest import mock
 
-    from megatron_rlvr.checkpoints import CheckpointError
-    from megatron_rlvr.command_line import load_settings
+    from megatron_rlvr.checkpoint import megatron as checkpoint
+    from megatron_rlvr.checkpoint.store import CheckpointError
+    from megatron_rlvr.config.command_line import load_settings
     from megatron_rlvr.learner import SkippedStepsError
-    from megatron_rlvr.policy import checkpoint
-    from megatron_rlvr.resolve import resolve
     from megatron_rlvr.reward.graders import GraderPool
+    from megatron_rlvr.startup.resolve import resolve
     from megatron_rlvr.train import INPUT_ERRORS, train
 
     # Megatron writes files in processes of its own, which the ranks of tests, being daemons, may not start.
@@ -326,22 +322,22 @@ class Resuming:
 
 
 def run_resumed_cases(*arguments: Any) -> Any:
-    """`test_streaming.run_cases` with such collectors."""
+    """`test_asynchronous.run_cases` with such collectors."""
     from unittest import mock
 
-    from megatron_rlvr.rollout import streaming
+    from megatron_rlvr.rollout import asynchronous as streaming
 
     Resuming.collector = streaming.StreamingCollector
     with mock.patch.object(streaming, "StreamingCollector", Resuming):
-        return test_streaming.run_cases(*arguments)
+        return test_asynchronous.run_cases(*arguments)
 
 
 def test_begun_groups_and_partial_responses_go_on_and_nothing_is_graded_or_trained_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "user_reward.py").write_text(test_streaming.JOURNAL_REWARD, encoding="ascii")
-    monkeypatch.setattr(test_streaming, "run_cases", run_resumed_cases)
-    test_streaming.test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(REPLICAS[5], tmp_path)
+    (tmp_path / "user_reward.py").write_text(test_asynchronous.JOURNAL_REWARD, encoding="ascii")
+    monkeypatch.setattr(test_asynchronous, "run_cases", run_resumed_cases)
+    test_asynchronous.test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(REPLICAS[5], tmp_path)
 
 
 # Which checkpoint a run goes on from --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import tiny
 
-from megatron_rlvr.command_line import load_settings
+from megatron_rlvr.config.command_line import load_settings
 
 ALWAYS = {
     "step", "reward/mean", "reward/accuracy", "rollout/response_tokens_mean", "rollout/truncated_fraction",
@@ -90,7 +90,7 @@ STOPS = {
 # Imports once, then forks a process for each settings file, since imports take ten times longer than such a run.
 FORKING = """
 import os, sys, traceback
-import megatron_rlvr.assembly
+import megatron_rlvr.startup.assembly
 from megatron_rlvr.train import main
 
 for config in sys.argv[1:]:

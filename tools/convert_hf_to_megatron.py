@@ -28,7 +28,7 @@ def main() -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from megatron_rlvr.policy.conversion import check_layout, errors_in_one_line, to_megatron, verify
+    from megatron_rlvr.convert.conversion import check_layout, errors_in_one_line, to_megatron, verify
 
     with errors_in_one_line(options.out):
         check_layout(options.hf_dir, options.tensor, options.pipeline, options.expert)

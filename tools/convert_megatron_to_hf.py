@@ -28,7 +28,7 @@ def main() -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from megatron_rlvr.policy.conversion import errors_in_one_line, to_hugging_face, verify
+    from megatron_rlvr.convert.conversion import errors_in_one_line, to_hugging_face, verify
 
     with errors_in_one_line(options.out):
         console, size = Console(stderr=True), int(options.shard_size * 1e9)

@@ -30,8 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_rlvr.rollout.launch import Launch
-from megatron_rlvr.rollout.server_process import ServerProgram, birth
+from megatron_rlvr.engines.sglang.launcher.launch import Launch
+from megatron_rlvr.engines.sglang.launcher.process import ServerProgram, birth
 
 _MEMORY_SHARE, _COLOCATED_SHARE = 0.85, 0.5
 

@@ -29,15 +29,15 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rlvr.command_line import load_settings, validate
 from megatron_rlvr.config import ParallelSettings, Settings, SettingsError
+from megatron_rlvr.config.command_line import load_settings, validate
 from megatron_rlvr.hf.files import read_config
-from megatron_rlvr.planning import report
-from megatron_rlvr.planning.devices import DEVICES
-from megatron_rlvr.planning.layouts import Plan, Question, least_recompute, ranked, refusal
-from megatron_rlvr.planning.roofline import Efficiency
-from megatron_rlvr.planning.shapes import Shape
-from megatron_rlvr.planning.workload import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Workload
+from megatron_rlvr.planner import report
+from megatron_rlvr.planner.devices import DEVICES
+from megatron_rlvr.planner.layouts import Plan, Question, least_recompute, ranked, refusal
+from megatron_rlvr.planner.roofline import Efficiency
+from megatron_rlvr.planner.shapes import Shape
+from megatron_rlvr.planner.workload import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Workload
 
 
 def main() -> int:

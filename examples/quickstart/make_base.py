@@ -19,12 +19,12 @@ from toy_tokenizer import EOS_ID, PAD_ID, VOCABULARY, write_tokenizer
 
 warnings.filterwarnings("ignore")
 
-from megatron_rlvr import platform  # noqa: E402
 from megatron_rlvr.algo.loss import SelectedTokens  # noqa: E402
-from megatron_rlvr.batch import Sample, spread  # noqa: E402
+from megatron_rlvr.batching.batch import Sample, spread  # noqa: E402
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings  # noqa: E402
+from megatron_rlvr.distributed import accelerator as platform  # noqa: E402
+from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks  # noqa: E402
 from megatron_rlvr.policy.policy import Policy  # noqa: E402
-from megatron_rlvr.policy.ranks import Ranks, initialize_ranks  # noqa: E402
 
 TOKENS_PER_STEP = 1024
 LEARNING_RATE = 3e-3

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_rlvr.durable import beside, flush, to_disk
+from megatron_rlvr.atomic import beside, flush, to_disk
 from megatron_rlvr.hf.families import ModelError, rows_of, tensor_shapes, tied
 from megatron_rlvr.hf.files import INDEX, SINGLE, weight_files
 

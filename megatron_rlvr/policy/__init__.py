@@ -1,3 +1,3 @@
-from megatron_rlvr import platform
+from megatron_rlvr.distributed import accelerator as platform
 
 platform.import_megatron()  # before a module of this package does

@@ -28,7 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rlvr.batch import MicroBatch
+from megatron_rlvr.batching.batch import MicroBatch
 from megatron_rlvr.policy.context import zigzag
 
 

@@ -21,11 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_rlvr import platform
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, SettingsError
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.families import rope_scaling_factor, rope_theta, tied, transformer_fields
 from megatron_rlvr.policy.layers import layer_parts, layer_spec
-from megatron_rlvr.policy.ranks import Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Megatron pads the vocabulary so that every tensor-parallel rank gets a multiple of this many columns.

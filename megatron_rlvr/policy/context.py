@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlvr.batch import MicroBatch
+from megatron_rlvr.batching.batch import MicroBatch
 
 
 def zigzag(lengths: Sequence[int], rank: int, size: int) -> Tensor:

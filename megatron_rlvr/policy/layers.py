@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_rlvr import platform
+from megatron_rlvr.distributed import accelerator as platform
 from megatron_rlvr.hf.families import NORMS_IN_LINEARS
 from megatron_rlvr.policy.attention import PackedAttention
 from megatron_rlvr.policy.experts import sparse_mlp_spec

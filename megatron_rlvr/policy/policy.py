@@ -17,16 +17,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_rlvr import platform
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 from megatron_rlvr.algo.loss import SelectedTokens
-from megatron_rlvr.batch import MicroBatch, Packing, PolicyScores
-from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
-from megatron_rlvr.hf.files import read_config
-from megatron_rlvr.hf.weights import write_folder
-from megatron_rlvr.policy.attention import packed_stream
-from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
-from megatron_rlvr.policy.checkpoint import (
+from megatron_rlvr.batching.batch import MicroBatch, Packing, PolicyScores
+from megatron_rlvr.checkpoint.files import CheckpointReader
+from megatron_rlvr.checkpoint.megatron import (
     begin_checkpoint,
     fill_weights,
     link_checkpoint,
@@ -35,9 +30,14 @@ from megatron_rlvr.policy.checkpoint import (
     sharded_optimizer,
     sharded_weights,
 )
-from megatron_rlvr.policy.checkpoint_files import CheckpointReader
+from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.ranks import Ranks
+from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.hf.weights import write_folder
+from megatron_rlvr.policy.attention import packed_stream
+from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
 from megatron_rlvr.policy.context import ContextShard, context_shard
-from megatron_rlvr.policy.ranks import Ranks
 from megatron_rlvr.policy.weights import WeightMap, global_parameters
 from megatron_rlvr.protocols import PolicyLoss
 

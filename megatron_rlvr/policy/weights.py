@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlvr import platform
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.families import NORMS_IN_LINEARS, Row, rows_of, tied
 from megatron_rlvr.hf.layout import Geometry, merge, shard, unmerge, unshard
 from megatron_rlvr.hf.weights import TensorReader, check_weights
-from megatron_rlvr.policy.ranks import Ranks
 
 
 class WeightMap:

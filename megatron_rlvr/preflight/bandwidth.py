@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_rlvr import platform
-from megatron_rlvr.policy.ranks import Ranks
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.preflight.findings import Finding, in_spans
 from megatron_rlvr.preflight.site import Site
 

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_rlvr.command_line import load_settings
 from megatron_rlvr.config import SettingsError
+from megatron_rlvr.config.command_line import load_settings
 from megatron_rlvr.preflight.findings import Finding, Report, from_sentence
-from megatron_rlvr.resolve import Resolved, plan_in_words, resolve, world_size
 from megatron_rlvr.signals import Signals, Stopped
+from megatron_rlvr.startup.resolve import Resolved, plan_in_words, resolve, world_size
 from megatron_rlvr.train import INPUT_ERRORS, check_megatron, complain, is_main, quiet_libraries
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Check]:
 
 def _run(resolved: Resolved, signals: Signals, options: argparse.Namespace, report: Report) -> None:
     """All checks after the settings. Every rank does the same."""
-    from megatron_rlvr import platform
+    from megatron_rlvr.distributed import accelerator as platform
     from megatron_rlvr.preflight.machines import join
     from megatron_rlvr.preflight.site import Meeting, Site
 

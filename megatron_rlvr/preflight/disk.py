@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.checkpoints import FOLDER
+from megatron_rlvr.checkpoint.store import FOLDER
 from megatron_rlvr.config import Settings
 from megatron_rlvr.hf.families import rows_of, tensor_shapes
 from megatron_rlvr.preflight.findings import Finding, from_sentence, in_gb, in_spans

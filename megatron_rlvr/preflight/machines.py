@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_rlvr import platform
 from megatron_rlvr.config import Settings, SettingsError
-from megatron_rlvr.policy.ranks import Ranks, initialize_ranks
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks
 from megatron_rlvr.preflight.findings import Finding, in_gb, in_spans, some
 from megatron_rlvr.preflight.site import Site
 

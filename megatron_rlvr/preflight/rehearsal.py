@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rlvr import platform
 from megatron_rlvr.algo.loss import make_loss
-from megatron_rlvr.assembly import build_trainer
-from megatron_rlvr.batch import MicroBatch, Packing, Sample
-from megatron_rlvr.command_line import validate
+from megatron_rlvr.batching.batch import MicroBatch, Packing, Sample
 from megatron_rlvr.config import EvaluateSettings, RolloutSettings, Settings
+from megatron_rlvr.config.command_line import validate
+from megatron_rlvr.distributed import accelerator as platform
 from megatron_rlvr.hf.families import rows_of
 from megatron_rlvr.hf.weights import TensorReader
 from megatron_rlvr.policy.build import DTYPES
@@ -27,6 +26,7 @@ from megatron_rlvr.preflight.findings import Finding, in_gb
 from megatron_rlvr.preflight.grading import ContrastingGraders
 from megatron_rlvr.preflight.servers import weights_on_servers
 from megatron_rlvr.preflight.site import LESS_MEMORY, Site
+from megatron_rlvr.startup.assembly import build_trainer
 
 _SHORT_RESPONSE = 64
 _LARGE_GAP_SHARE = 0.1

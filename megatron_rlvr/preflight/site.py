@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_rlvr import platform
-from megatron_rlvr.policy.ranks import Ranks
-from megatron_rlvr.resolve import Resolved
-from megatron_rlvr.rollout.agreement import gather
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.collectives import gather
+from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.signals import Signals
+from megatron_rlvr.startup.resolve import Resolved
 
 if TYPE_CHECKING:
+    from megatron_rlvr.engines.sglang.pool import ServerPool
     from megatron_rlvr.preflight.rehearsal import Rehearsal
-    from megatron_rlvr.rollout.servers import ServerPool
 
 logger = logging.getLogger(__name__)
 

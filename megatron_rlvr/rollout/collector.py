@@ -15,8 +15,8 @@ from typing import Any
 from megatron_rlvr.config import RewardSettings, RolloutSettings
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.tokenizer import Tokenizer
-from megatron_rlvr.policy.ranks import Ranks
-from megatron_rlvr.rollout.agreement import gather, gather_on_first
+from megatron_rlvr.distributed.collectives import gather, gather_on_first
+from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
 from megatron_rlvr.rollout.sampler import Sampler
 from megatron_rlvr.types import Group

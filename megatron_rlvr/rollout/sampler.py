@@ -8,7 +8,7 @@ from typing import cast
 
 from megatron_rlvr.config import RewardSettings
 from megatron_rlvr.data.tokenizer import Tokenizer
-from megatron_rlvr.policy.ranks import Ranks
+from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.protocols import RolloutEngine, RolloutStream, Sampling, StreamingEngine
 from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
 from megatron_rlvr.types import Completion, Grade, Prompt, SampleRequest

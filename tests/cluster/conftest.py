@@ -1,7 +1,6 @@
 """What tests of launchers share."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny
-
-for folder in ("", "../sglang"):
-    sys.path.insert(0, str((Path(__file__).parent / folder).resolve()))
-
-from cluster_runs import Run  # noqa: E402
+from cluster_runs import Run
 
 
 @pytest.fixture(scope="module")

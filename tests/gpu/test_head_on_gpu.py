@@ -1,13 +1,9 @@
 """The head on a GPU: the cases of the CPU's tests on both back ends, in fp32 and bfloat16."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "multi_rank"))
 from test_head import (
     all_combinations,
     assert_close,

@@ -1,19 +1,15 @@
 """The policy on a GPU against transformers: Transformer Engine's layers where it is installed, and ours."""
 
 import importlib.util
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "multi_rank"))
 from policy_runs import Layout, scored_and_exported
 from reference_training import load, make_groups, token_scores
 from test_policy import GROUPS, SHAPE
 
-from megatron_rlvr import platform
+from megatron_rlvr.distributed import accelerator as platform
 
 pytestmark = pytest.mark.gpu
 

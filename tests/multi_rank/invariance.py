@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 import tiny
 import torch

@@ -15,10 +15,10 @@ from launcher import Ranks
 from policy_runs import Layout, norms_built_into_linears, policy_of
 from safetensors.torch import load_file, save_file
 
+from megatron_rlvr.checkpoint.files import CheckpointReader
+from megatron_rlvr.convert.conversion import to_hugging_face, to_megatron, verify
 from megatron_rlvr.hf.families import ModelError, rows_of, transformer_fields
 from megatron_rlvr.hf.files import read_config
-from megatron_rlvr.policy.checkpoint_files import CheckpointReader
-from megatron_rlvr.policy.conversion import to_hugging_face, to_megatron, verify
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 150,  # Megatron pads it to 256, 512 or 1024, by the number of tensor-parallel ranks
@@ -105,7 +105,7 @@ def passed_on(
     folder: Path, sources: Sequence[Path], target: Path, layout: Layout, dtype: str, built_in: bool = False
 ) -> list[dict[str, torch.Tensor]]:
     """Weights of a policy after it was loaded from each checkpoint, and a checkpoint of the last ones."""
-    from megatron_rlvr.policy.checkpoint import load_weights, save_checkpoint, sharded_weights
+    from megatron_rlvr.checkpoint.megatron import load_weights, save_checkpoint, sharded_weights
 
     # Megatron writes files in processes of its own, which the ranks of tests, being daemons, may not start.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
@@ -124,7 +124,7 @@ def passed_on(
 
 
 def not_loaded(folder: Path, checkpoint: Path, changes: dict[str, Any]) -> str:
-    from megatron_rlvr.policy.checkpoint import load_weights
+    from megatron_rlvr.checkpoint.megatron import load_weights
 
     with policy_of(str(folder), Layout(data=2)) as policy:
         try:
@@ -140,7 +140,7 @@ def not_saved(
     """What saving says here. ``spoil`` is called on a rank, with the folder that is being built, before its save."""
     from megatron.core import dist_checkpointing
 
-    from megatron_rlvr.policy.checkpoint import begin_checkpoint, sharded_weights
+    from megatron_rlvr.checkpoint.megatron import begin_checkpoint, sharded_weights
 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     save = dist_checkpointing.save
@@ -192,7 +192,7 @@ def killed_writers(building: Path) -> None:
 
 def put_on_the_disk(folder: Path, target: Path) -> list[str]:
     """What a save has made sure of, in order."""
-    from megatron_rlvr.policy.checkpoint import save_checkpoint, sharded_weights
+    from megatron_rlvr.checkpoint.megatron import save_checkpoint, sharded_weights
 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     synced: list[str] = []
@@ -220,10 +220,10 @@ def names_by_megatron(folder: Path) -> list[str]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_rlvr import platform
+    from megatron_rlvr.checkpoint.files import CONTENT
     from megatron_rlvr.config import ParallelSettings
-    from megatron_rlvr.policy.checkpoint_files import CONTENT
-    from megatron_rlvr.policy.ranks import initialize_ranks
+    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed.ranks import initialize_ranks
 
     initialize_ranks(ParallelSettings(), timeout_minutes=4)
     config, common = read_config(folder), {"normalization": "RMSNorm", "gated_linear_unit": True}
@@ -348,7 +348,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(ranks: Ranks, folde
 
 def test_only_adam_of_torch_is_told_how_many_steps_it_has_taken():
     """Fused ones count for themselves, and those of Transformer Engine refuse a parameter that does so."""
-    from megatron_rlvr.policy.checkpoint import load_optimizer
+    from megatron_rlvr.checkpoint.megatron import load_optimizer
 
     def told(optimizer: Any) -> dict[str, Any]:
         loaded = {"optimizer": {"state": {}}}

@@ -89,7 +89,7 @@ def one_step(run: Run, trimming: bool, multiples: dict[str, int]) -> Seen:
     """A step through the learner, on one mini-batch; trimmed streams are packed with other ``multiples``."""
     from megatron_rlvr import learner
     from megatron_rlvr.algo.loss import DapoLoss
-    from megatron_rlvr.batch import sample_and_position
+    from megatron_rlvr.batching.batch import sample_and_position
 
     settings = settings_of(run.recipe)
     with contextlib.ExitStack() as stack:

@@ -95,8 +95,8 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
     from megatron_rlvr.data.cursor import PromptCursor
     from megatron_rlvr.data.prompts import FilePrompts, PromptSet
     from megatron_rlvr.rollout.collector import logger
-    from megatron_rlvr.rollout.rounds import RoundsCollector
     from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.rollout.synchronous import RoundsCollector
 
     engine = ScriptedEngine(case.script)
     settings = RolloutSettings(

@@ -1,6 +1,5 @@
 """Two real servers for the whole session, which start from weights that no test wants: they must be given others."""
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-
-for folder in ("", "../rollout", "../multi_rank"):
-    sys.path.insert(0, str((Path(__file__).parent / folder).resolve()))
-
-from real_servers import RealServer, installed  # noqa: E402
+from real_servers import RealServer, installed
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +62,7 @@ def _logs_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[Any]:
     """This process as the only rank of a world."""
-    from megatron_rlvr.policy.ranks import Ranks
+    from megatron_rlvr.distributed.ranks import Ranks
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = dist.group.WORLD
@@ -85,8 +80,8 @@ def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[.
     from sync_runs import sync_by
 
     from megatron_rlvr.config import RolloutSettings
+    from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
     from megatron_rlvr.hf.files import read_config
-    from megatron_rlvr.rollout.sglang import SglangEngine, connect
 
     engines = []
 

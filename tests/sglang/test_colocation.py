@@ -18,9 +18,9 @@ from fake_server import FakeServer, FakeSharing
 from real_servers import RealServer
 from test_server_faults import CONFIG, SAMPLING, check, no_weights, requests, taken_out, wait_for
 
-from megatron_rlvr.rollout import colocation
-from megatron_rlvr.rollout.colocation import RELEASED, Missing, missing_memory
-from megatron_rlvr.rollout.server import Refused, Server, UnusableServer
+from megatron_rlvr.engines.sglang import colocation
+from megatron_rlvr.engines.sglang.client import Refused, Server, UnusableServer
+from megatron_rlvr.engines.sglang.colocation import RELEASED, Missing, missing_memory
 
 T = TypeVar("T")
 PROMPT = [5, 77, 201, 34, 150]
@@ -30,8 +30,8 @@ SECONDS = 60.0
 TRAINER = """
 import asyncio, sys
 import aiohttp
-from megatron_rlvr.rollout import colocation
-from megatron_rlvr.rollout.server import Server
+from megatron_rlvr.engines.sglang import colocation
+from megatron_rlvr.engines.sglang.client import Server
 
 class Stepped(Server):
     async def _send(self, method, path, timeout_seconds, body=None):

@@ -14,9 +14,9 @@ import tiny
 import torch
 from waiting import wait_for
 
-from megatron_rlvr.rollout.embedded import EmbeddedEngine
+from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
+from megatron_rlvr.engines.sglang.pool import ServersError
 from megatron_rlvr.rollout.sampler import requests_for
-from megatron_rlvr.rollout.servers import ServersError
 from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
 TOLERANCE = 1e-4  # nats, in float32

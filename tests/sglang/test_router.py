@@ -13,10 +13,10 @@ import pytest
 from fake_server import free_port
 from real_servers import RealServer, installed
 
-from megatron_rlvr.rollout import router as router_module
-from megatron_rlvr.rollout.router import expand, workers_of
-from megatron_rlvr.rollout.server import ServerFault
-from megatron_rlvr.rollout.servers import ServerPool
+from megatron_rlvr.engines.sglang import router as router_module
+from megatron_rlvr.engines.sglang.client import ServerFault
+from megatron_rlvr.engines.sglang.pool import ServerPool
+from megatron_rlvr.engines.sglang.router import expand, workers_of
 
 _START_SECONDS = 120
 

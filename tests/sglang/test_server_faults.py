@@ -15,8 +15,8 @@ from scripted import Layout, on_ranks, process_group, ranks_of
 from waiting import wait_for
 
 from megatron_rlvr.config import SettingsError
+from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
 from megatron_rlvr.rollout.sampler import requests_for
-from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
 from megatron_rlvr.types import Prompt, SampleRequest
 
 LENGTH = 5
@@ -166,8 +166,8 @@ def test_a_hanging_server_is_noticed_by_its_health_long_before_its_requests_time
 
 
 def test_a_request_that_times_out_goes_elsewhere(fakes: list[FakeServer], engine: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_rlvr.rollout.sglang._SECONDS_A_REQUEST", 3.0)
-    monkeypatch.setattr("megatron_rlvr.rollout.sglang._SECONDS_A_TOKEN", 0.01)
+    monkeypatch.setattr("megatron_rlvr.engines.sglang.engine._SECONDS_A_REQUEST", 3.0)
+    monkeypatch.setattr("megatron_rlvr.engines.sglang.engine._SECONDS_A_TOKEN", 0.01)
     fakes[0].spoil = lambda answer: None
     asked = requests(10)
     check(asked, list(engine.generate(asked, SAMPLING)))
@@ -540,9 +540,9 @@ def test_a_server_that_lacked_weights_and_is_gone_is_no_reason_for_a_sync(fakes:
 def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: float) -> tuple[int, int, str | None]:
     """(requests asked for, completions, error) of this rank, which has every prompt of its replica."""
     from megatron_rlvr.config import RewardSettings, RolloutSettings
+    from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
+    from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
     from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.rollout.sglang import SglangEngine, connect
-    from megatron_rlvr.sync.disk import DiskSync
 
     with process_group():
         ranks = ranks_of(layout)
@@ -585,7 +585,7 @@ def test_leaders_ask_for_their_replica_and_every_rank_learns_of_a_failure(fakes:
 
 def announced_on_ranks(layout: Layout, folder: Any) -> bool:
     """Whether the other rank, which is slow, knew the label when this one went on."""
-    from megatron_rlvr.sync.disk import DiskSync
+    from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 
     with process_group():
         ranks = ranks_of(layout)

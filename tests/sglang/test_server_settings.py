@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.command_line import load_settings, validate
 from megatron_rlvr.config import Settings, SettingsError
-from megatron_rlvr.resolve import RUN_FILES, plan_in_words, resolve
+from megatron_rlvr.config.command_line import load_settings, validate
+from megatron_rlvr.startup.resolve import RUN_FILES, plan_in_words, resolve
 
 REQUIRED: dict[str, Any] = {"run": {"dir": "run", "steps": 1}, "model": {"path": "model"}, "data": {"train": "a.jsonl"}}
 SERVERS = {"engine": "sglang", "servers": ["http://node1:30000", "http://[::1]:30001"]}

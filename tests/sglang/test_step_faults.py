@@ -30,11 +30,11 @@ from scripted import Layout, PlainTokenizer, on_ranks, process_group, prompts_of
 from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
 from waiting import wait_for
 
-from megatron_rlvr.checkpoints import latest_checkpoint
+from megatron_rlvr.checkpoint.store import latest_checkpoint
 from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
 from megatron_rlvr.data.tokenizer import load_tokenizer
+from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
 from megatron_rlvr.rollout.sampler import request_seed
-from megatron_rlvr.rollout.servers import ServersError, WeightsWantedError
 from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
 PROMPTS, SAMPLES, LENGTH = 6, 8, 150
@@ -64,8 +64,8 @@ class Steps:
     def __init__(self, engine: Any, ranks: Any, graders: Any, reference: Any, journal: Path, length: int) -> None:
         from megatron_rlvr.data.cursor import PromptCursor
         from megatron_rlvr.data.prompts import FilePrompts, PromptSet
+        from megatron_rlvr.rollout.asynchronous import StreamingCollector
         from megatron_rlvr.rollout.sampler import Sampler
-        from megatron_rlvr.rollout.streaming import StreamingCollector
 
         self.engine, self.reference, self.journal = engine, reference, journal
         self.syncs = 0
@@ -580,11 +580,11 @@ def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> li
     """Ranks whose sampling was not over when this one entered a collective, in each of two calls of `generate`."""
     from unittest import mock
 
-    from megatron_rlvr import platform
     from megatron_rlvr.config import RolloutSettings
+    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.engines.sglang import engine as sglang
+    from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
     from megatron_rlvr.hf.files import read_config
-    from megatron_rlvr.rollout import sglang
-    from megatron_rlvr.sync.disk import DiskSync
 
     with process_group():
         ranks, config = ranks_of(layout), read_config(model)

@@ -17,8 +17,8 @@ from real_servers import version_at
 from sync_runs import PROMPTS, Synced, trained_and_synced
 from test_real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling
 
-from megatron_rlvr.sync.buckets import buckets
-from megatron_rlvr.sync.distributed import _address_toward
+from megatron_rlvr.engines.sglang.weight_sync.buckets import buckets
+from megatron_rlvr.engines.sglang.weight_sync.distributed import _address_toward
 
 METHODS = ["disk", "distributed", "tensor"]
 IN_BUCKETS = ["distributed", "tensor"]

@@ -1,0 +1,112 @@
+"""Who this process is: its place in Megatron's grid, and the groups through which it talks.
+
+A *replica* is the set of ranks that together hold one copy of the model (tensor x context x pipeline); there are
+``data_size`` of them. Ranks of a replica always hold the same sequences. Experts are the exception: they are shared by
+ranks of ``expert_size`` replicas.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_rlvr.config import ParallelSettings
+from megatron_rlvr.distributed import accelerator as platform
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Places and groups of this rank. Groups named ``*_objects`` carry Python objects and CPU tensors."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_rank: int
+    context_size: int
+    expert_rank: int
+    expert_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    data_context_group: dist.ProcessGroup
+    """Ranks that hold the same weights, and different tokens."""
+    data_objects: dist.ProcessGroup
+    """Ranks at the same place in every replica, ordered by data rank."""
+    replica_objects: dist.ProcessGroup
+    """All ranks of this replica."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def replica_rank(self) -> int:
+        return dist.get_rank(self.replica_objects)
+
+    @property
+    def replica_size(self) -> int:
+        return dist.get_world_size(self.replica_objects)
+
+    def from_last_stage(self, value: Any) -> Any:
+        """The last pipeline stage's ``value`` on every stage of the replica."""
+        if self.pipeline_size == 1:
+            return value
+        gathered: list[Any] = [None] * self.replica_size
+        dist.all_gather_object(gathered, value if self.last_stage else None, group=self.replica_objects)
+        return next(v for v in gathered if v is not None)
+
+
+def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Ranks:
+    """Joins the process group and cuts the world into Megatron's grid. Every rank must call it."""
+    platform.init_process_group(timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    data_rank = parallel_state.get_data_parallel_rank()
+    data_size = parallel_state.get_data_parallel_world_size()
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, data_rank)
+    replicas = [[r for r, place in enumerate(places) if place == d] for d in range(data_size)]
+    # Creating a group is collective over the world: every rank makes every group, and keeps its own.
+    groups = [platform.object_group(ranks) for ranks in replicas]
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel.expert,
+        data_rank=data_rank,
+        data_size=data_size,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        data_objects=parallel_state.get_data_parallel_group_gloo(),
+        replica_objects=groups[data_rank],
+    )

@@ -1,0 +1,169 @@
+"""The sequences that the embedded engine is sampling: rows 0 .. live-1 of every array and of the cache.
+
+One step feeds every live row its latest token. A row whose token ends it leaves at once, and the last rows move into
+the holes, so that no step computes a dead row. A new row is prefilled with its prompt less the last token, once for
+all samples of the prompt, and then joins the next step: every sampled token comes from the same path, and neither
+left padding nor an end-of-prompt index is needed.
+
+What is sampled for a request depends on its seed and on the weights, not on its neighbours: the request owns a
+Philox stream, uniform j of which picks response token j.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache
+
+from megatron_rlvr.engines.embedded.kv_cache import Slots
+from megatron_rlvr.engines.embedded.sampling import sample_tokens
+from megatron_rlvr.protocols import Sampling
+from megatron_rlvr.types import Completion, SampleRequest
+
+# Positions in one prefill forward, padding included: bounds its activations.
+_PREFILL_POSITIONS = 8192
+
+
+class LiveRows:
+    """The live sequences of one ``generate`` call.
+
+    Args:
+        model: of transformers, with the attention of slots.py.
+        rows, columns: the size of the cache.
+        sampling: temperature, top_p and the cap on responses.
+        is_stop: [V] bool, the tokens that end a response.
+        pad_token_id: fills the prompts of one prefill up to the longest.
+        version: of the weights, for the completions.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: int,
+        columns: int,
+        sampling: Sampling,
+        is_stop: np.ndarray,
+        pad_token_id: int,
+        version: int,
+    ) -> None:
+        self.live = 0
+        self._model = model
+        self._sampling = sampling
+        self._is_stop = is_stop
+        self._pad_token_id = pad_token_id
+        self._version = version
+        self._device = model.device
+        self._slots = Slots(model.config.num_hidden_layers, rows, columns, model.device)
+        self._requests: list[SampleRequest] = []
+        self._latest = np.zeros(rows, dtype=np.int64)  # the token to feed next ...
+        self._position = np.zeros(rows, dtype=np.int64)  # ... and its position, which is its column
+        self._produced = np.zeros(rows, dtype=np.int64)
+        self._uniforms = np.zeros((rows, sampling.max_response_tokens))
+        self._tokens = np.zeros((rows, sampling.max_response_tokens), dtype=np.int32)
+        self._logprobs = np.zeros((rows, sampling.max_response_tokens), dtype=np.float32)
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[SampleRequest]) -> None:
+        """Appends rows for ``requests``, at most as many as are free, and prefills each distinct prompt once."""
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, request in enumerate(requests, start=self.live):
+            prompt = request.prompt.token_ids
+            stream = np.random.Generator(np.random.Philox(key=request.seed))
+            self._uniforms[row] = stream.random(self._sampling.max_response_tokens)
+            self._latest[row] = prompt[-1]
+            self._position[row] = len(prompt) - 1
+            self._produced[row] = 0
+            if len(prompt) > 1:
+                rows_of.setdefault(tuple(prompt[:-1].tolist()), []).append(row)
+        self._requests += requests
+        self.live += len(requests)
+        by_length = sorted(rows_of, key=len)
+        while by_length:
+            # A batch is as long as its longest; taking the longest first makes the bound exact.
+            count = max(1, _PREFILL_POSITIONS // len(by_length[-1]))
+            by_length, batch = by_length[:-count], by_length[-count:]
+            self._prefill(batch, [rows_of[prefix] for prefix in batch])
+
+    def _prefill(self, prefixes: list[tuple[int, ...]], rows_of_prefix: list[list[int]]) -> None:
+        """Fills the slots of all rows of each prefix. What padding leaves on the right is masked until overwritten."""
+        longest = max(map(len, prefixes))
+        padded = [prefix + (self._pad_token_id,) * (longest - len(prefix)) for prefix in prefixes]
+        prefilled = DynamicCache()
+        self._model(
+            input_ids=torch.tensor(padded, device=self._device),
+            past_key_values=prefilled,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        source = torch.tensor([i for i, rows in enumerate(rows_of_prefix) for _ in rows], device=self._device)
+        rows = torch.tensor([row for rows in rows_of_prefix for row in rows], device=self._device)
+        self._slots.fill(rows, prefilled, source)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Samples one token for every live row; returns the completions that this finished, and frees their rows.
+
+        Raises: RuntimeError for logits that are not finite.
+        """
+        live = np.arange(self.live)
+        produced = self._produced[: self.live]
+        tokens_on_device, logprobs_on_device = sample_tokens(
+            self._logits(),
+            torch.from_numpy(self._uniforms[live, produced]).to(self._device),
+            self._sampling.temperature,
+            self._sampling.top_p,
+        )
+        tokens, logprobs = tokens_on_device.cpu().numpy(), logprobs_on_device.cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise RuntimeError(f"weights of version {self._version} give logits that are not finite")
+        self._tokens[live, produced] = tokens
+        self._logprobs[live, produced] = logprobs
+        self._latest[live] = tokens
+        self._position[live] += 1
+        produced += 1
+        stopped = self._is_stop[tokens]
+        finished = stopped | (produced == self._sampling.max_response_tokens)
+        if not finished.any():
+            return []
+        completions = [self._completion(row, bool(stopped[row])) for row in np.flatnonzero(finished).tolist()]
+        self._remove(finished)
+        return completions
+
+    def _logits(self) -> torch.Tensor:
+        """[live, V] logits after the latest token of every row, which enters the cache."""
+        position = torch.from_numpy(self._position[: self.live]).to(self._device)
+        span = int(self._position[: self.live].max()) + 1
+        return self._model(
+            input_ids=torch.from_numpy(self._latest[: self.live, None]).to(self._device),
+            attention_mask=self._slots.begin_step(position, span, self._model.dtype),
+            position_ids=position[:, None],
+            past_key_values=self._slots.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    def _completion(self, row: int, stopped: bool) -> Completion:
+        request, produced = self._requests[row], self._produced[row]
+        return Completion(
+            prompt_id=request.prompt.id,
+            sample=request.sample,
+            token_ids=self._tokens[row, :produced].copy(),
+            logprobs=self._logprobs[row, :produced].copy(),
+            finish_reason="stop" if stopped else "length",
+            weight_versions=np.full(produced, self._version, dtype=np.int32),
+        )
+
+    def _remove(self, finished: np.ndarray) -> None:
+        """Drops the rows marked in ``finished`` [live]; the last rows move into the holes they leave."""
+        remaining = self.live - int(finished.sum())
+        holes = np.flatnonzero(finished[:remaining])
+        moved = remaining + np.flatnonzero(~finished[remaining:])
+        for array in (self._latest, self._position, self._produced, self._uniforms, self._tokens, self._logprobs):
+            array[holes] = array[moved]
+        for hole, source in zip(holes, moved, strict=True):
+            self._requests[hole] = self._requests[source]
+        del self._requests[remaining:]
+        if len(holes):
+            to_rows, from_rows = torch.from_numpy(holes).to(self._device), torch.from_numpy(moved).to(self._device)
+            self._slots.move(to_rows, from_rows, int(self._position[:remaining].max()))
+        self.live = remaining

@@ -1,0 +1,164 @@
+"""The parts of a run, made as the settings say and put together: the one place that knows them all."""
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.algo.loss import make_loss
+from megatron_rlvr.checkpoint.files import HUGGING_FACE
+from megatron_rlvr.checkpoint.store import Checkpoints
+from megatron_rlvr.data.cursor import PromptCursor
+from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed.collectives import agree
+from megatron_rlvr.distributed.ranks import Ranks
+from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
+from megatron_rlvr.engines.sglang.engine import SglangEngine, WeightSync, connect
+from megatron_rlvr.engines.sglang.pool import ServerPool
+from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
+from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
+from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
+from megatron_rlvr.evaluation.evaluator import Evaluator
+from megatron_rlvr.learner import Learner
+from megatron_rlvr.metrics import MetricsLog
+from megatron_rlvr.policy.build import DTYPES
+from megatron_rlvr.policy.policy import Policy
+from megatron_rlvr.progress import Progress
+from megatron_rlvr.protocols import RolloutEngine
+from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.rollout.asynchronous import StreamingCollector
+from megatron_rlvr.rollout.collector import Collector
+from megatron_rlvr.rollout.sampler import Sampler
+from megatron_rlvr.rollout.synchronous import RoundsCollector
+from megatron_rlvr.signals import Signals
+from megatron_rlvr.startup.resolve import Resolved
+from megatron_rlvr.trainer import Trainer
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def build_trainer(
+    resolved: Resolved, graders: GraderPool, signals: Signals, ranks: Ranks, resources: ExitStack
+) -> Trainer:
+    """The trainer, in a run folder that exists; ``resources`` closes what it holds. A collective over the world."""
+    settings, start = resolved.settings, resolved.start
+    engine = _engine(resolved, ranks, resources)
+    policy = Policy(
+        settings.model,
+        settings.parallel,
+        ranks,
+        optimizer=settings.optimizer,
+        megatron=settings.megatron,
+        temperature=settings.rollout.temperature,
+        seed=settings.run.seed,
+    )
+    on_servers = settings.rollout.engine == "sglang"
+    sampler = Sampler(engine, resolved.tokenizer, graders, settings.reward, leaders_only=on_servers)
+    collector = _collector(resolved, sampler, ranks, policy, signals)
+    resources.callback(collector.close)
+    evaluator = Evaluator(
+        sampler,
+        ranks,
+        settings.evaluate,
+        {name: prompts.prompts for name, prompts in resolved.evaluation.items()},
+        max_response_tokens=settings.rollout.max_response_tokens,
+        seed=settings.run.seed,
+    )
+    learner = Learner(settings, policy, make_loss(settings.loss))
+    folder = Path(settings.run.dir)
+    log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main, after=start.step if start else None)
+    resources.callback(log.close)
+    own_tokenizer = partial(_replace_tokenizer, resolved)
+    checkpoints = Checkpoints(
+        settings.run,
+        is_main=ranks.is_main,
+        start=start,
+        agree=agree,
+        finish=lambda folder: own_tokenizer(folder / HUGGING_FACE),
+    )
+    progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
+
+    def export(folder: Path) -> None:
+        with checkpoints.explaining(f"the export {folder.name}", folder.parent):
+            policy.save_hugging_face(folder, own_tokenizer)
+
+    return Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals, export)
+
+
+def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEngine:
+    """The engine of the settings; ``resources`` closes it. Servers are asked who they are, a collective."""
+    settings = resolved.settings
+    if settings.rollout.engine == "embedded":
+        return EmbeddedEngine(
+            settings.model.path,
+            dtype=DTYPES[settings.model.dtype],
+            device=platform.device(),
+            stop_token_ids=resolved.stop_token_ids,
+            pad_token_id=resolved.tokenizer.pad_token_id,
+            max_batch_tokens=settings.rollout.max_batch_tokens,
+            max_batch_rows=settings.rollout.max_batch_rows,
+        )
+
+    longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
+    pool = connect(settings.rollout, ranks, resolved.hf_config, longest=longest)
+    engine = SglangEngine(
+        pool,
+        _weight_sync(resolved, pool, ranks),
+        stop_token_ids=resolved.stop_token_ids,
+        vocab_size=resolved.hf_config["vocab_size"],
+        longest=longest,
+        colocated=settings.rollout.colocated,
+    )
+    resources.callback(engine.close)
+    return engine
+
+
+def _weight_sync(resolved: Resolved, pool: ServerPool | None, ranks: Ranks) -> WeightSync:
+    """The way of weights to servers."""
+    settings = resolved.settings
+    if settings.sync.method == "disk":
+        folder = Path(settings.sync.dir or Path(settings.run.dir) / "sync")
+        return DiskSync(folder, Path(settings.model.path), pool, ranks, partial(_replace_tokenizer, resolved))
+    if settings.sync.method == "tensor":
+        return TensorSync(pool, ranks, settings.sync.bucket_bytes)
+
+    return DistributedSync(pool, ranks, settings.sync.bucket_bytes)
+
+
+def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Policy, signals: Signals) -> Collector:
+    """The collector that suits the engine."""
+    settings, engine = resolved.settings, sampler.engine
+    parts: dict[str, Any] = {
+        "sampler": sampler,
+        "cursor": PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle),
+        "ranks": ranks,
+        "rollout": settings.rollout,
+        "reward": settings.reward,
+        "prompts": settings.batch.prompts,
+        "seed": settings.run.seed,
+    }
+    if not isinstance(engine, SglangEngine):
+        return RoundsCollector(**parts)
+
+    def sync() -> None:
+        engine.update_weights(policy.export_weights(), engine.version)
+
+    return StreamingCollector(**parts, store=platform.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted)
+
+
+def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
+    """The run's own tokenizer, if it has one, in place of the model's: a file left of that would be read first."""
+    if resolved.settings.model.tokenizer is None:
+        return
+    for name in _TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    resolved.tokenizer.save(folder)

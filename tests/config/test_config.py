@@ -1,0 +1,249 @@
+"""The settings themselves: defaults, their way through YAML and back, their documentation."""
+
+from itertools import product
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from megatron_rlvr.config import LossSettings, Settings, SettingsError, evaluation_name
+from megatron_rlvr.config.command_line import fields, load_settings, to_yaml, validate
+from megatron_rlvr.startup.resolve import loss_in_words
+
+# Seeded, and without a deadline: the machine may be busy.
+fuzz = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+
+REQUIRED = {"run": {"dir": "run", "steps": 1}, "model": {"path": "model"}, "data": {"train": "train.jsonl"}}
+
+# arXiv 2506.01939: section 5 and appendix; DAPO's recipe where it refers to that.
+OF_THE_PAPER = {
+    "selection.keep": "top",
+    "selection.fraction": 0.2,
+    "selection.scope": "mini_batch",
+    "selection.entropy": "old",
+    "loss.objective": "dapo",
+    "loss.rollout_correction": "none",
+    "loss.clip_low": 0.2,
+    "loss.clip_high": 0.28,
+    "loss.dual_clip": 10.0,
+    "loss.normalizer": "all_tokens",
+    "advantage.estimator": "grpo",
+    "batch.prompts": 512,
+    "batch.mini_batch_prompts": 32,
+    "rollout.samples_per_prompt": 16,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.max_response_tokens": 20480,
+    "rollout.dynamic_sampling": True,
+    "reward.overlong_buffer": 4096,
+    "optimizer.learning_rate": 1e-6,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 10,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip_grad": 1.0,
+    "evaluate.samples": 32,
+    "evaluate.top_p": 0.7,
+    "evaluate.temperature": 1.0,
+}
+
+CHANGED = REQUIRED | {
+    "run": {"dir": "runs/a: b # c", "steps": 7, "seed": 3, "eval_every": 2, "export": False, "timeout_minutes": 0.5},
+    "model": {"path": "1e6", "tokenizer": "yes", "dtype": "float32"},
+    "parallel": {"tensor": 2, "pipeline": 3, "sequence": True},
+    "data": {
+        "train": [{"path": "a.jsonl", "weight": 2.5}, "b.parquet"],
+        "template": "chat",
+        "system": "null",
+        "suffix": "\nPut it in \\boxed{}: \u00e9\u6570\n",
+        "prompt_key": "1_000",
+    },
+    "reward": {"function": "my.module:reward", "correct": 1e-3, "wrong": -1e9, "overlong_buffer": 0},
+    "selection": {"keep": "all"},
+    "loss": {"dual_clip": None},
+    "optimizer": {"learning_rate": 3e-4, "schedule": "cosine", "decay_steps": 100, "min_learning_rate": 1e-7},
+    "evaluate": {"sets": ["a/aime.jsonl", {"path": "b/aime.jsonl", "name": "1e5"}], "samples": 4},
+    "log": {"tensorboard": False, "wandb": True, "wandb_project": "2024-01-01"},
+    "megatron": {"recompute_granularity": "full", "recompute_num_layers": 1, "init_method_std": 0.5},
+}
+
+
+def read(settings: BaseModel, dotted: str) -> Any:
+    section, key = dotted.split(".")
+    return getattr(getattr(settings, section), key)
+
+
+def test_defaults_are_the_papers() -> None:
+    settings = validate(REQUIRED)
+    assert {key: read(settings, key) for key in OF_THE_PAPER} == OF_THE_PAPER
+
+
+@pytest.mark.parametrize("values", [REQUIRED, CHANGED], ids=["defaults", "changed"])
+def test_settings_survive_yaml(values: dict[str, Any], tmp_path: Any) -> None:
+    settings = validate(values)
+    (tmp_path / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+    assert load_settings(tmp_path / "config.yaml") == settings
+
+
+# Without halves of characters, which no file can hold, and U+0085, which PyYAML folds.
+@fuzz
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85"), max_size=30))
+def test_any_text_survives_yaml(text: str, tmp_path_factory: Any) -> None:
+    settings = validate(REQUIRED | {"data": {"train": "train.jsonl", "suffix": text}})
+    path = tmp_path_factory.getbasetemp() / "any_text.yaml"
+    path.write_bytes(to_yaml(settings).encode())
+    assert load_settings(path).data.suffix == text
+
+
+@fuzz
+@given(text=st.from_regex(r"[-+]?[0-9._]{1,5}([eE][-+]?[0-9]{1,2})?", fullmatch=True))
+def test_text_that_looks_like_a_number_stays_text(text: str, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "number.yaml"
+    path.write_text(to_yaml(validate(REQUIRED | {"model": {"path": text}})), encoding="utf-8")
+    assert load_settings(path).model.path == text
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = validate(REQUIRED)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.selection.fraction = 0.5
+    with pytest.raises(ValueError, match="frozen"):
+        settings.run = settings.run
+
+
+def test_paths_stand_for_files() -> None:
+    settings = validate(
+        REQUIRED | {"data": {"train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}]}, "evaluate": {"sets": "x/c.jsonl"}}
+    )
+    assert [(f.path, f.weight) for f in settings.data.train] == [("a.jsonl", None), ("b.jsonl", 2)]
+    assert [evaluation_name(f) for f in settings.evaluate.sets] == ["c"]
+
+
+def test_keeping_all_means_a_fraction_of_one() -> None:
+    assert validate(REQUIRED | {"selection": {"keep": "all"}}).selection.fraction == 1.0
+
+
+# The loss -----------------------------------------------------------------------------------------------------------
+
+# arXiv 2503.14476 and 1912.09729; 2507.18071; 2506.13585 (no lower bound) and 2510.13786 (a ratio of at most 5).
+BOUNDS = {"dapo": (0.2, 0.28, 10.0), "gspo": (3e-4, 4e-4, None), "cispo": (None, 4.0, None)}
+
+
+def loss(**values: Any) -> LossSettings:
+    return validate(REQUIRED | {"loss": values}).loss
+
+
+@pytest.mark.parametrize("objective", BOUNDS)
+def test_the_bounds_of_an_objective_are_those_of_its_paper_where_none_are_written(objective: str) -> None:
+    settings = loss(objective=objective)
+    assert (settings.clip_low, settings.clip_high, settings.dual_clip) == BOUNDS[objective]
+    assert loss(objective=objective, clip_high=0.5).clip_high == 0.5
+    assert loss(objective=objective, clip_high=0.5).clip_low == BOUNDS[objective][0]
+
+
+@pytest.mark.parametrize(
+    ("correction", "written", "cap"),
+    [("none", {}, None), ("tis", {}, 2.0), ("mis", {}, 2.0), ("tis", {"correction_cap": 5.0}, 5.0)],
+)
+def test_the_cap_is_two_where_a_correction_has_one(correction: str, written: dict[str, Any], cap: float | None) -> None:
+    assert loss(rollout_correction=correction, **written).correction_cap == cap
+    if correction == "none":
+        assert loss().correction_cap is None
+
+
+def accepted_losses() -> list[dict[str, Any]]:
+    """Every objective with every correction, each with the defaults and with all that can be written written."""
+    own = {"dapo": {"clip_low": 0.1, "dual_clip": None}, "gspo": {"clip_low": 0.1}, "cispo": {}}
+    cases: list[dict[str, Any]] = [{}]
+    for objective, correction, written in product(BOUNDS, ("none", "tis", "mis"), (False, True)):
+        case: dict[str, Any] = {"objective": objective, "rollout_correction": correction}
+        if written:
+            case |= own[objective] | {"clip_high": 7e-5, "normalizer": "selected_tokens"}
+            case |= {"correction_cap": 3.0} if correction != "none" else {}
+        cases.append(case)
+    return cases
+
+
+def test_the_resolved_settings_of_every_loss_are_read_back_as_the_same(tmp_path: Any) -> None:
+    for case in accepted_losses():
+        settings = validate(REQUIRED | {"loss": case})
+        (tmp_path / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+        again = load_settings(tmp_path / "config.yaml")
+        assert again == settings, case
+        assert to_yaml(again) == to_yaml(settings), case
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": "cispo", "clip_low": 0.2}, "loss.clip_low 0.2 does nothing with loss.objective cispo; drop it"),
+        (
+            {"objective": "gspo", "dual_clip": 10.0},
+            "loss.dual_clip 10.0 does nothing with loss.objective gspo; drop it",
+        ),
+        (
+            {"objective": "cispo", "dual_clip": 3.0},
+            "loss.dual_clip 3.0 does nothing with loss.objective cispo; drop it",
+        ),
+        (
+            {"correction_cap": 2.0},
+            "loss.correction_cap 2.0 does nothing with loss.rollout_correction none; drop it, or choose tis or mis",
+        ),
+        (
+            {"rollout_correction": "mis", "correction_cap": None},
+            "loss.correction_cap null does not go with loss.rollout_correction mis; give a number above 1",
+        ),
+        (
+            {"rollout_correction": "tis", "correction_cap": 1.0},
+            "loss.correction_cap 1.0 is out of range; give a value above 1",
+        ),
+        ({"clip_low": None}, "loss.clip_low null does not go with loss.objective dapo; give a number"),
+        (
+            {"objective": "gspo", "clip_low": None},
+            "loss.clip_low null does not go with loss.objective gspo; give a number",
+        ),
+        ({"objective": "cispo", "clip_high": None}, "loss.clip_high null is not a number; give one"),
+        (
+            {"objective": "gpso"},
+            "loss.objective 'gpso' is not one of 'dapo', 'gspo', 'cispo'; did you mean gspo?",
+        ),
+        ({"objective": ["gspo"]}, "loss.objective ['gspo'] is not one of 'dapo', 'gspo', 'cispo'; did you mean gspo?"),
+        (
+            {"rollout_correction": {"tis": 2}},
+            "loss.rollout_correction {'tis': 2} is not one of 'none', 'tis', 'mis'; choose one",
+        ),
+    ],
+)
+def test_a_key_that_a_loss_does_not_have_or_lacks_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        loss(**values)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "clip 0.8 .. 1.28"),
+        ({"objective": "gspo"}, "gspo, clip of sequence ratios 0.9997 .. 1.0004"),
+        ({"objective": "cispo"}, "cispo, weight at most 5"),
+        ({"rollout_correction": "tis"}, "clip 0.8 .. 1.28, times policy / engine probability cut at 2 (tis)"),
+        (
+            {"objective": "cispo", "rollout_correction": "mis", "correction_cap": 2.5},
+            "cispo, weight at most 5, times policy / engine probability 0 beyond 1/2.5 .. 2.5 (mis)",
+        ),
+    ],
+)
+def test_the_plan_tells_the_loss_in_words(values: dict[str, Any], words: str) -> None:
+    assert loss_in_words(validate(REQUIRED | {"loss": values})) == words
+
+
+# Documentation ------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_is_documented() -> None:
+    descriptions = {f"{section}.{key}": field.description for section, key, field in fields()}
+    assert [key for key, text in descriptions.items() if not text or not text.endswith(".")] == []
+    assert len(set(descriptions.values())) > len(descriptions) * 0.9  # two keys may share "A file of problems."
+    assert Settings.model_fields["megatron"].description

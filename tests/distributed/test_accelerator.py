@@ -1,0 +1,338 @@
+"""What the trainer relies on where there is no GPU: each answer that Megatron gets in CUDA's place works on a CPU.
+
+The answers change torch for a whole process, so they are looked at in one that is started for it.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from megatron_rlvr.distributed import accelerator as platform
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is answered where a GPU exists")
+
+ANSWERED = {
+    "current_device": "where weights and buffers are created",
+    "synchronize": "timers and gradient reductions wait for the device",
+    "empty_cache": "after a checkpoint is loaded",
+    "manual_seed": "model-parallel random states",
+    "get_rng_state": "random states are forked for tensor-parallel initialisation",
+    "set_rng_state": "and put back",
+    "current_stream": "gradient reductions wait for each other",
+    "default_stream": "CUDA graphs",
+    "stream": "a block runs on another stream",
+    "Stream": "gradient reductions have one of their own",
+    "Event": "timers",
+}
+"""Names of torch.cuda that are answered, and what Megatron asks them for."""
+
+
+def answered(check: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs in the other process: ``check`` after the answers are in place."""
+    for name in platform._MODULES_WITH_LITERAL_DEVICE:
+        importlib.import_module(name)
+    before = dict(vars(torch.cuda))
+    platform.answer_cuda_calls_for_cpu()
+    changed = {name for name, value in vars(torch.cuda).items() if before.get(name) is not value}
+    return check(changed, *arguments)
+
+
+@pytest.fixture(scope="module")
+def other_process() -> Iterator[Callable[..., Any]]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield lambda check, *arguments: pool.submit(answered, check, *arguments).result(timeout=300)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch for GPUs has something to compile for")
+def test_megatron_comes_without_a_compiler_that_nothing_here_asks():
+    code = (
+        "import sys, megatron_rlvr.startup.assembly, megatron.core.models.gpt, torch\n"
+        "print('torch._inductor.compile_fx' in sys.modules)\n"
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2)).tolist(), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["False", "[2.0, 2.0] True"]
+
+
+def which_changed(changed: set[str]) -> tuple[set[str], set[str]]:
+    again = dict(vars(torch.cuda))
+    platform.answer_cuda_calls_for_cpu()
+    return changed, {name for name, value in vars(torch.cuda).items() if again.get(name) is not value}
+
+
+def test_what_is_answered_is_what_is_listed_here_and_what_megatron_asks(other_process):
+    changed, changed_by_a_second_call = other_process(which_changed)
+    assert changed == ANSWERED.keys()
+    assert changed_by_a_second_call == set()
+    source = megatron_source()
+    unused = [name for name in ANSWERED if not re.search(rf"torch\.cuda\.{name}\b", source)]
+    assert unused == [], "megatron-core does not ask for these: drop their answers"
+
+
+def megatron_folder() -> Path:
+    """Found without importing it."""
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def megatron_source() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(megatron_folder().rglob("*.py")))
+
+
+def devices_and_random_states(changed: set[str]) -> None:
+    where = torch.cuda.current_device()
+    assert torch.zeros(2, device=where).device == torch.device("cpu")
+    assert platform.device() == torch.device("cpu")
+    torch.cuda.synchronize()
+    torch.cuda.synchronize(0)
+    torch.cuda.empty_cache()
+    platform.synchronize()
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(4), first)
+    assert torch.cuda.get_rng_state(device="cuda").device == torch.device("cpu")
+
+
+def streams_and_events(changed: set[str]) -> None:
+    for stream in (torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.default_stream(), torch.cuda.Stream(0)):
+        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_event(torch.cuda.Event(enable_timing=True))
+        stream.synchronize()
+        stream.record_event().synchronize()
+        with torch.cuda.stream(stream), stream:
+            assert torch.ones(2).sum() == 2
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream())
+    event.wait()
+    event.synchronize()
+    assert not hasattr(event, "__deepcopy__"), "an object that answers to everything could not be copied"
+    with pytest.raises(ZeroDivisionError), torch.cuda.Stream():
+        _ = 1 / 0
+
+
+def tensors_and_modules(changed: set[str]) -> None:
+    tensor = torch.arange(3.0)
+    assert tensor.cuda() is tensor.cuda(0, non_blocking=True) is tensor
+    tensor.record_stream(torch.cuda.current_stream())
+    layer = torch.nn.Linear(2, 2)
+    assert layer.cuda() is layer.cuda(0) is layer
+
+
+def type_names(changed: set[str]) -> None:
+    named = {
+        torch.float32: "torch.cuda.FloatTensor",
+        torch.float16: "torch.cuda.HalfTensor",
+        torch.bfloat16: "torch.cuda.BFloat16Tensor",
+        torch.int64: "torch.cuda.LongTensor",
+    }
+    for dtype, name in named.items():
+        assert torch.zeros(1, dtype=dtype).type() == name
+        assert torch.nn.Parameter(torch.zeros(1).to(dtype), requires_grad=False).type() == name
+        assert torch.zeros(1).type(dtype).dtype == dtype
+    assert torch.zeros(1).type("torch.DoubleTensor").dtype == torch.float64
+
+
+def factories(changed: set[str]) -> None:
+    arguments = {"tensor": ([1.0, 2.0],), "full": ((2,), 7.0)}
+    for module_name in platform._MODULES_WITH_LITERAL_DEVICE:
+        seen: Any = importlib.import_module(module_name).torch
+        for factory in ("zeros", "ones", "empty", "tensor", "full", "arange"):
+            make, theirs = getattr(seen, factory), getattr(torch, factory)
+            given = arguments.get(factory, (2,))
+            for device in ("cuda", torch.device("cpu"), 0, None):
+                made = make(*given, dtype=torch.float32, device=device)
+                assert made.device == torch.device("cpu")
+                assert made.dtype == torch.float32
+                assert made.shape == (2,)
+            if factory != "empty":
+                assert torch.equal(make(*given, device="cuda"), theirs(*given))
+        assert seen.nn is torch.nn
+        assert seen.Tensor is torch.Tensor
+        with pytest.raises(AttributeError):
+            _ = seen.no_such_name
+
+
+def splits_of_an_exchange(changed: set[str]) -> None:
+    """Megatron's experts get numbers where a GPU's tensors would have become numbers, and tensors elsewhere."""
+    move = importlib.import_module("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu
+    counts = torch.tensor([3, 4])
+    assert not torch.is_tensor(move(counts, as_numpy=True, record_stream=True))
+    assert move(counts, as_numpy=True).tolist() == [3, 4]
+    assert move(counts, record_stream=False) is counts
+    assert move(None, as_numpy=True) is None
+    assert move(7) == 7
+
+
+def worlds(changed: set[str]) -> None:
+    """A process that no launcher started is a world of one, and can leave it and come back."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    for _ in range(2):
+        platform.init_process_group(timeout_minutes=1)
+        group = platform.object_group([0])
+        objects = [None]
+        torch.distributed.all_gather_object(objects, "here", group=group)
+        assert objects == ["here"]
+        assert torch.distributed.get_world_size() == 1
+        platform.shut_down()
+        assert not torch.distributed.is_initialized()
+    platform.shut_down()
+
+
+def absent_kernels(changed: set[str]) -> None:
+    """What Megatron's router asks about by a name that it lacks without Transformer Engine."""
+    platform.init_process_group(timeout_minutes=1)
+    platform.shut_down()
+    assert hasattr(importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        devices_and_random_states,
+        streams_and_events,
+        tensors_and_modules,
+        type_names,
+        factories,
+        splits_of_an_exchange,
+        worlds,
+        absent_kernels,
+    ],
+)
+def test_every_answer_works_on_the_cpu(other_process, check):
+    other_process(check)
+
+
+def test_modules_are_given_another_torch_only_where_they_name_cuda_themselves():
+    literal = re.compile(r"device(:[^=\n]+)?\s*=\s*['\"]cuda['\"]")
+    files = {
+        name: megatron_folder() / (name.removeprefix("megatron.core.").replace(".", "/") + ".py")
+        for name in platform._MODULES_WITH_LITERAL_DEVICE
+    }
+    without = [name for name, path in files.items() if not literal.search(path.read_text(encoding="utf-8"))]
+    assert without == []
+
+
+def test_nothing_is_answered_where_a_gpu_exists(monkeypatch):
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(platform, "_answered", False)  # whatever an earlier test has asked of this process
+    before = dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda
+    platform.answer_cuda_calls_for_cpu()
+    assert (dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda) == before
+    assert not platform._answered
+
+
+# Groups with servers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[Callable[[str], platform.ServerGroup]]:
+    """Makes groups with no server, which join at once."""
+    made = []
+
+    def make(name: str) -> platform.ServerGroup:
+        made.append(platform.ServerGroup(name, 0))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.close()
+    platform.shut_down()
+
+
+def names_of_groups() -> list[str]:
+    return list(torch.distributed.distributed_c10d._world.pg_names.values())
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_groups_with_servers_are_made_without_a_watchdog_and_others_as_ever(before, group_of_one, monkeypatch):
+    variable = "TORCH_NCCL_BLOCKING_WAIT"
+    monkeypatch.delenv(variable, raising=False)
+    if before is not None:
+        monkeypatch.setenv(variable, before)
+    c10d = torch.distributed.distributed_c10d
+    make, found, within, second_is_out = c10d._new_process_group_helper, {}, threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any, group_name: str, **options: Any) -> Any:
+        if group_name == "first":
+            within.set()
+            assert second_is_out.wait(60)
+        found[group_name] = os.environ.get(variable)
+        return make(*arguments, group_name=group_name, **options)
+
+    monkeypatch.setattr(c10d, "_new_process_group_helper", slowly)
+    first = threading.Thread(target=group_of_one("first").join, args=(60.0,))
+    first.start()
+    assert within.wait(60)
+    group_of_one("second").join(60.0)
+    second_is_out.set()
+    first.join()
+    assert found == {"first": "1", "second": "1"}
+    assert os.environ.get(variable) == before
+    with pytest.raises(RuntimeError):
+        platform.ServerGroup("alone", 1).join(0.2)
+    assert os.environ.get(variable) == before
+
+
+def test_a_group_on_the_cpu_is_left_as_torch_has_it(group_of_one, monkeypatch):
+    destroy, ended = torch.distributed.destroy_process_group, []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: ended.append(destroy(group)))
+    group = group_of_one("server")
+    group.join(60.0)
+    group.broadcast(torch.ones(3), 60.0)
+    assert names_of_groups() == ["server"]
+    group.close()
+    group.close()
+    assert (ended, names_of_groups()) == ([None], [])
+
+
+def test_a_connection_of_a_gpu_that_does_not_end_holds_nobody_up(group_of_one, monkeypatch):
+    stuck, ended = threading.Event(), []
+
+    def abort(group: Any) -> None:
+        assert stuck.wait(60)
+        ended.append(threading.current_thread())
+
+    monkeypatch.setattr(torch.distributed.ProcessGroup, "abort", abort)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: pytest.fail("it would wait"))
+    monkeypatch.setattr(platform, "_LEAVE_SECONDS", 60.0)
+    books = vars_of_world()
+    for _ in range(2):  # the same server is joined anew while what was is not over
+        group = group_of_one("server")
+        group.join(60.0)
+        assert names_of_groups() == ["server"]
+        group.backend = "nccl"
+        group.close()
+        assert names_of_groups() == []
+    assert ended == []
+    assert vars_of_world() == books, "torch would end it once more with the world"
+    stuck.set()
+    platform.shut_down()
+    assert len(ended) == 2
+    assert threading.current_thread() not in ended
+
+
+def vars_of_world() -> dict[str, int]:
+    """How many groups torch's books hold."""
+    world = torch.distributed.distributed_c10d._world
+    names = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag")
+    in_tags = sum(map(len, world.tags_to_pg.values()))
+    return {name: len(getattr(world, name)) for name in names} | {"tags_to_pg": in_tags}

@@ -1,0 +1,127 @@
+"""Small runs that launchers start, and the processes that belong to them."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tiny
+import yaml
+
+from megatron_rlvr.checkpoint.store import latest_checkpoint
+
+QUICKSTART = tiny.CHECKOUT / "examples" / "quickstart"
+# Their own warm-up gives up after two minutes, which a busy machine may take.
+SERVER_FLAGS = "--device cpu -- --dtype float32 --max-total-tokens 8192 --skip-server-warmup --log-level warning"
+
+
+@dataclass
+class Run:
+    """A run of two ranks, or of one on servers, in a folder of its own."""
+
+    place: Path
+    name: str
+    sections: dict[str, Any]
+
+    @property
+    def config(self) -> Path:
+        return self.place / f"{self.name}.yaml"
+
+    @property
+    def folder(self) -> Path:
+        return self.place / self.name
+
+    def write(self, steps: int) -> None:
+        """Its settings, with an end that may change between its lives."""
+        values = tiny.settings_for(
+            self.place / "model",
+            self.place / "problems.jsonl",
+            self.folder,
+            run={"steps": steps} | self.sections.get("run", {}),
+            rollout={"samples_per_prompt": 2, "max_response_tokens": 8, "max_rounds": 4}
+            | self.sections.get("rollout", {}),
+            batch={"prompts": 2, "mini_batch_prompts": 2} | self.sections.get("batch", {}),
+            reward={"function": "rewards:even"},
+            optimizer={"learning_rate": 1e-3},
+            log={"rollouts": 0},
+        )
+        tiny.write_settings(self.config, values)
+
+    def lines(self) -> list[dict[str, float]]:
+        """metrics.jsonl; none before the first step."""
+        path = self.folder / "metrics.jsonl"
+        whole = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in whole if line.endswith("\n")]
+
+    def figures(self) -> list[dict[str, float]]:
+        """The lines without what measures time."""
+        measured = ("time/", "rollout/tokens_per_second")
+        return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in self.lines()]
+
+    def saved(self) -> int:
+        """The step of the last checkpoint; 0 without one."""
+        latest = latest_checkpoint(self.folder / "checkpoints")
+        return latest.step if latest else 0
+
+    @property
+    def home(self) -> Path:
+        """The folder that it is started in, as are all processes of it and no others."""
+        folder = self.place / f"{self.name}_home"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def processes(self) -> list[psutil.Process]:
+        """Whatever runs of it: launchers, ranks, graders, servers."""
+        return [process for process in psutil.process_iter() if _folder(process) == str(self.home)]
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Its ranks by number."""
+        found: dict[int, psutil.Process] = {}
+        # What a rank has just forked looks like it, and is younger. psutil knows when since it has listed them.
+        for process in sorted(self.processes(), key=psutil.Process.create_time):
+            with contextlib.suppress(psutil.NoSuchProcess, KeyError):  # one that has ended since it was listed
+                if process.cmdline()[1:3] == ["-m", "megatron_rlvr.train"]:
+                    found.setdefault(int(process.environ()["RANK"]), process)
+        return found
+
+
+class QuickstartRun(Run):
+    """The quickstart's settings and problems, on a base model of its making that has read a twentieth as much."""
+
+    def prepare(self) -> None:
+        """Makes both; half a minute."""
+        make_base = [str(QUICKSTART / "make_base.py"), str(self._base), "--sequences", "1500"]
+        program = "import sys, toy_data, pathlib; toy_data.write_data(pathlib.Path(sys.argv[1]), held_out=1)"
+        for words in (["-m", "torch.distributed.run", "--standalone", *make_base], ["-c", program, str(self._data)]):
+            environment = tiny.environment([QUICKSTART])
+            subprocess.run([sys.executable, *words], env=environment, cwd=self.home, check=True, timeout=300)
+
+    def write(self, steps: int) -> None:
+        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text(encoding="utf-8"))
+        values["run"] |= {"dir": str(self.folder), "steps": steps, "overwrite": False}
+        values["model"]["path"] = str(self._base)
+        values["data"]["train"] = str(self._data / "train.jsonl")
+        values["optimizer"]["learning_rate"] = 5e-4  # which YAML 1.1 takes for a text
+        del values["evaluate"]
+        for section, changes in self.sections.items():
+            values[section] = values.get(section, {}) | changes
+        tiny.write_settings(self.config, values)
+
+    @property
+    def _base(self) -> Path:
+        return self.place / "quickstart" / "base_model"
+
+    @property
+    def _data(self) -> Path:
+        return self.place / "quickstart" / "data"
+
+
+def _folder(process: psutil.Process) -> str:
+    try:
+        return process.cwd() if process.status() != psutil.STATUS_ZOMBIE else ""
+    except psutil.Error:
+        return ""

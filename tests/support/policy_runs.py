@@ -1,0 +1,316 @@
+"""What the ranks of the policy tests do: train, score and export with the package itself, in one layout.
+
+Megatron's groups are torn down at the end, so that all layouts share one set of processes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from reference_training import Group, Recipe, Trace
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is cut."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    budget: int = 100_000
+    megatron: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.context * self.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the package."""
+
+    folder: str
+    groups: list[Group]
+    recipe: Recipe = field(default_factory=Recipe)
+    layout: Layout = field(default_factory=Layout)
+    dtype: str = "float32"
+    fuse_output_gradient: bool = False
+
+
+@dataclass
+class RankTrace(Trace):
+    """What one rank saw; the kept tokens are those of its own micro-batches."""
+
+    data_rank: int = 0
+    last_stage: bool = True
+    micro_batches: list[list[list[int]]] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    fused: bool = False
+
+
+@contextlib.contextmanager
+def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: str = "float32") -> Iterator[Any]:
+    """A policy in a world of its own, torn down at the end; without a recipe it only scores."""
+    from megatron.core import parallel_state
+
+    from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
+    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed.ranks import initialize_ranks
+    from megatron_rlvr.policy.policy import Policy
+
+    parallel = ParallelSettings(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        sequence=layout.sequence,
+        virtual_pipeline=layout.virtual_pipeline,
+        context=layout.context,
+        expert=layout.expert,
+    )
+    optimizer = None
+    if recipe is not None:
+        optimizer = OptimizerSettings(
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup_steps,
+            weight_decay=recipe.weight_decay,
+            clip_grad=recipe.clip_grad,
+            beta1=recipe.betas[0],
+            beta2=recipe.betas[1],
+            eps=recipe.eps,
+        )
+    ranks = initialize_ranks(parallel, timeout_minutes=4)
+    try:
+        yield Policy(
+            ModelSettings(path=folder, dtype=dtype),
+            parallel,
+            ranks,
+            optimizer=optimizer,
+            megatron=dict(layout.megatron),
+            temperature=recipe.temperature if recipe else 1.0,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        platform.shut_down()
+
+
+@contextlib.contextmanager
+def norms_built_into_linears() -> Iterator[None]:
+    """Layers of the shape of Transformer Engine's, whose modules need a GPU: norms inside the linear layers."""
+    from unittest import mock
+
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    from megatron_rlvr.policy import build, layers
+
+    class NormedColumnParallelLinear(ColumnParallelLinear):
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **options)
+            norm = layers.RMSNorm(config, input_size, config.layernorm_epsilon)
+            self.layer_norm_weight = norm.weight
+            self.norm = [norm]  # in a list, so that its weight is this module's alone
+
+        def forward(self, x: Tensor, **options: Any) -> Any:
+            return super().forward(self.norm[0](x), **options)
+
+    parts = replace(layers.layer_parts(), normed_column_linear=NormedColumnParallelLinear)
+    with mock.patch.object(build, "layer_parts", return_value=parts):
+        yield
+
+
+def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_groups: int) -> list[Any]:
+    """This rank's mini-batches of groups that are dealt out to the data-parallel ranks in turn."""
+    from megatron_rlvr.batching.mini_batches import build_mini_batches
+    from megatron_rlvr.types import Completion, Grade, Prompt
+    from megatron_rlvr.types import Group as TypedGroup
+
+    here = []
+    for order, (prompt, responses, rewards) in enumerate(groups):
+        if order % policy.ranks.data_size == policy.ranks.data_rank:
+            completions = [
+                Completion(
+                    str(order),
+                    i,
+                    np.array(ids, np.int32),
+                    np.zeros(len(ids), np.float32),
+                    "stop",
+                    np.zeros(len(ids), np.int32),
+                )
+                for i, ids in enumerate(responses)
+            ]
+            grades = [Grade(reward, reward > 0) for reward in rewards]
+            here.append(
+                (order, TypedGroup(Prompt(str(order), np.array(prompt, np.int32), "", ""), completions, grades))
+            )
+    return build_mini_batches(
+        here,
+        estimator="grpo",
+        groups_per_mini_batch=mini_batch_groups,
+        packing=policy.packing(budget),
+        data_group=policy.ranks.data_objects,
+    )
+
+
+def settings_of(recipe: Recipe) -> Any:
+    """The package's settings that say what the recipe says."""
+    from megatron_rlvr.config import Settings
+
+    selection = {"keep": recipe.keep, "fraction": recipe.fraction, "scope": recipe.scope, "entropy": recipe.entropy}
+    loss = {name: getattr(recipe, name) for name in ("clip_low", "clip_high", "dual_clip", "normalizer")}
+    return Settings.model_validate(
+        {
+            "run": {"dir": "nowhere", "steps": recipe.steps},
+            "model": {"path": "nowhere"},
+            "data": {"train": "nowhere"},
+            "selection": selection,
+            "loss": loss,
+            "rollout": {"max_logprob_gap": 1e9},
+        }
+    )
+
+
+def trained(run: Run) -> RankTrace:
+    """A training run through the learner, and what this rank saw of it."""
+    from megatron_rlvr.algo.loss import DapoLoss
+    from megatron_rlvr.learner import Learner
+
+    settings = settings_of(run.recipe)
+    with policy_of(run.folder, run.layout, run.recipe, run.dtype) as policy:
+        trace = RankTrace(data_rank=policy.ranks.data_rank, last_stage=policy.ranks.last_stage)
+        # Megatron's own linear layers took their choice when they were made: this reaches the output layer only, since
+        # theirs needs apex.
+        policy._config.gradient_accumulation_fusion = run.fuse_output_gradient
+        mini_batches = mini_batches_of(policy, run.groups, run.layout.budget, run.recipe.mini_batch_groups)
+        learner = Learner(settings, _recording(policy, trace), DapoLoss(settings.loss))
+        for step in range(1, run.recipe.steps + 1):
+            policy.start_step()
+            trace.learning_rate.append(policy.learning_rate)
+            figures = learner.learn(step, mini_batches, lambda phase: contextlib.nullcontext())
+            trace.threshold.append(figures.get("selection/threshold", 0.0))
+        trace.weights = {name: tensor.clone() for name, tensor in policy.export_weights()}
+        if policy.ranks.last_stage:
+            trace.fused = policy._chunks[-1].module.output_weight.grad_added_to_main_grad
+        return trace
+
+
+def _recording(policy: Any, trace: RankTrace) -> Any:
+    """The policy, with every mini-batch written down on its way."""
+    train_step = policy.train_step
+
+    def recorded(batches: Any, masks: Any, old_logp: Any, loss: Any, count: int) -> dict[str, float]:
+        kept: list[int] = []
+
+        def note(batch: Any, mask: Tensor) -> Tensor:
+            kept.extend(batch.token_ids[mask].tolist())
+            return mask
+
+        if callable(masks):
+            figures = train_step(batches, lambda batch, h: note(batch, masks(batch, h)), old_logp, loss, count)
+        else:
+            for batch, mask in zip(batches, masks, strict=True):
+                note(batch, mask)
+            figures = train_step(batches, masks, old_logp, loss, count)
+        trace.kept.append(kept)
+        trace.micro_batches.append([sorted(set((b.token_ids >> 20).tolist())) for b in batches])
+        for name in ("loss", "grad_norm", "clip_fraction", "skipped"):
+            getattr(trace, name).append(figures[name])
+        return figures
+
+    policy.train_step = recorded
+    return policy
+
+
+def scored_and_exported(
+    folder: str,
+    groups: list[Group],
+    layout: Layout,
+    temperature: float,
+    dtype: str = "float32",
+    built_in_norms: bool = False,
+) -> tuple[dict[int, tuple[float, float]], dict[str, Tensor]]:
+    """{token id: (log-probability, entropy)} of this rank's micro-batches, and the exported weights."""
+    recipe = replace(Recipe(), temperature=temperature)
+    layers = norms_built_into_linears() if built_in_norms else contextlib.nullcontext()
+    with layers, policy_of(folder, layout, recipe, dtype) as policy:
+        batches = [m for mini in mini_batches_of(policy, groups, layout.budget, 4) for m in mini.micro_batches]
+        scores = policy.score(batches)
+        by_token = {
+            token: (logp, entropy)
+            for batch, *values in zip(batches, scores.logp, scores.entropy, strict=True)
+            for token, logp, entropy in zip(batch.token_ids.tolist(), *(v.tolist() for v in values), strict=True)
+        }
+        return by_token, {name: tensor.clone() for name, tensor in policy.export_weights()}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made, in forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def largest_tensors(folder: str, groups: list[Group], layout: Layout) -> dict[str, int]:
+    """Elements of the largest tensor of a score pass, and of a training pass by old and by current entropies."""
+    from megatron_rlvr.algo.loss import DapoLoss
+    from megatron_rlvr.config import LossSettings
+
+    found = {}
+    with policy_of(folder, layout, Recipe()) as policy:
+        (mini,) = mini_batches_of(policy, groups, layout.budget, len(groups))
+        (batch,) = mini.micro_batches
+        policy.start_step()
+        with LargestTensor() as found["score"]:
+            scores = policy.score([batch])
+        mask = scores.entropy[0] >= scores.entropy[0].quantile(0.8)
+        loss = DapoLoss(LossSettings())
+        for name, masks in (("old", [mask]), ("current", lambda batch, entropy: entropy >= entropy.quantile(0.8))):
+            with LargestTensor() as found[name]:
+                policy.train_step([batch], masks, scores.logp, loss, mini.response_tokens)
+    return {name: watch.elements for name, watch in found.items()}
+
+
+def memory_of_a_handover(folder: str, layout: Layout, bucket_bytes: int) -> tuple[int, int, int]:
+    """Bytes that gathering all weights into buckets took at once; of the largest weight; and of all together."""
+    from planning_runs import Alive
+
+    from megatron_rlvr.engines.sglang.weight_sync.buckets import buckets
+
+    largest = total = 0
+    with policy_of(folder, layout) as policy, Alive() as alive:
+        for bucket in buckets(policy.export_weights(), bucket_bytes, torch.device("cpu")):
+            sizes = [math.prod(s) * d.itemsize for s, d in zip(bucket.shapes, bucket.dtypes, strict=True)]
+            largest, total = max(largest, *sizes), total + bucket.bytes
+            assert bucket.bytes <= max(bucket_bytes, largest)
+    return alive.peak, largest, total
+
+
+def refused(folder: str) -> str:
+    """Why the policy cannot be made from a folder."""
+    from megatron_rlvr.hf.families import ModelError
+
+    try:
+        with policy_of(folder, Layout()):
+            return "nothing"
+    except ModelError as error:
+        return str(error)
+
+
+def saved(folder: str, layout: Layout, target: str) -> None:
+    """The policy's own export, by all ranks."""
+    with policy_of(folder, layout) as policy:
+        policy.save_hugging_face(Path(target))

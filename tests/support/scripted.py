@@ -1,0 +1,193 @@
+"""An engine that answers by a script, and ranks laid out by hand, for tests of what stands between engine and loss.
+
+The script sees a request as the real engine does: what it answers depends on the prompt and on the seed, so that an
+answer that changes with the layout is a seed that did. A response is [verdict, four words of the seed, filling]: its
+first token is what the user's reward function reads, and the seed tells every response from every other.
+"""
+
+import atexit
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from launcher import Ranks as World
+from launcher import process_group as launchers_process_group
+
+from megatron_rlvr.types import Completion, Prompt, SampleRequest
+
+PATIENCE_SECONDS = 600.0
+
+RIGHT, WRONG, HANG, CRASH, SHARE = 1, 0, 2, 3, 4
+"""First tokens, for the reward function below; SHARE stands for a reward of 0.25."""
+
+REWARD = """\
+import time
+
+
+def first_token(prompt, response):
+    verdict = response.split()[0]
+    if verdict == "2":
+        time.sleep(600)
+    if verdict == "3":
+        raise KeyError("no such answer")
+    return 0.25 if verdict == "4" else verdict == prompt.answer
+"""
+
+Script = Callable[[SampleRequest], tuple[int, int, bool]]
+"""Request -> (first token, length, whether it was cut)."""
+
+
+def by_accuracy(request: SampleRequest) -> tuple[int, int, bool]:
+    """Right with the probability in ``prompt.extra``; the dice are the seed's."""
+    dice = random.Random(request.seed)
+    verdict = RIGHT if dice.random() < request.prompt.extra["accuracy"] else WRONG
+    return verdict, dice.randint(5, 20), dice.random() < 0.3
+
+
+def by_verdicts(request: SampleRequest) -> tuple[int, int, bool]:
+    """The verdicts in ``prompt.extra``, in sample order; each response is as long as its sample number + 10."""
+    return request.prompt.extra["verdicts"][request.sample], request.sample + 10, False
+
+
+def prompts_of(accuracies: Sequence[float], name: str = "set") -> list[Prompt]:
+    """A prompt for each accuracy; the gold answer is what a right response begins with."""
+    token_ids = np.arange(3, dtype=np.int32)
+    return [
+        Prompt(f"{name}/{i}", token_ids, str(RIGHT), name, {"accuracy": accuracy})
+        for i, accuracy in enumerate(accuracies)
+    ]
+
+
+class ScriptedEngine:
+    """Answers by a script, in an order of its own; keeps what it was asked for."""
+
+    def __init__(self, script: Script = by_accuracy) -> None:
+        self.script = script
+        self.asked: list[tuple[SampleRequest, Any]] = []
+        self.calls: list[int] = []
+        """How many requests came with each call."""
+
+    def update_weights(self, named_tensors: Any, version: int) -> None:
+        raise NotImplementedError
+
+    def release_memory(self) -> None:
+        raise NotImplementedError
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Any) -> Iterator[Completion]:
+        self.calls.append(len(requests))
+        self.asked += [(request, sampling) for request in requests]
+        for request in random.Random(len(self.asked)).sample(list(requests), len(requests)):
+            yield answer(request, self.script)
+
+
+def answer(request: SampleRequest, script: Script = by_accuracy) -> Completion:
+    """The completion that the script gives."""
+    verdict, length, cut = script(request)
+    words = [request.seed >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
+    token_ids = np.array([verdict, *words, *[9] * (length - 5)], dtype=np.int32)
+    logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    return Completion(
+        request.prompt.id, request.sample, token_ids, logprobs, "length" if cut else "stop", 0 * token_ids
+    )
+
+
+class PlainTokenizer:
+    """Writes tokens as numbers."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def write_reward(folder: Path) -> Path:
+    """Puts the user's reward function, user_reward:first_token, into ``folder``."""
+    (folder / "user_reward.py").write_text(REWARD, encoding="ascii")
+    return folder
+
+
+def start_graders(folder: Path, timeout_seconds: float = 60.0) -> Any:
+    """Real grader processes that run the user's function; it hangs and raises when told to."""
+    from megatron_rlvr.reward.graders import GraderPool
+
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return GraderPool("user_reward:first_token", workers=1, timeout_seconds=timeout_seconds)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks of each replica, in the order of the replicas."""
+
+    replicas: tuple[tuple[int, ...], ...]
+
+    @property
+    def world_size(self) -> int:
+        return sum(map(len, self.replicas))
+
+
+LAYOUTS = (
+    Layout(((0,),)),
+    Layout(((0,), (1,))),
+    Layout(((0, 1),)),
+    Layout(((0,), (1,), (2,), (3,))),
+    Layout(((0, 1), (2, 3))),
+    Layout(((0, 2), (1, 3))),  # as with pipeline stages, which Megatron puts outermost
+    Layout(((0, 1, 2, 3),)),
+)
+
+
+def ranks_of(layout: Layout) -> Any:
+    """This rank's place in ``layout``. Every rank must call it, within a process group."""
+    import torch.distributed as dist
+
+    from megatron_rlvr.distributed.ranks import Ranks
+
+    rank = dist.get_rank()
+    place = {r: (d, i) for d, replica in enumerate(layout.replicas) for i, r in enumerate(replica)}
+    data_rank, within = place[rank]
+    across = [dist.new_group(list(ranks)) for ranks in zip(*layout.replicas, strict=True)]
+    inside = [dist.new_group(list(ranks)) for ranks in layout.replicas]
+    return Ranks(
+        rank=rank,
+        world_size=layout.world_size,
+        tensor_rank=within,
+        tensor_size=len(layout.replicas[0]),
+        pipeline_rank=0,
+        pipeline_size=1,
+        context_rank=0,
+        context_size=1,
+        expert_rank=0,
+        expert_size=1,
+        data_rank=data_rank,
+        data_size=len(layout.replicas),
+        tensor_group=inside[data_rank],
+        pipeline_group=inside[data_rank],
+        context_group=inside[data_rank],
+        expert_group=inside[data_rank],
+        data_group=across[within],
+        data_context_group=across[within],
+        data_objects=across[within],
+        replica_objects=inside[data_rank],
+    )
+
+
+@functools.cache
+def _world() -> World:
+    world = World()
+    atexit.register(world.stop)
+    return world
+
+
+def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` returns on each of ``size`` ranks; the processes are started once a session."""
+    return _world().run(function, size, *arguments, timeout=PATIENCE_SECONDS)
+
+
+def process_group() -> AbstractContextManager[Any]:
+    """The launcher's, patient with ranks that are still importing Megatron on a busy machine."""
+    return launchers_process_group(PATIENCE_SECONDS)

@@ -1,0 +1,126 @@
+"""What ranks do in the tests of weight sync: a policy trains a step, and servers sample from what it became."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from policy_runs import Layout, mini_batches_of, policy_of
+from reference_training import GROUP_SIZE, Recipe, make_groups
+from torch import Tensor
+
+from megatron_rlvr.rollout.sampler import requests_for
+from megatron_rlvr.types import Prompt
+
+RESPONSE = 16
+LONGEST = 64
+PROMPTS = 6
+
+
+@dataclass
+class Synced:
+    """What a rank saw. Sequences are numbered; {sequence number << 20 | place: log-probability}.
+
+    Attributes:
+        weights: of the policy after its step, by Hugging Face names.
+        sequences: prompt and response of each, for every method.
+        on_servers, in_policy: log-probabilities of the response tokens, for every method.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    sequences: dict[str, list[tuple[list[int], list[int]]]] = field(default_factory=dict)
+    on_servers: dict[str, dict[int, float]] = field(default_factory=dict)
+    in_policy: dict[str, dict[int, float]] = field(default_factory=dict)
+
+
+def sync_by(method: str, *, folder: Path, source: Path, pool: Any, ranks: Any, bucket_bytes: int) -> Any:
+    """A sync of one of the methods."""
+    from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
+    from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
+    from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
+
+    if method == "disk":
+        return DiskSync(folder, source, pool, ranks)
+    return {"distributed": DistributedSync, "tensor": TensorSync}[method](pool, ranks, bucket_bytes)
+
+
+def trained_and_synced(
+    model: str, layout: Layout, urls: list[str], folder: str, methods: list[str], bucket_bytes: int
+) -> Synced:
+    """One training step, then the new weights go to servers by each method, whose samples the policy scores."""
+    found = Synced()
+    with policy_of(model, layout, Recipe(warmup_steps=0, learning_rate=1e-2)) as policy:
+        export = policy.export_weights()
+        before = {name: tensor.clone() for name, tensor in export}
+        _train(policy)
+        found.weights = {name: tensor.clone() for name, tensor in export}
+        assert any((before[name] - tensor).abs().max() > 1e-3 for name, tensor in found.weights.items())
+        for version, method in enumerate(methods):
+            groups, found.on_servers[method] = _sampled(policy, urls, method, Path(folder), version, bucket_bytes)
+            found.sequences[method] = [(prompt, response) for prompt, responses, _ in groups for response in responses]
+            batches = [m for mini in mini_batches_of(policy, groups, 10_000, 2) for m in mini.micro_batches]
+            found.in_policy[method] = {
+                token: logp
+                for batch, logps in zip(batches, policy.score(batches).logp, strict=True)
+                for token, logp in zip(batch.token_ids.tolist(), logps.tolist(), strict=True)
+            }
+    return found
+
+
+def _train(policy: Any) -> None:
+    import torch
+
+    from megatron_rlvr.algo.loss import DapoLoss
+    from megatron_rlvr.config import LossSettings
+
+    groups = make_groups(2, policy.hf_config["vocab_size"], seed=0)
+    (mini,) = mini_batches_of(policy, groups, 10_000, len(groups))
+    logp = policy.score(mini.micro_batches).logp
+    policy.start_step()
+    masks = [torch.ones_like(part, dtype=torch.bool) for part in logp]
+    figures = policy.train_step(mini.micro_batches, masks, logp, DapoLoss(LossSettings()), mini.response_tokens)
+    assert figures["skipped"] == 0
+
+
+def _sampled(
+    policy: Any, urls: list[str], method: str, folder: Path, version: int, bucket_bytes: int
+) -> tuple[list[Any], dict[int, float]]:
+    """Groups of responses that servers gave under the policy's weights, on every rank, and their log-probabilities."""
+    import torch.distributed as dist
+
+    from megatron_rlvr.config import RolloutSettings
+    from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
+
+    settings = RolloutSettings(engine="sglang", servers=urls)
+    pool = connect(settings, policy.ranks, policy.hf_config, longest=LONGEST)
+    sync = sync_by(
+        method, folder=folder, source=policy.folder, pool=pool, ranks=policy.ranks, bucket_bytes=bucket_bytes
+    )
+    vocabulary = policy.hf_config["vocab_size"]
+    engine = SglangEngine(pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, longest=LONGEST)
+    try:
+        engine.update_weights(policy.export_weights(), version)
+        dice = np.random.default_rng(version)
+        prompts = [
+            Prompt(str(i), dice.integers(3, vocabulary, size=4 + i).astype(np.int32), "", "set") for i in range(PROMPTS)
+        ]
+        asked = [request for prompt in prompts for request in requests_for(prompt, GROUP_SIZE, 0, "test")]
+        sampling = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=RESPONSE)
+        completions = list(engine.generate(asked if policy.ranks.is_main else [], sampling))
+    finally:
+        engine.close()
+    shared: list[Any] = [sorted(completions, key=lambda c: (int(c.prompt_id), c.sample))]
+    dist.broadcast_object_list(shared, src=0)
+    (completions,) = shared
+    rewards = [1.0, -1.0] * (GROUP_SIZE // 2)
+    groups = [
+        (prompt.token_ids.tolist(), [c.token_ids.tolist() for c in completions if c.prompt_id == prompt.id], rewards)
+        for prompt in prompts
+    ]
+    logprobs = {
+        (number << 20) + place: logprob
+        for number, completion in enumerate(completions)
+        for place, logprob in enumerate(completion.logprobs.tolist())
+    }
+    return groups, logprobs
