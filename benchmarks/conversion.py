@@ -216,7 +216,7 @@ def mbridge(direction: str, model: Path, out: Path) -> Iterator[None]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from megatron_rlvr.config import ParallelSettings
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
 
     initialize_ranks(ParallelSettings(), timeout_minutes=10)
@@ -249,7 +249,7 @@ def mbridge(direction: str, model: Path, out: Path) -> Iterator[None]:
         gpt.load_state_dict(loaded["model"])
         bridge.safetensor_io = bridge._get_safetensor_io(str(model))
         bridge.save_weights([gpt], str(out / "back"))
-    platform.shut_down()
+    process_group.shut_down()
 
 
 # Printing ------------------------------------------------------------------------------------------------------------

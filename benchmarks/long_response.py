@@ -58,7 +58,7 @@ def measure(folder: str, length: int, sender: Any) -> None:
     from megatron_rlvr.batching.batch import Sample
     from megatron_rlvr.batching.mini_batches import MiniBatch
     from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, Settings
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.learner import Learner
     from megatron_rlvr.policy.policy import Policy
@@ -104,7 +104,7 @@ def measure(folder: str, length: int, sender: Any) -> None:
     before = peak_gib()
     step(length)
     sender.send({"length": length, "before_gib": before, "peak_gib": peak_gib(), **seconds})
-    platform.shut_down()
+    process_group.shut_down()
 
 
 def main() -> None:

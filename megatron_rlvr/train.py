@@ -108,7 +108,7 @@ def _explained() -> tuple[type[Exception], ...]:
 
 def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
     """Trains as resolved and returns what summary.json says, on every rank; None where SIGTERM ended it before."""
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.heartbeat import Pulse
     from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.startup.assembly import build_trainer
@@ -119,7 +119,7 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     with ExitStack() as resources:
         lost = partial(_lost, settings.run.timeout_minutes, graders)
         timeout_seconds = 60 * settings.run.timeout_minutes
-        resources.enter_context(Pulse(platform.store(), ranks.rank, ranks.world_size, timeout_seconds, lost))
+        resources.enter_context(Pulse(process_group.store(), ranks.rank, ranks.world_size, timeout_seconds, lost))
         trainer = build_trainer(resolved, graders, signals, ranks, resources)
         trainer.progress.say(plan_in_words(resolved))
         if resolved.start is not None:
@@ -129,7 +129,7 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
         if done.step < settings.run.steps:
             trainer.progress.say(_stopped_in_words(settings, done))
     if done.step < settings.run.steps:  # what the engine holds of the world is gone by now
-        platform.shut_down()
+        process_group.shut_down()
         return None
     export = folder / "hf" if settings.run.export else None
     if export is not None:
@@ -137,7 +137,7 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     summary = _summary(settings, done, export)
     if ranks.is_main:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    platform.shut_down()
+    process_group.shut_down()
     return summary
 
 

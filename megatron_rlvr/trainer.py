@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_rlvr.batching.mini_batches import build_mini_batches
 from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, Done
 from megatron_rlvr.config import Settings
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
 from megatron_rlvr.evaluation.evaluator import Evaluator
@@ -189,5 +189,5 @@ class Trainer:
         self.progress.phase(phase)
         start = time.perf_counter()
         yield
-        platform.synchronize()
+        accelerator.synchronize()
         self._seconds[phase] = time.perf_counter() - start

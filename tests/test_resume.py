@@ -64,13 +64,13 @@ def world_taken_down() -> Iterator[None]:
     """Megatron's groups end with the run, so that the next one of this process may have other ones."""
     from megatron.core import parallel_state
 
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
 
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        platform.shut_down()
+        process_group.shut_down()
 
 
 def life(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:

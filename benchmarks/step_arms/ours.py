@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from megatron_rlvr.algo.loss import make_loss
 from megatron_rlvr.batching.mini_batches import MiniBatch, build_mini_batches
 from megatron_rlvr.config import Settings
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator, process_group
 from megatron_rlvr.distributed.ranks import initialize_ranks
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.learner import Learner
@@ -30,7 +30,7 @@ def run(case: Case, folder: str, steps: int, pipe: Connection) -> None:
     for step in range(1, steps + 1):
         pipe.recv()
         pipe.send(arm.step(step))
-    platform.shut_down()
+    process_group.shut_down()
 
 
 def settings_of(case: Case, folder: str, steps: int) -> Settings:
@@ -70,7 +70,7 @@ class Arm:
             self.settings.model, self.settings.parallel, ranks, optimizer=self.settings.optimizer, megatron={}
         )
         self.learner = Learner(self.settings, self.policy, make_loss(self.settings.loss))
-        self.engine = EmbeddedEngine(folder, device=platform.device(), stop_token_ids=[], pad_token_id=workload.PAD)
+        self.engine = EmbeddedEngine(folder, device=accelerator.device(), stop_token_ids=[], pad_token_id=workload.PAD)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.prompts = [
             Prompt(str(n), np.array(ids, np.int32), "", "") for n, ids in enumerate(workload.prompts_of(case))

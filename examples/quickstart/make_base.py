@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore")
 from megatron_rlvr.algo.loss import SelectedTokens  # noqa: E402
 from megatron_rlvr.batching.batch import Sample, spread  # noqa: E402
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings  # noqa: E402
-from megatron_rlvr.distributed import accelerator as platform  # noqa: E402
+from megatron_rlvr.distributed import process_group  # noqa: E402
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks  # noqa: E402
 from megatron_rlvr.policy.policy import Policy  # noqa: E402
 
@@ -114,7 +114,7 @@ def main(target: Path, sequences: int) -> None:
     policy.save_hugging_face(target)
     if ranks.is_main:
         print(f"base model in {target}: next-token loss {loss:.3f} after {len(steps)} steps")
-    platform.shut_down()
+    process_group.shut_down()
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def checkpoint_logits(folder: Path, tokens: Sequence[int]) -> Tensor:
 
     from megatron_rlvr.checkpoint.megatron import load_weights
     from megatron_rlvr.config import ModelSettings, ParallelSettings
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import accelerator, process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.policy.attention import PackedStream
     from megatron_rlvr.policy.build import build_chunks
@@ -138,7 +138,7 @@ def checkpoint_logits(folder: Path, tokens: Sequence[int]) -> Tensor:
     try:
         (chunk,) = build_chunks(ModelSettings(path=str(folder), dtype="float32"), parallel, {}, config, ranks, seed=0)
         load_weights([chunk], folder, config)
-        device, size = platform.device(), len(tokens)
+        device, size = accelerator.device(), len(tokens)
         ends = torch.tensor([0, size], dtype=torch.int32, device=device)
         stream = PackedStream("thd", ends, ends, max_seqlen_q=size, max_seqlen_kv=size, lengths=(size,))
         with torch.no_grad():
@@ -151,7 +151,7 @@ def checkpoint_logits(folder: Path, tokens: Sequence[int]) -> Tensor:
             return (hidden.squeeze(1) @ chunk.module.output_weight[: config["vocab_size"]].t()).cpu()
     finally:
         parallel_state.destroy_model_parallel()
-        platform.shut_down()
+        process_group.shut_down()
 
 
 @contextmanager

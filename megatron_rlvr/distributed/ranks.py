@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_rlvr.config import ParallelSettings
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import megatron_on_cpu, process_group
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,10 @@ class Ranks:
 
 def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Ranks:
     """Joins the process group and cuts the world into Megatron's grid. Every rank must call it."""
-    platform.init_process_group(timeout_minutes)
+    megatron_on_cpu.import_megatron()
+    from megatron.core import parallel_state
+
+    process_group.initialize(timeout_minutes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -87,7 +89,7 @@ def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Rank
     dist.all_gather_object(places, data_rank)
     replicas = [[r for r, place in enumerate(places) if place == d] for d in range(data_size)]
     # Creating a group is collective over the world: every rank makes every group, and keeps its own.
-    groups = [platform.object_group(ranks) for ranks in replicas]
+    groups = [process_group.object_group(ranks) for ranks in replicas]
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -1,3 +1,3 @@
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import megatron_on_cpu
 
-platform.import_megatron()  # before a module of this package does
+megatron_on_cpu.import_megatron()  # before a module of this package does

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, SettingsError
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.families import rope_scaling_factor, rope_theta, tied, transformer_fields
 from megatron_rlvr.policy.layers import layer_parts, layer_spec
@@ -78,7 +78,7 @@ def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Ma
         # Weights come from the model folder, yet they are initialised first: it is Megatron's initialisation that marks
         # them as tensor parallel, and unmarked ones are missing from the gradient norm.
         "perform_initialization": True,
-        "use_cpu_initialization": not platform.has_gpu(),
+        "use_cpu_initialization": not accelerator.has_gpu(),
         # Packed micro-batches differ in length; a dense model may do so with this (unused) dispatcher only.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -147,11 +147,11 @@ def check_kernels(megatron: Mapping[str, Any]) -> None:
     kernels = {
         "gradient_accumulation_fusion": (
             "a GPU and apex's fused weight gradients",
-            platform.has_fused_weight_gradients,
+            accelerator.has_fused_weight_gradients,
         ),
-        "use_precision_aware_optimizer": ("a GPU and Transformer Engine", platform.has_transformer_engine),
-        "fp8": ("a GPU and Transformer Engine", platform.has_transformer_engine),
-        "apply_rope_fusion": ("a GPU and Transformer Engine", platform.has_transformer_engine),
+        "use_precision_aware_optimizer": ("a GPU and Transformer Engine", accelerator.has_transformer_engine),
+        "fp8": ("a GPU and Transformer Engine", accelerator.has_transformer_engine),
+        "apply_rope_fusion": ("a GPU and Transformer Engine", accelerator.has_transformer_engine),
     }
     for key, (what, present) in kernels.items():
         if megatron.get(key) and not present():
@@ -199,7 +199,7 @@ def build_chunks(
             rope_scaling=stretch is not None,
             rope_scaling_factor=stretch or 1.0,
             vp_stage=stage,
-        ).to(platform.device())
+        ).to(accelerator.device())
         # Later chunks finish their backward first: their gradients travel whole while the earlier ones still compute.
         chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=gpt, disable_bucketing=piece > 0))
     if ddp.overlap_grad_reduce:

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.hf.families import NORMS_IN_LINEARS
 from megatron_rlvr.policy.attention import PackedAttention
 from megatron_rlvr.policy.experts import sparse_mlp_spec
@@ -32,7 +32,9 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=platform.device()))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=accelerator.device())
+        )
         # Under sequence parallel each rank sees a part of the tokens; Megatron sums the gradients of marked weights.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -62,7 +64,7 @@ class LayerParts:
 
 def layer_parts() -> LayerParts:
     """Transformer Engine's where there is a GPU and it is installed, else Megatron's and ours."""
-    if not platform.has_transformer_engine():
+    if not accelerator.has_transformer_engine():
         return LayerParts(RMSNorm, None, ColumnParallelLinear, RowParallelLinear, PackedAttention)
     from megatron.core.extensions import transformer_engine as te
 

@@ -31,7 +31,7 @@ from megatron_rlvr.checkpoint.megatron import (
     sharded_weights,
 )
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.hf.weights import write_folder
@@ -85,7 +85,7 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where scores live."""
-        return platform.device()
+        return accelerator.device()
 
     def packing(self, tokens_per_micro_batch: int) -> Packing:
         """How streams must be cut for this layout, none longer than a number of tokens."""
@@ -125,7 +125,7 @@ class Policy:
         """Log-probability and entropy of every response token under the current weights, each [R] for a micro-batch."""
         results = self._run(batches, self._score_one, forward_only=True)
         sizes = [len(batch.rows) for batch in batches]
-        flat = torch.empty(2, sum(sizes), device=platform.device())
+        flat = torch.empty(2, sum(sizes), device=accelerator.device())
         if self.ranks.last_stage:
             flat = torch.cat(results, dim=1)
         if self.ranks.pipeline_size > 1:
@@ -244,7 +244,7 @@ class Policy:
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         number, batch = next(data)
         shard = context_shard(
-            batch.to(platform.device()), self.ranks.context_rank, self.ranks.context_size, self.ranks.context_group
+            batch.to(accelerator.device()), self.ranks.context_rank, self.ranks.context_size, self.ranks.context_group
         )
         hidden = chunk(
             input_ids=shard.part.tokens.unsqueeze(0),

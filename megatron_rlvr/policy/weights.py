@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.families import NORMS_IN_LINEARS, Row, rows_of, tied
 from megatron_rlvr.hf.layout import Geometry, merge, shard, unmerge, unshard
@@ -67,7 +67,7 @@ class WeightMap:
             assert parameter is not None
             part = parameter.detach().contiguous()
         else:
-            part = torch.empty(owner.shape, dtype=owner.dtype, device=platform.device())
+            part = torch.empty(owner.shape, dtype=owner.dtype, device=accelerator.device())
         if self._ranks.pipeline_size > 1:
             source = dist.get_global_rank(self._ranks.pipeline_group, owner.stage)
             dist.broadcast(part, src=source, group=self._ranks.pipeline_group)

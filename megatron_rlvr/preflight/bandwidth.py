@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.preflight.findings import Finding, in_spans
 from megatron_rlvr.preflight.site import Site
@@ -50,7 +50,7 @@ class Rate:
     @property
     def floor(self) -> float:
         """Below it something is set up wrongly."""
-        if not platform.has_gpu():
+        if not accelerator.has_gpu():
             return _FLOORS["CPU"]
         return _FLOORS["hosts" if len(self.hosts) > 1 else "one host"]
 
@@ -90,7 +90,7 @@ def judged(rates: list[Rate]) -> Finding:
             problems.append(f"{kind}, {slowest}, is below {slowest.floor:g}")
         elif len(alike) >= _FEWEST_TO_COMPARE and slowest.speed < _SLOW_SHARE * median:
             problems.append(f"{kind}, {slowest}, is under half of the median {median:.3g}")
-    size = _BYTES_GPU if platform.has_gpu() else _BYTES_CPU
+    size = _BYTES_GPU if accelerator.has_gpu() else _BYTES_CPU
     found = f"{', '.join(parts)}, with {size / 2**20:.0f} MiB"
     if problems:
         remedy = f"{'; '.join(problems)}: see docs/preflight.md, bandwidth, for the usual reasons"
@@ -143,17 +143,17 @@ def _neighbours(group: dist.ProcessGroup, members: tuple[int, ...]) -> dict[tupl
 
 
 def _data() -> torch.Tensor:
-    size = _BYTES_GPU if platform.has_gpu() else _BYTES_CPU
-    return torch.zeros(size // 4, dtype=torch.float32, device=platform.device())
+    size = _BYTES_GPU if accelerator.has_gpu() else _BYTES_CPU
+    return torch.zeros(size // 4, dtype=torch.float32, device=accelerator.device())
 
 
 def _best(move: Callable[[], object]) -> float:
     """Seconds of the quickest of several rounds, after one that sets up connections."""
     times = []
     for _ in range(1 + _ROUNDS):
-        platform.synchronize()
+        accelerator.synchronize()
         start = time.perf_counter()
         move()
-        platform.synchronize()
+        accelerator.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])

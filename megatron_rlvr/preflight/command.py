@@ -157,7 +157,7 @@ def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Check]:
 
 def _run(resolved: Resolved, signals: Signals, options: argparse.Namespace, report: Report) -> None:
     """All checks after the settings. Every rank does the same."""
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.preflight.machines import join
     from megatron_rlvr.preflight.site import Meeting, Site
 
@@ -197,7 +197,7 @@ def _run(resolved: Resolved, signals: Signals, options: argparse.Namespace, repo
                 results = meeting.all_run(partial(functions[running.name], site))
                 finding = replace(_of_all(running.name, results), seconds=round(time.perf_counter() - start, 2))
             report.add(finding)
-    platform.shut_down()
+    process_group.shut_down()
 
 
 def _functions() -> "dict[str, Callable[[Site], Finding]]":

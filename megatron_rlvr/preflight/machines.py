@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_rlvr.config import Settings, SettingsError
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks
 from megatron_rlvr.preflight.findings import Finding, in_gb, in_spans, some
 from megatron_rlvr.preflight.site import Site
@@ -49,7 +49,7 @@ def join(settings: Settings, *, most_minutes: float = math.inf) -> Ranks:
     Raises: SettingsError where this machine has fewer GPUs than ranks; others wait for it then, until the launcher ends
         them or the time is up.
     """
-    gpus, ranks_here = platform.gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus, ranks_here = accelerator.gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < gpus < ranks_here:
         raise SettingsError(
             f"{socket.gethostname()} has {gpus} GPUs for {ranks_here} ranks; start {gpus} ranks there, or look why "
@@ -116,7 +116,7 @@ def check_versions(site: Site) -> Finding:
         return Finding(
             "versions", "warned", found, f"not tested with {', '.join(outside)}: look at the first gap closely"
         )
-    if platform.has_gpu() and not platform.has_transformer_engine():
+    if accelerator.has_gpu() and not accelerator.has_transformer_engine():
         return Finding(
             "versions", "warned", found, "install transformer-engine: the layers of this project are slower on a GPU"
         )
@@ -125,14 +125,14 @@ def check_versions(site: Site) -> Finding:
 
 def _versions() -> dict[str, str | None]:
     """{what: version}, None where it is missing; the optional ones on a GPU alone."""
-    names = [name for name in TESTED if name != "python"] + (list(_ON_GPUS) if platform.has_gpu() else [])
+    names = [name for name in TESTED if name != "python"] + (list(_ON_GPUS) if accelerator.has_gpu() else [])
     found: dict[str, str | None] = {"python": python_platform.python_version()}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    return found | platform.device_facts().libraries
+    return found | accelerator.device_facts().libraries
 
 
 def within(version: str, oldest: tuple[int, ...], newest: tuple[int, ...]) -> bool:
@@ -150,9 +150,9 @@ def _shown(version: tuple[int, ...]) -> str:
 
 def check_accelerators(site: Site) -> Finding:
     """The same GPUs everywhere, as many as ranks, free, and fit for the model's precision."""
-    here = (socket.gethostname(), platform.gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    here = (socket.gethostname(), accelerator.gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     places = site.gather(here)
-    facts = site.gather(platform.device_facts())
+    facts = site.gather(accelerator.device_facts())
     kinds = _by_value([fact.name for fact in facts])
     found = "; ".join(
         f"ranks {in_spans(ranks)}: {name}, {in_gb(facts[ranks[0]].total)}" for name, ranks in kinds.items()

@@ -18,7 +18,7 @@ from megatron_rlvr.algo.loss import make_loss
 from megatron_rlvr.batching.batch import MicroBatch, Packing, Sample
 from megatron_rlvr.config import EvaluateSettings, RolloutSettings, Settings
 from megatron_rlvr.config.command_line import validate
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.hf.families import rows_of
 from megatron_rlvr.hf.weights import TensorReader
 from megatron_rlvr.policy.build import DTYPES
@@ -72,7 +72,7 @@ class Rehearsal:
 
         Returns: tokens of each.
         """
-        policy, device = self.trainer.policy, platform.device()
+        policy, device = self.trainer.policy, accelerator.device()
         packing = policy.packing(settings.batch.tokens_per_micro_batch)
         batch = largest_micro_batch(settings, packing, policy.hf_config["vocab_size"])
         batches = [batch] * max(policy.ranks.pipeline_size, packing.micro_batch_multiple)
@@ -168,7 +168,7 @@ def check_rehearsal(site: Site) -> Finding:
     """Collect, score, select, train and sync, once, by the run's own code."""
     before = weights_on_servers(site)
     site.rehearsal = rehearsal = Rehearsal(site)
-    platform.forget_peak_memory()
+    accelerator.forget_peak_memory()
     rehearsal.trainer.sync(version=0)
     rehearsal.held = first = weights_on_servers(site)
     rehearsal.step()
@@ -230,12 +230,12 @@ def check_gap(site: Site) -> Finding:
 def check_memory(site: Site) -> Finding:
     """What is left at the peak of the rehearsal, and of the largest micro-batches where they are tried."""
     assert site.rehearsal is not None
-    facts = site.gather(platform.device_facts())
+    facts = site.gather(accelerator.device_facts())
     found = f"at most {in_gb(max(fact.peak for fact in facts))} a rank in the rehearsal"
-    if platform.has_gpu() or site.longest:
-        platform.forget_peak_memory()
+    if accelerator.has_gpu() or site.longest:
+        accelerator.forget_peak_memory()
         tokens = site.rehearsal.longest(site.resolved.settings)
-        facts = site.gather(platform.device_facts())
+        facts = site.gather(accelerator.device_facts())
         found += f", {in_gb(max(fact.peak for fact in facts))} with micro-batches of {tokens} tokens, the run's largest"
     else:
         found += "; the largest micro-batches were not tried (--longest tries them)"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import process_group
 from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.signals import Signals
@@ -152,7 +152,7 @@ class Meeting:
 
     def __init__(self, site: Site, give_up: Callable[[Fault], None]) -> None:
         self._site = site
-        self._store = platform.store()
+        self._store = process_group.store()
         self._give_up = give_up
         self._checks = 0
 
@@ -185,7 +185,7 @@ class Meeting:
             over.set()
 
     def _watch(self, name: str, over: threading.Event) -> None:
-        store = platform.store()  # a connection of this thread's own
+        store = process_group.store()  # a connection of this thread's own
         stuck_at = None
         while not over.wait(_LOOK_SECONDS):
             if stuck_at is None and store.check([f"{name}/fault"]):

@@ -9,7 +9,7 @@ from megatron_rlvr.algo.loss import make_loss
 from megatron_rlvr.checkpoint.files import HUGGING_FACE
 from megatron_rlvr.checkpoint.store import Checkpoints
 from megatron_rlvr.data.cursor import PromptCursor
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator, process_group
 from megatron_rlvr.distributed.collectives import agree
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
@@ -101,7 +101,7 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
         return EmbeddedEngine(
             settings.model.path,
             dtype=DTYPES[settings.model.dtype],
-            device=platform.device(),
+            device=accelerator.device(),
             stop_token_ids=resolved.stop_token_ids,
             pad_token_id=resolved.tokenizer.pad_token_id,
             max_batch_tokens=settings.rollout.max_batch_tokens,
@@ -152,7 +152,7 @@ def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Polic
     def sync() -> None:
         engine.update_weights(policy.export_weights(), engine.version)
 
-    return StreamingCollector(**parts, store=platform.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted)
+    return StreamingCollector(**parts, store=process_group.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted)
 
 
 def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:

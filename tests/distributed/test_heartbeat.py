@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from launcher import Ranks, process_group
+from launcher import Ranks, joined_process_group
 from waiting import wait_for
 
 from megatron_rlvr.distributed.heartbeat import Pulse
@@ -87,11 +87,11 @@ def test_alone_nobody_is_missed() -> None:
 
 def frozen_rank() -> list[int | None]:
     """Rank 1 is stopped while rank 0 waits for it as in sampling; it goes on once it is missed."""
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.counters import Board
 
-    with process_group():
-        rank, store = dist.get_rank(), platform.store()
+    with joined_process_group():
+        rank, store = dist.get_rank(), process_group.store()
         board, told = Board(store, "sampling"), Told()
 
         def lost(whom: int | None) -> None:
@@ -101,7 +101,7 @@ def frozen_rank() -> list[int | None]:
 
         store.add("process of rank 1", os.getpid() if rank == 1 else 0)
         dist.barrier()
-        pulse = Pulse(platform.store(), rank, 2, 3.0, lost)
+        pulse = Pulse(process_group.store(), rank, 2, 3.0, lost)
         with pulse:
             wait_for(lambda: pulse._looks > 2)
             if rank == 1:

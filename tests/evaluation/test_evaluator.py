@@ -16,8 +16,8 @@ from scripted import (
     ScriptedEngine,
     answer,
     by_accuracy,
+    joined_process_group,
     on_ranks,
-    process_group,
     prompts_of,
     ranks_of,
     start_graders,
@@ -60,7 +60,7 @@ def evaluate_twice(layout: Layout, folder: Path) -> Outcome:
 
     files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
     settings = EvaluateSettings(sets=files, samples=SAMPLES, temperature=0.5, top_p=0.25)
-    with process_group(), start_graders(folder) as graders:
+    with joined_process_group(), start_graders(folder) as graders:
         engine = ScriptedEngine()
         # The reward settings are those of training: neither they nor a penalty for length may enter an accuracy.
         reward = RewardSettings(correct=-1.0, wrong=-2.0, overlong_buffer=10)
@@ -173,7 +173,7 @@ def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) ->
 
     files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
     settings = EvaluateSettings(sets=files, samples=SAMPLES, temperature=0.5, top_p=0.25)
-    with process_group(), start_graders(folder) as graders:
+    with joined_process_group(), start_graders(folder) as graders:
         engine = ForgettingEngine()
         sampler = Sampler(engine, PlainTokenizer(), graders, RewardSettings())  # type: ignore[arg-type]
         evaluator = Evaluator(sampler, ranks_of(layout), settings, SETS, max_response_tokens=CAP, seed=SEED)

@@ -9,7 +9,7 @@ from policy_runs import Layout, scored_and_exported
 from reference_training import load, make_groups, token_scores
 from test_policy import GROUPS, SHAPE
 
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ def test_scores_are_near_those_of_transformers_in_float64(tmp_path, engine, dtyp
     sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
     with torch.no_grad():
         expected = torch.cat(token_scores(load(str(tmp_path)), sequences, 1.0))
-    with mock.patch.object(platform, "has_transformer_engine", return_value=engine):
+    with mock.patch.object(accelerator, "has_transformer_engine", return_value=engine):
         scores, _ = scored_and_exported(
             str(tmp_path), make_groups(8, SHAPE["vocab_size"], seed=0), Layout(), 1.0, dtype
         )

@@ -222,7 +222,7 @@ def names_by_megatron(folder: Path) -> list[str]:
 
     from megatron_rlvr.checkpoint.files import CONTENT
     from megatron_rlvr.config import ParallelSettings
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
 
     initialize_ranks(ParallelSettings(), timeout_minutes=4)
@@ -238,7 +238,7 @@ def names_by_megatron(folder: Path) -> list[str]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     found = [part.key for part in model.sharded_state_dict(metadata=CONTENT | {"dp_cp_group": group}).values()]
     parallel_state.destroy_model_parallel()
-    platform.shut_down()
+    process_group.shut_down()
     return sorted(name for name in found if "_extra_state" not in name)
 
 

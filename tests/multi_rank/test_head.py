@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from launcher import Ranks, process_group
+from launcher import Ranks, joined_process_group
 from torch import Tensor
 
 from megatron_rlvr.algo import head, tiles, tiles_triton
@@ -84,7 +84,7 @@ def head_of(case: Case, group=None, device: str = "cpu") -> Outcome:
 
 
 def on_ranks(cases: list[Case]) -> list[Outcome]:
-    with process_group() as group:
+    with joined_process_group() as group:
         return [head_of(case, group) for case in cases]
 
 

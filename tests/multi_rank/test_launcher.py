@@ -5,14 +5,14 @@ import signal
 import time
 
 import pytest
-from launcher import RankError, Ranks, process_group
+from launcher import RankError, Ranks, joined_process_group
 
 
 def rank_and_sum(offset):
     import torch
     import torch.distributed as dist
 
-    with process_group() as group:
+    with joined_process_group() as group:
         total = torch.tensor(dist.get_rank(group) + offset)
         dist.all_reduce(total, group=group)
         return dist.get_rank(group), int(total), os.getpid()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from launcher import Ranks, process_group
+from launcher import Ranks, joined_process_group
 
 from megatron_rlvr.batching.batch import Packing
 from megatron_rlvr.batching.mini_batches import build_mini_batches, exchange
@@ -39,7 +39,7 @@ def sharded(groups, how: str, size: int) -> list[list]:
 
 def build(shards: list[list], per_mini_batch: int, multiples: tuple[int, int, int]) -> list:
     """For each mini-batch of this rank: sizes over all ranks, and for each micro-batch its samples."""
-    with process_group() as group:
+    with joined_process_group() as group:
         mini_batches = build_mini_batches(
             shards[group.rank()],
             estimator="dr_grpo",
@@ -110,7 +110,7 @@ def test_without_groups_there_are_no_mini_batches(ranks: Ranks):
 
 
 def exchanged() -> list:
-    with process_group() as group:
+    with joined_process_group() as group:
         here, size = group.rank(), group.size()
         return exchange([{"from": here, "to": r, "array": np.arange(here * 30_000 + r)} for r in range(size)], group)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import Ranks, process_group
+from launcher import Ranks, joined_process_group
 from torch import Tensor
 
 from megatron_rlvr.algo.loss import SelectedTokens, make_loss
@@ -70,7 +70,7 @@ def loss_of(case: Case, mine: Tensor, group: Any = None) -> Outcome:
 
 
 def on_ranks(cases: list[Case]) -> list[Outcome]:
-    with process_group() as group:
+    with joined_process_group() as group:
         return [loss_of(case, case.rank == torch.distributed.get_rank(group), group) for case in cases]
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from launcher import Ranks, process_group
+from launcher import Ranks, joined_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rlvr.algo.quantile import NonFiniteEntropyError, global_top_fraction_mask
@@ -80,7 +80,7 @@ class Collectives(TorchDispatchMode):
 
 def top_fractions(kinds: dict[str, Tokens]) -> dict:
     """{(kind, fraction): (ids kept here, what was decided, collectives, bytes sent)}."""
-    with process_group() as group:
+    with joined_process_group() as group:
         found = {}
         for name, tokens in kinds.items():
             values, ids = tokens.of_rank(group.rank(), group.size())
@@ -93,7 +93,7 @@ def top_fractions(kinds: dict[str, Tokens]) -> dict:
 
 def with_bad_values(kinds: dict[str, Tokens]) -> list[int | None]:
     """Which token each rank is told of where some hold values that are not finite, and a good call after each."""
-    with process_group() as group:
+    with joined_process_group() as group:
         told = []
         for tokens in kinds.values():
             values, ids = tokens.of_rank(group.rank(), group.size())
@@ -127,7 +127,7 @@ def test_exactly_the_ceiling_of_the_fraction_is_kept_and_no_sharding_changes_whi
 
 def costs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     """Collectives and bytes of this rank for many values, with ties that fit and with ties to split."""
-    with process_group() as group:
+    with joined_process_group() as group:
         found = []
         for n in sizes:
             ids = torch.arange(n) * 2 + group.rank()
@@ -169,7 +169,7 @@ SETTINGS = {
 
 def selections(tokens: Tokens, settings: dict[str, SelectionSettings], micro_batches: int, seed: int) -> dict:
     """{name: (ids kept here, the selection without its masks)}, with this rank's tokens cut into micro-batches."""
-    with process_group() as group:
+    with joined_process_group() as group:
         values, ids = tokens.of_rank(group.rank(), group.size())
         # The last micro-batch is always empty, as of a rank that ran out of sequences.
         cuts = [*np.linspace(0, len(ids), micro_batches + 1).astype(int), len(ids)]
@@ -241,7 +241,7 @@ def test_scope_micro_batch_takes_the_fraction_of_each_micro_batch_by_itself(rank
 
 def refusals(keep: str, scope: str, bad_rank: int) -> str:
     settings = SelectionSettings(keep=keep, scope=scope, **({} if keep == "all" else {"fraction": 0.5}))
-    with process_group(timeout_seconds=60) as group:
+    with joined_process_group(timeout_seconds=60) as group:
         rank = group.rank()
         values, ids = torch.rand(6), torch.arange(6) + 100 * rank
         if rank == bad_rank:

@@ -36,9 +36,8 @@ from megatron_rlvr.planner.shapes import Shape, padded_vocab
 from megatron_rlvr.planner.workload import Lengths, Workload
 from megatron_rlvr.startup import resolve
 
-PUBLISHED = {
-    path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "published").glob("*.json")
-}
+FOLDER = Path(__file__).parents[1] / "published"
+PUBLISHED = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
 EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 MIXTURE = PUBLISHED["qwen3_8b"] | EXPERTS | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
 DENSE = tiny.model_config(

@@ -23,8 +23,8 @@ from scripted import (
     Layout,
     PlainTokenizer,
     answer,
+    joined_process_group,
     on_ranks,
-    process_group,
     prompts_of,
     ranks_of,
     start_graders,
@@ -202,7 +202,7 @@ def collector_of(
 
 def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[tuple[list[Step], int]]:
     """On each rank: every step of every case, and how many responses were gone on with."""
-    with process_group():
+    with joined_process_group():
         ranks = ranks_of(layout)
         with start_graders(folder) as graders:
             return [run_case(case, number, ranks, graders) for number, case in enumerate(cases)]
@@ -211,13 +211,13 @@ def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[tuple
 def run_case(case: Case, number: int, ranks: Any, graders: Any) -> tuple[list[Step], int]:
     import torch.distributed as dist
 
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
 
     engine = TricklingEngine(case, ranks.rank)
     dice = random.Random(case.seed)
     prompts = prompts_of([dice.choice(case.accuracies) for _ in range(case.set_size)])
     syncs = []
-    store = dist.PrefixStore(f"case{number}", platform.store())
+    store = dist.PrefixStore(f"case{number}", process_group.store())
     collector = collector_of(case, engine, prompts, ranks, graders, store, sync=lambda: syncs.append(dist.barrier()))
     steps = []
     for step in range(1, case.steps + 1):
@@ -378,14 +378,14 @@ def test_tokens_are_never_older_than_allowed(folder: Path):
 
 def send_back(layout: Layout, folder: Path) -> tuple[int, int, int]:
     """Groups of this rank that became stale, groups that it has begun after that, and groups that it has kept."""
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.rollout.groups import OrderedGroup
 
-    with process_group(), start_graders(folder) as graders:
+    with joined_process_group(), start_graders(folder) as graders:
         ranks = ranks_of(layout)
         case = Case(0, 60, 6, 3, steps=1, partial=True, max_rounds=10, max_staleness=1)
         engine = TricklingEngine(case, ranks.rank)
-        collector = collector_of(case, engine, prompts_of([0.5] * 60), ranks, graders, platform.store())
+        collector = collector_of(case, engine, prompts_of([0.5] * 60), ranks, graders, process_group.store())
         groups = collector.collect(1).groups
         collector._kept = [OrderedGroup(1000 + g.order, g.group) for g in groups]
         collector._start = lambda: None  # a leader would go on with them
@@ -408,7 +408,7 @@ def test_groups_that_are_sampled_again_are_their_leaders_alone(folder: Path):
 
 def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
     """A failure of one leader's servers, for good; then the step is asked for again."""
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
 
     class FailingStream(TricklingStream):
         """The first of each leader answers four requests, which is no batch; then one fails and the other is silent."""
@@ -430,11 +430,11 @@ def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
         def open(self, sampling: Any) -> Iterator[TricklingStream]:
             yield FailingStream(self)
 
-    with process_group(), start_graders(folder) as graders:
+    with joined_process_group(), start_graders(folder) as graders:
         ranks = ranks_of(layout)
         case = Case(0, 40, 6, 3, steps=1, partial=True, max_rounds=10, max_staleness=4)
         engine = FailingEngine(case, ranks.rank)
-        collector = collector_of(case, engine, prompts_of([0.5] * 40), ranks, graders, platform.store())
+        collector = collector_of(case, engine, prompts_of([0.5] * 40), ranks, graders, process_group.store())
         with pytest.raises(ServersError) as caught:
             collector.collect(1)
         held = sum(len(g.graded) + len(g.partial) for g in collector._begun) + len(collector._kept)
@@ -453,7 +453,7 @@ def test_a_failure_reaches_every_rank_and_what_was_sampled_is_still_there(folder
 
 def save_while_servers_fail(layout: Layout, folder: Path, failure: Exception) -> tuple[int, str, int]:
     """A leader fails in the background, and a checkpoint is made after that; then the step is asked for."""
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
 
     class FailingStream(TricklingStream):
         """Every leader is answered four times, and the first stream of one fails then; the others are silent."""
@@ -480,11 +480,11 @@ def save_while_servers_fail(layout: Layout, folder: Path, failure: Exception) ->
             self.streams.append(FailingStream(self))
             yield self.streams[-1]
 
-    with process_group(), start_graders(folder) as graders:
+    with joined_process_group(), start_graders(folder) as graders:
         ranks = ranks_of(layout)
         case = Case(0, 60, 6, 3, steps=1, partial=True, max_rounds=10)
         engine = FailingEngine(case, ranks.rank)
-        collector = collector_of(case, engine, prompts_of([0.5] * 60), ranks, graders, platform.store())
+        collector = collector_of(case, engine, prompts_of([0.5] * 60), ranks, graders, process_group.store())
         collector.begin(1)
         if collector._harvest is not None:
             collector._harvest._thread.join()
@@ -514,7 +514,7 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
     """One rank is told to stop in the middle of a step; another life of the run takes that step."""
     import torch.distributed as dist
 
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.rollout.collector import CollectionStoppedError
 
     class SlowStream(TricklingStream):
@@ -529,15 +529,15 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
         def open(self, sampling: Any) -> Iterator[TricklingStream]:
             yield SlowStream(self)
 
-    with process_group(), start_graders(folder) as graders:
+    with joined_process_group(), start_graders(folder) as graders:
         ranks = ranks_of(layout)
         case = Case(0, 60, 8, 3, steps=1, partial=True, max_rounds=10, max_staleness=4)
         prompts = prompts_of([0.5, 1.0] * 30)
         seen = [0]
-        leader = dist.PrefixStore("the one that will stop", platform.store())
+        leader = dist.PrefixStore("the one that will stop", process_group.store())
 
         def born(number: int, stop_after: float) -> Any:
-            store = dist.PrefixStore(f"life {number}", platform.store())
+            store = dist.PrefixStore(f"life {number}", process_group.store())
             return collector_of(
                 case,
                 SlowEngine(case, ranks.rank),

@@ -23,8 +23,8 @@ from scripted import (
     answer,
     by_accuracy,
     by_verdicts,
+    joined_process_group,
     on_ranks,
-    process_group,
     prompts_of,
     ranks_of,
     start_graders,
@@ -83,7 +83,7 @@ class Step:
 
 def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[list[Step]]:
     """On each rank: every step of every case. Graders with the same deadline are shared."""
-    with process_group():
+    with joined_process_group():
         ranks = ranks_of(layout)
         deadlines = {case.timeout_seconds for case in cases}
         with contextlib.ExitStack() as stack:

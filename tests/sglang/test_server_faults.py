@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_server import VOCABULARY, FakeServer, aborted, cut_in_half, good_answer
-from scripted import Layout, on_ranks, process_group, ranks_of
+from scripted import Layout, joined_process_group, on_ranks, ranks_of
 from waiting import wait_for
 
 from megatron_rlvr.config import SettingsError
@@ -544,7 +544,7 @@ def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: fl
     from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
     from megatron_rlvr.rollout.sampler import Sampler
 
-    with process_group():
+    with joined_process_group():
         ranks = ranks_of(layout)
         settings = RolloutSettings(engine="sglang", servers=urls, server_timeout_seconds=patience, max_inflight=6)
         config = CONFIG | {"model_type": "qwen3"}
@@ -587,7 +587,7 @@ def announced_on_ranks(layout: Layout, folder: Any) -> bool:
     """Whether the other rank, which is slow, knew the label when this one went on."""
     from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 
-    with process_group():
+    with joined_process_group():
         ranks = ranks_of(layout)
         sync = DiskSync(folder, folder, None, ranks)
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from fake_server import FakeServer
 from real_servers import RealServer, installed, version_at
-from scripted import Layout, PlainTokenizer, on_ranks, process_group, prompts_of, ranks_of, start_graders
+from scripted import Layout, PlainTokenizer, joined_process_group, on_ranks, prompts_of, ranks_of, start_graders
 from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
 from waiting import wait_for
 
@@ -581,19 +581,19 @@ def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> li
     from unittest import mock
 
     from megatron_rlvr.config import RolloutSettings
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.engines.sglang import engine as sglang
     from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
     from megatron_rlvr.hf.files import read_config
 
-    with process_group():
+    with joined_process_group():
         ranks, config = ranks_of(layout), read_config(model)
         pool = sglang.connect(RolloutSettings(engine="sglang", servers=[url]), ranks, config, longest=512)
         sync = DiskSync(folder / "sync", model, pool, ranks)
         vocabulary = config["vocab_size"]
         engine = sglang.SglangEngine(pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, longest=512)
         engine.update_weights(iter({"weight": torch.zeros(1)}.items()), version=0)
-        store, agree, missing = platform.store(), sglang.agree, []
+        store, agree, missing = process_group.store(), sglang.agree, []
         for call in range(2):
 
             def look(failure: Exception | None, key: str = f"over/{call}") -> None:

@@ -44,7 +44,7 @@ class Ranks:
         """``function(*arguments)`` on ``size`` ranks at once, and what each returned.
 
         The function is found by its name in its module, and joins a process group itself where it wants one
-        (`process_group`, or the package's own). Arguments and results are pickled.
+        (`joined_process_group`, or the package's own). Arguments and results are pickled.
         """
         self._runs += 1
         if self._runs % _RUNS_OF_A_PROCESS == 0:
@@ -83,7 +83,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def process_group(timeout_seconds: float = 120.0) -> Iterator[Any]:
+def joined_process_group(timeout_seconds: float = 120.0) -> Iterator[Any]:
     """The group of all ranks of this run, on gloo, left at the end."""
     import torch.distributed as dist
 

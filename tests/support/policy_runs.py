@@ -65,7 +65,7 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
     from megatron.core import parallel_state
 
     from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
-    from megatron_rlvr.distributed import accelerator as platform
+    from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.policy.policy import Policy
 
@@ -100,7 +100,7 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
         )
     finally:
         parallel_state.destroy_model_parallel()
-        platform.shut_down()
+        process_group.shut_down()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from launcher import Ranks as World
-from launcher import process_group as launchers_process_group
+from launcher import joined_process_group as launchers_process_group
 
 from megatron_rlvr.types import Completion, Prompt, SampleRequest
 
@@ -188,6 +188,6 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[A
     return _world().run(function, size, *arguments, timeout=PATIENCE_SECONDS)
 
 
-def process_group() -> AbstractContextManager[Any]:
+def joined_process_group() -> AbstractContextManager[Any]:
     """The launcher's, patient with ranks that are still importing Megatron on a busy machine."""
     return launchers_process_group(PATIENCE_SECONDS)

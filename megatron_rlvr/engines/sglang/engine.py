@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_rlvr.config import RolloutSettings, SettingsError
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator, process_group
 from megatron_rlvr.distributed.collectives import agree
 from megatron_rlvr.distributed.counters import Board
 from megatron_rlvr.distributed.ranks import Ranks
@@ -97,7 +97,7 @@ class SglangEngine:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._vocab_size = vocab_size
         self._longest = longest
-        self._store = platform.store()
+        self._store = process_group.store()
         self._calls = 0
         """Of `generate`, the same on every rank."""
         self._version: int | None = None
@@ -112,7 +112,7 @@ class SglangEngine:
         Raises: ServersError on every rank if no server took them.
         """
         if self._colocated:  # before servers take their memory back
-            platform.give_back_memory()
+            accelerator.give_back_memory()
             dist.barrier()
         if self._pool is None:
             weights, _ = self._sync.hand_over(named_tensors, version)

@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator, server_group
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang.client import Server, UnusableServer
 from megatron_rlvr.engines.sglang.pool import ServerPool
@@ -41,8 +41,8 @@ class DistributedSync(BucketSync):
     """Hands weights over by process groups; see `BucketSync`."""
 
     def __init__(self, pool: ServerPool | None, ranks: Ranks, bucket_bytes: int) -> None:
-        super().__init__(pool, ranks, bucket_bytes, platform.device())
-        self._groups: dict[str, platform.ServerGroup] = {}
+        super().__init__(pool, ranks, bucket_bytes, accelerator.device())
+        self._groups: dict[str, server_group.ServerGroup] = {}
         self._held: dict[str, str] = {}
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class DistributedSync(BucketSync):
         self._lose(server)
         name = f"megatron_rlvr {urlsplit(server.url).netloc}"
         await server.leave_group(name)  # that it joined for an earlier trainer, say
-        group = platform.ServerGroup(name, await server.tensor_parallel_size())
+        group = server_group.ServerGroup(name, await server.tensor_parallel_size())
         self._groups[server.url] = group
         address = await _in_thread(lambda: _address_toward(server.url))
         joined = _in_thread(lambda: group.join(seconds))

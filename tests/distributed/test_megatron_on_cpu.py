@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -19,7 +18,7 @@ import pytest
 import tiny
 import torch
 
-from megatron_rlvr.distributed import accelerator as platform
+from megatron_rlvr.distributed import accelerator, megatron_on_cpu, process_group
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is answered where a GPU exists")
 
@@ -41,10 +40,10 @@ ANSWERED = {
 
 def answered(check: Callable[..., Any], *arguments: Any) -> Any:
     """Runs in the other process: ``check`` after the answers are in place."""
-    for name in platform._MODULES_WITH_LITERAL_DEVICE:
+    for name in megatron_on_cpu._MODULES_WITH_LITERAL_DEVICE:
         importlib.import_module(name)
     before = dict(vars(torch.cuda))
-    platform.answer_cuda_calls_for_cpu()
+    megatron_on_cpu.answer_cuda_calls_for_cpu()
     changed = {name for name, value in vars(torch.cuda).items() if before.get(name) is not value}
     return check(changed, *arguments)
 
@@ -70,7 +69,7 @@ def test_megatron_comes_without_a_compiler_that_nothing_here_asks():
 
 def which_changed(changed: set[str]) -> tuple[set[str], set[str]]:
     again = dict(vars(torch.cuda))
-    platform.answer_cuda_calls_for_cpu()
+    megatron_on_cpu.answer_cuda_calls_for_cpu()
     return changed, {name for name, value in vars(torch.cuda).items() if again.get(name) is not value}
 
 
@@ -98,11 +97,11 @@ def megatron_source() -> str:
 def devices_and_random_states(changed: set[str]) -> None:
     where = torch.cuda.current_device()
     assert torch.zeros(2, device=where).device == torch.device("cpu")
-    assert platform.device() == torch.device("cpu")
+    assert accelerator.device() == torch.device("cpu")
     torch.cuda.synchronize()
     torch.cuda.synchronize(0)
     torch.cuda.empty_cache()
-    platform.synchronize()
+    accelerator.synchronize()
     torch.cuda.manual_seed(3)
     state = torch.cuda.get_rng_state()
     first = torch.rand(4)
@@ -152,7 +151,7 @@ def type_names(changed: set[str]) -> None:
 
 def factories(changed: set[str]) -> None:
     arguments = {"tensor": ([1.0, 2.0],), "full": ((2,), 7.0)}
-    for module_name in platform._MODULES_WITH_LITERAL_DEVICE:
+    for module_name in megatron_on_cpu._MODULES_WITH_LITERAL_DEVICE:
         seen: Any = importlib.import_module(module_name).torch
         for factory in ("zeros", "ones", "empty", "tensor", "full", "arange"):
             make, theirs = getattr(seen, factory), getattr(torch, factory)
@@ -186,21 +185,21 @@ def worlds(changed: set[str]) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     for _ in range(2):
-        platform.init_process_group(timeout_minutes=1)
-        group = platform.object_group([0])
+        process_group.initialize(timeout_minutes=1)
+        group = process_group.object_group([0])
         objects = [None]
         torch.distributed.all_gather_object(objects, "here", group=group)
         assert objects == ["here"]
         assert torch.distributed.get_world_size() == 1
-        platform.shut_down()
+        process_group.shut_down()
         assert not torch.distributed.is_initialized()
-    platform.shut_down()
+    process_group.shut_down()
 
 
 def absent_kernels(changed: set[str]) -> None:
     """What Megatron's router asks about by a name that it lacks without Transformer Engine."""
-    platform.init_process_group(timeout_minutes=1)
-    platform.shut_down()
+    process_group.initialize(timeout_minutes=1)
+    process_group.shut_down()
     assert hasattr(importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm")
 
 
@@ -225,114 +224,16 @@ def test_modules_are_given_another_torch_only_where_they_name_cuda_themselves():
     literal = re.compile(r"device(:[^=\n]+)?\s*=\s*['\"]cuda['\"]")
     files = {
         name: megatron_folder() / (name.removeprefix("megatron.core.").replace(".", "/") + ".py")
-        for name in platform._MODULES_WITH_LITERAL_DEVICE
+        for name in megatron_on_cpu._MODULES_WITH_LITERAL_DEVICE
     }
     without = [name for name, path in files.items() if not literal.search(path.read_text(encoding="utf-8"))]
     assert without == []
 
 
 def test_nothing_is_answered_where_a_gpu_exists(monkeypatch):
-    monkeypatch.setattr(platform, "has_gpu", lambda: True)
-    monkeypatch.setattr(platform, "_answered", False)  # whatever an earlier test has asked of this process
+    monkeypatch.setattr(megatron_on_cpu, "has_gpu", lambda: True)
+    monkeypatch.setattr(megatron_on_cpu, "_answered", False)  # whatever an earlier test has asked of this process
     before = dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda
-    platform.answer_cuda_calls_for_cpu()
+    megatron_on_cpu.answer_cuda_calls_for_cpu()
     assert (dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda) == before
-    assert not platform._answered
-
-
-# Groups with servers ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[Callable[[str], platform.ServerGroup]]:
-    """Makes groups with no server, which join at once."""
-    made = []
-
-    def make(name: str) -> platform.ServerGroup:
-        made.append(platform.ServerGroup(name, 0))
-        return made[-1]
-
-    yield make
-    for group in made:
-        group.close()
-    platform.shut_down()
-
-
-def names_of_groups() -> list[str]:
-    return list(torch.distributed.distributed_c10d._world.pg_names.values())
-
-
-@pytest.mark.parametrize("before", [None, "0"])
-def test_groups_with_servers_are_made_without_a_watchdog_and_others_as_ever(before, group_of_one, monkeypatch):
-    variable = "TORCH_NCCL_BLOCKING_WAIT"
-    monkeypatch.delenv(variable, raising=False)
-    if before is not None:
-        monkeypatch.setenv(variable, before)
-    c10d = torch.distributed.distributed_c10d
-    make, found, within, second_is_out = c10d._new_process_group_helper, {}, threading.Event(), threading.Event()
-
-    def slowly(*arguments: Any, group_name: str, **options: Any) -> Any:
-        if group_name == "first":
-            within.set()
-            assert second_is_out.wait(60)
-        found[group_name] = os.environ.get(variable)
-        return make(*arguments, group_name=group_name, **options)
-
-    monkeypatch.setattr(c10d, "_new_process_group_helper", slowly)
-    first = threading.Thread(target=group_of_one("first").join, args=(60.0,))
-    first.start()
-    assert within.wait(60)
-    group_of_one("second").join(60.0)
-    second_is_out.set()
-    first.join()
-    assert found == {"first": "1", "second": "1"}
-    assert os.environ.get(variable) == before
-    with pytest.raises(RuntimeError):
-        platform.ServerGroup("alone", 1).join(0.2)
-    assert os.environ.get(variable) == before
-
-
-def test_a_group_on_the_cpu_is_left_as_torch_has_it(group_of_one, monkeypatch):
-    destroy, ended = torch.distributed.destroy_process_group, []
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: ended.append(destroy(group)))
-    group = group_of_one("server")
-    group.join(60.0)
-    group.broadcast(torch.ones(3), 60.0)
-    assert names_of_groups() == ["server"]
-    group.close()
-    group.close()
-    assert (ended, names_of_groups()) == ([None], [])
-
-
-def test_a_connection_of_a_gpu_that_does_not_end_holds_nobody_up(group_of_one, monkeypatch):
-    stuck, ended = threading.Event(), []
-
-    def abort(group: Any) -> None:
-        assert stuck.wait(60)
-        ended.append(threading.current_thread())
-
-    monkeypatch.setattr(torch.distributed.ProcessGroup, "abort", abort)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: pytest.fail("it would wait"))
-    monkeypatch.setattr(platform, "_LEAVE_SECONDS", 60.0)
-    books = vars_of_world()
-    for _ in range(2):  # the same server is joined anew while what was is not over
-        group = group_of_one("server")
-        group.join(60.0)
-        assert names_of_groups() == ["server"]
-        group.backend = "nccl"
-        group.close()
-        assert names_of_groups() == []
-    assert ended == []
-    assert vars_of_world() == books, "torch would end it once more with the world"
-    stuck.set()
-    platform.shut_down()
-    assert len(ended) == 2
-    assert threading.current_thread() not in ended
-
-
-def vars_of_world() -> dict[str, int]:
-    """How many groups torch's books hold."""
-    world = torch.distributed.distributed_c10d._world
-    names = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag")
-    in_tags = sum(map(len, world.tags_to_pg.values()))
-    return {name: len(getattr(world, name)) for name in names} | {"tags_to_pg": in_tags}
+    assert not megatron_on_cpu._answered

@@ -1,0 +1,108 @@
+"""A group with a server is made without NCCL's watchdog, and leaving it keeps nobody waiting."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rlvr.distributed import process_group, server_group
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the groups of these tests are gloo's")
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[Callable[[str], server_group.ServerGroup]]:
+    """Makes groups with no server, which join at once."""
+    made = []
+
+    def make(name: str) -> server_group.ServerGroup:
+        made.append(server_group.ServerGroup(name, 0))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.close()
+    process_group.shut_down()
+
+
+def names_of_groups() -> list[str]:
+    return list(torch.distributed.distributed_c10d._world.pg_names.values())
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_groups_with_servers_are_made_without_a_watchdog_and_others_as_ever(before, group_of_one, monkeypatch):
+    variable = "TORCH_NCCL_BLOCKING_WAIT"
+    monkeypatch.delenv(variable, raising=False)
+    if before is not None:
+        monkeypatch.setenv(variable, before)
+    c10d = torch.distributed.distributed_c10d
+    make, found, within, second_is_out = c10d._new_process_group_helper, {}, threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any, group_name: str, **options: Any) -> Any:
+        if group_name == "first":
+            within.set()
+            assert second_is_out.wait(60)
+        found[group_name] = os.environ.get(variable)
+        return make(*arguments, group_name=group_name, **options)
+
+    monkeypatch.setattr(c10d, "_new_process_group_helper", slowly)
+    first = threading.Thread(target=group_of_one("first").join, args=(60.0,))
+    first.start()
+    assert within.wait(60)
+    group_of_one("second").join(60.0)
+    second_is_out.set()
+    first.join()
+    assert found == {"first": "1", "second": "1"}
+    assert os.environ.get(variable) == before
+    with pytest.raises(RuntimeError):
+        server_group.ServerGroup("alone", 1).join(0.2)
+    assert os.environ.get(variable) == before
+
+
+def test_a_group_on_the_cpu_is_left_as_torch_has_it(group_of_one, monkeypatch):
+    destroy, ended = torch.distributed.destroy_process_group, []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: ended.append(destroy(group)))
+    group = group_of_one("server")
+    group.join(60.0)
+    group.broadcast(torch.ones(3), 60.0)
+    assert names_of_groups() == ["server"]
+    group.close()
+    group.close()
+    assert (ended, names_of_groups()) == ([None], [])
+
+
+def test_a_connection_of_a_gpu_that_does_not_end_holds_nobody_up(group_of_one, monkeypatch):
+    stuck, ended = threading.Event(), []
+
+    def abort(group: Any) -> None:
+        assert stuck.wait(60)
+        ended.append(threading.current_thread())
+
+    monkeypatch.setattr(torch.distributed.ProcessGroup, "abort", abort)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: pytest.fail("it would wait"))
+    monkeypatch.setattr(server_group, "_LEAVE_SECONDS", 60.0)
+    books = vars_of_world()
+    for _ in range(2):  # the same server is joined anew while what was is not over
+        group = group_of_one("server")
+        group.join(60.0)
+        assert names_of_groups() == ["server"]
+        group.backend = "nccl"
+        group.close()
+        assert names_of_groups() == []
+    assert ended == []
+    assert vars_of_world() == books, "torch would end it once more with the world"
+    stuck.set()
+    process_group.shut_down()
+    assert len(ended) == 2
+    assert threading.current_thread() not in ended
+
+
+def vars_of_world() -> dict[str, int]:
+    """How many groups torch's books hold."""
+    world = torch.distributed.distributed_c10d._world
+    names = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag")
+    in_tags = sum(map(len, world.tags_to_pg.values()))
+    return {name: len(getattr(world, name)) for name in names} | {"tags_to_pg": in_tags}
