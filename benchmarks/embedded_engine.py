@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
-from megatron_rlvr.types import Prompt, SampleRequest
+from megatron_rlvr.types import CompletionRequest, Prompt
 
 STOP, PAD = 1, 0
 
@@ -48,19 +48,19 @@ def make_model() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def make_requests(prompts: int, samples: int) -> list[SampleRequest]:
+def make_requests(prompts: int, samples: int) -> list[CompletionRequest]:
     rng = np.random.default_rng(0)
     texts = [
         Prompt(str(i), rng.integers(2, 111, rng.integers(32, 48)).astype(np.int32), "", "") for i in range(prompts)
     ]
-    return [SampleRequest(prompt, n, 1000 * i + n) for i, prompt in enumerate(texts) for n in range(samples)]
+    return [CompletionRequest(prompt, n, 1000 * i + n) for i, prompt in enumerate(texts) for n in range(samples)]
 
 
-def by_engine(engine: EmbeddedEngine, requests: list[SampleRequest]) -> int:
+def by_engine(engine: EmbeddedEngine, requests: list[CompletionRequest]) -> int:
     return sum(len(completion.token_ids) for completion in engine.generate(requests, Sampling()))
 
 
-def by_generate(model: torch.nn.Module, requests: list[SampleRequest]) -> int:
+def by_generate(model: torch.nn.Module, requests: list[CompletionRequest]) -> int:
     """The same requests in one left-padded batch; tokens after a row's stop token do not count."""
     longest = max(len(request.prompt.token_ids) for request in requests)
     rows = [np.pad(r.prompt.token_ids, (longest - len(r.prompt.token_ids), 0)) for r in requests]

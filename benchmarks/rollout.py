@@ -53,7 +53,7 @@ from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
 from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
 from megatron_rlvr.reward.graders import GraderPool
-from megatron_rlvr.rollout.asynchronous import StreamingCollector
+from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
 from megatron_rlvr.rollout.sampler import Sampler, requests_for
 from megatron_rlvr.types import Prompt
 
@@ -142,7 +142,7 @@ class Client:
         self.settings = RolloutSettings(
             engine="sglang",
             servers=[url],
-            samples_per_prompt=SAMPLES,
+            group_size=SAMPLES,
             max_response_tokens=LENGTH,
             dynamic_sampling=False,
             max_inflight=inflight,
@@ -161,7 +161,7 @@ class Client:
 
     def collect(self, prompts: list[Prompt]) -> Any:
         """A step on all prompts."""
-        collector = StreamingCollector(
+        collector = AsynchronousCollector(
             sampler=Sampler(self.engine, Numbers(), self.graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
             cursor=PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, len(prompts), 1.0, 0),)), 0, False),
             ranks=self.ranks,
@@ -296,10 +296,10 @@ def long_responses(url: str, model: Path, length: int) -> dict[str, float]:
     with engine.open(sampling) as stream:
         stream.submit(requests)
         time.sleep(length / 4000)
-        begun = {request.sample: completion for request, completion in stream.abort()}
+        begun = {request.index: completion for request, completion in stream.abort()}
     engine.update_weights(models[1].state_dict().items(), 1)
     with engine.open(sampling) as stream:
-        stream.submit(requests, [begun[request.sample] for request in requests])
+        stream.submit(requests, [begun[request.index] for request in requests])
         answers = [stream.get() for _ in requests]
     seconds = time.perf_counter() - start
     gaps, lengths, firsts = [], [], []

@@ -15,6 +15,7 @@ from megatron_rlvr.batching.batch import MicroBatch, PolicyScores, sample_and_po
 from megatron_rlvr.batching.mini_batches import MiniBatch
 from megatron_rlvr.batching.trim import Work, trim
 from megatron_rlvr.config import Settings
+from megatron_rlvr.errors import FaultError
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
 from megatron_rlvr.protocols import PolicyLoss
 
@@ -25,15 +26,15 @@ class Stopwatch(Protocol):
     def __call__(self, phase: str) -> AbstractContextManager[None]: ...
 
 
-class LogprobGapError(RuntimeError):
+class LogprobGapError(FaultError):
     """The engine's log-probabilities are not the policy's: it sampled from other weights."""
 
 
-class PolicyEntropyError(RuntimeError):
+class PolicyEntropyError(FaultError):
     """The policy's entropy at a response token is NaN or infinite: nothing can be selected by it."""
 
 
-class SkippedStepsError(RuntimeError):
+class SkippedStepsError(FaultError):
     """Too many optimizer steps in a row had a loss or gradient that is not finite.
 
     Attributes:
@@ -59,7 +60,7 @@ class Learner:
         self._loss = loss
 
     def learn(self, step: int, mini_batches: Sequence[MiniBatch], timed: Stopwatch) -> dict[str, float]:
-        """Trains on all mini-batches of a step and returns its figures, the same on every rank.
+        """Trains on all mini-batches of a step and returns its metrics, the same on every rank.
 
         Raises:
             LogprobGapError: sampling and policy disagree by more than `rollout.max_logprob_gap`.
@@ -69,7 +70,7 @@ class Learner:
         everything = [micro for mini in mini_batches for micro in mini.micro_batches]
         with timed("score"):
             scores = self._policy.score(everything)
-        figures = self._score_figures(step, everything, scores)
+        metrics = self._score_metrics(step, everything, scores)
         scored = self._sum(sum(batch.positions for batch in everything))
         with timed("train"):
             parts = _parts(mini_batches)
@@ -79,7 +80,7 @@ class Learner:
                 reports.append(self._train(step, mini, Work(mini.micro_batches, selection.masks, scores.logp[part])))
                 self._count_skipped(step, number, reports[-1])
         scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
-        return figures | _selection_figures(scopes) | _train_figures(reports, scored)
+        return metrics | _selection_metrics(scopes) | _train_metrics(reports, scored)
 
     def _selections(
         self, step: int, batches: Sequence[MicroBatch], parts: Sequence[slice], entropies: Sequence[torch.Tensor]
@@ -101,7 +102,7 @@ class Learner:
             )
 
     def _train(self, step: int, mini: MiniBatch, whole: Work) -> dict[str, float]:
-        """One optimizer step and its figures, over all ranks; `tokens`: positions that it needed, without padding."""
+        """One optimizer step and its metrics, over all ranks; `tokens`: positions that it needed, without padding."""
         count = mini.response_tokens
         if self._settings.loss.normalizer == "selected_tokens":
             count = self._sum(sum(int(mask.sum()) for mask in whole.masks))
@@ -109,8 +110,8 @@ class Learner:
         old = self._settings.selection.entropy == "old"
         work = trim(whole, mini.packing, self._largest) if old else whole
         masks = work.masks if old else self._mask_of_current(step)
-        figures = self._policy.train_step(work.batches, masks, work.old_logp, self._loss, max(1, count))
-        return figures | {"tokens": float(self._sum(sum(batch.positions for batch in work.batches)))}
+        metrics = self._policy.train_step(work.batches, masks, work.old_logp, self._loss, max(1, count))
+        return metrics | {"tokens": float(self._sum(sum(batch.positions for batch in work.batches)))}
 
     def _count_skipped(self, step: int, mini_batch: int, report: dict[str, float]) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report["skipped"] else 0
@@ -153,7 +154,7 @@ class Learner:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._policy.ranks.data_group)
         return float(value)
 
-    def _score_figures(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> dict[str, float]:
+    def _score_metrics(self, step: int, batches: Sequence[MicroBatch], scores: PolicyScores) -> dict[str, float]:
         logp, entropy = torch.cat(scores.logp).double(), torch.cat(scores.entropy).double()
         rollout_logp = torch.cat([batch.rollout_logp for batch in batches]).to(logp.device)
         staleness = (step - 1 - torch.cat([batch.weight_versions for batch in batches])).double().to(logp.device)
@@ -203,10 +204,10 @@ def _parts(mini_batches: Sequence[MiniBatch]) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _selection_figures(scopes: Sequence[Selection]) -> dict[str, float]:
+def _selection_metrics(scopes: Sequence[Selection]) -> dict[str, float]:
     """Figures over the tokens of all scopes of the step; the threshold is the plain mean of theirs."""
     total, kept = sum(s.total for s in scopes), sum(s.kept for s in scopes)
-    figures = {
+    metrics = {
         "selection/tokens": float(kept),
         "selection/fraction": kept / max(1, total),
         "entropy/selected_mean": sum(s.entropy_kept for s in scopes) / max(1, kept),
@@ -214,20 +215,20 @@ def _selection_figures(scopes: Sequence[Selection]) -> dict[str, float]:
     }
     thresholds = [s.threshold for s in scopes if s.threshold is not None]
     if thresholds:
-        figures["selection/threshold"] = sum(thresholds) / len(thresholds)
-    return figures
+        metrics["selection/threshold"] = sum(thresholds) / len(thresholds)
+    return metrics
 
 
-def _train_figures(reports: Sequence[dict[str, float]], scored: int) -> dict[str, float]:
+def _train_metrics(reports: Sequence[dict[str, float]], scored: int) -> dict[str, float]:
     """Means over the step's mini-batches; skipped optimizer steps and tokens are counted.
 
     Args:
         reports: of each mini-batch.
         scored: positions that the score pass needed, over all ranks.
     """
-    figures = {f"train/{name}": sum(r[name] for r in reports) / len(reports) for name in reports[0]}
+    metrics = {f"train/{name}": sum(r[name] for r in reports) / len(reports) for name in reports[0]}
     tokens = sum(report["tokens"] for report in reports)
-    return figures | {
+    return metrics | {
         "train/skipped": sum(report["skipped"] for report in reports),
         "train/tokens": tokens,
         "train/tokens_dropped_fraction": 1 - tokens / scored,

@@ -52,18 +52,18 @@ class MetricsLog:
                 project=log.wandb_project or "megatron_rlvr", dir=str(folder), config=settings.model_dump()
             )
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """One object for the step. JSON has no NaN or infinity: such a value is written as null."""
         if not self._enabled:
             return
-        clean = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        clean = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step} | clean) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
-            for key, value in figures.items():
+            for key, value in metrics.items():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log(figures, step=step)
+            self._wandb.log(metrics, step=step)
 
     def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Any) -> None:
         """A few sampled responses, as text with their grades, in `rollouts/step_<n>.jsonl`."""

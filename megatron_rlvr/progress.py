@@ -63,13 +63,13 @@ class Progress:
         self._count += count
         self._show()
 
-    def step(self, step: int, figures: dict[str, float]) -> None:
-        """A step is done; figures it has none of (no group was informative) show as a dash."""
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """A step is done; metrics it has none of (no group was informative) show as a dash."""
         shown = "  ".join(
-            f"{name} {form.format(figures[key]) if key in figures else '-'}" for name, key, form in _COLUMNS
+            f"{name} {form.format(metrics[key]) if key in metrics else '-'}" for name, key, form in _COLUMNS
         )
         self._bar.update(self._task, completed=step)
-        self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  {figures['time/step']:.1f} s")
+        self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  {metrics['time/step']:.1f} s")
 
     @contextmanager
     def evaluating(self, total: int) -> Iterator[Callable[[int], None]]:
@@ -80,9 +80,9 @@ class Progress:
         finally:
             self._bar.remove_task(task)
 
-    def evaluated(self, step: int, figures: dict[str, float]) -> None:
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """The result of an evaluation."""
-        shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in sorted(figures.items()))
+        shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in sorted(metrics.items()))
         self.say(f"evaluation after step {step}: {shown}")
 
     def _show(self) -> None:

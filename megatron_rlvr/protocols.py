@@ -4,12 +4,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_rlvr.types import Completion, Prompt, SampleRequest
+from megatron_rlvr.errors import FaultError
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_rlvr.algo.loss import SelectedTokens
+
+
+class EngineError(FaultError):
+    """The rollout engine cannot answer: no server is left, or a request failed on every server it was sent to."""
+
+
+class WeightsMissingError(EngineError):
+    """No server is usable, and a healthy one lacks only the current weights, which a weight sync would give it."""
 
 
 class Sampling(Protocol):
@@ -37,20 +46,20 @@ class RolloutEngine(Protocol):
     def release_memory(self) -> None:
         """Leaves to training what memory it can, until the next `update_weights`."""
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[CompletionRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished, in any order."""
 
 
 class RolloutStream(Protocol):
     """Requests go in, completions come out."""
 
-    def submit(self, requests: Sequence[SampleRequest], begun: Sequence[Completion | None]) -> None:
+    def submit(self, requests: Sequence[CompletionRequest], begun: Sequence[Completion | None]) -> None:
         """Asks for completions; ``begun`` has what earlier streams have got of each."""
 
-    def get(self, timeout_seconds: float) -> tuple[SampleRequest, Completion] | None:
+    def get(self, timeout_seconds: float) -> tuple[CompletionRequest, Completion] | None:
         """The next that is complete, or None if none is in time."""
 
-    def abort(self) -> list[tuple[SampleRequest, Completion]]:
+    def abort(self) -> list[tuple[CompletionRequest, Completion]]:
         """Ends all requests: what is complete and was not taken, and ("abort") what is known of the others."""
 
 

@@ -28,7 +28,7 @@ from megatron_rlvr.data.tokenizer import TokenizerError
 from megatron_rlvr.hf.families import ModelError
 from megatron_rlvr.reward.graders import GraderPool, RewardError
 from megatron_rlvr.signals import Signals, Stopped
-from megatron_rlvr.startup.resolve import RUN_FILES, Resolved, plan_in_words, resolve, world_size
+from megatron_rlvr.startup.resolve import RUN_FILES, Resolved, describe_plan, resolve, world_size
 
 if TYPE_CHECKING:
     from megatron_rlvr.distributed.ranks import Ranks
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(stopped.exit_status)
     with graders:
         if check:
-            print(plan_in_words(resolved))
+            print(describe_plan(resolved))
         else:
             _run_until_stopped(resolved, graders, signals)
 
@@ -100,16 +100,16 @@ def _run_until_stopped(resolved: Resolved, graders: GraderPool, signals: Signals
 
 def _explained() -> tuple[type[Exception], ...]:
     """What ends a run without being a fault of the program: the message says what happened. They come with torch."""
-    from megatron_rlvr.engines.sglang.pool import ServersError
     from megatron_rlvr.learner import LogprobGapError, PolicyEntropyError, SkippedStepsError
+    from megatron_rlvr.protocols import EngineError
 
-    return ServersError, LogprobGapError, PolicyEntropyError, SkippedStepsError
+    return EngineError, LogprobGapError, PolicyEntropyError, SkippedStepsError
 
 
 def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
     """Trains as resolved and returns what summary.json says, on every rank; None where SIGTERM ended it before."""
     from megatron_rlvr.distributed import process_group
-    from megatron_rlvr.distributed.heartbeat import Pulse
+    from megatron_rlvr.distributed.heartbeat import Heartbeat
     from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.startup.assembly import build_trainer
 
@@ -119,9 +119,9 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     with ExitStack() as resources:
         lost = partial(_lost, settings.run.timeout_minutes, graders)
         timeout_seconds = 60 * settings.run.timeout_minutes
-        resources.enter_context(Pulse(process_group.store(), ranks.rank, ranks.world_size, timeout_seconds, lost))
+        resources.enter_context(Heartbeat(process_group.store(), ranks.rank, ranks.world_size, timeout_seconds, lost))
         trainer = build_trainer(resolved, graders, signals, ranks, resources)
-        trainer.progress.say(plan_in_words(resolved))
+        trainer.progress.say(describe_plan(resolved))
         if resolved.start is not None:
             trainer.resume(resolved.start)
         with signals.noting(settings.run.grace_seconds, partial(_give_up, trainer, graders)):
@@ -176,7 +176,7 @@ def _stopped_in_words(settings: Settings, done: Done) -> str:
 
 
 def _summary(settings: Settings, done: Done, export: Path | None) -> dict[str, Any]:
-    """The run in a few figures; the accuracies are those of the first evaluation set."""
+    """The run in a few metrics; the accuracies are those of the first evaluation set."""
     before, after = done.before, done.after
     accuracy = [key for key in before if key.endswith("/accuracy")]
     return {

@@ -12,13 +12,12 @@ from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, Done
 from megatron_rlvr.config import Settings
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.collectives import gather
-from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
 from megatron_rlvr.evaluation.evaluator import Evaluator
 from megatron_rlvr.learner import Learner, SkippedStepsError
 from megatron_rlvr.metrics import MetricsLog
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
-from megatron_rlvr.protocols import RolloutEngine
+from megatron_rlvr.protocols import EngineError, RolloutEngine, WeightsMissingError
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
 from megatron_rlvr.signals import Signals
 
@@ -67,16 +66,16 @@ class Trainer:
             self.done.before = self.done.after = self.evaluate(0)
         for step in range(self.done.step + 1, steps + 1):
             try:
-                figures = self.train_step(step)
+                metrics = self.train_step(step)
             except CollectionStoppedError:
                 self.signals.accept()
                 self.save()
                 break
             if step == steps or (every and step % every == 0):
                 self.done.after = self.evaluate(step)
-                figures |= self.done.after
-            self.log.write(step, figures)
-            self.progress.step(step, figures)
+                metrics |= self.done.after
+            self.log.write(step, metrics)
+            self.progress.step(step, metrics)
             self.done.step = step
             self.checkpoints.complete()
             stop = self._stop_is_wanted()
@@ -98,7 +97,7 @@ class Trainer:
             with self._timed("rollout"):
                 try:
                     rollout = self.collector.collect(step, self.progress.sampled)
-                except ServersError:  # on every rank, and the weights are still those of the last step
+                except EngineError:  # on every rank, and the weights are still those of the last step
                     self.save()
                     self.checkpoints.complete()
                     raise
@@ -107,14 +106,14 @@ class Trainer:
                 self.collector.begin(step + 1)
             self.engine.release_memory()
             self.policy.start_step()
-            figures = rollout.figures | (self._learn(step, rollout) if rollout.size else {})
+            metrics = rollout.metrics | (self._learn(step, rollout) if rollout.size else {})
             with self._timed("sync"):
                 self.sync(version=step)
-        self.done.skipped += figures.pop("train/skipped", 0.0)
-        figures |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self.done.skipped}
-        figures |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        figures["rollout/tokens_per_second"] = figures["rollout/response_tokens"] / figures["time/rollout"]
-        return figures
+        self.done.skipped += metrics.pop("train/skipped", 0.0)
+        metrics |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self.done.skipped}
+        metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        metrics["rollout/tokens_per_second"] = metrics["rollout/response_tokens"] / metrics["time/rollout"]
+        return metrics
 
     def save(self) -> None:
         """A checkpoint of all that the next step depends on."""
@@ -156,14 +155,14 @@ class Trainer:
         while True:
             try:
                 with self.progress.evaluating(self.evaluator.requests_of_this_rank()) as finished:
-                    figures = self.evaluator.run(finished)
+                    metrics = self.evaluator.run(finished)
                 break
-            except WeightsWantedError:  # on every rank: servers came back without them
+            except WeightsMissingError:  # on every rank: servers came back without them
                 self.sync(version=step)
-        self.progress.evaluated(step, figures)
+        self.progress.evaluated(step, metrics)
         if step == 0:
-            self.log.write(0, figures)
-        return figures
+            self.log.write(0, metrics)
+        return metrics
 
     def _learn(self, step: int, rollout: Rollout) -> dict[str, float]:
         settings = self.settings

@@ -35,7 +35,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class SampleRequest:
+class CompletionRequest:
     """One completion to be sampled: sample number ``sample`` of ``prompt``.
 
     ``seed`` is derived from (run seed, step, prompt id, sample), never from a rank, so that every layout asks for
@@ -43,7 +43,7 @@ class SampleRequest:
     """
 
     prompt: Prompt
-    sample: int
+    index: int
     seed: int
 
 
@@ -61,17 +61,17 @@ class Completion:
     """
 
     prompt_id: str
-    sample: int
+    index: int
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: FinishReason
     weight_versions: np.ndarray
 
 
-def nothing_sampled(request: SampleRequest) -> Completion:
+def empty_completion(request: CompletionRequest) -> Completion:
     """A completion that has not begun."""
     empty = np.empty(0, dtype=np.int32)
-    return Completion(request.prompt.id, request.sample, empty, empty.astype(np.float32), "abort", empty)
+    return Completion(request.prompt.id, request.index, empty, empty.astype(np.float32), "abort", empty)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: every method answers the same question rightly, wrong ones are found, figures are real.
+"""The benchmarks themselves: every method answers the same question rightly, wrong ones are found, metrics are real.
 
 Shapes are tiny, so nothing is said about speed here.
 """
@@ -93,12 +93,12 @@ def test_a_wrong_gradient_is_found():
 
 
 @LINUX
-def test_the_program_prints_a_table_and_writes_its_figures(tmp_path):
-    arguments = ("--shape", "96,16,512", "--methods", "a", "b", "--json", str(tmp_path / "figures.json"))
+def test_the_program_prints_a_table_and_writes_its_metrics(tmp_path):
+    arguments = ("--shape", "96,16,512", "--methods", "a", "b", "--json", str(tmp_path / "metrics.json"))
     done = run_program("benchmarks/head.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "mode B / mode A" in done.stdout
-    (result,) = json.loads((tmp_path / "figures.json").read_text())["results"]
+    (result,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert result["shape"] == [96, 16, 512]
     a, b = result["methods"]["a"], result["methods"]["b"]
     assert b["times_mode_a"] == b["seconds"] / a["seconds"]
@@ -113,7 +113,7 @@ def test_a_shape_that_is_none_is_refused(shape):
     assert shape in done.stderr
 
 
-def test_bars_hold_up_to_their_limit_and_need_their_figures():
+def test_bars_hold_up_to_their_limit_and_need_their_metrics():
     methods = {
         "a": {"seconds": 5.5, "forward": 3.0, "backward": 2.5, "beyond_mb": 65.0},
         "megatron": {"seconds": 10.0},
@@ -191,10 +191,10 @@ def test_the_numerics_program_refuses_a_table_that_does_not_exist():
 
 def test_the_step_on_long_responses_grows_by_less_than_its_logits(tmp_path):
     finished = run_program(
-        "benchmarks/long_response.py", "--lengths", "512", "4096", "--json", str(tmp_path / "figures.json")
+        "benchmarks/long_response.py", "--lengths", "512", "4096", "--json", str(tmp_path / "metrics.json")
     )
     assert finished.returncode == 0, finished.stderr
-    short, long = json.loads((tmp_path / "figures.json").read_text())
+    short, long = json.loads((tmp_path / "metrics.json").read_text())
     assert (short["length"], long["length"]) == (512, 4096)
     assert long["logits_gib"] == pytest.approx(4096 * 151_936 * 4 / 2**30)
     assert long["peak_gib"] - long["before_gib"] < long["logits_gib"] / 5
@@ -202,10 +202,10 @@ def test_the_step_on_long_responses_grows_by_less_than_its_logits(tmp_path):
 
 
 def test_a_step_of_each_arm_does_the_work_that_was_asked_for_and_a_missing_trl_is_named(tmp_path):
-    arguments = ("--cases", "tiny", "--rounds", "1", "--json", str(tmp_path / "figures.json"))
+    arguments = ("--cases", "tiny", "--rounds", "1", "--json", str(tmp_path / "metrics.json"))
     done = run_program("benchmarks/step.py", *arguments)
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads((tmp_path / "figures.json").read_text())["results"]
+    (result,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert result["differences"] == [], done.stderr
     for arm, row in result["arms"].items():
         if arm == "trl" and "why_not" in row:
@@ -230,7 +230,7 @@ def test_an_arm_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
     assert why_not.endswith(step.INSTALL)
 
 
-def test_an_arm_that_dies_has_no_figures():
+def test_an_arm_that_dies_has_no_metrics():
     here, there = multiprocessing.Pipe()
     there.send({"before_mb": 1.0})
     there.close()
@@ -240,10 +240,10 @@ def test_an_arm_that_dies_has_no_figures():
 
 
 def test_seconds_of_an_arm_are_the_least_of_the_steps_after_the_first():
-    def figures(seconds: float, peak: float) -> dict[str, float]:
+    def metrics(seconds: float, peak: float) -> dict[str, float]:
         return dict.fromkeys(step.PHASES, seconds) | {"tokens": 60, "peak_mb": peak}
 
-    row = step.summary({"before_mb": 5.0}, figures(1.0, 6.0), figures(3.0, 7.0), figures(2.0, 8.0))
+    row = step.summary({"before_mb": 5.0}, metrics(1.0, 6.0), metrics(3.0, 7.0), metrics(2.0, 8.0))
     assert row["total"] == row["generation"] == 2.0
     assert row["tokens_per_second"] == 30
     assert (row["before_mb"], row["peak_mb"], row["first"]["total"]) == (5.0, 8.0, 1.0)

@@ -100,7 +100,7 @@ def config(place: Path, name: str, *, steps: int, tensor: int = 1, **run: Any) -
         place / "problems.jsonl",
         place / name,
         run={"steps": steps, "save_every": 1} | run,
-        rollout={"samples_per_prompt": 2, "max_response_tokens": 2, "max_rounds": 4},
+        rollout={"group_size": 2, "max_response_tokens": 2, "max_rounds": 4},
         batch={"prompts": 2, "mini_batch_prompts": 2},
         reward={"function": "rewards:even"},
         optimizer={"learning_rate": 1e-4},

@@ -19,7 +19,7 @@ def accuracies(tmp_path: Path, write_config: Callable[..., Path], name: str, **s
     (tmp_path / "letters.py").write_text(LETTER_REWARD, encoding="utf-8")
     config = write_config(
         run={"dir": str(tmp_path / name), "steps": 20},
-        rollout={"samples_per_prompt": 8},
+        rollout={"group_size": 8},
         reward={"function": "letters:many_a", "wrong": 0.0},
         batch={"prompts": 8, "mini_batch_prompts": 4},
         optimizer={"learning_rate": 0.01, "beta2": 0.95, "weight_decay": 0.0},
@@ -50,7 +50,7 @@ def test_a_whole_run_is_the_same_in_every_layout(tmp_path, write_config):
     for name, (ranks, parallel) in layouts.items():
         config = write_config(
             run={"dir": str(tmp_path / name), "steps": 3, "export": False},
-            rollout={"samples_per_prompt": 8},
+            rollout={"group_size": 8},
             reward={"function": "letters:many_a"},
             batch={"prompts": 8, "mini_batch_prompts": 4},
             # Adam divides by the root of tiny squares: with its own eps a rounding error becomes a different step.

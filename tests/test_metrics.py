@@ -56,13 +56,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("figures", [30, 3000])  # of which the latter is longer than any buffer
-def test_every_line_is_whole_when_the_process_is_killed(tmp_path: Path, figures: int):
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(figures)]
+@pytest.mark.parametrize("metrics", [30, 3000])  # of which the latter is longer than any buffer
+def test_every_line_is_whole_when_the_process_is_killed(tmp_path: Path, metrics: int):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(metrics)]
     assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
     lines = lines_of(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
-    expected = {f"figure {i}": i / 3 for i in range(figures)} | {"last": None}
+    expected = {f"figure {i}": i / 3 for i in range(metrics)} | {"last": None}
     assert all(line == {"step": line["step"]} | expected for line in lines)
 
 
@@ -72,15 +72,15 @@ def test_tensorboard_gets_the_same_values(tmp_path: Path):
     log = MetricsLog(tmp_path, LogSettings(), SETTINGS, enabled=True)
     random = np.random.default_rng(0)
     written = {step: {"reward/mean": float(random.normal()), "time/step": float(step)} for step in (1, 2, 5)}
-    for step, figures in written.items():
-        log.write(step, figures)
+    for step, metrics in written.items():
+        log.write(step, metrics)
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["reward/mean", "time/step"]
     for key in ("reward/mean", "time/step"):
         found = {event.step: event.value for event in events.Scalars(key)}
-        assert found == {step: pytest.approx(figures[key], rel=1e-6) for step, figures in written.items()}
+        assert found == {step: pytest.approx(metrics[key], rel=1e-6) for step, metrics in written.items()}
 
 
 class StubRun:
@@ -90,8 +90,8 @@ class StubRun:
         self.logged: list[tuple[dict[str, float], int]] = []
         self.finished = 0
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self.logged.append((figures, step))
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.logged.append((metrics, step))
 
     def finish(self) -> None:
         self.finished += 1

@@ -18,7 +18,7 @@ from megatron_rlvr.config.command_line import load_settings
 from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.reward.math import math_reward
-from megatron_rlvr.startup.resolve import Resolved, plan_in_words, resolve
+from megatron_rlvr.startup.resolve import Resolved, describe_plan, resolve
 from megatron_rlvr.train import check_megatron
 
 EXAMPLES = tiny.CHECKOUT / "examples"
@@ -247,7 +247,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_accepted_for_its_ranks(recipe: str, checkout: Callable[[str], Path]) -> None:
     checkout(recipe)
-    plan = dict(line.split(maxsplit=1) for line in plan_in_words(checked(recipe)).splitlines())
+    plan = dict(line.split(maxsplit=1) for line in describe_plan(checked(recipe)).splitlines())
     model, _, name = recipe.partition("/")
     assert plan["ranks"] == LAYOUTS[model]
     assert plan["prompts"] == "600 from 1 file(s)"
@@ -265,7 +265,7 @@ def test_the_launch_script_prints_the_plan(checkout: Callable[[str], Path]) -> N
     environment = tiny.environment(PYTHON=sys.executable)  # without WORLD_SIZE
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == plan_in_words(checked("qwen3_32b/forking_20k")) + "\n"
+    assert done.stdout == describe_plan(checked("qwen3_32b/forking_20k")) + "\n"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -286,7 +286,7 @@ def test_the_launch_script_checks_for_the_recipes_ranks(model: str, tmp_path: Pa
 # By hand from arXiv 2506.01939v2, section 5.2, and the script that its authors released.
 PAPER = {
     "data.max_prompt_tokens": 2048,
-    "rollout.samples_per_prompt": 16,
+    "rollout.group_size": 16,
     "rollout.temperature": 1.0,
     "rollout.top_p": 1.0,
     "rollout.dynamic_sampling": True,
@@ -369,7 +369,7 @@ GPU_BYTES = 79.6 * 2**30  # of an H100 with 80 GB, as its driver counts
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.endswith("29k")])  # the longer is the larger
 def test_training_and_servers_fit_on_gpus_of_80_gb(recipe: str, checkout: Callable[[str], Path]) -> None:
-    """By the planner, whose figures its own tests hold against what is measured."""
+    """By the planner, whose metrics its own tests hold against what is measured."""
     checkout(recipe)
     settings, numbers = settings_of(recipe), numbers_of(recipe.split("/")[0])
     shared = settings.rollout.colocated

@@ -141,7 +141,7 @@ def config(place: Path, name: str, **sections: Any) -> Path:
         place / name,
         **{
             "run": {"steps": STEPS, "save_every": 0} | sections.pop("run", {}),
-            "rollout": {"samples_per_prompt": 2, "max_rounds": 4} | sections.pop("rollout", {}),
+            "rollout": {"group_size": 2, "max_rounds": 4} | sections.pop("rollout", {}),
             "batch": {"prompts": 2, "mini_batch_prompts": 1} | sections.pop("batch", {}),
             "reward": {"function": "rewards:even"},
             "optimizer": {"learning_rate": 0.001, "warmup_steps": 4} | sections.pop("optimizer", {}),
@@ -151,7 +151,7 @@ def config(place: Path, name: str, **sections: Any) -> Path:
     return tiny.write_settings(place / f"{name}.yaml", values)
 
 
-def figures(folder: Path) -> list[dict[str, float]]:
+def metrics(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what measures time."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = ("time/", "rollout/tokens_per_second")
@@ -190,9 +190,9 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(
     assert last is not None
     assert last.step == STEPS
     assert last.state()["collector"]["drawn"] > 20
-    assert [line["step"] for line in figures(folder)] == list(range(1, STEPS + 1))
-    assert figures(folder) == figures(whole[name])
-    assert all(line["train/grad_norm"] > 0 for line in figures(folder))
+    assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
+    assert metrics(folder) == metrics(whole[name])
+    assert all(line["train/grad_norm"] > 0 for line in metrics(folder))
     found, wanted = weights(folder), weights(whole[name])
     assert found.keys() == wanted.keys()
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
@@ -210,7 +210,7 @@ def test_a_checkpoint_written_while_the_next_step_runs_is_that_of_its_step(
     assert latest.read_text(encoding="utf-8") == f"step_{CUT + 1:06d}\n"
     latest.write_text(f"step_{CUT:06d}\n", encoding="utf-8")
     assert ranks.run(life, size, run, timeout=PATIENCE_SECONDS) == [""] * size
-    assert figures(folder) == figures(whole[name])
+    assert metrics(folder) == metrics(whole[name])
     found, wanted = weights(folder), weights(whole[name])
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
 
@@ -226,8 +226,8 @@ def test_a_run_goes_on_in_another_layout(distributed: bool, place: Path, ranks: 
     ):  # two steps each
         run = str(config(place, folder.name, parallel=parallel, megatron=optimizer))
         assert ranks.run(life, size, run, 2, timeout=PATIENCE_SECONDS) == [""] * size
-    assert [line["step"] for line in figures(folder)] == list(range(1, STEPS + 1))
-    for found, wanted in zip(figures(folder), figures(whole["data 2"]), strict=True):
+    assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
+    for found, wanted in zip(metrics(folder), metrics(whole["data 2"]), strict=True):
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
     found, wanted = weights(folder), weights(whole["data 2"])
     # Adam moves a weight by up to the learning rate, 1e-3, in each of 16 steps.
@@ -252,7 +252,7 @@ def test_an_export_that_cannot_be_written_is_told_by_all_ranks_and_costs_no_chec
     assert last.step == 2
     (folder / "exports").unlink()
     assert ranks.run(life, 2, run, timeout=PATIENCE_SECONDS) == [""] * 2
-    assert [line["step"] for line in figures(folder)] == [1, 2, 3]
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
     assert weights(folder)
 
 
@@ -267,7 +267,7 @@ def test_what_a_crash_left_after_the_checkpoint_is_cut_off(place: Path, ranks: R
         shutil.copytree(checkpoints / f"step_{CUT:06d}", checkpoints / name)
     (checkpoints / "step_000005.incomplete" / ".metadata").unlink()
     assert ranks.run(life, 1, run, timeout=PATIENCE_SECONDS) == [""]
-    assert figures(folder) == figures(whole["alone"])
+    assert metrics(folder) == metrics(whole["alone"])
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [
         f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)
     ]
@@ -277,7 +277,7 @@ def test_what_a_crash_left_after_the_checkpoint_is_cut_off(place: Path, ranks: R
     before = weights(folder)
     # A run that is complete has nothing left to do, and leaves the same again.
     assert ranks.run(life, 1, run, timeout=PATIENCE_SECONDS) == [""]
-    assert figures(folder) == figures(whole["alone"])
+    assert metrics(folder) == metrics(whole["alone"])
     assert [key for key in before if (before[key] != weights(folder)[key]).any()] == []
 
 
@@ -327,8 +327,8 @@ def run_resumed_cases(*arguments: Any) -> Any:
 
     from megatron_rlvr.rollout import asynchronous as streaming
 
-    Resuming.collector = streaming.StreamingCollector
-    with mock.patch.object(streaming, "StreamingCollector", Resuming):
+    Resuming.collector = streaming.AsynchronousCollector
+    with mock.patch.object(streaming, "AsynchronousCollector", Resuming):
         return test_asynchronous.run_cases(*arguments)
 
 
@@ -393,7 +393,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(place: Path) 
         ("model", "dtype", "bfloat16"),
         ("data", "suffix", " Box it."),
         ("batch", "prompts", 4),
-        ("rollout", "samples_per_prompt", 3),
+        ("rollout", "group_size", 3),
         ("optimizer", "learning_rate", 0.002),
         ("megatron", "use_distributed_optimizer", True),
     ],
@@ -498,7 +498,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_a_run_of_them(pla
         assert answers[0] == answers[1]
         assert answers[0].startswith("step 2: loss ")
         assert "mini-batch 1 are not finite, nor were those of the 3 optimizer steps up to it" in answers[0]
-        assert [(line["step"], line["train/skipped_steps"]) for line in figures(folder)] == [(1, 2)]
+        assert [(line["step"], line["train/skipped_steps"]) for line in metrics(folder)] == [(1, 2)]
         lines = [json.loads(line) for line in (folder / "skipped" / "step_000002.jsonl").read_text().splitlines()]
         assert len(lines) == 2  # samples of the one prompt
         for line in lines:

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 # Option, and the section and key of the settings that it is.
 _KEYS = {
     "prompts": ("batch", "prompts"),
-    "samples": ("rollout", "samples_per_prompt"),
+    "samples": ("rollout", "group_size"),
     "mini_batch_prompts": ("batch", "mini_batch_prompts"),
     "prompt_tokens": ("data", "max_prompt_tokens"),
     "response_tokens": ("rollout", "max_response_tokens"),

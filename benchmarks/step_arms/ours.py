@@ -39,7 +39,7 @@ def settings_of(case: Case, folder: str, steps: int) -> Settings:
             "run": {"dir": "unused", "steps": steps},
             "model": {"path": folder, "dtype": "float32"},
             "data": {"train": "unused", "max_prompt_tokens": workload.PROMPT_TOKENS[1]},
-            "rollout": {"samples_per_prompt": case.samples, "max_response_tokens": case.response},
+            "rollout": {"group_size": case.samples, "max_response_tokens": case.response},
             "reward": {"overlong_buffer": 0},
             "selection": {"fraction": workload.FRACTION},
             "loss": {"clip_low": workload.CLIP_LOW, "clip_high": workload.CLIP_HIGH, "dual_clip": None},
@@ -100,14 +100,14 @@ class Arm:
         }
 
     def sample(self, step: int) -> list[Completion]:
-        samples = self.settings.rollout.samples_per_prompt
+        samples = self.settings.rollout.group_size
         requests = [r for prompt in self.prompts for r in requests_for(prompt, samples, 0, f"train/{step}")]
         return list(self.engine.generate(requests, self.settings.rollout))
 
     def mini_batches(self, completions: Sequence[Completion]) -> list[MiniBatch]:
         """Decodes (as TRL does, though the reward needs no text), grades, and packs."""
         by_prompt: dict[str, list[Completion]] = {}
-        for completion in sorted(completions, key=lambda c: c.sample):
+        for completion in sorted(completions, key=lambda c: c.index):
             by_prompt.setdefault(completion.prompt_id, []).append(completion)
         self.tokenizer.batch_decode([completion.token_ids.tolist() for completion in completions])
         groups = []

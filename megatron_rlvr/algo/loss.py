@@ -58,7 +58,7 @@ class SelectedTokens:
     context_group: dist.ProcessGroup | None = None
 
 
-LossAndFigures = tuple[Tensor, dict[str, Tensor]]
+LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DapoLoss:
 
     settings: LossSettings
 
-    def __call__(self, logp: Tensor, tokens: SelectedTokens) -> LossAndFigures:
+    def __call__(self, logp: Tensor, tokens: SelectedTokens) -> LossAndMetrics:
         """See `protocols.PolicyLoss`; logp is [N] fp32."""
         ratio = _bounded(logp - tokens.old_logp).exp()
         loss, clipped = _clipped_surrogate(ratio, tokens.advantages, self.settings)
@@ -83,7 +83,7 @@ class GspoLoss:
 
     settings: LossSettings
 
-    def __call__(self, logp: Tensor, tokens: SelectedTokens) -> LossAndFigures:
+    def __call__(self, logp: Tensor, tokens: SelectedTokens) -> LossAndMetrics:
         """See `protocols.PolicyLoss`; logp is [N] fp32, and N may be 0 where other ranks have tokens."""
         mean = _mean_over_sequence(logp.detach() - tokens.old_logp, tokens)
         ratio = _bounded(mean).exp() * (logp - logp.detach()).exp()
@@ -97,7 +97,7 @@ class CispoLoss:
 
     settings: LossSettings
 
-    def __call__(self, logp: Tensor, tokens: SelectedTokens) -> LossAndFigures:
+    def __call__(self, logp: Tensor, tokens: SelectedTokens) -> LossAndMetrics:
         """See `protocols.PolicyLoss`; logp is [N] fp32."""
         ratio = _bounded(logp.detach() - tokens.old_logp).exp()
         weight = ratio.clamp(max=1 + self.settings.clip_high)
@@ -152,18 +152,18 @@ def _mean_over_sequence(values: Tensor, tokens: SelectedTokens) -> Tensor:
 
 def _sums(
     loss: Tensor, ratio: Tensor, clipped: Tensor, logp: Tensor, tokens: SelectedTokens, settings: LossSettings
-) -> LossAndFigures:
-    """The corrected token losses and the figures of the metrics, each summed over the N tokens."""
+) -> LossAndMetrics:
+    """The corrected token losses and the metrics of the metrics, each summed over the N tokens."""
     with torch.no_grad():
         log_ratio = _bounded(logp - tokens.old_logp)
-        figures = {
+        metrics = {
             "clip_fraction": clipped.float().sum(),
             "ratio": ratio.sum(),
             # Non-negative estimate of KL(old || current) by samples of old: r - 1 - log r.
             "kl": (log_ratio.expm1() - log_ratio).sum(),
         }
     if settings.rollout_correction == "none":
-        return loss.sum(), figures
+        return loss.sum(), metrics
     weight, beyond_cap = rollout_weight(tokens, settings)
-    figures |= {"correction_weight": weight.sum(), "correction_clipped": beyond_cap.float().sum()}
-    return (loss * weight).sum(), figures
+    metrics |= {"correction_weight": weight.sum(), "correction_clipped": beyond_cap.float().sum()}
+    return (loss * weight).sum(), metrics

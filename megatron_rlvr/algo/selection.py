@@ -17,7 +17,7 @@ from megatron_rlvr.config import SelectionSettings
 
 @dataclass(frozen=True)
 class Selection:
-    """Masks of a list of micro-batches, and the figures that describe them, the same on every rank.
+    """Masks of a list of micro-batches, and the metrics that describe them, the same on every rank.
 
     Attributes:
         masks: [R] bool for each micro-batch.

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from megatron_rlvr.atomic import beside, flush
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
+from megatron_rlvr.errors import FaultError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ _MAY_CHANGE = {
 _MUST_STAY = {"run.seed"}
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FaultError):
     """A checkpoint that cannot be written or read, or an export that cannot be written; one sentence."""
 
 
@@ -90,7 +91,7 @@ class Done:
     Attributes:
         step: the last one.
         skipped: optimizer steps.
-        before, after: figures of the first and of the last evaluation.
+        before, after: metrics of the first and of the last evaluation.
     """
 
     step: int = 0

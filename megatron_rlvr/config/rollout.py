@@ -13,7 +13,7 @@ class RolloutSettings(Section):
     """embedded: transformers in the training processes; sglang: SGLang servers that were started beforehand."""
     servers: list[str] = Field(default_factory=list)
     """URLs of SGLang servers, such as http://node7:30000; each holds the model of `model.path`."""
-    samples_per_prompt: int = Field(default=16, ge=2)
+    group_size: int = Field(default=16, ge=2)
     """Completions a prompt (the group, G in the paper)."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; log-probabilities and entropies are of softmax(logits / temperature) everywhere."""

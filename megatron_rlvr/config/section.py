@@ -2,8 +2,10 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_rlvr.errors import InputError
 
-class SettingsError(ValueError):
+
+class SettingsError(InputError):
     """Settings that cannot be used; the message is one sentence that names key, value and remedy."""
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.errors import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """Prompt files, or a cursor's state, that cannot be used; one sentence with the place and the remedy."""
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlvr.data.records import Message
+from megatron_rlvr.errors import InputError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """A tokenizer that cannot be read or used; one sentence with the place and the remedy."""
 
 

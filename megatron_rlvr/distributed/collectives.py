@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as dist
 
 
-def agree(failure: Exception | None) -> None:
+def raise_on_all_ranks(failure: Exception | None) -> None:
     """Raises on every rank of the world what failed on any: the failure of the first that has one."""
     failures: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)

@@ -19,17 +19,17 @@ class Counts:
     Attributes:
         drawn: prompts claimed in this step; more than the limit where leaders asked in vain.
         settled: groups of this step that are finished and graded.
-        useful: those of them that can be trained on.
+        informative: those of them that can be trained on.
         stopped: leaders that gave up, for whatever reason.
     """
 
     drawn: int
     settled: int
-    useful: int
+    informative: int
     stopped: int
 
 
-class Board:
+class Counters:
     """The counters of one step, or of another occasion on which ranks wait for each other.
 
     Args:
@@ -41,17 +41,17 @@ class Board:
         self._store = dist.PrefixStore(f"rollout/{name}", store)
 
     def counts(self) -> Counts:
-        return Counts(**{name: self._store.add(name, 0) for name in ("drawn", "settled", "useful", "stopped")})
+        return Counts(**{name: self._store.add(name, 0) for name in ("drawn", "settled", "informative", "stopped")})
 
     def claim(self) -> int:
         """Number of the next prompt of the step, from 0: nobody else gets the same."""
         return self._store.add("drawn", 1) - 1
 
-    def settle(self, useful: bool) -> None:
+    def settle(self, informative: bool) -> None:
         """A group is finished."""
         self._store.add("settled", 1)
-        if useful:
-            self._store.add("useful", 1)
+        if informative:
+            self._store.add("informative", 1)
 
     def stop(self) -> None:
         """Nobody need go on."""

@@ -15,7 +15,7 @@ _LOOKS = 20
 _LEFT = 2**40
 
 
-class Pulse:
+class Heartbeat:
     """Says that this rank is alive while it is entered, and watches: rank 0 all others, and these rank 0.
 
     Time is counted in looks of this process, so that processes that were all suspended for an hour miss nobody.
@@ -48,7 +48,7 @@ class Pulse:
         parts = (self._beat, self._watch) if world_size > 1 else ()
         self._threads = [threading.Thread(target=part, name="pulse", daemon=True) for part in parts]
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         for thread in self._threads:
             thread.start()
         return self

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_rlvr.config import EvaluateSettings
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.rollout.sampler import Sampler, requests_for
-from megatron_rlvr.types import Prompt, SampleRequest
+from megatron_rlvr.types import CompletionRequest, Prompt
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Evaluator:
 
     def run(self, on_finished: Callable[[int], None] = lambda count: None) -> dict[str, float]:
         """`eval/<set>/accuracy`, `eval/<set>/pass_at_<k>` and lengths; a collective over the world."""
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, prompts in self._sets.items():
-            figures |= {f"eval/{name}/{key}": value for key, value in self._one(prompts, on_finished).items()}
-        return figures
+            metrics |= {f"eval/{name}/{key}": value for key, value in self._one(prompts, on_finished).items()}
+        return metrics
 
     def requests_of_this_rank(self) -> int:
         """How many completions `run` will sample on this rank."""
         return sum(len(self._requests(prompts)) for prompts in self._sets.values())
 
-    def _requests(self, prompts: Sequence[Prompt]) -> Sequence[SampleRequest]:
+    def _requests(self, prompts: Sequence[Prompt]) -> Sequence[CompletionRequest]:
         """Those of this rank."""
         ranks, samples = self._ranks, self._settings.samples
         requests = [r for prompt in prompts for r in requests_for(prompt, samples, self._seed, "evaluate")]

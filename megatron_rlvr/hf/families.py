@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_rlvr.errors import InputError
+
 Layout = Literal["whole", "vocab", "column", "row", "qkv", "gate_up"]
 
 
@@ -176,7 +178,7 @@ NORMS_IN_LINEARS = {
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model folder that cannot be used; the message is one sentence for the user."""
 
 

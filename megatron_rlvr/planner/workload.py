@@ -90,7 +90,7 @@ class Workload:
         selection = settings.selection
         return cls(
             prompts=settings.batch.prompts,
-            samples=settings.rollout.samples_per_prompt,
+            samples=settings.rollout.group_size,
             mini_batch_prompts=settings.batch.mini_batch_prompts,
             prompt=mean_prompt,
             prompt_cap=settings.data.max_prompt_tokens,

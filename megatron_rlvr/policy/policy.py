@@ -151,17 +151,17 @@ class Policy:
             loss: sum over selected tokens.
             count: what the sum is divided by, over all ranks.
 
-        Returns: global figures: loss, grad_norm, skipped (1 where one of them was not finite and nothing was changed),
-        and the loss's own figures as means over the selected tokens.
+        Returns: global metrics: loss, grad_norm, skipped (1 where one of them was not finite and nothing was changed),
+        and the loss's own metrics as means over the selected tokens.
         """
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         one = partial(self._train_one, masks=masks, old_logp=old_logp, loss=loss, count=count)
-        figures = self._reduce(self._run(batches, one, forward_only=False))
-        if not math.isfinite(figures["loss"]):
-            return figures | {"grad_norm": math.nan, "skipped": 1.0}
-        return figures | self._update()
+        metrics = self._reduce(self._run(batches, one, forward_only=False))
+        if not math.isfinite(metrics["loss"]):
+            return metrics | {"grad_norm": math.nan, "skipped": 1.0}
+        return metrics | self._update()
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, on every rank, as the weights are when it is iterated.
@@ -299,24 +299,24 @@ class Policy:
             sequences=len(batch.lengths),
             context_group=shard.group,
         )
-        total, figures = loss(logp, tokens)
+        total, metrics = loss(logp, tokens)
         total = total / count
-        figures = figures | {"loss": total.detach(), "selected": mask.sum()}
-        return total, torch.zeros((), dtype=torch.int), figures
+        metrics = metrics | {"loss": total.detach(), "selected": mask.sum()}
+        return total, torch.zeros((), dtype=torch.int), metrics
 
     # After the pass -------------------------------------------------------------------------------------------------
 
     def _reduce(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums of the figures over micro-batches and data-parallel ranks, as means where they are per token."""
-        figures: dict[str, float] | None = None
+        """Sums of the metrics over micro-batches and data-parallel ranks, as means where they are per token."""
+        metrics: dict[str, float] | None = None
         if self.ranks.last_stage:
             names = sorted(reports[0])
             sums = torch.stack([sum(r[name].double() for r in reports) for name in names])  # type: ignore[misc]
             dist.all_reduce(sums, group=self.ranks.data_context_group)
-            figures = dict(zip(names, sums.tolist(), strict=True))
-            tokens = max(1.0, figures.pop("selected"))
-            figures = {name: value if name == "loss" else value / tokens for name, value in figures.items()}
-        return self.ranks.from_last_stage(figures)
+            metrics = dict(zip(names, sums.tolist(), strict=True))
+            tokens = max(1.0, metrics.pop("selected"))
+            metrics = {name: value if name == "loss" else value / tokens for name, value in metrics.items()}
+        return self.ranks.from_last_stage(metrics)
 
     def _update(self) -> dict[str, float]:
         self._optimizer.prepare_grads()

@@ -19,7 +19,7 @@ from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.command_line import load_settings
 from megatron_rlvr.preflight.findings import Finding, Report, from_sentence
 from megatron_rlvr.signals import Signals, Stopped
-from megatron_rlvr.startup.resolve import Resolved, plan_in_words, resolve, world_size
+from megatron_rlvr.startup.resolve import Resolved, describe_plan, resolve, world_size
 from megatron_rlvr.train import INPUT_ERRORS, check_megatron, complain, is_main, quiet_libraries
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str], description: str) -> NoReturn:
     report = Report(sys.stdout, sys.stderr, enabled=is_main())
     try:
         resolved = _resolve(options.config, flags)
-        report.say(plan_in_words(resolved))
+        report.say(describe_plan(resolved))
         report.say("")
         report.add(Finding("settings", "passed", _in_short(resolved)))
         _run(resolved, signals, options, report)

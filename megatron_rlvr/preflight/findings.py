@@ -22,7 +22,7 @@ class Finding:
 
     Attributes:
         name: of the check.
-        found: one sentence or two, with figures and their units.
+        found: one sentence or two, with metrics and their units.
         remedy: what to do about it; "" where nothing is wrong.
         seconds: that the check took.
     """

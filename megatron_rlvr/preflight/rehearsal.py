@@ -38,7 +38,7 @@ class Rehearsal:
 
     Attributes:
         settings: of the rehearsal.
-        figures: of its step.
+        metrics: of its step.
         held: what servers called their weights before it.
     """
 
@@ -57,12 +57,12 @@ class Rehearsal:
         changed = replace(resolved, settings=self.settings, evaluation={}, start=None)
         with redirect_stdout(io.StringIO()):  # no terminal: the run's bar would be drawn among the rows of the table
             self.trainer = build_trainer(changed, self.graders, site.signals, site.ranks, resources)
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.held: dict[str, str] = {}
 
     def step(self) -> None:
         """The step, after which servers hold the weights that it made."""
-        self.figures = self.trainer.train_step(1)
+        self.metrics = self.trainer.train_step(1)
 
     def longest(self, settings: Settings) -> int:
         """Scores and trains on the largest micro-batches that the run can meet, as many as a pipeline holds at once.
@@ -173,21 +173,21 @@ def check_rehearsal(site: Site) -> Finding:
     rehearsal.held = first = weights_on_servers(site)
     rehearsal.step()
     second = weights_on_servers(site)
-    settings, figures = rehearsal.settings, rehearsal.figures
+    settings, metrics = rehearsal.settings, rehearsal.metrics
     verdicts = [verdict for part in site.gather(rehearsal.graders.verdicts) for verdict in part]
     failures = [verdict.failure for verdict in verdicts if verdict.failure]
-    phases = ", ".join(f"{phase} {figures[f'time/{phase}']:.1f} s" for phase in ("rollout", "score", "train", "sync"))
+    phases = ", ".join(f"{phase} {metrics[f'time/{phase}']:.1f} s" for phase in ("rollout", "score", "train", "sync"))
     found = (
         f"{len(verdicts)} responses of up to {settings.rollout.max_response_tokens} tokens to {settings.batch.prompts} "
         f"prompt(s), {sum(bool(v.value) and v.value > 0 for v in verdicts if v.value is not None)} right: {phases}"
     )
-    if figures["rollout/groups"] < settings.batch.prompts:
+    if metrics["rollout/groups"] < settings.batch.prompts:
         remedy = "look at the lines above for what became of the others"
-        return Finding("rehearsal", "failed", f"{figures['rollout/groups']:g} groups came back; {found}", remedy)
-    if figures["train/skipped_steps"]:
+        return Finding("rehearsal", "failed", f"{metrics['rollout/groups']:g} groups came back; {found}", remedy)
+    if metrics["train/skipped_steps"]:
         remedy = "check the weights in model.path, and optimizer.learning_rate"
         return Finding("rehearsal", "failed", f"the loss or the gradient is not finite; {found}", remedy)
-    if not figures["train/grad_norm"] > 0:
+    if not metrics["train/grad_norm"] > 0:
         remedy = "look at the lines above, and compare with a run on one rank"
         return Finding("rehearsal", "failed", f"the gradient is zero; {found}", remedy)
     if odd := _wrong_versions(before, first, second):
@@ -214,10 +214,10 @@ def _wrong_versions(before: dict[str, str], first: dict[str, str], second: dict[
 def check_gap(site: Site) -> Finding:
     """The engine's log-probabilities against the policy's, for the same tokens and weights."""
     assert site.rehearsal is not None
-    figures, limit = site.rehearsal.figures, site.resolved.settings.rollout.max_logprob_gap
-    gap = figures["rollout/logprob_gap_mean"]
+    metrics, limit = site.rehearsal.metrics, site.resolved.settings.rollout.max_logprob_gap
+    gap = metrics["rollout/logprob_gap_mean"]
     found = (
-        f"{gap:.3g} nats on average, {figures['rollout/logprob_gap_max']:.3g} at most; the run stops above {limit:g}"
+        f"{gap:.3g} nats on average, {metrics['rollout/logprob_gap_max']:.3g} at most; the run stops above {limit:g}"
     )
     other = "compare the precision of engine and policy (model.dtype, --dtype of the servers) and rollout.temperature"
     if gap > limit:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_rlvr.distributed import process_group
 from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
+from megatron_rlvr.errors import FaultError
 from megatron_rlvr.signals import Signals
 from megatron_rlvr.startup.resolve import Resolved
 
@@ -40,7 +41,7 @@ STUCK_SECONDS = 15.0
 _LOOK_SECONDS = 0.1
 
 
-class PreflightError(RuntimeError):
+class PreflightError(FaultError):
     """A check that cannot go on; one sentence."""
 
 

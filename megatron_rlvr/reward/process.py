@@ -13,11 +13,13 @@ import sys
 import time
 from multiprocessing.connection import Connection
 
+from megatron_rlvr.errors import InputError
+
 START_LIMIT_SECONDS = 60.0
 """Importing sympy takes a second; on a cold network file system, or 16 at once on two cores, much longer."""
 
 
-class RewardError(ValueError):
+class RewardError(InputError):
     """A reward function, or a setting of the graders, that cannot be used; the message is for the user."""
 
 

@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from megatron_rlvr.distributed.collectives import agree, gather, gather_on_first
-from megatron_rlvr.distributed.counters import Board
-from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
+from megatron_rlvr.distributed.collectives import gather, gather_on_first, raise_on_all_ranks
+from megatron_rlvr.distributed.counters import Counters
+from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Filled
 from megatron_rlvr.rollout.group_sampler import Harvest, Quota, Yield
 from megatron_rlvr.rollout.groups import OrderedGroup
 
 
-class StreamingCollector(Collector):
+class AsynchronousCollector(Collector):
     """Collects the batch of a training step from an engine that streams.
 
     Args:
@@ -45,7 +45,7 @@ class StreamingCollector(Collector):
         self._weights_wanted = False
         self._stopped = False
         self._settled_early: list[OrderedGroup] = []
-        """Groups of this replica that were taken in, and that the figures of no step have counted yet."""
+        """Groups of this replica that were taken in, and that the metrics of no step have counted yet."""
         self._failure: Exception | None = None
         """Of this rank's last harvest; told when a step needs what that has not brought."""
 
@@ -66,7 +66,7 @@ class StreamingCollector(Collector):
             self._harvest.cancel()
         if harvesting:
             self._settled_early += self._take_in(lambda count: None)
-            if isinstance(self._failure, ServersError):
+            if isinstance(self._failure, EngineError):
                 self._failure = None  # servers are tried once more
         state = super().state()
         first = self._ranks.replica_rank == 0  # as in `Collector`
@@ -95,16 +95,16 @@ class StreamingCollector(Collector):
         """A harvest of what is missing."""
         self._attempts += 1
         self._underway = True
-        self._board = Board(self._store, str(self._attempts))
+        self._board = Counters(self._store, str(self._attempts))
         missing = max(0, self._prompts - self._kept_everywhere)
         # A step never draws more prompts than there are: sampling one twice would not make it informative.
         most = min(self._settings.max_rounds * self._prompts, self._cursor.prompts) if missing else 0
         quota = Quota(
-            useful=missing,
+            missing=missing,
             begun=self._count(len(self._begun)),
             prompts=self._cursor.peek(max(0, most - self._drawn_in_step)),
             first_order=self._drawn,
-            informative=self._useful,
+            informative=self._informative,
             seen=self._seen,
             leaders=self._ranks.data_size,
         )
@@ -117,7 +117,7 @@ class StreamingCollector(Collector):
                 self._board,
                 quota,
                 begun,
-                useful=self._is_useful,
+                informative=self._is_informative,
                 overlong_buffer=self._reward.overlong_buffer,
                 seed=self._seed,
             )
@@ -131,26 +131,26 @@ class StreamingCollector(Collector):
         if self._stopped and self._kept_everywhere < self._prompts:
             raise CollectionStoppedError(f"sampling for step {step} was stopped")
         finished, self._settled_early = self._settled_early, []
-        total, useful = self._count(len(finished)), self._count(sum(map(self._is_useful, finished)))
+        total, informative = self._count(len(finished)), self._count(sum(map(self._is_informative, finished)))
         if self._kept_everywhere < self._prompts:
             used_up = self._drawn_in_step == self._cursor.prompts
             rounds = self._settings.max_rounds
             self._warn(
                 step, "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
             )
-        return Filled(finished, total, useful, self._drawn_in_step / self._prompts)
+        return Filled(finished, total, informative, self._drawn_in_step / self._prompts)
 
     def _settle(self, on_finished: Callable[[int], None]) -> None:
         """Takes in the harvest; raises on every rank what has ended it on any, but for the want of weights."""
         self._settled_early += self._take_in(on_finished)
         failure, self._failure = self._failure, None
-        agree(failure)
+        raise_on_all_ranks(failure)
 
     def _take_in(self, on_finished: Callable[[int], None]) -> list[OrderedGroup]:
         """Waits for the harvest and keeps what it has brought; its finished groups, of this replica."""
         here = self._finish(on_finished)
-        self._keep(here.settled, self._count(sum(map(self._is_useful, here.settled))))
-        wanted = isinstance(here.failure, WeightsWantedError)
+        self._keep(here.settled, self._count(sum(map(self._is_informative, here.settled))))
+        wanted = isinstance(here.failure, WeightsMissingError)
         self._failure = self._failure or (None if wanted else here.failure)
         told = gather((wanted, self._stop_wanted()), self._world)
         self._weights_wanted, self._stopped = (any(column) for column in zip(*told, strict=True))

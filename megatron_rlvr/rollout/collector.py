@@ -1,6 +1,6 @@
 """Dynamic sampling: groups that are all right or all wrong carry no gradient, so they are dropped and replaced.
 
-A step's batch is the first ``batch.prompts`` useful groups in the order in which their prompts were drawn; those
+A step's batch is the first ``batch.prompts`` informative groups in the order in which their prompts were drawn; those
 beyond it are kept for the next step, unless they become older than `rollout.max_staleness` and are sampled again. How
 groups come about is left to two kinds of collectors: rounds.py (all ranks alike, the same batch in every layout) and
 streaming.py (servers that are kept busy).
@@ -38,13 +38,13 @@ class Rollout:
     Attributes:
         groups: this replica's part of the batch; ``order`` counts from 0 over all replicas.
         size: groups in the whole batch; 0 when dynamic sampling found none.
-        figures: metrics of everything that was finished in this step, the same on every rank.
+        metrics: metrics of everything that was finished in this step, the same on every rank.
         sampled: this replica's groups of the step before any was dropped, for the log of sampled text.
     """
 
     groups: list[OrderedGroup]
     size: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     sampled: list[Group]
 
 
@@ -54,13 +54,13 @@ class Filled:
 
     Attributes:
         finished: this replica's groups.
-        total, useful: groups over all replicas, and those of them that can be trained on.
+        total, informative: groups over all replicas, and those of them that can be trained on.
         rounds: in which prompts were drawn.
     """
 
     finished: list[OrderedGroup]
     total: int
-    useful: int
+    informative: int
     rounds: float
 
 
@@ -95,13 +95,13 @@ class Collector(ABC):
         self._drawn = 0
         self._step = 0
         self._kept: list[OrderedGroup] = []
-        """Useful groups of this replica that no batch has had yet."""
+        """Informative groups of this replica that no batch has had yet."""
         self._kept_everywhere = 0
         self._begun: list[BegunGroup] = []
         self._begun_here = 0
         """Begun groups of this replica."""
-        # Useful and all groups lately seen; half forgotten each step.
-        self._useful, self._seen = 1.0, 1.0
+        # Informative and all groups lately seen; half forgotten each step.
+        self._informative, self._seen = 1.0, 1.0
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -126,18 +126,18 @@ class Collector(ABC):
         carried = self._kept_everywhere
         filled = self._fill(step, on_finished)
         size = min(self._kept_everywhere, self._prompts)
-        self._useful, self._seen = (self._useful + filled.useful) / 2, (self._seen + filled.total) / 2
+        self._informative, self._seen = (self._informative + filled.informative) / 2, (self._seen + filled.total) / 2
         batch = self._split_off_batch()
         sampled = [ordered.group for ordered in filled.finished]
-        figures = self._figures(sampled) | {
+        metrics = self._metrics(sampled) | {
             "rollout/rounds": filled.rounds,
             "rollout/groups": float(size),
             "rollout/groups_sampled": float(filled.total),
-            "rollout/groups_dropped": float(filled.total - filled.useful),
+            "rollout/groups_dropped": float(filled.total - filled.informative),
             "rollout/groups_carried": float(carried),
             "rollout/groups_surplus": float(self._kept_everywhere),
         }
-        return Rollout(batch, size, figures, sampled)
+        return Rollout(batch, size, metrics, sampled)
 
     def state(self) -> dict[str, Any]:
         """What `restore` goes on from, whole on the main rank: `restore` deals it anew. A collective over the world.
@@ -150,7 +150,7 @@ class Collector(ABC):
         return {
             "cursor": self._cursor.state(),
             "drawn": self._drawn,
-            "rate": (self._useful, self._seen),
+            "rate": (self._informative, self._seen),
             "kept": sorted((g for kept, _ in parts for g in kept), key=lambda g: g.order),
             "begun": sorted((g for _, begun in parts for g in begun), key=lambda g: g.order),
         }
@@ -159,7 +159,7 @@ class Collector(ABC):
         """Goes on from a `state`, on every rank, in this layout or another. DataError if the prompts differ."""
         self._cursor.restore(state["cursor"])
         self._drawn = state["drawn"]
-        self._useful, self._seen = state["rate"]
+        self._informative, self._seen = state["rate"]
         ranks = self._ranks
         self._kept = [group for group in state["kept"] if group.order % ranks.data_size == ranks.data_rank]
         self._kept_everywhere = len(state["kept"])
@@ -172,11 +172,11 @@ class Collector(ABC):
     def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
         """Samples until ``_kept_everywhere`` is enough, through `_keep`."""
 
-    def _is_useful(self, ordered: OrderedGroup) -> bool:
+    def _is_informative(self, ordered: OrderedGroup) -> bool:
         return ordered.group.informative or not self._settings.dynamic_sampling
 
     def _keep(self, finished: list[OrderedGroup], useful_everywhere: int) -> None:
-        self._kept += [ordered for ordered in finished if self._is_useful(ordered)]
+        self._kept += [ordered for ordered in finished if self._is_informative(ordered)]
         self._kept_everywhere += useful_everywhere
 
     def _warn(self, step: int, reason: str) -> None:
@@ -211,7 +211,7 @@ class Collector(ABC):
     def _count(self, here: int) -> int:
         return sum(gather(here, self._ranks.data_objects))
 
-    def _figures(self, sampled: list[Group]) -> dict[str, float]:
+    def _metrics(self, sampled: list[Group]) -> dict[str, float]:
         completions = [c for group in sampled for c in group.completions]
         grades = [g for group in sampled for g in group.grades]
         sums = {
@@ -225,16 +225,16 @@ class Collector(ABC):
         }
         parts = gather(sums, self._ranks.data_objects)
         world = {key: sum(part[key] for part in parts) for key in sums}
-        figures = {
+        metrics = {
             "reward/failures": float(world["failures"]),
             "rollout/response_tokens": float(world["tokens"]),
-            "rollout/groups_begun": float(world["begun"]),
+            "rollout/groups_in_progress": float(world["begun"]),
         }
         if world["count"]:  # a step that the surplus fills samples nothing, and has no means
-            figures |= {
+            metrics |= {
                 "reward/mean": world["reward"] / world["count"],
                 "reward/accuracy": world["correct"] / world["count"],
                 "rollout/response_tokens_mean": world["tokens"] / world["count"],
                 "rollout/truncated_fraction": world["truncated"] / world["count"],
             }
-        return figures
+        return metrics

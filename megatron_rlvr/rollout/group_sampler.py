@@ -13,13 +13,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from megatron_rlvr.config import RolloutSettings
-from megatron_rlvr.distributed.counters import Board, Counts
+from megatron_rlvr.distributed.counters import Counters, Counts
 from megatron_rlvr.protocols import RolloutStream
 from megatron_rlvr.reward.graders import Verdict
 from megatron_rlvr.rollout.collector import MOST_OVERSAMPLING
 from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
 from megatron_rlvr.rollout.sampler import Sampler, requests_for
-from megatron_rlvr.types import Completion, Prompt, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 _LOOK_SECONDS = 0.05
 
@@ -29,7 +29,7 @@ class Quota:
     """What a step needs, the same on every leader.
 
     Attributes:
-        useful: groups that are still missing.
+        missing: informative groups that the batch still lacks.
         begun: groups that leaders have begun in earlier steps.
         prompts: what may be drawn; the first claim gets the first.
         first_order: place of the first of them in the order of drawing.
@@ -37,7 +37,7 @@ class Quota:
         leaders: how many share it.
     """
 
-    useful: int
+    missing: int
     begun: int
     prompts: Sequence[Prompt]
     first_order: int
@@ -67,7 +67,7 @@ class Harvest:
     Args:
         sampler: of a streaming engine.
         begun: groups that this leader goes on with; they are this harvest's from now on.
-        useful: whether a group can be trained on.
+        informative: whether a group can be trained on.
         seed: of the run.
     """
 
@@ -75,11 +75,11 @@ class Harvest:
         self,
         sampler: Sampler,
         settings: RolloutSettings,
-        board: Board,
+        board: Counters,
         quota: Quota,
         begun: Sequence[BegunGroup],
         *,
-        useful: Callable[[OrderedGroup], bool],
+        informative: Callable[[OrderedGroup], bool],
         overlong_buffer: int,
         seed: int,
     ) -> None:
@@ -87,7 +87,7 @@ class Harvest:
         self._settings = settings
         self._board = board
         self._quota = quota
-        self._useful = useful
+        self._informative = informative
         self._overlong_buffer = overlong_buffer
         self._seed = seed
         self._open = {group.order: group for group in begun}
@@ -135,12 +135,12 @@ class Harvest:
         self._board.leave()
 
     def _sample(self, stream: RolloutStream) -> None:
-        if self._quota.useful:
+        if self._quota.missing:
             for group in self._open.values():
                 self._submit(stream, group)
         while not self._cancelled.is_set():
             counts = self._board.counts()
-            if counts.stopped or counts.useful >= self._quota.useful:
+            if counts.stopped or counts.informative >= self._quota.missing:
                 return
             self._draw(stream, counts)
             if not self._open:
@@ -157,8 +157,8 @@ class Harvest:
     def _draw(self, stream: RolloutStream, counts: Counts) -> None:
         """Claims prompts while fewer groups are being sampled, here and everywhere, than the batch may need."""
         quota, drawn = self._quota, min(counts.drawn, len(self._quota.prompts))
-        rate = max((quota.informative + counts.useful) / (quota.seen + counts.settled), 1 / MOST_OVERSAMPLING)
-        wanted = math.ceil((quota.useful - counts.useful) / rate * self._settings.oversampling)
+        rate = max((quota.informative + counts.informative) / (quota.seen + counts.settled), 1 / MOST_OVERSAMPLING)
+        wanted = math.ceil((quota.missing - counts.informative) / rate * self._settings.oversampling)
         room = wanted - (quota.begun + drawn - counts.settled)
         share = math.ceil(wanted / quota.leaders) - len(self._open)
         for _ in range(min(room, share)):
@@ -171,17 +171,17 @@ class Harvest:
 
     def _submit(self, stream: RolloutStream, group: BegunGroup) -> None:
         """Asks for the samples that a group lacks."""
-        requests = requests_for(group.prompt, self._settings.samples_per_prompt, self._seed, f"train/{group.order}")
-        missing = [request for request in requests if request.sample not in group.graded]
+        requests = requests_for(group.prompt, self._settings.group_size, self._seed, f"train/{group.order}")
+        missing = [request for request in requests if request.index not in group.graded]
         self._order_of |= {request.seed: group.order for request in missing}
-        stream.submit(missing, [group.partial.get(request.sample) for request in missing])
+        stream.submit(missing, [group.partial.get(request.index) for request in missing])
 
-    def _take(self, request: SampleRequest, completion: Completion) -> None:
+    def _take(self, request: CompletionRequest, completion: Completion) -> None:
         """A sample is complete: its grading begins."""
         order = self._order_of[request.seed]
         group = self._open[order]
-        group.partial.pop(completion.sample, None)
-        self._grading[order, completion.sample] = completion, self._sampler.judge(group.prompt, completion)
+        group.partial.pop(completion.index, None)
+        self._grading[order, completion.index] = completion, self._sampler.judge(group.prompt, completion)
         self.sampled += 1
 
     def _settle(self, *, wait: bool = False) -> None:
@@ -194,10 +194,10 @@ class Harvest:
                 completion,
                 self._sampler.grade(completion, verdict, self._settings, self._overlong_buffer),
             )
-            if len(group.graded) == self._settings.samples_per_prompt:
+            if len(group.graded) == self._settings.group_size:
                 finished = self._open.pop(order).finished()
                 self._yield.settled.append(finished)
-                self._board.settle(self._useful(finished))
+                self._board.settle(self._informative(finished))
 
     def _put_by(self, stream: RolloutStream) -> None:
         """Stops the servers, and keeps what there is: each verdict comes in bounded time, so all are waited for."""
@@ -205,5 +205,5 @@ class Harvest:
             if completion.finish_reason != "abort":
                 self._take(request, completion)
             elif self._settings.partial and len(completion.token_ids):
-                self._open[self._order_of[request.seed]].partial[completion.sample] = completion
+                self._open[self._order_of[request.seed]].partial[completion.index] = completion
         self._settle(wait=True)

@@ -11,7 +11,7 @@ from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.protocols import RolloutEngine, RolloutStream, Sampling, StreamingEngine
 from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
-from megatron_rlvr.types import Completion, Grade, Prompt, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest, Grade, Prompt
 
 
 def request_seed(run_seed: int, occasion: str, prompt_id: str, sample: int) -> int:
@@ -23,9 +23,9 @@ def request_seed(run_seed: int, occasion: str, prompt_id: str, sample: int) -> i
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def requests_for(prompt: Prompt, samples: int, run_seed: int, occasion: str) -> list[SampleRequest]:
+def requests_for(prompt: Prompt, samples: int, run_seed: int, occasion: str) -> list[CompletionRequest]:
     """All samples of a prompt."""
-    return [SampleRequest(prompt, n, request_seed(run_seed, occasion, prompt.id, n)) for n in range(samples)]
+    return [CompletionRequest(prompt, n, request_seed(run_seed, occasion, prompt.id, n)) for n in range(samples)]
 
 
 class Sampler:
@@ -49,7 +49,7 @@ class Sampler:
         self._graders = graders
         self._reward = reward
 
-    def part_of(self, requests: Sequence[SampleRequest], ranks: Ranks) -> Sequence[SampleRequest]:
+    def part_of(self, requests: Sequence[CompletionRequest], ranks: Ranks) -> Sequence[CompletionRequest]:
         """What this rank asks for of the requests of its replica."""
         if self._leaders_only:
             return requests if ranks.replica_rank == 0 else []
@@ -57,7 +57,7 @@ class Sampler:
 
     def run(
         self,
-        requests: Sequence[SampleRequest],
+        requests: Sequence[CompletionRequest],
         sampling: Sampling,
         *,
         overlong_buffer: int = 0,
@@ -74,12 +74,12 @@ class Sampler:
         prompts = {r.prompt.id: r.prompt for r in requests}
         pending: dict[tuple[str, int], tuple[Completion, Future[Verdict]]] = {}
         for completion in self.engine.generate(requests, sampling):
-            key = completion.prompt_id, completion.sample
+            key = completion.prompt_id, completion.index
             pending[key] = completion, self.judge(prompts[completion.prompt_id], completion)
             on_finished(1)
         graded = []
         for request in requests:
-            completion, verdict = pending[request.prompt.id, request.sample]
+            completion, verdict = pending[request.prompt.id, request.index]
             graded.append((completion, self.grade(completion, verdict, sampling, overlong_buffer)))
         return graded
 

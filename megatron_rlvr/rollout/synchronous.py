@@ -1,7 +1,7 @@
 """Collecting in rounds, for an engine inside the trainer: the batch does not depend on the layout.
 
 Prompts are drawn in rounds by every rank alike, and dealt to the replicas in turn. Each round draws as many prompts as
-the share of useful groups lately seen suggests, and is sampled to its end.
+the share of informative groups lately seen suggests, and is sampled to its end.
 """
 
 import math
@@ -14,38 +14,38 @@ from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
 from megatron_rlvr.rollout.sampler import requests_for
 
 
-class RoundsCollector(Collector):
+class SynchronousCollector(Collector):
     """Collects the batch of a training step in rounds."""
 
     def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
         finished: list[OrderedGroup] = []
-        rounds = drawn = total = useful = 0
+        rounds = drawn = total = informative = 0
         while self._kept_everywhere < self._prompts and rounds < self._settings.max_rounds:
             again = self._count(len(self._begun))
             # A step never draws more prompts than there are: sampling one twice would not make it informative.
-            count = 0 if again else min(self._draw_count(useful, total), self._cursor.prompts - drawn)
+            count = 0 if again else min(self._draw_count(informative, total), self._cursor.prompts - drawn)
             if not again and not count:
                 break
             rounds += 0 if again else 1
             drawn += count
             groups = self._sample(self._take_begun() if again else self._draw(count), on_finished)
-            found = self._count(sum(map(self._is_useful, groups)))
+            found = self._count(sum(map(self._is_informative, groups)))
             self._keep(groups, found)
             finished += groups
-            total, useful = total + self._count(len(groups)), useful + found
+            total, informative = total + self._count(len(groups)), informative + found
         if self._kept_everywhere < self._prompts:
             used_up = drawn == self._cursor.prompts
             self._warn(
                 step, "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
             )
         self._begun_here = len(self._begun)
-        return Filled(finished, total, useful, float(rounds))
+        return Filled(finished, total, informative, float(rounds))
 
-    def _draw_count(self, useful: int, total: int) -> int:
+    def _draw_count(self, informative: int, total: int) -> int:
         missing = self._prompts - self._kept_everywhere
         if not self._settings.dynamic_sampling:
             return missing
-        rate = max((self._useful + useful) / (self._seen + total), 1 / MOST_OVERSAMPLING)
+        rate = max((self._informative + informative) / (self._seen + total), 1 / MOST_OVERSAMPLING)
         return math.ceil(missing / rate)
 
     def _draw(self, count: int) -> list[BegunGroup]:
@@ -66,7 +66,7 @@ class RoundsCollector(Collector):
 
     def _sample(self, mine: Sequence[BegunGroup], on_finished: Callable[[int], None]) -> list[OrderedGroup]:
         """Finished groups of this replica: those of its ranks that sample tell the others."""
-        samples = self._settings.samples_per_prompt
+        samples = self._settings.group_size
         requests = [r for g in mine for r in requests_for(g.prompt, samples, self._seed, f"train/{g.order}")]
         graded = self._sampler.run(
             self._sampler.part_of(requests, self._ranks),

@@ -10,7 +10,7 @@ from megatron_rlvr.checkpoint.files import HUGGING_FACE
 from megatron_rlvr.checkpoint.store import Checkpoints
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.distributed import accelerator, process_group
-from megatron_rlvr.distributed.collectives import agree
+from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.engines.sglang.engine import SglangEngine, WeightSync, connect
@@ -26,10 +26,10 @@ from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import RolloutEngine
 from megatron_rlvr.reward.graders import GraderPool
-from megatron_rlvr.rollout.asynchronous import StreamingCollector
+from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
 from megatron_rlvr.rollout.collector import Collector
 from megatron_rlvr.rollout.sampler import Sampler
-from megatron_rlvr.rollout.synchronous import RoundsCollector
+from megatron_rlvr.rollout.synchronous import SynchronousCollector
 from megatron_rlvr.signals import Signals
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.trainer import Trainer
@@ -82,7 +82,7 @@ def build_trainer(
         settings.run,
         is_main=ranks.is_main,
         start=start,
-        agree=agree,
+        agree=raise_on_all_ranks,
         finish=lambda folder: own_tokenizer(folder / HUGGING_FACE),
     )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
@@ -147,12 +147,14 @@ def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Polic
         "seed": settings.run.seed,
     }
     if not isinstance(engine, SglangEngine):
-        return RoundsCollector(**parts)
+        return SynchronousCollector(**parts)
 
     def sync() -> None:
         engine.update_weights(policy.export_weights(), engine.version)
 
-    return StreamingCollector(**parts, store=process_group.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted)
+    return AsynchronousCollector(
+        **parts, store=process_group.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted
+    )
 
 
 def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:

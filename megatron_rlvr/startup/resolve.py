@@ -264,7 +264,7 @@ def _stop_token_ids(folder: str, hf_config: Mapping[str, Any], tokenizer: Tokeni
     return tuple(sorted(ids))
 
 
-def plan_in_words(resolved: Resolved) -> str:
+def describe_plan(resolved: Resolved) -> str:
     """What the run will do, for a person to read before it does."""
     s, model = resolved.settings, transformer_fields(resolved.hf_config)
     p = s.parallel
@@ -276,7 +276,7 @@ def plan_in_words(resolved: Resolved) -> str:
         *([f"experts over {p.expert} ranks"] if p.expert > 1 else []),
     ]
     dropped = f", {resolved.train.dropped_too_long} left out as too long" if resolved.train.dropped_too_long else ""
-    samples = f"{s.batch.prompts} prompts x {s.rollout.samples_per_prompt}"
+    samples = f"{s.batch.prompts} prompts x {s.rollout.group_size}"
     divisor = "all response tokens" if s.loss.normalizer == "all_tokens" else "the number of selected tokens"
     updates = f"{s.batch.prompts // s.batch.mini_batch_prompts} steps a rollout on {s.batch.mini_batch_prompts} prompts"
     warmup = f" after {s.optimizer.warmup_steps} warm-up steps" if s.optimizer.warmup_steps else ""
@@ -294,8 +294,8 @@ def plan_in_words(resolved: Resolved) -> str:
         f"rollout     {samples} responses a step of up to {s.rollout.max_response_tokens} tokens at temperature "
         f"{s.rollout.temperature:g}{_engine_in_words(s)}; {sampling}",
         f"reward      {s.reward.function}: right {s.reward.correct:g}, wrong {s.reward.wrong:g}{overlong}",
-        f"mask        {mask_in_words(s)}",
-        f"loss        {loss_in_words(s)}, sum over the selected tokens / {divisor} of the mini-batch; advantages "
+        f"mask        {describe_mask(s)}",
+        f"loss        {describe_loss(s)}, sum over the selected tokens / {divisor} of the mini-batch; advantages "
         f"{s.advantage.estimator}",
         f"optimizer   {updates} each, Adam, learning rate {s.optimizer.learning_rate:g}{warmup}",
         f"evaluation  {_evaluation_in_words(resolved)}",
@@ -304,7 +304,7 @@ def plan_in_words(resolved: Resolved) -> str:
     return "\n".join(lines)
 
 
-def mask_in_words(settings: Settings) -> str:
+def describe_mask(settings: Settings) -> str:
     """The resolved meaning of the mask, in one line."""
     s = settings.selection
     if s.keep == "all":
@@ -324,7 +324,7 @@ def mask_in_words(settings: Settings) -> str:
     return f"the policy gradient touches the {s.fraction * 100:g} % of response tokens {which}, of {scope}{whose}"
 
 
-def loss_in_words(settings: Settings) -> str:
+def describe_loss(settings: Settings) -> str:
     """What becomes of a token's ratio of probabilities, and what weighs its loss, in one line."""
     s = settings.loss
     ratio = {"dapo": "clip", "gspo": "gspo, clip of sequence ratios", "cispo": "cispo, weight"}[s.objective]

@@ -29,11 +29,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss, gradient of each token's log-probability, figures."""
+    """Loss, gradient of each token's log-probability, metrics."""
 
     loss: float
     slopes: list[float]
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def run(tokens: list[Token], dtype=torch.float64, sequences: int | None = None, **settings) -> Outcome:
@@ -48,11 +48,11 @@ def run(tokens: list[Token], dtype=torch.float64, sequences: int | None = None, 
         sequences=sequences or 1 + max((t.sequence for t in tokens), default=0),
     )
     logp = vector(t.logp for t in tokens).requires_grad_()
-    loss, figures = make_loss(LossSettings(**settings))(logp, selected)
+    loss, metrics = make_loss(LossSettings(**settings))(logp, selected)
     loss.backward()
     assert logp.grad is not None
-    assert all(not value.requires_grad for value in figures.values())
-    return Outcome(loss.item(), logp.grad.tolist(), {name: float(value) for name, value in figures.items()})
+    assert all(not value.requires_grad for value in metrics.values())
+    return Outcome(loss.item(), logp.grad.tolist(), {name: float(value) for name, value in metrics.items()})
 
 
 def with_ratios(*ratios: float, advantage: float = 1.0, logp: float = -1.5) -> list[Token]:
@@ -86,7 +86,7 @@ def test_dapo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region
     ratio, advantage, expected, slope, clipped = DAPO[region]
     outcome = run(with_ratios(ratio, advantage=advantage))
     assert (outcome.loss, outcome.slopes) == (exactly(expected), exactly([slope]))
-    assert outcome.figures == {
+    assert outcome.metrics == {
         "clip_fraction": clipped,
         "ratio": exactly(ratio),
         "kl": exactly(ratio - 1 - math.log(ratio)),
@@ -119,7 +119,7 @@ def test_gspo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region
     outcome = run(with_ratios(*ratios, advantage=advantage), objective="gspo", clip_low=0.2, clip_high=0.28)
     n = len(ratios)
     assert (outcome.loss, outcome.slopes) == (exactly(n * expected), exactly(n * [slope]))
-    assert outcome.figures == {
+    assert outcome.metrics == {
         "clip_fraction": clipped,
         "ratio": exactly(n * math.prod(ratios) ** (1 / n)),
         "kl": exactly(sum(r - 1 - math.log(r) for r in ratios)),
@@ -142,7 +142,7 @@ def test_cispo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(regio
     ratio, advantage, expected, slope, cut = CISPO[region]
     outcome = run(with_ratios(ratio, advantage=advantage, logp=-1.5), objective="cispo", clip_high=4.0)
     assert (outcome.loss, outcome.slopes) == (exactly(expected), exactly([slope]))
-    assert (outcome.figures["clip_fraction"], outcome.figures["ratio"]) == (cut, exactly(ratio))
+    assert (outcome.metrics["clip_fraction"], outcome.metrics["ratio"]) == (cut, exactly(ratio))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -163,10 +163,10 @@ def test_a_correction_multiplies_loss_and_gradient_by_the_weight_worked_out_by_h
     # On policy every objective has the slope -A; the loss is -A, and with cispo -A logp.
     assert outcome.slopes == exactly([-2.0 * w for w in weights])
     assert outcome.loss == exactly((2.0 if objective == "cispo" else -2.0) * sum(weights))
-    assert outcome.figures["correction_weight"] == exactly(sum(weights))
-    assert outcome.figures["correction_clipped"] == beyond
-    uncorrected = run(on_policy, objective=objective).figures
-    assert {name: outcome.figures[name] for name in uncorrected} == uncorrected
+    assert outcome.metrics["correction_weight"] == exactly(sum(weights))
+    assert outcome.metrics["correction_clipped"] == beyond
+    uncorrected = run(on_policy, objective=objective).metrics
+    assert {name: outcome.metrics[name] for name in uncorrected} == uncorrected
 
 
 # Against the formula ------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def weight_of(token: Token, correction: str, cap: float) -> tuple[float, bool]:
 
 
 def reference(tokens: list[Token], objective="dapo", low=0.2, high=0.28, dual=None, correction="none", cap=2.0):
-    """Token by token: loss, derivatives by logp, figures."""
+    """Token by token: loss, derivatives by logp, metrics."""
     differences = defaultdict(list)
     for t in tokens:
         differences[t.sequence].append(t.logp - t.old)
@@ -259,9 +259,9 @@ def test_random_tokens_have_the_loss_gradient_and_figures_of_the_formula(objecti
     expected = reference(tokens, objective, low, high, dual, correction, cap)
     assert outcome.loss == exactly(expected.loss)
     assert outcome.slopes == exactly(expected.slopes)
-    assert outcome.figures == exactly(expected.figures)
-    assert 20 < outcome.figures["clip_fraction"] < 480, "the cases reach several regions"
-    assert correction == "none" or 20 < outcome.figures["correction_clipped"] < 480
+    assert outcome.metrics == exactly(expected.metrics)
+    assert 20 < outcome.metrics["clip_fraction"] < 480, "the cases reach several regions"
+    assert correction == "none" or 20 < outcome.metrics["correction_clipped"] < 480
 
 
 def test_with_one_advantage_a_sequence_gspo_has_the_gradient_of_the_clipped_sequence_ratio():
@@ -311,7 +311,7 @@ def test_ratios_and_weights_that_overflow_leave_loss_and_gradient_finite(setting
         )
     ]
     outcome = run([*far, Token(-1.0, -1.0, 1.0, len(far))], torch.float32, **settings)
-    assert all(math.isfinite(x) for x in (outcome.loss, *outcome.slopes, *outcome.figures.values()))
+    assert all(math.isfinite(x) for x in (outcome.loss, *outcome.slopes, *outcome.metrics.values()))
     assert outcome.slopes[-1] == -1.0, "the other tokens learn as ever"
 
 
@@ -334,8 +334,8 @@ def test_whole_sequences_can_be_cut_into_micro_batches_in_any_way_and_order(sett
         assert whole.loss == exactly(math.fsum(o.loss for o in outcomes))
         for part, outcome in zip(parts, outcomes, strict=True):
             assert outcome.slopes == exactly([slope_of[t] for t in part])
-        for name, value in whole.figures.items():
-            assert value == exactly(math.fsum(o.figures[name] for o in outcomes))
+        for name, value in whole.metrics.items():
+            assert value == exactly(math.fsum(o.metrics[name] for o in outcomes))
 
 
 @pytest.mark.parametrize("objective", ["dapo", "cispo"])
@@ -348,8 +348,8 @@ def test_where_the_ratio_is_a_tokens_own_no_token_knows_another(objective):
 def test_no_tokens_are_a_loss_of_zero_that_can_be_differentiated(settings):
     outcome = run([], sequences=3, **settings)
     assert (outcome.loss, outcome.slopes) == (0.0, [])
-    assert set(outcome.figures.values()) == {0.0}
-    assert outcome.figures.keys() == run([Token(-1.0, -1.0, 1.0)], **settings).figures.keys()
+    assert set(outcome.metrics.values()) == {0.0}
+    assert outcome.metrics.keys() == run([Token(-1.0, -1.0, 1.0)], **settings).metrics.keys()
 
 
 @every_loss

@@ -156,7 +156,7 @@ def test_a_run_on_two_nodes_that_is_preempted_and_killed_is_the_run_that_was_nev
     whole = new_run("whole")
     whole.write(last)
     never_stopped(whole)
-    assert run.figures() == whole.figures()
+    assert run.metrics() == whole.metrics()
     found, wanted = weights(run), weights(whole)
     assert [name for name in wanted if (found[name] != wanted[name]).any()] == []
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from megatron_rlvr.config import LossSettings, Settings, SettingsError, evaluation_name
 from megatron_rlvr.config.command_line import fields, load_settings, to_yaml, validate
-from megatron_rlvr.startup.resolve import loss_in_words
+from megatron_rlvr.startup.resolve import describe_loss
 
 # Seeded, and without a deadline: the machine may be busy.
 fuzz = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
@@ -33,7 +33,7 @@ OF_THE_PAPER = {
     "advantage.estimator": "grpo",
     "batch.prompts": 512,
     "batch.mini_batch_prompts": 32,
-    "rollout.samples_per_prompt": 16,
+    "rollout.group_size": 16,
     "rollout.temperature": 1.0,
     "rollout.top_p": 1.0,
     "rollout.max_response_tokens": 20480,
@@ -236,7 +236,7 @@ def test_a_key_that_a_loss_does_not_have_or_lacks_is_refused(values: dict[str, A
     ],
 )
 def test_the_plan_tells_the_loss_in_words(values: dict[str, Any], words: str) -> None:
-    assert loss_in_words(validate(REQUIRED | {"loss": values})) == words
+    assert describe_loss(validate(REQUIRED | {"loss": values})) == words
 
 
 # Documentation ------------------------------------------------------------------------------------------------------

@@ -331,10 +331,10 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path):
 
 
 def test_the_benchmark_gets_the_weights_back_and_a_missing_mbridge_is_named(tmp_path):
-    figures = tmp_path / "figures.json"
-    done = run_tool("benchmarks/conversion.py", "--cases", "tiny", "--rounds", "1", "--json", figures)
+    metrics = tmp_path / "metrics.json"
+    done = run_tool("benchmarks/conversion.py", "--cases", "tiny", "--rounds", "1", "--json", metrics)
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads(figures.read_text())
+    (result,) = json.loads(metrics.read_text())
     for arm, row in result["arms"].items():
         if arm == "mbridge" and "why_not" in row:
             assert "to install it: pip install" in row["why_not"]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from launcher import Ranks, joined_process_group
 from waiting import wait_for
 
-from megatron_rlvr.distributed.heartbeat import Pulse
+from megatron_rlvr.distributed.heartbeat import Heartbeat
 
 SECONDS = 4.0
 
@@ -38,15 +38,15 @@ class Told(list[int | None]):
 
 
 @pytest.fixture
-def three(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[Pulse, Unreachable, Told]]]:
+def three(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[Heartbeat, Unreachable, Told]]]:
     """Makes the pulses of three ranks, each of which reaches their store in its own way."""
     monkeypatch.setattr("megatron_rlvr.distributed.heartbeat.dist.PrefixStore", lambda prefix, store: store)
 
-    def pulse(rank: int, common: dist.Store) -> tuple[Pulse, Unreachable, Told]:
+    def pulse(rank: int, common: dist.Store) -> tuple[Heartbeat, Unreachable, Told]:
         told, store = Told(), Unreachable(common)
-        return Pulse(store, rank, 3, SECONDS, told.append), store, told  # type: ignore[arg-type]
+        return Heartbeat(store, rank, 3, SECONDS, told.append), store, told  # type: ignore[arg-type]
 
-    def pulses() -> list[tuple[Pulse, Unreachable, Told]]:
+    def pulses() -> list[tuple[Heartbeat, Unreachable, Told]]:
         common = dist.HashStore()
         return [pulse(rank, common) for rank in range(3)]
 
@@ -81,18 +81,18 @@ def test_ranks_whose_store_has_gone_miss_the_main_rank(three: Any) -> None:
 
 
 def test_alone_nobody_is_missed() -> None:
-    with Pulse(dist.HashStore(), 0, 1, 0.1, pytest.fail) as pulse:
+    with Heartbeat(dist.HashStore(), 0, 1, 0.1, pytest.fail) as pulse:
         assert pulse._threads == []
 
 
 def frozen_rank() -> list[int | None]:
     """Rank 1 is stopped while rank 0 waits for it as in sampling; it goes on once it is missed."""
     from megatron_rlvr.distributed import process_group
-    from megatron_rlvr.distributed.counters import Board
+    from megatron_rlvr.distributed.counters import Counters
 
     with joined_process_group():
         rank, store = dist.get_rank(), process_group.store()
-        board, told = Board(store, "sampling"), Told()
+        board, told = Counters(store, "sampling"), Told()
 
         def lost(whom: int | None) -> None:
             told.append(whom)
@@ -101,7 +101,7 @@ def frozen_rank() -> list[int | None]:
 
         store.add("process of rank 1", os.getpid() if rank == 1 else 0)
         dist.barrier()
-        pulse = Pulse(process_group.store(), rank, 2, 3.0, lost)
+        pulse = Heartbeat(process_group.store(), rank, 2, 3.0, lost)
         with pulse:
             wait_for(lambda: pulse._looks > 2)
             if rank == 1:

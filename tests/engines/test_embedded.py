@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Qwen2
 
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.engines.embedded.sampling import sample_tokens
-from megatron_rlvr.types import Prompt, SampleRequest
+from megatron_rlvr.types import CompletionRequest, Prompt
 
 VOCABULARY = 61
 STOP = 7
@@ -67,11 +67,11 @@ def make_requests(prompt_count, samples, seed=0):
         Prompt(f"p{i}", random.integers(0, VOCABULARY, length).astype(np.int32), "", "test")
         for i, length in enumerate(lengths)
     ]
-    return [SampleRequest(p, s, int(random.integers(2**63))) for p in prompts for s in range(samples)]
+    return [CompletionRequest(p, s, int(random.integers(2**63))) for p in prompts for s in range(samples)]
 
 
 def by_request(completions):
-    table = {(c.prompt_id, c.sample): c for c in completions}
+    table = {(c.prompt_id, c.index): c for c in completions}
     return {key: (table[key].token_ids.tolist(), table[key].finish_reason) for key in sorted(table)}
 
 
@@ -150,12 +150,12 @@ def test_uniform_j_of_a_stream_picks_token_j_while_rows_come_and_go():
     model = reference_model(config)
     requests = make_requests(prompt_count=6, samples=4)
     completions = {
-        (c.prompt_id, c.sample): c for c in engine_of(model).generate(requests, sampling(max_response_tokens=200))
+        (c.prompt_id, c.index): c for c in engine_of(model).generate(requests, sampling(max_response_tokens=200))
     }
     assert sum(len(c.token_ids) > 150 for c in completions.values()) >= 3
     assert sum(len(c.token_ids) < 100 for c in completions.values()) >= 3
     for request in requests:
-        response = completions[request.prompt.id, request.sample].token_ids.tolist()
+        response = completions[request.prompt.id, request.index].token_ids.tolist()
         prompt = request.prompt.token_ids.tolist()
         uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(len(response))
         with torch.no_grad():
@@ -167,7 +167,7 @@ def test_uniform_j_of_a_stream_picks_token_j_while_rows_come_and_go():
 
 def test_first_tokens_follow_the_softmax(qwen3):
     prompt = make_requests(prompt_count=5, samples=1)[-1].prompt
-    requests = [SampleRequest(prompt, sample, seed=sample) for sample in range(6000)]
+    requests = [CompletionRequest(prompt, sample, seed=sample) for sample in range(6000)]
     for temperature in (1.0, 1.7):
         completions = engine_of(qwen3).generate(requests, sampling(temperature, max_response_tokens=1))
         counts = np.bincount([c.token_ids[0] for c in completions], minlength=VOCABULARY)
@@ -238,7 +238,7 @@ def test_waiting_requests_start_as_soon_as_rows_are_free(qwen3):
     _, decoded = watch_forwards(engine)
     requests = make_requests(prompt_count=10, samples=3)
     completions = list(engine.generate(requests, sampling(max_response_tokens=40)))
-    assert sorted(by_request(completions)) == sorted((r.prompt.id, r.sample) for r in requests)
+    assert sorted(by_request(completions)) == sorted((r.prompt.id, r.index) for r in requests)
     assert sum(decoded) == sum(len(c.token_ids) for c in completions)
     # A step may be short of rows only once nothing waits, which is at most the length of one response.
     assert len(decoded) > 160
@@ -336,13 +336,13 @@ def test_the_config_of_the_caller_is_not_changed_and_a_folder_will_do(qwen3, tmp
 def test_requests_that_cannot_be_served_are_refused_before_sampling(qwen3):
     engine = engine_of(qwen3, max_batch_tokens=60)
     requests = make_requests(prompt_count=4, samples=1)
-    long = SampleRequest(Prompt("long", np.zeros(73, np.int32), "", "test"), 0, 0)
+    long = CompletionRequest(Prompt("long", np.zeros(73, np.int32), "", "test"), 0, 0)
     with pytest.raises(ValueError, match="prompt long of 73 tokens and max_response_tokens 24 exceed the model's 96"):
         engine.generate([*requests, long], sampling())
     with pytest.raises(ValueError, match="exceed max_batch_tokens 60; raise max_batch_tokens"):
         engine.generate(requests, sampling(max_response_tokens=59))
     with pytest.raises(ValueError, match="prompt none of 0 tokens is empty"):
-        engine.generate([SampleRequest(Prompt("none", np.zeros(0, np.int32), "", "test"), 0, 0)], sampling())
+        engine.generate([CompletionRequest(Prompt("none", np.zeros(0, np.int32), "", "test"), 0, 0)], sampling())
     with pytest.raises(ValueError, match="temperature -1"):
         engine.generate(requests, sampling(temperature=-1))
     assert list(engine.generate([], sampling())) == []

@@ -25,7 +25,7 @@ from scripted import (
 )
 
 from megatron_rlvr.config import EvaluateSettings, EvaluationFileSettings, RewardSettings
-from megatron_rlvr.types import Completion, Prompt, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 SAMPLES, CAP, SEED = 3, 20, 5
 SETS: dict[str, Sequence[Prompt]] = {
@@ -47,8 +47,8 @@ class Outcome:
 
     first: dict[str, float]
     again: dict[str, float]
-    asked_first: list[SampleRequest]
-    asked_again: list[SampleRequest]
+    asked_first: list[CompletionRequest]
+    asked_again: list[CompletionRequest]
     samplings: set[tuple[float, float, int]]
     expected_count: int
     finished: int
@@ -87,8 +87,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
     return {name: on_ranks(evaluate_twice, layout.world_size, layout, folder) for name, layout in LAYOUTS.items()}
 
 
-def identity(request: SampleRequest) -> tuple[str, int, int]:
-    return request.prompt.id, request.sample, request.seed
+def identity(request: CompletionRequest) -> tuple[str, int, int]:
+    return request.prompt.id, request.index, request.seed
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -99,7 +99,7 @@ def test_accuracy_and_pass_at_k_are_a_direct_count(name: str, outcomes: dict[str
         right = Counter({prompt.id: 0 for prompt in prompts})
         for request in requests:
             if request.prompt.id in right:
-                completions[request.prompt.id, request.sample] = answer(request)
+                completions[request.prompt.id, request.index] = answer(request)
                 right[request.prompt.id] += by_accuracy(request)[0] == RIGHT
         assert sorted(completions) == sorted((prompt.id, n) for prompt in prompts for n in range(SAMPLES))
         count = len(prompts) * SAMPLES
@@ -110,12 +110,12 @@ def test_accuracy_and_pass_at_k_are_a_direct_count(name: str, outcomes: dict[str
             "truncated_fraction": sum(c.finish_reason == "length" for c in completions.values()) / count,
         }
         for outcome in outcomes[name]:
-            figures = {
+            metrics = {
                 key.rpartition("/")[2]: value
                 for key, value in outcome.first.items()
                 if key.startswith(f"eval/{set_name}/")
             }
-            assert figures == pytest.approx(expected)
+            assert metrics == pytest.approx(expected)
     assert len(requests) == len({identity(request) for request in requests}) == 14 * SAMPLES
 
 
@@ -147,8 +147,8 @@ def test_the_sampling_is_the_evaluations_with_the_cap_of_training(outcomes: dict
 
 def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) -> tuple[dict[str, float], Any, Any]:
     """Figures, versions that were handed over, and steps that were reported, of a trainer's evaluation."""
-    from megatron_rlvr.engines.sglang.pool import WeightsWantedError
     from megatron_rlvr.evaluation.evaluator import Evaluator
+    from megatron_rlvr.protocols import WeightsMissingError
     from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.trainer import Trainer
 
@@ -162,14 +162,14 @@ def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) ->
         def update_weights(self, named_tensors: Any, version: int) -> None:
             self.versions.append(version)
 
-        def generate(self, requests: Sequence[SampleRequest], sampling: Any) -> Iterator[Completion]:
+        def generate(self, requests: Sequence[CompletionRequest], sampling: Any) -> Iterator[Completion]:
             fails = len(self.calls) in (1, 4)
             for number, completion in enumerate(super().generate(requests, sampling)):
                 if fails and number == len(requests) // 2:
                     break
                 yield completion
             if fails:
-                raise WeightsWantedError("no server holds the current weights")
+                raise WeightsMissingError("no server holds the current weights")
 
     files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
     settings = EvaluateSettings(sets=files, samples=SAMPLES, temperature=0.5, top_p=0.25)
@@ -180,7 +180,7 @@ def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) ->
         reported: list[int] = []
         progress = SimpleNamespace(
             evaluating=lambda total: nullcontext(lambda count: None),
-            evaluated=lambda step, figures: reported.append(step),
+            evaluated=lambda step, metrics: reported.append(step),
         )
         trainer: Any = Trainer.__new__(Trainer)  # no more of it than evaluations need
         trainer.evaluator, trainer.progress, trainer.engine = evaluator, progress, engine

@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "eight_steps.json"
 GRADIENT_TOLERANCE = 1e-5
 GOLDEN_TOLERANCE = 1e-4
 GOLDEN_STEPS = 8
-GOLDEN_FIGURES = ("selection/threshold", "train/loss", "train/grad_norm", "reward/mean")
+GOLDEN_METRICS = ("selection/threshold", "train/loss", "train/grad_norm", "reward/mean")
 
 VOCAB = 150  # Megatron pads it to 256, or 512
 GROUPS = make_groups(8, VOCAB, seed=0)
@@ -123,9 +123,9 @@ def on_rank(folder: str, groups: list[Group], line: Line) -> Batch:
         policy.train_step, policy._update = recorded, keep_gradients
         learner = Learner(settings, policy, make_loss(settings.loss))
         mini_batches = mini_batches_of(policy, groups, line.layout.budget, len(groups))
-        figures = learner.learn(1, mini_batches, lambda phase: contextlib.nullcontext())
+        metrics = learner.learn(1, mini_batches, lambda phase: contextlib.nullcontext())
         mine = policy.ranks.last_stage and policy.ranks.tensor_rank == 0 and policy.ranks.context_rank == 0
-        return Batch(kept if mine else [], figures["selection/threshold"], found)
+        return Batch(kept if mine else [], metrics["selection/threshold"], found)
 
 
 def whole_gradients(policy: Any) -> dict[str, torch.Tensor]:
@@ -180,7 +180,7 @@ def gradient_table(lines: tuple[Line, ...], ranks: Ranks, folder: Path) -> Itera
 
 
 def eight_steps(line: Line, folder: Path) -> dict[str, list[float]]:
-    """The golden figures of a run of the program in a layout."""
+    """The golden metrics of a run of the program in a layout."""
     model = folder / ("golden_experts" if line.experts else "golden")
     if not model.exists():
         tiny.write_model(model, experts=line.experts, num_hidden_layers=4)
@@ -203,15 +203,15 @@ def eight_steps(line: Line, folder: Path) -> dict[str, list[float]]:
     if done.returncode:
         raise RuntimeError(f"{line.name}: {done.stderr[-2000:]}")
     steps = [json.loads(text) for text in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {name: [step[name] for step in steps] for name in GOLDEN_FIGURES}
+    return {name: [step[name] for step in steps] for name in GOLDEN_METRICS}
 
 
 def golden_difference(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> float:
     """Largest difference of any figure at any step, relative to the figure's largest value."""
-    assert all(len(found[name]) == len(wanted[name]) == GOLDEN_STEPS for name in GOLDEN_FIGURES)
+    assert all(len(found[name]) == len(wanted[name]) == GOLDEN_STEPS for name in GOLDEN_METRICS)
     return max(
         abs(a - b) / max(map(abs, wanted[name]))
-        for name in GOLDEN_FIGURES
+        for name in GOLDEN_METRICS
         for a, b in zip(found[name], wanted[name], strict=True)
     )
 
@@ -229,8 +229,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.write_golden:
-            figures = {key: eight_steps(Line(key, Layout(), key == "experts"), folder) for key in ("dense", "experts")}
-            GOLDEN.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            metrics = {key: eight_steps(Line(key, Layout(), key == "experts"), folder) for key in ("dense", "experts")}
+            GOLDEN.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         lines = tuple(line for line in LINES if options.only in line.name)
         ranks = Ranks()
         failed = 0

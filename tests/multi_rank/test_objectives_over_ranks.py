@@ -52,7 +52,7 @@ class Outcome:
 
     loss: float
     slopes: Tensor
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def loss_of(case: Case, mine: Tensor, group: Any = None) -> Outcome:
@@ -63,10 +63,10 @@ def loss_of(case: Case, mine: Tensor, group: Any = None) -> Outcome:
         context_group=group,
     )
     logp = case.logp[mine].requires_grad_()
-    loss, figures = make_loss(case.settings)(logp, tokens)
+    loss, metrics = make_loss(case.settings)(logp, tokens)
     loss.backward()
     assert logp.grad is not None
-    return Outcome(loss.item(), logp.grad, {name: float(value) for name, value in figures.items()})
+    return Outcome(loss.item(), logp.grad, {name: float(value) for name, value in metrics.items()})
 
 
 def on_ranks(cases: list[Case]) -> list[Outcome]:
@@ -104,14 +104,14 @@ def test_sequences_cut_over_ranks_have_the_loss_and_gradient_they_have_on_one_ra
             slopes[case.rank == rank] = part.slopes
         torch.testing.assert_close(slopes, whole.slopes, rtol=1e-12, atol=0, msg=lambda m, name=name: f"{name}: {m}")
         assert sum(part.loss for part in parts) == pytest.approx(whole.loss, rel=1e-12), name
-        for figure, value in whole.figures.items():
-            assert sum(part.figures[figure] for part in parts) == pytest.approx(value, rel=1e-12, abs=1e-12), name
-        assert 0 < whole.figures["clip_fraction"] < TOKENS, "the case reaches several regions"
+        for figure, value in whole.metrics.items():
+            assert sum(part.metrics[figure] for part in parts) == pytest.approx(value, rel=1e-12, abs=1e-12), name
+        assert 0 < whole.metrics["clip_fraction"] < TOKENS, "the case reaches several regions"
 
 
 def test_halves_of_a_sequence_that_do_not_know_each_other_would_be_clipped_otherwise() -> None:
     """What the sum over ranks is for: the cases above can tell."""
     case = random_case(0, SETTINGS[0], CUTS["each sequence in halves"])
     whole = loss_of(case, torch.ones(TOKENS, dtype=torch.bool))
-    alone = sum(loss_of(case, case.rank == rank).figures["clip_fraction"] for rank in (0, 1))
-    assert alone != whole.figures["clip_fraction"]
+    alone = sum(loss_of(case, case.rank == rank).metrics["clip_fraction"] for rank in (0, 1))
+    assert alone != whole.metrics["clip_fraction"]

@@ -191,12 +191,12 @@ def selections(tokens: Tokens, settings: dict[str, SelectionSettings], micro_bat
 
 
 def one_selection(by_rank: list[dict], name: str) -> tuple[set[int], tuple]:
-    """The ids kept on all ranks, and the figures, which are the same everywhere."""
-    figures = {found[name][1:] for found in by_rank}
-    assert len(figures) == 1
+    """The ids kept on all ranks, and the metrics, which are the same everywhere."""
+    metrics = {found[name][1:] for found in by_rank}
+    assert len(metrics) == 1
     kept = [i for found in by_rank for i in found[name][0]]
     assert len(kept) == len(set(kept))
-    return set(kept), figures.pop()
+    return set(kept), metrics.pop()
 
 
 def test_the_selection_and_its_figures_are_the_same_for_any_ranks_and_micro_batches(ranks: Ranks):

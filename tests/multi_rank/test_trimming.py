@@ -81,7 +81,7 @@ class Seen:
     trained: list[int]
     selected: list[tuple[int, int]]
     """(sample, position), of all mini-batches before trimming."""
-    figures: dict[str, float]
+    metrics: dict[str, float]
     weights: dict[str, torch.Tensor]
 
 
@@ -112,7 +112,7 @@ def one_step(run: Run, trimming: bool, multiples: dict[str, int]) -> Seen:
         stack.enter_context(mock.patch.object(learner, "trim", trim))
         policy.train_step = train_step
         policy.start_step()
-        figures = learner.Learner(settings, policy, DapoLoss(settings.loss)).learn(
+        metrics = learner.Learner(settings, policy, DapoLoss(settings.loss)).learn(
             1, [mini], lambda phase: contextlib.nullcontext()
         )
         return Seen(
@@ -120,7 +120,7 @@ def one_step(run: Run, trimming: bool, multiples: dict[str, int]) -> Seen:
             scored=[len(batch.tokens) for batch in mini.micro_batches],
             trained=trained,
             selected=selected,
-            figures=figures,
+            metrics=metrics,
             weights={name: tensor.clone() for name, tensor in policy.export_weights()},
         )
 
@@ -145,8 +145,8 @@ def needed_positions(groups: list[Group], seen: list[Seen]) -> int:
 def assert_figures_tell_the_work(groups: list[Group], seen: list[Seen]) -> None:
     whole = sum(len(prompt) + len(ids) - 1 for prompt, responses, _ in groups for ids in responses)
     for one in seen:
-        assert one.figures["train/tokens"] == needed_positions(groups, seen)
-        assert one.figures["train/tokens_dropped_fraction"] == pytest.approx(1 - needed_positions(groups, seen) / whole)
+        assert one.metrics["train/tokens"] == needed_positions(groups, seen)
+        assert one.metrics["train/tokens_dropped_fraction"] == pytest.approx(1 - needed_positions(groups, seen) / whole)
 
 
 def gradient(before: dict[str, torch.Tensor], seen: Seen) -> torch.Tensor:
@@ -174,13 +174,13 @@ def test_the_gradient_is_that_of_the_whole_mini_batch_and_the_work_is_what_it_ne
         assert expected.norm() > 0.5
         assert (found - expected).norm() < 1e-5 * expected.norm(), layout
         for one, other in zip(whole, trimmed, strict=True):
-            assert other.figures["train/grad_norm"] == pytest.approx(one.figures["train/grad_norm"], rel=1e-5)
-            assert other.figures["train/loss"] == pytest.approx(one.figures["train/loss"], rel=1e-4, abs=1e-6)
+            assert other.metrics["train/grad_norm"] == pytest.approx(one.metrics["train/grad_norm"], rel=1e-5)
+            assert other.metrics["train/loss"] == pytest.approx(one.metrics["train/loss"], rel=1e-4, abs=1e-6)
             assert one.selected == other.selected
             assert (one.scored, one.trained) == (other.scored, one.scored)
-            assert one.figures["train/tokens_dropped_fraction"] == 0
+            assert one.metrics["train/tokens_dropped_fraction"] == 0
             for figure in ("selection/tokens", "selection/fraction", "entropy/selected_mean", "entropy/mean"):
-                assert one.figures[figure] == other.figures[figure]
+                assert one.metrics[figure] == other.metrics[figure]
         assert_figures_tell_the_work(GROUPS, trimmed)
         assert len({len(one.trained) for one in trimmed}) == 1, "as many micro-batches on every rank"
         assert max(max(one.trained) for one in trimmed) <= layout.budget
@@ -218,9 +218,9 @@ def test_a_rank_that_has_nothing_left_takes_part_with_padding(ranks: Ranks, fold
         seen = step_on(ranks, folder, layout, GRADIENT, nothing)
         for one in seen:
             assert one.trained == [layout.tensor], "padding only, as long as the ranks that share it"
-            figures = {name: one.figures[f"train/{name}"] for name in ("loss", "grad_norm", "skipped", "clip_fraction")}
-            assert figures == dict.fromkeys(figures, 0.0)
-            assert one.figures["selection/tokens"] > 0, "they count for the threshold nevertheless"
+            metrics = {name: one.metrics[f"train/{name}"] for name in ("loss", "grad_norm", "skipped", "clip_fraction")}
+            assert metrics == dict.fromkeys(metrics, 0.0)
+            assert one.metrics["selection/tokens"] > 0, "they count for the threshold nevertheless"
             assert all(torch.equal(one.weights[name], weight) for name, weight in before.items())
         assert_figures_tell_the_work(nothing, seen)
 
@@ -230,7 +230,7 @@ def test_nothing_is_left_out_where_current_entropies_decide(ranks: Ranks, folder
     for layout in LAYOUTS:
         for one in step_on(ranks, folder, layout, recipe):
             assert one.trained == one.scored
-            assert one.figures["train/tokens_dropped_fraction"] == 0
+            assert one.metrics["train/tokens_dropped_fraction"] == 0
 
 
 # Entropies that are not finite --------------------------------------------------------------------------------------

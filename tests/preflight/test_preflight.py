@@ -1,4 +1,4 @@
-"""The preflight on real runs in small, and what its checks make of figures that this machine does not have."""
+"""The preflight on real runs in small, and what its checks make of metrics that this machine does not have."""
 
 import io
 import subprocess

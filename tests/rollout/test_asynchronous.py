@@ -31,10 +31,10 @@ from scripted import (
 )
 
 from megatron_rlvr.config import RewardSettings, RolloutSettings
-from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
+from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.reward.graders import Verdict
 from megatron_rlvr.rollout.sampler import Sampler
-from megatron_rlvr.types import Completion, Prompt, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 JOURNAL_REWARD = """\
 import os
@@ -75,7 +75,7 @@ class Step:
 
     batch: dict[tuple[int, int], tuple[list[int], list[int], float]]
     size: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     kept: list[str]
     begun: list[tuple[int, int, int]]
     """(order, samples graded, tokens of partial samples)."""
@@ -112,14 +112,14 @@ class TricklingStream:
     def __init__(self, engine: TricklingEngine) -> None:
         self.engine = engine
         self.dice = engine.dice
-        self.running: list[tuple[int, SampleRequest, Completion]] = []
+        self.running: list[tuple[int, CompletionRequest, Completion]] = []
         self.closed = False
         self.now = 0
         """The time in which answers take their time, in calls of `get` that found the graders idle: how much is sampled
         before a batch is full does not depend on how busy the machine is."""
         self.fails_at = self.dice.randint(1, 20) if self.dice.random() < engine.case.failures else None
 
-    def submit(self, requests: Sequence[SampleRequest], begun: Sequence[Completion | None]) -> None:
+    def submit(self, requests: Sequence[CompletionRequest], begun: Sequence[Completion | None]) -> None:
         for request, so_far in zip(requests, begun, strict=True):
             whole = answer(request)
             held = so_far.token_ids if so_far is not None else whole.token_ids[:0]
@@ -131,10 +131,10 @@ class TricklingStream:
             whole = replace(whole, weight_versions=np.concatenate([old, new]).astype(np.int32))
             self.running.append((self.now + self.dice.randint(1, 60), request, whole))
 
-    def get(self, timeout_seconds: float) -> tuple[SampleRequest, Completion] | None:
+    def get(self, timeout_seconds: float) -> tuple[CompletionRequest, Completion] | None:
         self.now += not self.engine.waits_for_graders()
         if self.fails_at is not None and self.now > self.fails_at:
-            raise WeightsWantedError("no server holds the current weights")
+            raise WeightsMissingError("no server holds the current weights")
         time.sleep(min(timeout_seconds, 0.001))
         ready = [item for item in self.running if item[0] <= self.now]
         if not ready:
@@ -142,7 +142,7 @@ class TricklingStream:
         self.running.remove(ready[0])
         return ready[0][1:]
 
-    def abort(self) -> list[tuple[SampleRequest, Completion]]:
+    def abort(self) -> list[tuple[CompletionRequest, Completion]]:
         assert not self.closed
         answers = []
         for _, request, whole in self.running:
@@ -174,7 +174,7 @@ def collector_of(
 
     from megatron_rlvr.data.cursor import PromptCursor
     from megatron_rlvr.data.prompts import FilePrompts, PromptSet
-    from megatron_rlvr.rollout.asynchronous import StreamingCollector
+    from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
 
     parts: dict[str, Any] = {
         "sampler": WatchedSampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ def collector_of(
         "rollout": RolloutSettings(
             engine="sglang",
             servers=["http://localhost:1"],
-            samples_per_prompt=case.samples,
+            group_size=case.samples,
             max_response_tokens=20,
             dynamic_sampling=case.dynamic,
             max_rounds=case.max_rounds,
@@ -197,7 +197,7 @@ def collector_of(
         "store": store,
         "sync": dist.barrier,
     }
-    return StreamingCollector(**parts | more)
+    return AsynchronousCollector(**parts | more)
 
 
 def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[tuple[list[Step], int]]:
@@ -226,12 +226,12 @@ def run_case(case: Case, number: int, ranks: Any, graders: Any) -> tuple[list[St
         steps.append(
             Step(
                 batch={
-                    (g.order, c.sample): (c.token_ids.tolist(), c.weight_versions.tolist(), grade.reward)
+                    (g.order, c.index): (c.token_ids.tolist(), c.weight_versions.tolist(), grade.reward)
                     for g in rollout.groups
                     for c, grade in zip(g.group.completions, g.group.grades, strict=True)
                 },
                 size=rollout.size,
-                figures=rollout.figures,
+                metrics=rollout.metrics,
                 kept=[response_of(c) for g in collector._kept for c in g.group.completions],
                 begun=[
                     (g.order, len(g.graded), sum(len(c.token_ids) for c in g.partial.values()))
@@ -305,7 +305,7 @@ def test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(layout: Layout, 
                 for rank in replica[1:]:
                     assert ranks[rank].batch == ranks[replica[0]].batch
                     assert ranks[rank].begun == []
-            assert all(r.figures == ranks[0].figures and r.size == ranks[0].size for r in ranks)
+            assert all(r.metrics == ranks[0].metrics and r.size == ranks[0].size for r in ranks)
             batch = [item for leader in leaders for item in ranks[leader].batch.items()]
             assert sorted({order for (order, _), _ in batch}) == list(range(ranks[0].size))
             assert len(batch) == ranks[0].size * case.samples
@@ -319,12 +319,12 @@ def test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(layout: Layout, 
                 settled |= dict(ranks[leader].settled)
             begun += sum(len(ranks[leader].begun) for leader in leaders)
             surplus += sum(len(ranks[leader].kept) for leader in leaders)
-            assert ranks[0].figures["rollout/groups_begun"] == sum(len(ranks[leader].begun) for leader in leaders)
+            assert ranks[0].metrics["rollout/groups_in_progress"] == sum(len(ranks[leader].begun) for leader in leaders)
         assert set(trained.values()) <= {1}
-        # What is finished and useful has been trained on, or waits; the rest of it was of no use.
+        # What is finished and informative has been trained on, or waits; the rest of it was of no use.
         waiting = Counter(text for leader in leaders for text in steps[-1][leader].kept)
-        useful = Counter(text for text, informative in settled.items() if informative or not case.dynamic)
-        assert trained + waiting == useful
+        informative = Counter(text for text, informative in settled.items() if informative or not case.dynamic)
+        assert trained + waiting == informative
         # All that was graded belongs to a finished group, or to one that goes on.
         in_progress = sum(samples for leader in leaders for _, samples, _ in steps[-1][leader].begun)
         expected_grades += len(settled) + in_progress
@@ -344,7 +344,7 @@ def test_a_batch_is_full_unless_the_set_or_the_rounds_are_used_up(folder: Path):
                 full += 1
             else:
                 short += 1
-                drawn = step.figures["rollout/rounds"] * case.prompts
+                drawn = step.metrics["rollout/rounds"] * case.prompts
                 assert drawn == pytest.approx(min(case.max_rounds * case.prompts, case.set_size))
     assert full > 60
     assert short > 5
@@ -418,7 +418,7 @@ def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
         def get(self, timeout_seconds: float) -> Any:
             if self.engine.version == 0 and not self.answers_left:
                 if ranks.rank == 1:
-                    raise ServersError("all of them are gone")
+                    raise EngineError("all of them are gone")
                 time.sleep(min(timeout_seconds, 0.001))
                 return None
             answer = super().get(timeout_seconds)
@@ -435,7 +435,7 @@ def fail_on_one(layout: Layout, folder: Path) -> tuple[str, int, int]:
         case = Case(0, 40, 6, 3, steps=1, partial=True, max_rounds=10, max_staleness=4)
         engine = FailingEngine(case, ranks.rank)
         collector = collector_of(case, engine, prompts_of([0.5] * 40), ranks, graders, process_group.store())
-        with pytest.raises(ServersError) as caught:
+        with pytest.raises(EngineError) as caught:
             collector.collect(1)
         held = sum(len(g.graded) + len(g.partial) for g in collector._begun) + len(collector._kept)
         engine.update_weights(None, 1)
@@ -500,11 +500,11 @@ def save_while_servers_fail(layout: Layout, folder: Path, failure: Exception) ->
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5]], ids=["1", "2 replicas of 2"])
-@pytest.mark.parametrize("failure", [ServersError("all of them are gone"), LookupError("of another kind")])
+@pytest.mark.parametrize("failure", [EngineError("all of them are gone"), LookupError("of another kind")])
 def test_a_checkpoint_is_made_whatever_has_failed_in_the_background(failure: Exception, layout: Layout, folder: Path):
     found = on_ranks(save_while_servers_fail, layout.world_size, layout, folder, failure)
     # Servers are tried once more; what else has failed ends the next step.
-    assert {told for _, told, _ in found} == {"" if isinstance(failure, ServersError) else str(failure)}
+    assert {told for _, told, _ in found} == {"" if isinstance(failure, EngineError) else str(failure)}
     assert {size for _, _, size in found} == {6}
     assert found[0][0] >= 4, "all that was answered is saved"
     assert set(graded_in(folder).values()) == {1}
@@ -564,7 +564,7 @@ def stop_one(layout: Layout, folder: Path) -> tuple[bool, int, int, float, float
         second = born(2, float("inf"))
         second.restore(state[0])
         rollout = second.collect(1, count)
-        tokens = rollout.figures["rollout/response_tokens"]
+        tokens = rollout.metrics["rollout/response_tokens"]
         counted = sum(len(c.token_ids) for group in rollout.sampled for c in group.completions)
         if ranks.replica_rank:
             counted = 0
@@ -579,5 +579,5 @@ def test_a_step_that_is_stopped_on_one_rank_stops_on_all_and_goes_on_with_all_th
     assert len(in_hand) == 1
     assert in_hand.pop() > 2
     assert set(graded_in(folder).values()) == {1}, "or a sample of the first life was graded again"
-    # The figures of the step count what both lives have sampled for it.
+    # The metrics of the step count what both lives have sampled for it.
     assert {tokens for _, _, _, tokens, _ in answers} == {sum(counted for *_, counted in answers)}

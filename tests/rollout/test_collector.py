@@ -32,7 +32,7 @@ from scripted import (
 )
 
 from megatron_rlvr.config import RewardSettings, RolloutSettings
-from megatron_rlvr.types import Prompt, SampleRequest
+from megatron_rlvr.types import CompletionRequest, Prompt
 
 MIXED, ALL_RIGHT, ALL_WRONG = (RIGHT, WRONG), (RIGHT, RIGHT), (WRONG, WRONG)
 ONE_RANK = LAYOUTS[0]
@@ -73,9 +73,9 @@ class Step:
 
     batch: list[Trained]
     size: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     sampled: list[str]
-    asked: list[SampleRequest]
+    asked: list[CompletionRequest]
     calls: list[int]
     finished: int
     warnings: list[str]
@@ -96,11 +96,11 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
     from megatron_rlvr.data.prompts import FilePrompts, PromptSet
     from megatron_rlvr.rollout.collector import logger
     from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.rollout.synchronous import RoundsCollector
+    from megatron_rlvr.rollout.synchronous import SynchronousCollector
 
     engine = ScriptedEngine(case.script)
     settings = RolloutSettings(
-        samples_per_prompt=case.samples,
+        group_size=case.samples,
         max_response_tokens=20,
         dynamic_sampling=case.dynamic,
         max_rounds=case.max_rounds,
@@ -108,7 +108,7 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
     reward = RewardSettings(overlong_buffer=case.overlong_buffer)
     count = len(case.set)
     prompt_set = PromptSet(case.set, (FilePrompts("set", 0, count, float(count), 0),))
-    collector = RoundsCollector(
+    collector = SynchronousCollector(
         Sampler(engine, PlainTokenizer(), graders, reward, leaders_only=case.leaders_only),  # type: ignore[arg-type]
         PromptCursor(prompt_set, case.seed, case.shuffle),
         ranks,
@@ -139,7 +139,7 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
         sampled = [group.prompt.id for group in rollout.sampled]
         steps.append(
             Step(
-                batch, rollout.size, rollout.figures, sampled, asked, engine.calls, sum(finished), list(warnings.texts)
+                batch, rollout.size, rollout.metrics, sampled, asked, engine.calls, sum(finished), list(warnings.texts)
             )
         )
     logger.removeHandler(warnings)
@@ -219,19 +219,19 @@ def on_one_rank(case: Case, folder: Path) -> list[Step]:
     return steps
 
 
-def groups_drawn(case: Case, step: Step) -> list[list[SampleRequest]]:
+def groups_drawn(case: Case, step: Step) -> list[list[CompletionRequest]]:
     """What one rank alone asked for, cut into groups: the order of asking is then the order of drawing."""
     groups = [step.asked[start : start + case.samples] for start in range(0, len(step.asked), case.samples)]
-    assert all([r.sample for r in group] == list(range(case.samples)) for group in groups)
+    assert all([r.index for r in group] == list(range(case.samples)) for group in groups)
     assert all(len({r.prompt.id for r in group}) == 1 for group in groups)
     return groups
 
 
-def is_right(case: Case, request: SampleRequest) -> bool:
+def is_right(case: Case, request: CompletionRequest) -> bool:
     return case.script(request)[0] == RIGHT
 
 
-def reward_of(case: Case, request: SampleRequest) -> float:
+def reward_of(case: Case, request: CompletionRequest) -> float:
     """1 or -1; the last ``overlong_buffer`` of the 20 tokens cost up to 1."""
     length = case.script(request)[1]
     over = max(0, length - (20 - case.overlong_buffer))
@@ -241,7 +241,7 @@ def reward_of(case: Case, request: SampleRequest) -> float:
 def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Path):
     carried_over = replaced = 0
     for case, steps in zip(CASES, random_runs(ONE_RANK, folder), strict=True):
-        waiting: list[list[SampleRequest]] = []
+        waiting: list[list[CompletionRequest]] = []
         for (step,) in steps:
             carried = len(waiting)
             drawn = groups_drawn(case, step)
@@ -255,8 +255,8 @@ def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Pat
                 assert trained.responses == [answer(r).token_ids.tolist() for r in group]
                 assert trained.rewards == pytest.approx([reward_of(case, r) for r in group])
                 assert trained.correct == [is_right(case, r) for r in group]
-            assert step.figures["rollout/groups_carried"] == carried
-            assert step.figures["rollout/groups_surplus"] == len(waiting)
+            assert step.metrics["rollout/groups_carried"] == carried
+            assert step.metrics["rollout/groups_surplus"] == len(waiting)
             carried_over += bool(carried)
             replaced += case.dynamic and len(drawn) > len(mixed) and step.size == case.prompts
     assert carried_over > 15
@@ -271,7 +271,7 @@ def test_leaders_alone_ask_for_what_all_ranks_of_a_replica_would(folder: Path):
         for step, (expected,) in enumerate(alone):
             ranks = [per_rank[rank][number][step] for rank in range(layout.world_size)]
             assert whole_batch(layout, ranks) == whole_batch(ONE_RANK, [expected])
-            assert ranks[0].figures == pytest.approx(expected.figures)
+            assert ranks[0].metrics == pytest.approx(expected.metrics)
             assert sum(len(rank.asked) for rank in ranks[:2]) == len(expected.asked)
             assert [rank.asked for rank in ranks[2:]] == [[], []]
             assert all(len(rank.calls) == len(expected.calls) for rank in ranks), "each round is a call on every rank"
@@ -285,7 +285,7 @@ def test_a_step_asks_for_no_more_than_it_may(folder: Path):
             assert len(drawn) <= (case.max_rounds if case.dynamic else 1)
             assert sum(drawn) <= len(case.set)
             # A round may draw four times what is missing, and what is missing only shrinks.
-            missing = case.prompts - step.figures["rollout/groups_carried"]
+            missing = case.prompts - step.metrics["rollout/groups_carried"]
             assert all(count <= 4 * missing for count in drawn)
             assert all(drawn)
             if step.size == case.prompts:
@@ -314,12 +314,12 @@ def test_the_figures_are_a_direct_count_of_what_was_sampled(folder: Path):
                 "reward/failures": 0,
                 "rollout/response_tokens": sum(len(c.token_ids) for c in answers),
                 "rollout/rounds": len(step.calls),
-                "rollout/groups_begun": 0,
+                "rollout/groups_in_progress": 0,
                 "rollout/groups": step.size,
                 "rollout/groups_sampled": drawn,
                 "rollout/groups_dropped": drawn - len(mixed) if case.dynamic else 0,
-                "rollout/groups_carried": step.figures["rollout/groups_carried"],  # checked above
-                "rollout/groups_surplus": step.figures["rollout/groups_surplus"],
+                "rollout/groups_carried": step.metrics["rollout/groups_carried"],  # checked above
+                "rollout/groups_surplus": step.metrics["rollout/groups_surplus"],
             }
             if answers:
                 expected |= {
@@ -328,7 +328,7 @@ def test_the_figures_are_a_direct_count_of_what_was_sampled(folder: Path):
                     "rollout/response_tokens_mean": mean([len(c.token_ids) for c in answers]),
                     "rollout/truncated_fraction": mean([c.finish_reason == "length" for c in answers]),
                 }
-            assert step.figures == pytest.approx(expected)
+            assert step.metrics == pytest.approx(expected)
             assert step.finished == len(step.asked)
             assert step.sampled == [group[0].prompt.id for group in groups_drawn(case, step)]
 
@@ -341,10 +341,10 @@ def test_batch_figures_and_seeds_are_the_same_for_every_layout(layout: Layout, f
             assert whole_batch(layout, ranks) == whole_batch(ONE_RANK, [one])
             assert [rank.size for rank in ranks] == [one.size] * layout.world_size
             for rank in ranks:
-                assert rank.figures == ranks[0].figures
-            assert ranks[0].figures == pytest.approx(one.figures)
-            asked = [(r.prompt.id, r.sample, r.seed) for rank in ranks for r in rank.asked]
-            assert sorted(asked) == sorted((r.prompt.id, r.sample, r.seed) for r in one.asked)
+                assert rank.metrics == ranks[0].metrics
+            assert ranks[0].metrics == pytest.approx(one.metrics)
+            asked = [(r.prompt.id, r.index, r.seed) for rank in ranks for r in rank.asked]
+            assert sorted(asked) == sorted((r.prompt.id, r.index, r.seed) for r in one.asked)
             assert [rank.finished for rank in ranks] == [len(rank.asked) for rank in ranks]
             sampled = [prompt_id for replica in layout.replicas for prompt_id in ranks[replica[0]].sampled]
             assert sorted(sampled) == sorted(one.sampled)
@@ -366,7 +366,7 @@ def test_no_seed_comes_twice_though_prompts_do(folder: Path):
     for steps in random_runs(ONE_RANK, folder):
         asked = [request for (step,) in steps for request in step.asked]
         assert len({request.seed for request in asked}) == len(asked)
-        again += len({(r.prompt.id, r.sample) for r in asked}) < len(asked)
+        again += len({(r.prompt.id, r.index) for r in asked}) < len(asked)
     assert again > 10
 
 
@@ -381,8 +381,8 @@ def test_all_right_and_all_wrong_groups_are_replaced(folder: Path):
     # By hand: 3 prompts give 1 mixed group; a rate of (1 + 1) / (1 + 3) asks for 4 to get the other 2, and finds 3.
     assert step.calls == [6, 8]
     assert [group.prompt_id for group in step.batch] == ["set/1", "set/3", "set/5"]
-    assert step.figures["rollout/groups_dropped"] == 3
-    assert step.figures["rollout/groups_surplus"] == 1
+    assert step.metrics["rollout/groups_dropped"] == 3
+    assert step.metrics["rollout/groups_surplus"] == 1
 
 
 def test_a_step_that_the_surplus_fills_samples_nothing_and_claims_no_means(folder: Path):
@@ -397,10 +397,10 @@ def test_a_step_that_the_surplus_fills_samples_nothing_and_claims_no_means(folde
         ["set/6", "set/7"],
         ["set/8", "set/9"],
     ]
-    assert [step.figures["rollout/groups_carried"] for step in steps] == [0, 4, 2, 0]
+    assert [step.metrics["rollout/groups_carried"] for step in steps] == [0, 4, 2, 0]
     for step in steps[1:3]:
-        assert "reward/mean" not in step.figures
-        assert step.figures["rollout/response_tokens"] == step.figures["rollout/rounds"] == 0
+        assert "reward/mean" not in step.metrics
+        assert step.metrics["rollout/response_tokens"] == step.metrics["rollout/rounds"] == 0
 
 
 def test_a_set_without_an_informative_group_gives_an_empty_batch(folder: Path):
@@ -408,8 +408,8 @@ def test_a_set_without_an_informative_group_gives_an_empty_batch(folder: Path):
     for step in on_one_rank(case, folder):
         assert (step.size, step.batch) == (0, [])
         assert len(step.calls) == 2
-        assert step.figures["rollout/groups_dropped"] == step.figures["rollout/groups_sampled"] > 4
-        assert step.figures["reward/accuracy"] == 0.5
+        assert step.metrics["rollout/groups_dropped"] == step.metrics["rollout/groups_sampled"] > 4
+        assert step.metrics["reward/accuracy"] == 0.5
     small = replace(case, set=case.set[:6], max_rounds=10)
     for step in on_one_rank(small, folder):
         assert step.size == 0
@@ -422,7 +422,7 @@ def test_without_dynamic_sampling_one_round_keeps_everything(folder: Path):
     steps = on_one_rank(case, folder)
     assert [step.calls for step in steps] == [[6], [6]]
     assert [group.prompt_id for step in steps for group in step.batch] == [f"set/{i}" for i in range(6)]
-    assert [step.figures["rollout/groups_dropped"] for step in steps] == [0, 0]
+    assert [step.metrics["rollout/groups_dropped"] for step in steps] == [0, 0]
 
 
 def test_a_grader_that_hangs_costs_one_answer_which_counts_as_wrong(folder: Path):
@@ -430,8 +430,8 @@ def test_a_grader_that_hangs_costs_one_answer_which_counts_as_wrong(folder: Path
     case = Case(prompts_with(verdicts), by_verdicts, prompts=2, steps=1, max_rounds=2, timeout_seconds=3.0)
     (step,) = on_one_rank(case, folder)
     assert [(group.prompt_id, group.rewards) for group in step.batch] == [("set/0", [1, -1]), ("set/2", [1, -1])]
-    assert step.figures["reward/failures"] == 2
-    assert step.figures["reward/accuracy"] == pytest.approx(2 / 6)
+    assert step.metrics["reward/failures"] == 2
+    assert step.metrics["reward/accuracy"] == pytest.approx(2 / 6)
 
 
 def test_the_overlong_penalty_changes_rewards_but_not_which_groups_are_kept(folder: Path):
@@ -443,5 +443,5 @@ def test_the_overlong_penalty_changes_rewards_but_not_which_groups_are_kept(fold
     # Lengths 10 to 20 under a cap of 20 with a buffer of 10: a tenth a token.
     assert group.rewards == pytest.approx([1 - n / 10 for n in range(10)] + [-2])
     assert group.correct == [True] * 10 + [False]
-    assert step.figures["reward/mean"] == pytest.approx((11 + 10 - 1) / 22 - 0.5)
-    assert step.figures["reward/accuracy"] == pytest.approx(21 / 22)
+    assert step.metrics["reward/mean"] == pytest.approx((11 + 10 - 1) / 22 - 0.5)
+    assert step.metrics["reward/accuracy"] == pytest.approx(21 / 22)

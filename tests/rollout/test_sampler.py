@@ -24,7 +24,7 @@ from scripted import (
 from megatron_rlvr.config import RewardSettings
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.rollout.sampler import Sampler, request_seed, requests_for
-from megatron_rlvr.types import Prompt, SampleRequest
+from megatron_rlvr.types import CompletionRequest, Prompt
 
 SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=20)
 
@@ -54,7 +54,7 @@ def test_completions_come_in_the_order_of_the_requests_each_with_its_own_grade(g
     finished: list[int] = []
     graded = sampler_of(engine, graders).run(requests, SAMPLING, on_finished=finished.append)
     expected = [answer(request) for request in requests]
-    assert [(c.prompt_id, c.sample) for c, _ in graded] == [(r.prompt.id, r.sample) for r in requests]
+    assert [(c.prompt_id, c.index) for c, _ in graded] == [(r.prompt.id, r.index) for r in requests]
     assert [c.token_ids.tolist() for c, _ in graded] == [c.token_ids.tolist() for c in expected]
     right = [str(c.token_ids[0]) == r.prompt.answer for c, r in zip(expected, requests, strict=True)]
     assert [mark.correct for _, mark in graded] == right
@@ -68,7 +68,7 @@ def test_completions_come_in_the_order_of_the_requests_each_with_its_own_grade(g
 def test_rewards_are_the_ones_of_the_settings_and_a_float_is_the_reward_itself(graders: GraderPool):
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 3, 0, "test")
-    engine = ScriptedEngine(lambda request: ((RIGHT, WRONG, SHARE)[request.sample], 6, False))
+    engine = ScriptedEngine(lambda request: ((RIGHT, WRONG, SHARE)[request.index], 6, False))
     graded = sampler_of(engine, graders, correct=3.0, wrong=0.5).run(requests, SAMPLING)
     assert [(mark.reward, mark.correct) for _, mark in graded] == [(3.0, True), (0.5, False), (0.25, True)]
 
@@ -77,7 +77,7 @@ def test_the_overlong_penalty_enters_the_reward_but_not_the_verdict(graders: Gra
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 8, 0, "test")
     lengths = (15, 16, 18, 20)
-    engine = ScriptedEngine(lambda r: ((RIGHT, WRONG)[r.sample // 4], lengths[r.sample % 4], False))
+    engine = ScriptedEngine(lambda r: ((RIGHT, WRONG)[r.index // 4], lengths[r.index % 4], False))
     graded = sampler_of(engine, graders).run(requests, SAMPLING, overlong_buffer=5)
     # By hand: a cap of 20 and a buffer of 5 leave 15 tokens free, and each one after that costs a fifth.
     penalties = [0.0, 0.2, 0.6, 1.0]
@@ -92,7 +92,7 @@ def test_the_overlong_penalty_enters_the_reward_but_not_the_verdict(graders: Gra
 def test_a_hanging_and_a_raising_reward_cost_their_own_answer_each(reward_folder: Path):
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 5, 0, "test")
-    engine = ScriptedEngine(lambda request: ((RIGHT, HANG, RIGHT, CRASH, RIGHT)[request.sample], 6, False))
+    engine = ScriptedEngine(lambda request: ((RIGHT, HANG, RIGHT, CRASH, RIGHT)[request.index], 6, False))
     with start_graders(reward_folder, timeout_seconds=3.0) as graders:
         graded = sampler_of(engine, graders).run(requests, SAMPLING)
     marks = [mark for _, mark in graded]
@@ -129,12 +129,12 @@ def test_no_requests_are_no_completions(graders: GraderPool):
 def test_seeds_are_unique_and_depend_on_nothing_but_what_the_sample_is():
     prompts = [*prompts_of([0.5] * 40), *prompts_of([0.5] * 40, "other/1")]
     occasions = ["evaluate", *(f"train/{order}" for order in range(30))]
-    requests: list[SampleRequest] = []
+    requests: list[CompletionRequest] = []
     for run_seed in (0, 1):
         for occasion in occasions:
             for prompt in prompts:
                 requests += requests_for(prompt, 4, run_seed, occasion)
-    assert [r.sample for r in requests[:4]] == [0, 1, 2, 3]
+    assert [r.index for r in requests[:4]] == [0, 1, 2, 3]
     seeds = {request.seed for request in requests}
     assert len(seeds) == len(requests) == 2 * 31 * 80 * 4
     assert all(0 <= seed < 2**63 for seed in seeds)

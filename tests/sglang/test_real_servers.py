@@ -15,9 +15,9 @@ import torch
 from waiting import wait_for
 
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
-from megatron_rlvr.engines.sglang.pool import ServersError
+from megatron_rlvr.protocols import EngineError
 from megatron_rlvr.rollout.sampler import requests_for
-from megatron_rlvr.types import Completion, Prompt, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 TOLERANCE = 1e-4  # nats, in float32
 
@@ -26,7 +26,7 @@ def sampling(tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Any:
     return SimpleNamespace(temperature=temperature, top_p=top_p, max_response_tokens=tokens)
 
 
-def requests(count: int, samples: int = 1) -> list[SampleRequest]:
+def requests(count: int, samples: int = 1) -> list[CompletionRequest]:
     dice = np.random.default_rng(0)
     prompts = [
         Prompt(f"set/{i}", dice.integers(3, 320, size=4 + 3 * (i % 12)).astype(np.int32), "", "set")
@@ -40,7 +40,7 @@ def weights_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def logprobs_of(model: Any, request: SampleRequest, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+def logprobs_of(model: Any, request: CompletionRequest, completion: Completion, temperature: float = 1.0) -> np.ndarray:
     """By one forward over prompt and response."""
     prompt = request.prompt.token_ids
     tokens = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
@@ -49,17 +49,17 @@ def logprobs_of(model: Any, request: SampleRequest, completion: Completion, temp
 
 
 @torch.no_grad()
-def greedy(model: Any, request: SampleRequest, count: int) -> list[int]:
+def greedy(model: Any, request: CompletionRequest, count: int) -> list[int]:
     tokens = request.prompt.token_ids.tolist()
     for _ in range(count):
         tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
     return tokens[-count:]
 
 
-def in_order(asked: list[SampleRequest], completions: Any) -> list[Completion]:
-    found = {(c.prompt_id, c.sample): c for c in completions}
+def in_order(asked: list[CompletionRequest], completions: Any) -> list[Completion]:
+    found = {(c.prompt_id, c.index): c for c in completions}
     assert len(found) == len(asked)
-    return [found[request.prompt.id, request.sample] for request in asked]
+    return [found[request.prompt.id, request.index] for request in asked]
 
 
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(servers, engine_on, reference):
@@ -133,9 +133,9 @@ def test_what_would_kill_or_confuse_a_server_is_refused_before_it_is_sent(server
     engine.update_weights(weights_of(reference), version=0)
     for token_ids in ([5, 320], [-1], []):
         prompt = Prompt("set/bad", np.array(token_ids, dtype=np.int32), "", "set")
-        with pytest.raises(ServersError, match="set/bad is empty or holds a token id outside the vocabulary of 320"):
+        with pytest.raises(EngineError, match="set/bad is empty or holds a token id outside the vocabulary of 320"):
             list(engine.generate(requests(2) + requests_for(prompt, 1, 0, "test"), sampling(4)))
-    with pytest.raises(ServersError, match=r"has 4 \+ 509 tokens, more than the agreed 512"):
+    with pytest.raises(EngineError, match=r"has 4 \+ 509 tokens, more than the agreed 512"):
         list(engine.generate(requests(1), sampling(509)))
     assert len(list(engine.generate(requests(2), sampling(4)))) == 2
 
@@ -206,7 +206,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model: Path, problems: Path, tmp_path: Path):
     ranks, sections = RUNS[name]
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
-    rollout = {"samples_per_prompt": 4, "max_response_tokens": 16, "max_rounds": 4}
+    rollout = {"group_size": 4, "max_response_tokens": 16, "max_rounds": 4}
     # A batch may be all surplus of the step before, and how far these steps go from its weights is checked by nobody.
     rollout |= {"engine": "sglang", "servers": [server.url for server in servers], "max_logprob_gap": 1e9}
     settings = tiny.settings_for(

@@ -15,16 +15,16 @@ from scripted import Layout, joined_process_group, on_ranks, ranks_of
 from waiting import wait_for
 
 from megatron_rlvr.config import SettingsError
-from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
+from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.sampler import requests_for
-from megatron_rlvr.types import Prompt, SampleRequest
+from megatron_rlvr.types import CompletionRequest, Prompt
 
 LENGTH = 5
 SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=LENGTH)
 CONFIG = {"vocab_size": VOCABULARY, "architectures": ["Qwen3ForCausalLM"]}
 
 
-def requests(count: int) -> list[SampleRequest]:
+def requests(count: int) -> list[CompletionRequest]:
     prompts = [Prompt(f"set/{i}", np.array([1, i % VOCABULARY], dtype=np.int32), "", "set") for i in range(count)]
     return [request for prompt in prompts for request in requests_for(prompt, 1, 0, "test")]
 
@@ -54,7 +54,7 @@ def ready(engine: Any) -> Any:
     return engine
 
 
-def check(asked: list[SampleRequest], completions: list[Any]) -> None:
+def check(asked: list[CompletionRequest], completions: list[Any]) -> None:
     """Each request has its own answer, once."""
     assert sorted(c.prompt_id for c in completions) == sorted(r.prompt.id for r in asked)
     prompts = {r.prompt.id: int(r.prompt.token_ids[-1]) for r in asked}
@@ -226,9 +226,7 @@ def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[
     for fake in fakes:
         fake.stop()
     start = time.monotonic()
-    with pytest.raises(
-        ServersError, match=r"no server could be used for 2 s .rollout.server_timeout_seconds."
-    ) as error:
+    with pytest.raises(EngineError, match=r"no server could be used for 2 s .rollout.server_timeout_seconds.") as error:
         list(engine.generate(requests(20), SAMPLING))
     assert 2 <= time.monotonic() - start < 30
     assert all(fake.url in str(error.value) for fake in fakes)
@@ -255,12 +253,12 @@ def test_servers_that_return_in_time_go_on_where_they_were(fakes: list[FakeServe
 def test_a_request_that_fails_everywhere_ends_the_run_with_its_reason(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.spoil = lambda answer: 500 if answer["output_ids"][0] == 3 else answer
-    with pytest.raises(ServersError, match=r"sample 0 of prompt set/2 failed 4 times, .* /generate answered 500"):
+    with pytest.raises(EngineError, match=r"sample 0 of prompt set/2 failed 4 times, .* /generate answered 500"):
         list(engine.generate(requests(8), SAMPLING))
     assert all(not member.running for member in engine._pool._members), "nothing is left in flight"
     for fake in fakes:
         fake.spoil = lambda answer: 400
-    with pytest.raises(ServersError, match="is refused by"):
+    with pytest.raises(EngineError, match="is refused by"):
         list(engine.generate(requests(8), SAMPLING))
 
 
@@ -320,7 +318,7 @@ def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
     check(asked, list(engine.generate(asked, SAMPLING)))
     assert len(fakes[1].seen) == 6
     fakes[1].loads = False
-    with pytest.raises(ServersError, match=r"no server took the weights of version 2; .*disk on fire"):
+    with pytest.raises(EngineError, match=r"no server took the weights of version 2; .*disk on fire"):
         engine.update_weights(no_weights(), version=2)
     fakes[0].loads = fakes[1].loads = True
     engine.update_weights(no_weights(), version=1)
@@ -357,7 +355,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_after_the_weights_are_exhau
             yield f"weight.{i}", torch.zeros(1)
 
     engine._sync._source = engine._sync._source / "missing"
-    with pytest.raises(ServersError, match=r"cannot be written to sync\.dir"):
+    with pytest.raises(EngineError, match=r"cannot be written to sync\.dir"):
         engine.update_weights(weights(), version=2)
     assert taken == [0, 1, 2, 3, 4], "other ranks wait in the collectives that make them"
 
@@ -492,7 +490,7 @@ def test_servers_that_come_back_without_weights_want_them_where_only_a_sync_can_
     engine._pool.patience_seconds = 60.0
     for fake in fakes:
         fake.version = "default"
-    with pytest.raises(WeightsWantedError, match="no server holds the current weights"):
+    with pytest.raises(WeightsMissingError, match="no server holds the current weights"):
         list(engine.generate(requests(4), SAMPLING))
 
 
@@ -558,7 +556,7 @@ def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: fl
         try:
             completions = list(engine.generate(mine, SAMPLING))
             check(mine, completions)
-        except ServersError as error:
+        except EngineError as error:
             failure = str(error)
         engine.close()
         return len(mine), len(completions), failure

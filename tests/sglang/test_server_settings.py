@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.command_line import load_settings, validate
-from megatron_rlvr.startup.resolve import RUN_FILES, plan_in_words, resolve
+from megatron_rlvr.startup.resolve import RUN_FILES, describe_plan, resolve
 
 REQUIRED: dict[str, Any] = {"run": {"dir": "run", "steps": 1}, "model": {"path": "model"}, "data": {"train": "a.jsonl"}}
 SERVERS = {"engine": "sglang", "servers": ["http://node1:30000", "http://[::1]:30001"]}
@@ -81,9 +81,9 @@ def test_the_cache_of_the_embedded_engine_does_not_bound_servers() -> None:
 
 def test_the_plan_names_the_servers_and_the_way_of_weights(write_config: Callable[..., Path]) -> None:
     resolved = resolve(load_settings(write_config(rollout={**SERVERS, "max_response_tokens": 16})))
-    (line,) = [line for line in plan_in_words(resolved).splitlines() if line.startswith("rollout")]
+    (line,) = [line for line in describe_plan(resolved).splitlines() if line.startswith("rollout")]
     assert "at temperature 1 from 2 SGLang server(s), which get weights by distributed; groups" in line
-    assert "SGLang" not in plan_in_words(resolve(load_settings(write_config())))
+    assert "SGLang" not in describe_plan(resolve(load_settings(write_config())))
 
 
 def test_weights_of_an_earlier_run_are_found_and_a_sync_folder_must_be_writable(

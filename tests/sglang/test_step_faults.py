@@ -33,9 +33,9 @@ from waiting import wait_for
 from megatron_rlvr.checkpoint.store import latest_checkpoint
 from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
 from megatron_rlvr.data.tokenizer import load_tokenizer
-from megatron_rlvr.engines.sglang.pool import ServersError, WeightsWantedError
+from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.sampler import request_seed
-from megatron_rlvr.types import Completion, Prompt, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 PROMPTS, SAMPLES, LENGTH = 6, 8, 150
 
@@ -64,7 +64,7 @@ class Steps:
     def __init__(self, engine: Any, ranks: Any, graders: Any, reference: Any, journal: Path, length: int) -> None:
         from megatron_rlvr.data.cursor import PromptCursor
         from megatron_rlvr.data.prompts import FilePrompts, PromptSet
-        from megatron_rlvr.rollout.asynchronous import StreamingCollector
+        from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
         from megatron_rlvr.rollout.sampler import Sampler
 
         self.engine, self.reference, self.journal = engine, reference, journal
@@ -75,19 +75,19 @@ class Steps:
         judge = sampler.judge
 
         def note(prompt: Prompt, completion: Completion) -> Any:
-            self.judged.append((prompt.id, completion.sample))
+            self.judged.append((prompt.id, completion.index))
             return judge(prompt, completion)
 
         sampler.judge = note  # type: ignore[method-assign]
         settings = RolloutSettings(
             engine="sglang",
             servers=["http://localhost:1"],
-            samples_per_prompt=SAMPLES,
+            group_size=SAMPLES,
             max_response_tokens=length,
             partial=True,
             oversampling=1.5,
         )
-        self.collector = StreamingCollector(
+        self.collector = AsynchronousCollector(
             sampler=sampler,
             cursor=PromptCursor(PromptSet(prompts_of([0.5] * 200), (FilePrompts("set", 0, 200, 1.0, 0),)), 0, True),
             ranks=ranks,
@@ -146,7 +146,7 @@ class Steps:
             assert group.informative
             for completion in group.completions[:2]:
                 assert completion.finish_reason == "length" or completion.token_ids[-1] == 2
-                request = SampleRequest(group.prompt, completion.sample, 0)
+                request = CompletionRequest(group.prompt, completion.index, 0)
                 expected = logprobs_of(self.reference, request, completion)
                 assert np.abs(expected - completion.logprobs).max() < TOLERANCE
                 assert set(completion.weight_versions.tolist()) == {0}
@@ -247,7 +247,7 @@ def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
         for server in servers:
             server.kill()
 
-    with pytest.raises(ServersError, match=r"no server could be used for 3 s") as caught:
+    with pytest.raises(EngineError, match=r"no server could be used for 3 s") as caught:
         steps.take(kill_both)
     assert all(server.url in str(caught.value) for server in servers)
     assert "\n" not in str(caught.value)
@@ -354,7 +354,7 @@ def test_servers_are_idle_after_the_trainer_is_gone_and_a_saved_step_goes_on(
         rollout={
             "engine": "sglang",
             "servers": [server.url for server in servers],
-            "samples_per_prompt": 8,
+            "group_size": 8,
             "max_response_tokens": 380,
             "max_rounds": 2,
             "partial": True,
@@ -509,7 +509,7 @@ def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_samp
         rollout={
             "engine": "sglang",
             "servers": [fake.url],
-            "samples_per_prompt": samples,
+            "group_size": samples,
             "max_response_tokens": 16,
             "dynamic_sampling": False,
             "max_inflight": 1,
@@ -544,7 +544,7 @@ def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_samp
     assert again.returncode == 0, again.stderr
     asked = [body["sampling_params"]["sampling_seed"] for body in fake.seen]
     assert len(asked) == len(set(asked)) == 2 * prompts * samples - len(held)
-    assert not set(asked) & {request_seed(0, f"train/{order}", c.prompt_id, c.sample) for order, c in held}
+    assert not set(asked) & {request_seed(0, f"train/{order}", c.prompt_id, c.index) for order, c in held}
     lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["rollout/groups_sampled"] for line in lines] == [prompts] * 3
@@ -572,7 +572,7 @@ def test_servers_that_nobody_gives_their_weights_get_a_sync_when_patience_is_ove
         fake.healthy = True
         wait_for(lambda: member.lacks_weights, 60)
         pool.patience_seconds = 0.5
-        with pytest.raises(WeightsWantedError, match="no server holds the current weights"):
+        with pytest.raises(WeightsMissingError, match="no server holds the current weights"):
             stream.get(60.0)
 
 
@@ -593,16 +593,16 @@ def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> li
         vocabulary = config["vocab_size"]
         engine = sglang.SglangEngine(pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, longest=512)
         engine.update_weights(iter({"weight": torch.zeros(1)}.items()), version=0)
-        store, agree, missing = process_group.store(), sglang.agree, []
+        store, on_all, missing = process_group.store(), sglang.raise_on_all_ranks, []
         for call in range(2):
 
             def look(failure: Exception | None, key: str = f"over/{call}") -> None:
                 missing.append(ranks.world_size - store.add(key, 0))
-                agree(failure)
+                on_all(failure)
 
             # The first rank has most to do.
             mine = requests(12 if ranks.is_main else 2) if ranks.replica_rank == 0 else []
-            with mock.patch.object(sglang, "agree", look):
+            with mock.patch.object(sglang, "raise_on_all_ranks", look):
                 answers = engine.generate(mine, sampling(16))
                 found = [next(answers) for _ in mine]
                 store.add(f"over/{call}", 1)

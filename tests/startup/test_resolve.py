@@ -13,7 +13,7 @@ import tiny
 
 from megatron_rlvr.config.command_line import load_settings, validate
 from megatron_rlvr.hf.files import INDEX, SINGLE
-from megatron_rlvr.startup.resolve import RUN_FILES, Resolved, mask_in_words, plan_in_words, resolve
+from megatron_rlvr.startup.resolve import RUN_FILES, Resolved, describe_mask, describe_plan, resolve
 from megatron_rlvr.train import INPUT_ERRORS
 
 Resolve = Callable[..., Resolved]
@@ -452,11 +452,11 @@ def test_help_ends_with_status_0(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_the_mask_is_told_in_words(selection: dict[str, Any], words: str) -> None:
     settings = validate(tiny.settings_for(Path("model"), Path("train.jsonl"), Path("run"), selection=selection))
-    assert mask_in_words(settings) == f"the policy gradient touches {words}"
+    assert describe_mask(settings) == f"the policy gradient touches {words}"
 
 
 def test_the_plan_tells_what_differs_from_the_paper(resolve_with: Resolve, problems: Path) -> None:
-    plan = plan_in_words(
+    plan = describe_plan(
         resolve_with(
             loss={"normalizer": "selected_tokens"},
             rollout={"dynamic_sampling": False, "max_rounds": 10},

@@ -42,8 +42,7 @@ class Run:
             self.place / "problems.jsonl",
             self.folder,
             run={"steps": steps} | self.sections.get("run", {}),
-            rollout={"samples_per_prompt": 2, "max_response_tokens": 8, "max_rounds": 4}
-            | self.sections.get("rollout", {}),
+            rollout={"group_size": 2, "max_response_tokens": 8, "max_rounds": 4} | self.sections.get("rollout", {}),
             batch={"prompts": 2, "mini_batch_prompts": 2} | self.sections.get("batch", {}),
             reward={"function": "rewards:even"},
             optimizer={"learning_rate": 1e-3},
@@ -57,7 +56,7 @@ class Run:
         whole = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in whole if line.endswith("\n")]
 
-    def figures(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, float]]:
         """The lines without what measures time."""
         measured = ("time/", "rollout/tokens_per_second")
         return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in self.lines()]

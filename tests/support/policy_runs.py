@@ -194,8 +194,8 @@ def trained(run: Run) -> RankTrace:
         for step in range(1, run.recipe.steps + 1):
             policy.start_step()
             trace.learning_rate.append(policy.learning_rate)
-            figures = learner.learn(step, mini_batches, lambda phase: contextlib.nullcontext())
-            trace.threshold.append(figures.get("selection/threshold", 0.0))
+            metrics = learner.learn(step, mini_batches, lambda phase: contextlib.nullcontext())
+            trace.threshold.append(metrics.get("selection/threshold", 0.0))
         trace.weights = {name: tensor.clone() for name, tensor in policy.export_weights()}
         if policy.ranks.last_stage:
             trace.fused = policy._chunks[-1].module.output_weight.grad_added_to_main_grad
@@ -214,16 +214,16 @@ def _recording(policy: Any, trace: RankTrace) -> Any:
             return mask
 
         if callable(masks):
-            figures = train_step(batches, lambda batch, h: note(batch, masks(batch, h)), old_logp, loss, count)
+            metrics = train_step(batches, lambda batch, h: note(batch, masks(batch, h)), old_logp, loss, count)
         else:
             for batch, mask in zip(batches, masks, strict=True):
                 note(batch, mask)
-            figures = train_step(batches, masks, old_logp, loss, count)
+            metrics = train_step(batches, masks, old_logp, loss, count)
         trace.kept.append(kept)
         trace.micro_batches.append([sorted(set((b.token_ids >> 20).tolist())) for b in batches])
         for name in ("loss", "grad_norm", "clip_fraction", "skipped"):
-            getattr(trace, name).append(figures[name])
-        return figures
+            getattr(trace, name).append(metrics[name])
+        return metrics
 
     policy.train_step = recorded
     return policy

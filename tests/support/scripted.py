@@ -19,7 +19,7 @@ import numpy as np
 from launcher import Ranks as World
 from launcher import joined_process_group as launchers_process_group
 
-from megatron_rlvr.types import Completion, Prompt, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 PATIENCE_SECONDS = 600.0
 
@@ -39,20 +39,20 @@ def first_token(prompt, response):
     return 0.25 if verdict == "4" else verdict == prompt.answer
 """
 
-Script = Callable[[SampleRequest], tuple[int, int, bool]]
+Script = Callable[[CompletionRequest], tuple[int, int, bool]]
 """Request -> (first token, length, whether it was cut)."""
 
 
-def by_accuracy(request: SampleRequest) -> tuple[int, int, bool]:
+def by_accuracy(request: CompletionRequest) -> tuple[int, int, bool]:
     """Right with the probability in ``prompt.extra``; the dice are the seed's."""
     dice = random.Random(request.seed)
     verdict = RIGHT if dice.random() < request.prompt.extra["accuracy"] else WRONG
     return verdict, dice.randint(5, 20), dice.random() < 0.3
 
 
-def by_verdicts(request: SampleRequest) -> tuple[int, int, bool]:
+def by_verdicts(request: CompletionRequest) -> tuple[int, int, bool]:
     """The verdicts in ``prompt.extra``, in sample order; each response is as long as its sample number + 10."""
-    return request.prompt.extra["verdicts"][request.sample], request.sample + 10, False
+    return request.prompt.extra["verdicts"][request.index], request.index + 10, False
 
 
 def prompts_of(accuracies: Sequence[float], name: str = "set") -> list[Prompt]:
@@ -69,7 +69,7 @@ class ScriptedEngine:
 
     def __init__(self, script: Script = by_accuracy) -> None:
         self.script = script
-        self.asked: list[tuple[SampleRequest, Any]] = []
+        self.asked: list[tuple[CompletionRequest, Any]] = []
         self.calls: list[int] = []
         """How many requests came with each call."""
 
@@ -79,22 +79,20 @@ class ScriptedEngine:
     def release_memory(self) -> None:
         raise NotImplementedError
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Any) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[CompletionRequest], sampling: Any) -> Iterator[Completion]:
         self.calls.append(len(requests))
         self.asked += [(request, sampling) for request in requests]
         for request in random.Random(len(self.asked)).sample(list(requests), len(requests)):
             yield answer(request, self.script)
 
 
-def answer(request: SampleRequest, script: Script = by_accuracy) -> Completion:
+def answer(request: CompletionRequest, script: Script = by_accuracy) -> Completion:
     """The completion that the script gives."""
     verdict, length, cut = script(request)
     words = [request.seed >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
     token_ids = np.array([verdict, *words, *[9] * (length - 5)], dtype=np.int32)
     logprobs = np.zeros(len(token_ids), dtype=np.float32)
-    return Completion(
-        request.prompt.id, request.sample, token_ids, logprobs, "length" if cut else "stop", 0 * token_ids
-    )
+    return Completion(request.prompt.id, request.index, token_ids, logprobs, "length" if cut else "stop", 0 * token_ids)
 
 
 class PlainTokenizer:

@@ -79,8 +79,8 @@ def _train(policy: Any) -> None:
     logp = policy.score(mini.micro_batches).logp
     policy.start_step()
     masks = [torch.ones_like(part, dtype=torch.bool) for part in logp]
-    figures = policy.train_step(mini.micro_batches, masks, logp, DapoLoss(LossSettings()), mini.response_tokens)
-    assert figures["skipped"] == 0
+    metrics = policy.train_step(mini.micro_batches, masks, logp, DapoLoss(LossSettings()), mini.response_tokens)
+    assert metrics["skipped"] == 0
 
 
 def _sampled(
@@ -110,7 +110,7 @@ def _sampled(
         completions = list(engine.generate(asked if policy.ranks.is_main else [], sampling))
     finally:
         engine.close()
-    shared: list[Any] = [sorted(completions, key=lambda c: (int(c.prompt_id), c.sample))]
+    shared: list[Any] = [sorted(completions, key=lambda c: (int(c.prompt_id), c.index))]
     dist.broadcast_object_list(shared, src=0)
     (completions,) = shared
     rewards = [1.0, -1.0] * (GROUP_SIZE // 2)

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_rlvr.engines.embedded.model import build_model, checkpoint_views, copy_weights, refuse_partial_attention
-from megatron_rlvr.engines.embedded.running_batch import LiveRows
+from megatron_rlvr.engines.embedded.running_batch import RunningBatch
 from megatron_rlvr.protocols import Sampling
-from megatron_rlvr.types import Completion, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest
 
 
 class EmbeddedEngine:
@@ -87,7 +87,7 @@ class EmbeddedEngine:
     def release_memory(self) -> None:
         """Nothing: the cache is gone with each `generate`, and the weights are small beside training's."""
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[CompletionRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, each in the step that finishes it.
 
         ``logprobs`` are log_softmax(logits / temperature) over the full vocabulary, before top-p, as SGLang reports
@@ -102,12 +102,12 @@ class EmbeddedEngine:
         self._check(requests, sampling)
         return self._stream(deque(requests), sampling, self.weight_version)
 
-    def _stream(self, waiting: deque[SampleRequest], sampling: Sampling, version: int) -> Iterator[Completion]:
+    def _stream(self, waiting: deque[CompletionRequest], sampling: Sampling, version: int) -> Iterator[Completion]:
         if not waiting:
             return
         columns = max(len(request.prompt.token_ids) for request in waiting) + sampling.max_response_tokens
         rows = min(len(waiting), self._max_batch_rows, self._max_batch_tokens // columns)
-        batch = LiveRows(self._model, rows, columns, sampling, self._is_stop, self._pad_token_id, version)
+        batch = RunningBatch(self._model, rows, columns, sampling, self._is_stop, self._pad_token_id, version)
         # Prefilling rows one by one would cost a forward each, so holes are collected up to an eighth of the batch.
         worth_filling = max(1, rows // 8)
         while waiting or batch.live:
@@ -118,7 +118,7 @@ class EmbeddedEngine:
                 batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
             yield from batch.step()
 
-    def _check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+    def _check(self, requests: Sequence[CompletionRequest], sampling: Sampling) -> None:
         response = sampling.max_response_tokens
         if response < 1:
             raise ValueError(f"max_response_tokens {response} must be at least 1")

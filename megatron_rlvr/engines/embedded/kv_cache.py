@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-class Slots:
+class KVCache:
     """The cells of all layers, and which of them the current step writes and reads.
 
     ``cache`` is what a model of transformers takes as ``past_key_values``.
@@ -22,7 +22,7 @@ class Slots:
     def __init__(self, layers: int, rows: int, columns: int, device: torch.device) -> None:
         self.rows = rows
         self.columns = columns
-        self.cache = Cache(layers=[_SlotLayer(self) for _ in range(layers)])
+        self.cache = Cache(layers=[_KVCacheLayer(self) for _ in range(layers)])
         self._row_index = torch.arange(rows, device=device)
         self._column_index = torch.arange(columns, device=device)
         self.written_rows = self.written_columns = self._row_index[:0]
@@ -61,14 +61,14 @@ class Slots:
         return self.cache.layers
 
 
-class _SlotLayer(CacheLayerMixin):
+class _KVCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, written in place."""
 
     is_sliding = False
     keys: Any
     values: Any
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: KVCache) -> None:
         super().__init__()
         self._slots = slots
 

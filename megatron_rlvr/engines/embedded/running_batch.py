@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from megatron_rlvr.engines.embedded.kv_cache import Slots
+from megatron_rlvr.engines.embedded.kv_cache import KVCache
 from megatron_rlvr.engines.embedded.sampling import sample_tokens
 from megatron_rlvr.protocols import Sampling
-from megatron_rlvr.types import Completion, SampleRequest
+from megatron_rlvr.types import Completion, CompletionRequest
 
 # Positions in one prefill forward, padding included: bounds its activations.
 _PREFILL_POSITIONS = 8192
 
 
-class LiveRows:
+class RunningBatch:
     """The live sequences of one ``generate`` call.
 
     Args:
@@ -54,8 +54,8 @@ class LiveRows:
         self._pad_token_id = pad_token_id
         self._version = version
         self._device = model.device
-        self._slots = Slots(model.config.num_hidden_layers, rows, columns, model.device)
-        self._requests: list[SampleRequest] = []
+        self._slots = KVCache(model.config.num_hidden_layers, rows, columns, model.device)
+        self._requests: list[CompletionRequest] = []
         self._latest = np.zeros(rows, dtype=np.int64)  # the token to feed next ...
         self._position = np.zeros(rows, dtype=np.int64)  # ... and its position, which is its column
         self._produced = np.zeros(rows, dtype=np.int64)
@@ -64,7 +64,7 @@ class LiveRows:
         self._logprobs = np.zeros((rows, sampling.max_response_tokens), dtype=np.float32)
 
     @torch.inference_mode()
-    def admit(self, requests: Sequence[SampleRequest]) -> None:
+    def admit(self, requests: Sequence[CompletionRequest]) -> None:
         """Appends rows for ``requests``, at most as many as are free, and prefills each distinct prompt once."""
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, request in enumerate(requests, start=self.live):
@@ -146,7 +146,7 @@ class LiveRows:
         request, produced = self._requests[row], self._produced[row]
         return Completion(
             prompt_id=request.prompt.id,
-            sample=request.sample,
+            index=request.index,
             token_ids=self._tokens[row, :produced].copy(),
             logprobs=self._logprobs[row, :produced].copy(),
             finish_reason="stop" if stopped else "length",

@@ -20,16 +20,16 @@ import torch.distributed as dist
 
 from megatron_rlvr.config import RolloutSettings, SettingsError
 from megatron_rlvr.distributed import accelerator, process_group
-from megatron_rlvr.distributed.collectives import agree
-from megatron_rlvr.distributed.counters import Board
+from megatron_rlvr.distributed.collectives import raise_on_all_ranks
+from megatron_rlvr.distributed.counters import Counters
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang import colocation
 from megatron_rlvr.engines.sglang.client import Server, ServerFault, ServerInfo, UnusableServer
-from megatron_rlvr.engines.sglang.pool import JobStream, ServerPool, ServersError, Weights, faults
-from megatron_rlvr.engines.sglang.request import GivenUp, Job
+from megatron_rlvr.engines.sglang.pool import RequestStream, ServerPool, Weights, faults
+from megatron_rlvr.engines.sglang.request import GivenUp, ServerRequest
 from megatron_rlvr.engines.sglang.router import expand, workers_of
-from megatron_rlvr.protocols import Sampling
-from megatron_rlvr.types import Completion, SampleRequest, nothing_sampled
+from megatron_rlvr.protocols import EngineError, Sampling
+from megatron_rlvr.types import Completion, CompletionRequest, empty_completion
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class WeightSync(Protocol):
 
     announce: Callable[[str, int], None]
 
-    def hand_over(
+    def push(
         self,
         named_tensors: "Iterable[tuple[str, torch.Tensor]]",
         version: int,
@@ -109,24 +109,24 @@ class SglangEngine:
 
         Requests may be in flight: they wait, and go on with the new weights.
 
-        Raises: ServersError on every rank if no server took them.
+        Raises: EngineError on every rank if no server took them.
         """
         if self._colocated:  # before servers take their memory back
             accelerator.give_back_memory()
             dist.barrier()
         if self._pool is None:
-            weights, _ = self._sync.hand_over(named_tensors, version)
-            agree(None)
+            weights, _ = self._sync.push(named_tensors, version)
+            raise_on_all_ranks(None)
         else:
             with self._pool.changing_weights():
                 # Weights that were loaded into memory that is not there would end the server.
                 without_memory = self._memory(colocation.resume_weights)
-                weights, failures = self._sync.hand_over(named_tensors, version, without_memory)
+                weights, failures = self._sync.push(named_tensors, version, without_memory)
                 failures = self._memory(colocation.resume_all) | failures  # what failed first is the reason
                 self._pool.use(weights, failures)
             reasons = "; ".join(f"{url}: {reason}" for url, reason in failures.items())
             none_left = f"no server took the weights of version {version}; {reasons}"
-            agree(None if self._pool.usable else ServersError(none_left))
+            raise_on_all_ranks(None if self._pool.usable else EngineError(none_left))
         self._version = version
 
     def release_memory(self) -> None:
@@ -149,29 +149,29 @@ class SglangEngine:
         assert self._version is not None
         return self._version
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[CompletionRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request as it arrives; a collective over the world, to be exhausted by every rank.
 
         Only leaders have requests. Temperature 0 takes the likeliest token and reports log_softmax(logits). The same
         requests are answered alike again where the servers run with --enable-deterministic-inference.
 
-        Raises: ServersError on every rank, if servers fail for good, or a request cannot be sent to any.
+        Raises: EngineError on every rank, if servers fail for good, or a request cannot be sent to any.
         """
         self._calls += 1
-        board = Board(self._store, f"generate/{self._calls}")
+        board = Counters(self._store, f"generate/{self._calls}")
         failure = None
         try:
             if requests:
                 yield from self._answers(requests, sampling)
-        except ServersError as error:
+        except EngineError as error:
             failure = error
         finally:
             board.leave()
         board.wait_for_all(dist.get_world_size())  # as long as it takes, which a collective would not
-        agree(failure)
+        raise_on_all_ranks(failure)
 
-    def _answers(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
-        """The completions of this rank's requests as they arrive. Raises: ServersError."""
+    def _answers(self, requests: Sequence[CompletionRequest], sampling: Sampling) -> Iterator[Completion]:
+        """The completions of this rank's requests as they arrive. Raises: EngineError."""
         if self._pool is None:
             raise RuntimeError("this rank does not lead its replica and has requests; give them to the leader")
         with self.open(sampling) as stream:
@@ -199,19 +199,19 @@ class SglangEngine:
         if self._pool is not None:
             self._pool.close()
 
-    def job(self, request: SampleRequest, begun: Completion | None, sampling: Sampling) -> Job:
+    def job(self, request: CompletionRequest, begun: Completion | None, sampling: Sampling) -> ServerRequest:
         """What to ask a server for.
 
-        Raises: ServersError for a request that no server could answer, or would not survive.
+        Raises: EngineError for a request that no server could answer, or would not survive.
         """
         prompt, response = request.prompt.token_ids, sampling.max_response_tokens
-        name = f"sample {request.sample} of prompt {request.prompt.id}"
+        name = f"sample {request.index} of prompt {request.prompt.id}"
         if not len(prompt) or prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            raise ServersError(f"{name} is empty or holds a token id outside the vocabulary of {self._vocab_size}")
+            raise EngineError(f"{name} is empty or holds a token id outside the vocabulary of {self._vocab_size}")
         if len(prompt) + response > self._longest:
-            raise ServersError(f"{name} has {len(prompt)} + {response} tokens, more than the agreed {self._longest}")
+            raise EngineError(f"{name} has {len(prompt)} + {response} tokens, more than the agreed {self._longest}")
         assert self._version is not None
-        begun = begun or nothing_sampled(request)
+        begun = begun or empty_completion(request)
         remaining = response - len(begun.token_ids)
         parameters = {
             "max_new_tokens": remaining,
@@ -222,7 +222,7 @@ class SglangEngine:
             "stop_token_ids": sorted(self._stop_token_ids),
             "sampling_seed": request.seed,
         }
-        return Job(
+        return ServerRequest(
             name=name,
             body={
                 "input_ids": [*prompt.tolist(), *begun.token_ids.tolist()],
@@ -234,8 +234,8 @@ class SglangEngine:
         )
 
     def _read(
-        self, request: SampleRequest, begun: Completion, most: int, oldest: int, answer: Any
-    ) -> tuple[SampleRequest, Completion]:
+        self, request: CompletionRequest, begun: Completion, most: int, oldest: int, answer: Any
+    ) -> tuple[CompletionRequest, Completion]:
         """What a server's answer makes of ``begun``; a fault if it cannot be its continuation by ``most`` tokens.
 
         Args:
@@ -290,21 +290,21 @@ class SglangEngine:
 class SglangStream:
     """Requests go in, completions come out; see protocols.RolloutStream."""
 
-    def __init__(self, engine: SglangEngine, jobs: JobStream, sampling: Sampling) -> None:
+    def __init__(self, engine: SglangEngine, jobs: RequestStream, sampling: Sampling) -> None:
         self._engine = engine
         self._jobs = jobs
         self._sampling = sampling
 
-    def submit(self, requests: Sequence[SampleRequest], begun: Sequence[Completion | None] = ()) -> None:
+    def submit(self, requests: Sequence[CompletionRequest], begun: Sequence[Completion | None] = ()) -> None:
         """Asks for completions; ``begun`` are what earlier streams have got of them."""
         pairs = zip(requests, begun or [None] * len(requests), strict=True)
         self._jobs.submit([self._engine.job(request, so_far, self._sampling) for request, so_far in pairs])
 
-    def get(self, timeout_seconds: float | None = None) -> tuple[SampleRequest, Completion] | None:
-        """The next that is complete, or None if none is in time. Raises: ServersError if servers fail for good."""
+    def get(self, timeout_seconds: float | None = None) -> tuple[CompletionRequest, Completion] | None:
+        """The next that is complete, or None if none is in time. Raises: EngineError if servers fail for good."""
         return self._jobs.get(timeout_seconds)
 
-    def abort(self) -> list[tuple[SampleRequest, Completion]]:
+    def abort(self) -> list[tuple[CompletionRequest, Completion]]:
         """Ends all requests: what is complete and was not taken, and what is known of the others."""
         return self._jobs.abort()
 
@@ -355,7 +355,7 @@ def connect(
         for problem in problems[1:]:
             logger.error(problem)
     try:
-        agree(SettingsError(problems[0]) if problems else None)
+        raise_on_all_ranks(SettingsError(problems[0]) if problems else None)
     except SettingsError:
         if pool is not None:
             pool.close()

@@ -1,10 +1,10 @@
 """A pool of SGLang servers: who may be used, who gets which request, and what becomes of a request that fails.
 
 All connections live in the event loop of one background thread; the trainer's threads hand jobs in and take results
-out, each through a `JobStream` of its own. A server is *in* while it is healthy and holds the current weights. Whatever
-casts doubt on it takes it out, with one line in the log, and its requests go to others; it comes back when it is
-healthy again and holds the weights. Where weights are in a folder, the rank that may (`Weights.load`) gives them to it
-once more; otherwise it gets them with the next sync. It is asked less often each time it had to be taken out.
+out, each through a `RequestStream` of its own. A server is *in* while it is healthy and holds the current weights.
+Whatever casts doubt on it takes it out, with one line in the log, and its requests go to others; it comes back when it
+is healthy again and holds the weights. Where weights are in a folder, the rank that may (`Weights.load`) gives them to
+it once more; otherwise it gets them with the next sync. It is asked less often each time it had to be taken out.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import aiohttp
 
 from megatron_rlvr.engines.sglang.client import Refused, Server, ServerFault, UnusableServer
-from megatron_rlvr.engines.sglang.request import GivenUp, Job
+from megatron_rlvr.engines.sglang.request import GivenUp, ServerRequest
+from megatron_rlvr.protocols import EngineError, WeightsMissingError
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +37,6 @@ _FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.25, 30.0
 _LOOK_SECONDS, _PAST_A_PAUSE_SECONDS = 0.05, 0.5
 # A request may reach its server after the order to abort it: the order is repeated.
 _ABORT_AGAIN_SECONDS, _ABORT_ORDER_SECONDS, _ABORT_SECONDS = 1.0, 5.0, 20.0
-
-
-class ServersError(RuntimeError):
-    """The servers cannot answer: none is left, or a request failed everywhere."""
-
-
-class WeightsWantedError(ServersError):
-    """All servers are out, and one that is healthy lacks nothing but the weights, which only a sync can give it."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +66,10 @@ class _Member:
     lacks_weights: bool = False
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while it is given weights to come back with."""
-    running: dict["asyncio.Task[None]", tuple["JobStream", Job]] = field(default_factory=dict)
+    running: dict["asyncio.Task[None]", tuple["RequestStream", ServerRequest]] = field(default_factory=dict)
 
 
-class JobStream:
+class RequestStream:
     """Jobs go in, results come out as they are ready; made by `ServerPool.open`, used by one thread."""
 
     def __init__(self, pool: "ServerPool") -> None:
@@ -86,14 +79,14 @@ class JobStream:
         self.aborting = False
         self._pool = pool
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[ServerRequest]) -> None:
         """Puts jobs in line."""
         self._pool.submit(self, jobs)
 
     def get(self, timeout_seconds: float | None = None) -> Any | None:
         """The next result, or None if there is none in time.
 
-        Raises: ServersError if a job failed too often, if it is refused, or if all servers were out for too long.
+        Raises: EngineError if a job failed too often, if it is refused, or if all servers were out for too long.
         """
         try:
             result = self.results.get(timeout=timeout_seconds)
@@ -137,8 +130,8 @@ class ServerPool:
         self._max_inflight = max_inflight
         self._retries = retries
         self._weights: Weights | None = None
-        self._streams: list[JobStream] = []
-        self._waiting: deque[tuple[JobStream, Job]] = deque()
+        self._streams: list[RequestStream] = []
+        self._waiting: deque[tuple[RequestStream, ServerRequest]] = deque()
         self._watchers: list[asyncio.Task[None]] = []
         self._requests = 0
         self._changing, self._changes = False, 0
@@ -231,12 +224,12 @@ class ServerPool:
         self.run(use())
 
     @contextmanager
-    def open(self) -> Iterator[JobStream]:
+    def open(self) -> Iterator[RequestStream]:
         """A stream. While any is open the servers' health is watched, and those that are out are taken back.
 
         At the end what is left of its jobs is cancelled, on the servers too.
         """
-        stream = JobStream(self)
+        stream = RequestStream(self)
 
         async def begin() -> "asyncio.Task[None]":
             self._streams.append(stream)
@@ -258,7 +251,7 @@ class ServerPool:
         finally:
             self.run(end())
 
-    def submit(self, stream: JobStream, jobs: Sequence[Job]) -> None:
+    def submit(self, stream: RequestStream, jobs: Sequence[ServerRequest]) -> None:
         """Puts jobs of a stream in line."""
 
         def submit() -> None:
@@ -331,7 +324,7 @@ class ServerPool:
             stream, job = member.running[_this_task()]
             goes_on = await self._attempt(stream, job, member) and self._dispatch(member)
 
-    async def _attempt(self, stream: JobStream, job: Job, member: _Member) -> bool:
+    async def _attempt(self, stream: RequestStream, job: ServerRequest, member: _Member) -> bool:
         """One request; whether its place at the server was still this task's at the end."""
         self._requests += 1
         # A server refuses an id that it still works on, as after a timeout: each attempt has its own. An order to abort
@@ -345,7 +338,7 @@ class ServerPool:
         except ServerFault as error:
             fault = error
         except Refused as refusal:
-            result = ServersError(f"{job.name} is refused by {member.server.url}: {refusal}")
+            result = EngineError(f"{job.name} is refused by {member.server.url}: {refusal}")
         if member.running.pop(_this_task(), None) is None:
             return False  # it goes elsewhere: a cancellation can turn into the timeout that it overtook
         if fault is None:
@@ -358,7 +351,7 @@ class ServerPool:
                 self._take_out(member, str(fault))
         return True
 
-    def _again(self, stream: JobStream, job: Job, member: _Member, reason: str) -> None:
+    def _again(self, stream: RequestStream, job: ServerRequest, member: _Member, reason: str) -> None:
         """Puts a failed job in line once more, after a pause that doubles with each failure."""
         if stream.aborting:
             return
@@ -366,7 +359,7 @@ class ServerPool:
         job.tried.add(member.server.url)
         if job.failures > self._retries:
             stream.results.put(
-                ServersError(f"{job.name} failed {job.failures} times, at last at {member.server.url}: {reason}")
+                EngineError(f"{job.name} failed {job.failures} times, at last at {member.server.url}: {reason}")
             )
             return
 
@@ -378,7 +371,7 @@ class ServerPool:
         pause = min(_LONGEST_RETRY_SECONDS, _FIRST_RETRY_SECONDS * 2**job.failures)
         self._loop.call_later(pause * self._random.uniform(0.5, 1.5), requeue)
 
-    async def abort(self, stream: JobStream, *, wait: bool = True) -> None:
+    async def abort(self, stream: RequestStream, *, wait: bool = True) -> None:
         """Ends a stream's jobs: what runs is aborted and, if ``wait``, given a while to answer with what it has."""
         stream.aborting = True
         self._waiting = deque(item for item in self._waiting if item[0] is not stream)
@@ -401,10 +394,10 @@ class ServerPool:
             if tasks:
                 await asyncio.wait(tasks, timeout=_ABORT_AGAIN_SECONDS)
 
-    def _jobs(self, member: _Member, stream: JobStream) -> list[Job]:
+    def _jobs(self, member: _Member, stream: RequestStream) -> list[ServerRequest]:
         return [job for owner, job in member.running.values() if owner is stream]
 
-    def _tasks(self, member: _Member, stream: JobStream) -> list["asyncio.Task[None]"]:
+    def _tasks(self, member: _Member, stream: RequestStream) -> list["asyncio.Task[None]"]:
         return [task for task, (owner, _) in member.running.items() if owner is stream]
 
     def _take_out(self, member: _Member, reason: str) -> None:
@@ -457,7 +450,7 @@ class ServerPool:
         logger.info("server %s is back", member.server.url)
         self._dispatch()
 
-    async def _be_patient(self, stream: JobStream) -> None:
+    async def _be_patient(self, stream: RequestStream) -> None:
         last_usable = self._loop.time()
         while True:
             await asyncio.sleep(min(1.0, self.patience_seconds / 4))
@@ -469,10 +462,10 @@ class ServerPool:
             # A rank that can give single servers their weights does so only while it samples, and may have finished.
             by_sync = over or (self._weights is not None and self._weights.by_sync_only)
             if any(member.lacks_weights and (by_sync or member.server.held) for member in self._members):
-                return stream.results.put(WeightsWantedError(f"no server holds the current weights; {reasons}"))
+                return stream.results.put(WeightsMissingError(f"no server holds the current weights; {reasons}"))
             if over:
                 none = f"no server could be used for {self.patience_seconds:g} s (rollout.server_timeout_seconds)"
-                return stream.results.put(ServersError(f"{none}; {reasons}"))
+                return stream.results.put(EngineError(f"{none}; {reasons}"))
 
 
 def faults(results: Mapping[str, Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ class GivenUp(ServerFault):
 
 
 @dataclass(eq=False)
-class Job:
+class ServerRequest:
     """One request.
 
     Attributes:

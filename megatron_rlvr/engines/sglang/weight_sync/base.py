@@ -1,6 +1,6 @@
 """What the ways of handing over weights have in common.
 
-Every rank calls `hand_over` and goes through all tensors, since gathering them is a collective; the main rank alone
+Every rank calls `push` and goes through all tensors, since gathering them is a collective; the main rank alone
 talks to servers. What servers call their weights has a part that is drawn anew for every run, so that weights of
 another run, or of an earlier step, are told apart.
 
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_rlvr.distributed.collectives import agree
+from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang.client import Refused, Server, ServerFault, UnusableServer
 from megatron_rlvr.engines.sglang.pool import ServerPool, Weights, faults
@@ -74,7 +74,8 @@ class Sync:
         """What servers call the weights of a version; announced on every rank when it returns on any."""
         label = self._from_main(f"{self._run}-{version}")
         self.announce(label, version)
-        agree(None)  # a replica that lags behind has requests at servers, which may be given the weights before it
+        # A replica that lags behind has requests at servers, which may be given the weights before it.
+        raise_on_all_ranks(None)
         return label
 
     def _from_main(self, value: T) -> T:
@@ -94,7 +95,7 @@ class BucketSync(Sync, ABC):
         device: where buckets are filled.
 
     Attributes:
-        sent: figures of the last update; None before the first, and on other ranks than the main one.
+        sent: metrics of the last update; None before the first, and on other ranks than the main one.
     """
 
     def __init__(self, pool: ServerPool | None, ranks: Ranks, bucket_bytes: int, device: torch.device) -> None:
@@ -103,7 +104,7 @@ class BucketSync(Sync, ABC):
         self._device = device
         self.sent: Sent | None = None
 
-    def hand_over(
+    def push(
         self,
         named_tensors: Iterable[tuple[str, torch.Tensor]],
         version: int,

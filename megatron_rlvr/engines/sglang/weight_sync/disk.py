@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang.client import Server
-from megatron_rlvr.engines.sglang.pool import ServerPool, ServersError, Weights, faults
+from megatron_rlvr.engines.sglang.pool import ServerPool, Weights, faults
 from megatron_rlvr.engines.sglang.weight_sync.base import Sync
 from megatron_rlvr.hf.weights import write_folder
+from megatron_rlvr.protocols import EngineError
 
 
 class DiskSync(Sync):
@@ -44,7 +45,7 @@ class DiskSync(Sync):
         self._finish = finish
         self._written: list[Path] = []
 
-    def hand_over(
+    def push(
         self,
         named_tensors: Iterable[tuple[str, torch.Tensor]],
         version: int,
@@ -56,7 +57,7 @@ class DiskSync(Sync):
             without: see rollout.sglang.WeightSync.
 
         Returns: what servers have to sample from, with a loader on the main rank, and {URL: why it does not}.
-        Raises: ServersError on every rank if the folder cannot be written.
+        Raises: EngineError on every rank if the folder cannot be written.
         """
         label = self._label(version)
         tensors = iter(named_tensors)
@@ -65,7 +66,7 @@ class DiskSync(Sync):
             pass  # the other ranks wait in its collectives
         problem = self._from_main(problem)
         if problem is not None:
-            raise ServersError(problem)
+            raise EngineError(problem)
         failures: dict[str, str] = {}
         load = None
         if self._main_pool is not None:
