@@ -1,28 +1,73 @@
-"""What a failure of the machine leaves of files: all that was flushed to the disk before. Imports no torch."""
+"""Files and folders that appear whole or not at all: build under a temporary name, fsync, rename. Imports no torch.
+
+    write_text(path, text)          a file
+    with new_folder(path) as tmp:   a folder; its files are written into ``tmp``
+
+After a crash of the process or of the machine, a reader finds the old content or all of the new content.
+"""
 
 import errno
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def beside(target: Path) -> Path:
-    """Where a file or folder is built before it gets its name."""
+def temporary_path(target: Path) -> Path:
+    """The path under which a file or folder is built before it is renamed to ``target``."""
     return target.with_name(target.name + ".incomplete")
 
 
-def to_disk(folder: Path) -> None:
-    """Returns when all that is in a folder, at any depth, would survive a failure of the machine."""
+def write_text(path: Path, text: str) -> None:
+    """Replaces the content of a file (UTF-8). Raises OSError; the file then has its old content."""
+    building = temporary_path(path)
+    building.write_text(text, encoding="utf-8")
+    flush(building)
+    building.replace(path)
+    flush(path.parent)
+
+
+@contextmanager
+def new_folder(target: Path, *, fsync: bool = True) -> Iterator[Path]:
+    """Yields an empty folder that is renamed to ``target`` at the end, replacing what was there.
+
+    If the block raises, the new folder is removed and ``target`` stays as it was.
+
+    Args:
+        fsync: flush everything first, so that ``target`` also survives a crash of the machine.
+    """
+    building, old = temporary_path(target), target.with_name(target.name + ".removing")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        if fsync:
+            flush_tree(building)
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed here
+        if target.exists():
+            target.rename(old)
+        building.rename(target)
+        if fsync:
+            flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flushes a folder and everything in it, at any depth, to the disk."""
     for path in (*folder.rglob("*"), folder):
         flush(path)
 
 
 def flush(path: Path) -> None:
-    """A file's content, or the names in a folder."""
+    """Flushes a file's content, or the list of names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that do not know it for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not support it for folders
             raise
     finally:
         os.close(handle)

@@ -28,10 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlvr.algo import tiles
+from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 
 # Rows and columns of a tile, by kind of device: 8 MiB in fp32 stay in the cache of a CPU core, 32 MiB in an H100's.
-_TILE_SHAPE = {"cpu": (1024, 2048)}
-_TILE_SHAPE_ELSEWHERE = (1024, 8192)
 
 
 def vocab_parallel_logp_entropy(
@@ -93,7 +92,7 @@ class _Shard:
     fuse: bool
 
     def column_tiles(self, device: torch.device) -> Iterator[slice]:
-        width = _TILE_SHAPE.get(device.type, _TILE_SHAPE_ELSEWHERE)[1]
+        width = TILE_SHAPE.get(device.type, TILE_SHAPE["cuda"])[1]
         return (slice(start, min(start + width, self.columns)) for start in range(0, self.columns, width))
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ class _Shard:
 
 
 def _row_tiles(rows: int, device: torch.device) -> Iterator[slice]:
-    height = _TILE_SHAPE.get(device.type, _TILE_SHAPE_ELSEWHERE)[0]
+    height = TILE_SHAPE.get(device.type, TILE_SHAPE["cuda"])[0]
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 

@@ -4,14 +4,12 @@ A layout cuts what another has written differently: Megatron's dist_checkpointin
 Names and files are those of `checkpoint_files`.
 """
 
-import ctypes
 import gc
 import io
 import multiprocessing
 import os
 import queue
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rlvr.atomic import beside, flush, to_disk
+from megatron_rlvr.atomic import flush, flush_tree, new_folder, temporary_path
 from megatron_rlvr.checkpoint.files import CONTENT, HUGGING_FACE, CheckpointReader
+from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.distributed import megatron_on_cpu
-from megatron_rlvr.hf.weights import built_beside, copy_all_but_weights
+from megatron_rlvr.hf.weights import copy_all_but_weights
 
 megatron_on_cpu.import_megatron()
 
@@ -127,7 +126,7 @@ def begin_checkpoint(
 
     Raises: OSError on every rank, now or at the end, where the folder cannot be made or written; nothing is left of it.
     """
-    building = beside(folder)
+    building = temporary_path(folder)
 
     def prepare() -> None:
         shutil.rmtree(building, ignore_errors=True)
@@ -165,7 +164,7 @@ def begin_checkpoint(
                 (building / HUGGING_FACE).mkdir()
                 copy_all_but_weights(hf_folder, building / HUGGING_FACE)
                 finish(building)
-                to_disk(building)
+                flush_tree(building)
                 building.rename(folder)
                 flush(folder.parent)
             except OSError:
@@ -320,7 +319,7 @@ def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) ->
     """
 
     def link() -> None:
-        with built_beside(folder) as building:
+        with new_folder(folder) as building:
             shutil.copytree(same, building, copy_function=_link, dirs_exist_ok=True)
             finish(building)
 
@@ -336,7 +335,6 @@ def _link(source: str, target: str) -> None:
 
 
 _saving_process, _saving_thread = 0, 0
-_KILL_WHEN_THE_PARENT_ENDS = 1  # Linux's PR_SET_PDEATHSIG
 
 
 @contextmanager
@@ -356,12 +354,9 @@ def _writers_end_with_this_process() -> Iterator[None]:
 def _begin_as_a_writer() -> None:
     if _saving_process and threading.get_ident() == _saving_thread:
         gc.disable()  # what this process has of the other's on a GPU cannot be freed in it
-        _LIBC.prctl(_KILL_WHEN_THE_PARENT_ENDS, signal.SIGKILL)
-        if os.getppid() != _saving_process:
-            os._exit(1)
+        end_with_parent(_saving_process)
 
 
-_LIBC = ctypes.CDLL(None)
 os.register_at_fork(after_in_child=_begin_as_a_writer)
 
 

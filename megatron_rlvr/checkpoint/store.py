@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_rlvr.atomic import beside, flush
+from megatron_rlvr import atomic
+from megatron_rlvr.atomic import temporary_path
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
 from megatron_rlvr.errors import FaultError
 
@@ -138,7 +139,7 @@ def where_to_begin(settings: Settings, earlier: list[str]) -> Checkpoint | None:
 
 def _holds_anything(root: Path) -> bool:
     """Not so where a run was killed before it had noted its settings."""
-    return not root.is_dir() or any(path != beside(root / _SETTINGS) for path in root.iterdir())
+    return not root.is_dir() or any(path != temporary_path(root / _SETTINGS) for path in root.iterdir())
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
@@ -163,7 +164,7 @@ def prepare(settings: Settings, start: Checkpoint | None) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if start is None:
         (root / _LATEST).unlink(missing_ok=True)
-        write_whole(root / _SETTINGS, json.dumps(settings.model_dump(), indent=1))
+        atomic.write_text(root / _SETTINGS, json.dumps(settings.model_dump(), indent=1))
     _remove(root, [found for found in _complete_ones(root) if start is None or found.place > start.place])
 
 
@@ -325,7 +326,7 @@ class Checkpoints:
         """What has failed."""
         try:
             if self._is_main:
-                write_whole(self._root / _LATEST, saved.folder.name + "\n")
+                atomic.write_text(self._root / _LATEST, saved.folder.name + "\n")
         except OSError as error:
             return error
         return None
@@ -351,12 +352,3 @@ def _room_in_words(folder: Path) -> str:
         return f", where {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
     except OSError:
         return ""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file has its old content or all of the new one, whatever happens, to the machine as well."""
-    building = beside(path)
-    building.write_text(text, encoding="utf-8")
-    flush(building)
-    building.replace(path)
-    flush(path.parent)

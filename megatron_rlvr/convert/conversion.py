@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rlvr.atomic import beside
+from megatron_rlvr.atomic import new_folder, temporary_path
 from megatron_rlvr.checkpoint.files import HUGGING_FACE, CheckpointReader, CheckpointWriter
 from megatron_rlvr.hf.families import ModelError, Row, expert_count, rows_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
@@ -21,7 +21,6 @@ from megatron_rlvr.hf.layout import Geometry, merge, unmerge
 from megatron_rlvr.hf.weights import (
     FILE_BYTES,
     TensorReader,
-    built_beside,
     check_weights,
     copy_all_but_weights,
     write_folder,
@@ -58,7 +57,7 @@ def to_megatron(source: Path, target: Path, track: Track = iter) -> None:
     check_weights(reader, config, source)
     _refuse_target(target, sum(path.stat().st_size for path in weight_files(source)))
     geometry = Geometry.of(config)
-    with built_beside(target) as building:
+    with new_folder(target) as building:
         (building / HUGGING_FACE).mkdir()
         copy_all_but_weights(source, building / HUGGING_FACE)
         writer = CheckpointWriter(building, config)
@@ -89,10 +88,10 @@ def to_hugging_face(source: Path, target: Path, file_bytes: int = FILE_BYTES, tr
 def _refuse_target(target: Path, size: int) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ModelError(f"{target} exists; choose a new folder")
-    if beside(target).exists():
+    if temporary_path(target).exists():
         raise ModelError(
-            f"{beside(target)} exists: another conversion is writing it, or one was killed; choose another folder, or "
-            "remove it"
+            f"{temporary_path(target)} exists: another conversion is writing it, or one was killed; choose another "
+            "folder, or remove it"
         )
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free

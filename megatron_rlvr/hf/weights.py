@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_rlvr.atomic import beside, flush, to_disk
+from megatron_rlvr.atomic import new_folder
 from megatron_rlvr.hf.families import ModelError, rows_of, tensor_shapes, tied
 from megatron_rlvr.hf.files import INDEX, SINGLE, weight_files
 
@@ -149,31 +148,6 @@ def _ranges(numbers: Iterable[str]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
-@contextmanager
-def built_beside(target: Path, *, lasting: bool = True) -> Iterator[Path]:
-    """A new folder that gets the name ``target`` when all is well, replacing what was there, and else is removed.
-
-    Whoever finds ``target`` finds all of the new folder or all of the old one; with ``lasting`` also after a failure
-    of the machine.
-    """
-    building, old = beside(target), target.with_name(target.name + ".removing")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        if lasting:
-            to_disk(building)
-        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
-        if target.exists():
-            target.rename(old)
-        building.rename(target)
-        if lasting:
-            flush(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
 def copy_all_but_weights(source: Path, target: Path) -> None:
     """Configuration, tokenizer and whatever else lies in a model folder."""
     for path in source.iterdir():
@@ -188,15 +162,15 @@ def write_folder(
     finish: Callable[[Path], None] = lambda folder: None,
     file_bytes: int = FILE_BYTES,
     *,
-    lasting: bool = True,
+    fsync: bool = True,
 ) -> None:
     """Writes a model folder: weights from ``named_tensors``, configuration and tokenizer from ``source``.
 
     ``finish`` may add files, such as another tokenizer. The folder is built under a temporary name beside ``target``
-    and renamed when complete, replacing what was there; without ``lasting`` nobody waits for the disk. Weights are cut
+    and renamed when complete, replacing what was there; without ``fsync`` nobody waits for the disk. Weights are cut
     into files of ``file_bytes`` at most; a larger tensor has one of its own.
     """
-    with built_beside(target, lasting=lasting) as building:
+    with new_folder(target, fsync=fsync) as building:
         copy_all_but_weights(source, building)
         _write_weights(building, named_tensors, file_bytes)
         finish(building)

@@ -18,12 +18,11 @@ is measured by the tests.
 
 from dataclasses import dataclass
 
+from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.planner.options import Options
 from megatron_rlvr.planner.shapes import Shape, held, layers_of, padded_vocab
 
-# Tile of the head, rows x columns (`algo.head`), on a GPU.
-HEAD_TILE = (1024, 8192)
 # Megatron's rotary embedding keeps the angles of so many lengths.
 _ROTARY_LENGTHS = 32
 
@@ -257,7 +256,7 @@ def head_workspace(
     element: int,
     sequence: int = 1,
     fused: bool = False,
-    tile: tuple[int, int] = HEAD_TILE,
+    tile: tuple[int, int] = TILE_SHAPE["cuda"],
     casts: bool = False,
 ) -> float:
     """Bytes that the backward of the head takes at its peak, gradients included.

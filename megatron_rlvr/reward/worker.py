@@ -12,7 +12,6 @@ It may be killed at any time. It never outlives the trainer: the kernel kills it
 (Linux), and the end of the socket ends it. Standard output is standard error here: a reward function may print.
 """
 
-import ctypes
 import importlib
 import math
 import os
@@ -24,6 +23,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.protocols import Reward
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
@@ -31,14 +31,12 @@ MEMORY_LIMIT_BYTES = 4 * 2**30
 
 MAX_FAILURE_CHARACTERS = 300
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
     """Serves the socket named on the command line until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer closes us
     descriptor, parent, function = sys.argv[1:]
-    _die_with(int(parent))
+    end_with_parent(int(parent))
     _limit(resource.RLIMIT_AS, MEMORY_LIMIT_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
     connection = Connection(int(descriptor))
@@ -96,14 +94,6 @@ def answer(reward: Reward, task: bytes) -> tuple[bool | float | None, str | None
 def _describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"[:MAX_FAILURE_CHARACTERS]
     return text.encode("utf-8", "replace").decode()  # a lone surrogate of the response cannot be printed
-
-
-def _die_with(parent: int) -> None:
-    """Asks the kernel (Linux only) for SIGKILL as soon as the thread that started this process ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(0)
 
 
 def _limit(kind: int, soft: int) -> None:

@@ -6,7 +6,6 @@ Policies are stand-ins: how weights are written is tested where they are.
 import errno
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 
-from megatron_rlvr.atomic import flush
+from megatron_rlvr import atomic
 from megatron_rlvr.checkpoint import store as module
 from megatron_rlvr.checkpoint.store import (
     Checkpoint,
@@ -25,11 +24,9 @@ from megatron_rlvr.checkpoint.store import (
     latest_checkpoint,
     prepare,
     where_to_begin,
-    write_whole,
 )
 from megatron_rlvr.config import RunSettings, SettingsError
 from megatron_rlvr.config.command_line import load_settings
-from megatron_rlvr.hf.weights import built_beside
 
 
 @pytest.fixture
@@ -118,7 +115,7 @@ def test_a_run_that_was_killed_before_its_settings_were_noted_begins_anew(
     values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent)
     settings = load_settings(tiny.write_settings(root.parent / "config.yaml", values))
     assert where_to_begin(settings, ["checkpoints"]) is None
-    monkeypatch.setattr("megatron_rlvr.checkpoint.store.flush", raising(OSError("killed")))
+    monkeypatch.setattr("megatron_rlvr.atomic.flush", raising(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         prepare(settings, None)
     assert names(root) == ["settings.json.incomplete"]
@@ -170,7 +167,7 @@ def test_latest_that_cannot_be_written_fails_on_all_ranks(root: Path, monkeypatc
             raise told[0]
 
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(module, "write_whole", raising(full))
+    monkeypatch.setattr(atomic, "write_text", raising(full))
     ranks = [Checkpoints(run(root, dir=str(root.parent)), is_main=is_main, agree=agree) for is_main in (True, False)]
     for checkpoints in ranks:
         with pytest.raises(CheckpointError, match=r"^the checkpoint of step 1 could not be written to .*; make room, "):
@@ -216,83 +213,3 @@ def test_files_of_a_new_checkpoint_are_finished_and_those_of_another_left(root: 
     for step in (1, 1, 2):
         checkpoints.save(step, {}, write)
     assert finished == [root / "step_000001", root / "step_000002"]
-
-
-# What outlasts a machine --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what went to the disk or got another name, in order; the name it then had."""
-    seen: list[str] = []
-    fsync, replace, rename = os.fsync, Path.replace, Path.rename
-
-    def note(handle: int) -> None:
-        seen.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-
-    def named(move: Any) -> Any:
-        return lambda path, target: (seen.append(f"{path.name} > {target.name}"), move(path, target))[1]
-
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(Path, "replace", named(replace))
-    monkeypatch.setattr(Path, "rename", named(rename))
-    return seen
-
-
-def test_a_file_has_its_name_on_the_disk_after_its_content(root: Path, flushed: list[str]) -> None:
-    write_whole(root / "latest", "step_000001\n")
-    assert flushed == ["latest.incomplete", "latest.incomplete > latest", "checkpoints"]
-
-
-@pytest.mark.parametrize("lasting", [True, False])
-def test_a_folder_has_its_name_on_the_disk_after_its_files(lasting: bool, root: Path, flushed: list[str]) -> None:
-    for _ in range(2):
-        with built_beside(root / "hf", lasting=lasting) as building:
-            (building / "inner").mkdir()
-            (building / "inner" / "file").touch()
-            (building / "other").touch()
-    files, folder = ["hf.incomplete", "inner", "file", "other"], ["checkpoints"]
-    first = flushed.index("hf.incomplete > hf")
-    assert sorted(flushed[:first]) == sorted(files if lasting else [])
-    again = ["hf > hf.removing", "hf.incomplete > hf"]
-    assert flushed[first + 1 :][-len(again + folder * lasting) :] == again + folder * lasting
-    assert names(root) == ["hf"]
-
-
-def test_a_file_system_that_cannot_flush_folders_will_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", raising(OSError(errno.EINVAL, "Invalid argument")))
-    with built_beside(root / "hf"):
-        pass
-    flush(root)
-    monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(OSError, match="Input/output"):
-        flush(root)
-
-
-@pytest.mark.parametrize("name", ["hf > hf.removing", "hf.incomplete > hf"])
-def test_a_kill_between_two_names_leaves_no_half_of_a_folder(
-    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = Path.rename
-
-    def killed(path: Path, target: Path) -> None:
-        if f"{path.name} > {target.name}" == name:
-            raise KeyboardInterrupt
-        rename(path, target)
-
-    (root / "hf").mkdir()
-    (root / "hf" / "old").touch()
-
-    def replace_it() -> None:
-        with built_beside(root / "hf") as building:
-            (building / "new").touch()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            replace_it()
-    assert [names(folder) for folder in root.iterdir()] == [["old"]], "the old one, or it under another name"
-    replace_it()
-    assert names(root) == ["hf"]
-    assert names(root / "hf") == ["new"]

@@ -16,7 +16,7 @@ from megatron_rlvr.algo import head, tiles, tiles_triton
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 
 POSITIONS, HIDDEN, PADDED_VOCAB = 24, 8, 64
-WHOLE_TILES = head._TILE_SHAPE["cpu"]
+WHOLE_TILES = head.TILE_SHAPE["cpu"]
 TINY_TILES = (7, 5)  # rows, columns: neither divides anything
 
 
@@ -58,7 +58,7 @@ def head_of(case: Case, group=None, device: str = "cpu") -> Outcome:
     hidden = hidden.to(device, copy=True).requires_grad_()
     weight = case.weight.chunk(size)[rank].to(device, copy=True).requires_grad_()
     with (
-        mock.patch.dict(head._TILE_SHAPE, {device: case.tiles}),
+        mock.patch.dict(head.TILE_SHAPE, {device: case.tiles}),
         mock.patch.object(head, "_kernels", return_value=KERNELS[case.kernels]),
     ):
         logp, entropy = vocab_parallel_logp_entropy(

@@ -22,13 +22,14 @@ import torch
 import yaml
 from planning_runs import Layout, Measured, Ranks, head_peak, measured
 
+from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 from megatron_rlvr.config import ParallelSettings, SettingsError
 from megatron_rlvr.config.command_line import validate
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.planner import report
 from megatron_rlvr.planner.devices import DEVICES, GIB, Device
 from megatron_rlvr.planner.layouts import Plan, Question, price, ranked
-from megatron_rlvr.planner.memory import HEAD_TILE, MicroBatches, head_workspace, stage_memory
+from megatron_rlvr.planner.memory import MicroBatches, head_workspace, stage_memory
 from megatron_rlvr.planner.options import Options
 from megatron_rlvr.planner.roofline import Efficiency, Machine, stage_flops, training
 from megatron_rlvr.planner.servers import STEP_OVERHEAD, _Server, rollouts
@@ -91,10 +92,8 @@ def test_a_token_in_the_cache_takes_two_vectors_a_layer_and_key_value_head():
 
 
 def test_sizes_that_are_repeated_here_are_those_of_the_policy():
-    from megatron_rlvr.algo import head
     from megatron_rlvr.policy import build
 
-    assert head._TILE_SHAPE_ELSEWHERE == HEAD_TILE
     for vocab in (1, 128, 151_936, 151_937):
         assert [padded_vocab(vocab, n) for n in (1, 2, 8)] == [build.padded_vocab(vocab, n) for n in (1, 2, 8)]
 
@@ -219,10 +218,9 @@ def test_operations_are_those_that_torch_counts(name, policies):
     [(820, 4096, 512, 16_384, "bfloat16"), (820, 4096, 512, 16_384, "float32"), (202, 1024, 256, 2048, "bfloat16")],
 )
 def test_the_heads_workspace_is_the_most_bytes_alive(rows, tokens, hidden, vocab, dtype):
-    from megatron_rlvr.algo import head
 
     element = 2 if dtype == "bfloat16" else 4
-    tile = head._TILE_SHAPE["cpu"]
+    tile = TILE_SHAPE["cpu"]
     planned = head_workspace(
         rows=rows, tokens=tokens, hidden=hidden, columns=vocab, element=element, tile=tile, casts=element == 2
     )

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_rlvr import atomic
+from megatron_rlvr.child_process import ends_with_parent
 from megatron_rlvr.engines.sglang.launcher.process import (
     ServerProcess,
     ServerProgram,
     birth,
-    dies_with_parent,
     kill_session,
 )
 
@@ -164,7 +165,7 @@ class Launch:
         environment = dict(os.environ) | {"ROLLOUT_SERVERS": ",".join(urls)}
         # In a session of its own a Ctrl-C reaches it once, by way of this process.
         self._command = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=dies_with_parent(signal.SIGTERM)
+            command, env=environment, start_new_session=True, preexec_fn=ends_with_parent(signal.SIGTERM)
         )
 
     def _stop_command(self) -> None:
@@ -190,9 +191,7 @@ class Launch:
             "urls": [server.program.url for server in self._servers],
             "pids": [server.process.pid if server.process else None for server in self._servers],
         }
-        new = self._record.with_name(self._record.name + ".new")
-        new.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        new.replace(self._record)
+        atomic.write_text(self._record, json.dumps(record) + "\n")
 
     def _end(self) -> None:
         """Ends everything: first by asking, and at the latest after 30 s, or a second signal, by force."""

@@ -7,24 +7,22 @@ thread: the kernel takes the end of the thread that did for the end of the paren
 """
 
 import contextlib
-import ctypes
 import http.client
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from megatron_rlvr.child_process import ends_with_parent
 
 # A server answers 503 by itself after 20 s; meanwhile nobody would look after the others.
 _HEALTH_SECONDS = 5.0
 _KILL_SECONDS, _LOOK_SECONDS = 10.0, 0.05
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
-_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
-
-_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=dies_with_parent(signal.SIGKILL),
+                preexec_fn=ends_with_parent(signal.SIGKILL),
             )
         self._started, self.start_again, self.ready = time.monotonic(), None, False
 
@@ -147,18 +145,6 @@ class ServerProcess:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - 8192))
             return "\n".join(log.read().decode("utf-8", errors="replace").strip().splitlines()[-lines:])
-
-
-def dies_with_parent(number: int) -> Callable[[], None]:
-    """For a child before it becomes its program: the kernel sends it signal ``number`` when this process ends."""
-    parent = os.getpid()
-
-    def ask_the_kernel() -> None:
-        _libc.prctl(_SET_DEATH_SIGNAL, number, 0, 0, 0)
-        if os.getppid() != parent:  # it has ended already
-            os._exit(1)
-
-    return ask_the_kernel
 
 
 def _stat(pid: str) -> list[str]:

@@ -85,7 +85,7 @@ class DiskSync(Sync):
         """Why the folder could not be written, or None."""
         try:
             self._written.append(self._folder / label)
-            write_folder(self._folder / label, self._source, tensors, self._finish, lasting=False)
+            write_folder(self._folder / label, self._source, tensors, self._finish, fsync=False)
         except (OSError, SafetensorError) as error:
             return (
                 f"weights {label} cannot be written to sync.dir {self._folder} ({error}); make room, or choose another"
