@@ -1,4 +1,4 @@
-"""The device of this process: a GPU, or the CPU where there is none; its memory, and what its libraries offer."""
+"""The device of this process (a GPU, or the CPU if there is none), its memory, and the libraries available for it."""
 
 import importlib.util
 import resource
@@ -9,83 +9,83 @@ import torch
 
 
 def has_gpu() -> bool:
-    """Whether this process computes on a GPU."""
+    """Return whether this process computes on a GPU."""
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of this process: the GPU numbered LOCAL_RANK, or the CPU."""
+    """Return the device of this process: the current GPU (number LOCAL_RANK), or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
-def gpus() -> int:
-    """GPUs that this process sees; none of them is touched."""
+def gpu_count() -> int:
+    """Return the number of GPUs visible to this process, without initializing any of them."""
     return torch.cuda.device_count() if has_gpu() else 0
 
 
 @dataclass(frozen=True)
-class DeviceFacts:
-    """What this process computes on, and its memory in bytes.
+class DeviceInfo:
+    """The device on which this process computes, and its memory in bytes.
 
     Attributes:
-        name: of the GPU; "CPU" without one.
-        bfloat16: whether it has instructions for it; a CPU does without.
-        total: of the GPU, or of the machine.
-        peak: most that this process has held since `forget_peak_memory`; on a CPU since it began.
-        left: what nobody had taken at that peak, others' memory as it is now.
-        libraries: {name: version} of what drives GPUs and carries tensors between them.
+        name: Name of the GPU; "CPU" without one.
+        bfloat16: True if the device supports bfloat16; always True on a CPU, which emulates it.
+        total: Memory of the GPU, or of the machine.
+        peak: Most memory held by this process since `reset_peak_memory`; on a CPU since the process started.
+        free_at_peak: Bytes free at that peak, assuming the current usage of other processes.
+        libraries: {name: version} of the libraries that drive GPUs and transfer tensors between them.
     """
 
     name: str
     bfloat16: bool
     total: int
     peak: int
-    left: int
+    free_at_peak: int
     libraries: dict[str, str] = field(default_factory=dict)
 
 
-def device_facts() -> DeviceFacts:
-    """Of this process's device; where that is a GPU, `init_process_group` has chosen it."""
+def device_info() -> DeviceInfo:
+    """Describe the device of this process. Joining the process group selects the GPU, so call this afterwards."""
     if not has_gpu():
         machine, process = psutil.virtual_memory(), psutil.Process().memory_info()
         peak = max(process.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return DeviceFacts("CPU", True, machine.total, peak, machine.available + process.rss - peak)
+        return DeviceInfo("CPU", True, machine.total, peak, machine.available + process.rss - peak)
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_reserved()
-    return DeviceFacts(
+    return DeviceInfo(
         name=torch.cuda.get_device_name(),
         bfloat16=torch.cuda.get_device_capability() >= (8, 0),
         total=total,
         peak=peak,
-        left=free + torch.cuda.memory_reserved() - peak,
+        free_at_peak=free + torch.cuda.memory_reserved() - peak,
         libraries={"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))},
     )
 
 
-def give_back_memory() -> None:
-    """Lets other processes have what this one holds of the GPU and does not use."""
+def release_cached_memory() -> None:
+    """Return the GPU memory that this process has cached and does not use, so that other processes can allocate it."""
     if has_gpu():
         torch.cuda.empty_cache()
 
 
-def forget_peak_memory() -> None:
-    """Begins to measure anew, after giving back what is held and not used."""
-    give_back_memory()
+def reset_peak_memory() -> None:
+    """Release cached memory and measure the peak from now on."""
+    release_cached_memory()
     if has_gpu():
         torch.cuda.reset_peak_memory_stats()
 
 
 def has_fused_weight_gradients() -> bool:
-    """Whether Megatron's linear layers can add their weight gradients to ``main_grad`` in one kernel (apex's)."""
+    """Return whether Megatron's linear layers can add weight gradients to ``main_grad`` in one kernel (from apex)."""
     return has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def has_transformer_engine() -> bool:
-    """Whether layers can be Transformer Engine's."""
+    """Return whether layers from Transformer Engine can be used."""
     return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def synchronize() -> None:
-    """Waits for the device to finish what was queued, so that a clock read next is honest."""
+    """Wait for the device to finish all queued work, so that a clock read afterwards includes it."""
     if has_gpu():
         torch.cuda.synchronize()

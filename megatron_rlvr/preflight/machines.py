@@ -49,7 +49,7 @@ def join(settings: Settings, *, most_minutes: float = math.inf) -> Ranks:
     Raises: SettingsError where this machine has fewer GPUs than ranks; others wait for it then, until the launcher ends
         them or the time is up.
     """
-    gpus, ranks_here = accelerator.gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus, ranks_here = accelerator.gpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < gpus < ranks_here:
         raise SettingsError(
             f"{socket.gethostname()} has {gpus} GPUs for {ranks_here} ranks; start {gpus} ranks there, or look why "
@@ -132,7 +132,7 @@ def _versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    return found | accelerator.device_facts().libraries
+    return found | accelerator.device_info().libraries
 
 
 def within(version: str, oldest: tuple[int, ...], newest: tuple[int, ...]) -> bool:
@@ -150,9 +150,9 @@ def _shown(version: tuple[int, ...]) -> str:
 
 def check_accelerators(site: Site) -> Finding:
     """The same GPUs everywhere, as many as ranks, free, and fit for the model's precision."""
-    here = (socket.gethostname(), accelerator.gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    here = (socket.gethostname(), accelerator.gpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     places = site.gather(here)
-    facts = site.gather(accelerator.device_facts())
+    facts = site.gather(accelerator.device_info())
     kinds = _by_value([fact.name for fact in facts])
     found = "; ".join(
         f"ranks {in_spans(ranks)}: {name}, {in_gb(facts[ranks[0]].total)}" for name, ranks in kinds.items()
@@ -171,7 +171,7 @@ def check_accelerators(site: Site) -> Finding:
         return Finding("accelerators", "failed", f"no bfloat16 on ranks {in_spans(unfit)}; {found}", remedy)
     if len(kinds) > 1:
         return Finding("accelerators", "warned", found, "take GPUs of one kind: a step waits for the slowest")
-    taken = {rank: 1 - (fact.left + fact.peak) / fact.total for rank, fact in enumerate(facts)}
+    taken = {rank: 1 - (fact.free_at_peak + fact.peak) / fact.total for rank, fact in enumerate(facts)}
     busy = [rank for rank, share in taken.items() if share > _MOST_TAKEN]
     if busy and not site.resolved.settings.rollout.colocated:
         found += f"; others hold {max(taken.values()):.0%} of the memory on ranks {in_spans(busy)}"

@@ -168,7 +168,7 @@ def check_rehearsal(site: Site) -> Finding:
     """Collect, score, select, train and sync, once, by the run's own code."""
     before = weights_on_servers(site)
     site.rehearsal = rehearsal = Rehearsal(site)
-    accelerator.forget_peak_memory()
+    accelerator.reset_peak_memory()
     rehearsal.trainer.sync(version=0)
     rehearsal.held = first = weights_on_servers(site)
     rehearsal.step()
@@ -230,18 +230,18 @@ def check_gap(site: Site) -> Finding:
 def check_memory(site: Site) -> Finding:
     """What is left at the peak of the rehearsal, and of the largest micro-batches where they are tried."""
     assert site.rehearsal is not None
-    facts = site.gather(accelerator.device_facts())
+    facts = site.gather(accelerator.device_info())
     found = f"at most {in_gb(max(fact.peak for fact in facts))} a rank in the rehearsal"
     if accelerator.has_gpu() or site.longest:
-        accelerator.forget_peak_memory()
+        accelerator.reset_peak_memory()
         tokens = site.rehearsal.longest(site.resolved.settings)
-        facts = site.gather(accelerator.device_facts())
+        facts = site.gather(accelerator.device_info())
         found += f", {in_gb(max(fact.peak for fact in facts))} with micro-batches of {tokens} tokens, the run's largest"
     else:
         found += "; the largest micro-batches were not tried (--longest tries them)"
-    rank = min(range(len(facts)), key=lambda r: facts[r].left / facts[r].total)
-    share = facts[rank].left / facts[rank].total
-    found += f"; {in_gb(facts[rank].left)} of {in_gb(facts[rank].total)} are left on rank {rank}"
+    rank = min(range(len(facts)), key=lambda r: facts[r].free_at_peak / facts[r].total)
+    share = facts[rank].free_at_peak / facts[rank].total
+    found += f"; {in_gb(facts[rank].free_at_peak)} of {in_gb(facts[rank].total)} are left on rank {rank}"
     if share < _LEAST_LEFT:
         return Finding("memory", "warned", found, LESS_MEMORY)
     return Finding("memory", "passed", found)

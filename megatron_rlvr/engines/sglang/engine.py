@@ -112,7 +112,7 @@ class SglangEngine:
         Raises: EngineError on every rank if no server took them.
         """
         if self._colocated:  # before servers take their memory back
-            accelerator.give_back_memory()
+            accelerator.release_cached_memory()
             dist.barrier()
         if self._pool is None:
             weights, _ = self._sync.push(named_tensors, version)
