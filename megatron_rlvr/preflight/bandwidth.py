@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
-from megatron_rlvr.preflight.findings import Finding, in_spans
-from megatron_rlvr.preflight.site import Site
+from megatron_rlvr.preflight.context import Site
+from megatron_rlvr.preflight.results import Finding, in_spans
 
 _BYTES_GPU, _BYTES_CPU = 2**28, 2**24
 _ROUNDS = 3

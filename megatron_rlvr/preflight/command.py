@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.command_line import load_settings
-from megatron_rlvr.preflight.findings import Finding, Report, from_sentence
+from megatron_rlvr.preflight.results import Finding, Report, from_sentence
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.resolve import Resolved, describe_plan, resolve, world_size
 from megatron_rlvr.train import INPUT_ERRORS, check_megatron, complain, is_main, quiet_libraries
 
 if TYPE_CHECKING:
-    from megatron_rlvr.preflight.site import Fault, Site
+    from megatron_rlvr.preflight.context import Fault, Site
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,8 @@ def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Check]:
 def _run(resolved: Resolved, signals: Signals, options: argparse.Namespace, report: Report) -> None:
     """All checks after the settings. Every rank does the same."""
     from megatron_rlvr.distributed import process_group
+    from megatron_rlvr.preflight.context import Meeting, Site
     from megatron_rlvr.preflight.machines import join
-    from megatron_rlvr.preflight.site import Meeting, Site
 
     checks = chosen(options.only, options.skip)[1:]
     report.note("ranks", "waiting for all of them")

@@ -18,8 +18,8 @@ from typing import Any
 from megatron_rlvr.checkpoint.store import FOLDER
 from megatron_rlvr.config import Settings
 from megatron_rlvr.hf.families import rows_of, tensor_shapes
-from megatron_rlvr.preflight.findings import Finding, from_sentence, in_gb, in_spans
-from megatron_rlvr.preflight.site import Site, existing, faults_in
+from megatron_rlvr.preflight.context import Site, existing, faults_in
+from megatron_rlvr.preflight.results import Finding, from_sentence, in_gb, in_spans
 
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _MOMENTS_BYTES, _MAIN_WEIGHT_BYTES = 8, 4

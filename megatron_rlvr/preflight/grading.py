@@ -4,8 +4,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_rlvr.config import RewardSettings
-from megatron_rlvr.preflight.findings import Finding, from_sentence
-from megatron_rlvr.preflight.site import Site, faults_in
+from megatron_rlvr.preflight.context import Site, faults_in
+from megatron_rlvr.preflight.results import Finding, from_sentence
 from megatron_rlvr.reward.graders import GraderPool, Verdict
 from megatron_rlvr.reward.math import final_answer
 from megatron_rlvr.types import Prompt

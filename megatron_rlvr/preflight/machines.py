@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks
-from megatron_rlvr.preflight.findings import Finding, in_gb, in_spans, some
-from megatron_rlvr.preflight.site import Site
+from megatron_rlvr.preflight.context import Site
+from megatron_rlvr.preflight.results import Finding, in_gb, in_spans, some
 
 T = TypeVar("T")
 

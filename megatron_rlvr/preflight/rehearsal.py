@@ -22,10 +22,10 @@ from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.hf.families import rows_of
 from megatron_rlvr.hf.weights import TensorReader
 from megatron_rlvr.policy.build import DTYPES
-from megatron_rlvr.preflight.findings import Finding, in_gb
+from megatron_rlvr.preflight.context import LESS_MEMORY, Site
 from megatron_rlvr.preflight.grading import ContrastingGraders
+from megatron_rlvr.preflight.results import Finding, in_gb
 from megatron_rlvr.preflight.servers import weights_on_servers
-from megatron_rlvr.preflight.site import LESS_MEMORY, Site
 from megatron_rlvr.startup.assembly import build_trainer
 
 _SHORT_RESPONSE = 64

@@ -4,9 +4,9 @@ from megatron_rlvr.config import SettingsError
 from megatron_rlvr.engines.sglang.client import Server, ServerFault
 from megatron_rlvr.engines.sglang.engine import connect
 from megatron_rlvr.engines.sglang.pool import faults
-from megatron_rlvr.preflight.findings import Finding, from_sentence, some
+from megatron_rlvr.preflight.context import Site
 from megatron_rlvr.preflight.machines import within
-from megatron_rlvr.preflight.site import Site
+from megatron_rlvr.preflight.results import Finding, from_sentence, some
 
 # A run waits for servers that are starting; here they are to be there.
 _MOST_PATIENCE_SECONDS = 60.0

@@ -16,8 +16,8 @@ from megatron_rlvr.config.command_line import load_settings, validate
 from megatron_rlvr.preflight import disk
 from megatron_rlvr.preflight.bandwidth import Rate, judged
 from megatron_rlvr.preflight.command import CHECKS, chosen
-from megatron_rlvr.preflight.findings import Finding, Report, from_sentence, in_spans
 from megatron_rlvr.preflight.machines import within
+from megatron_rlvr.preflight.results import Finding, Report, from_sentence, in_spans
 
 NAMES = [check.name for check in CHECKS]
 FREE_PORT_OF_NOBODY = 9  # discard: nothing answers there
@@ -154,21 +154,21 @@ def together(*arguments: str) -> None:
     """What each of two ranks does: a preflight in which two checks fail on rank 1, where rank 0 waits in the second."""
     import torch.distributed as dist
 
-    from megatron_rlvr.preflight import bandwidth, machines, site
+    from megatron_rlvr.preflight import bandwidth, context, machines
     from megatron_rlvr.preflight.command import main
 
-    def fails_on_rank_1(here: site.Site) -> Finding:
+    def fails_on_rank_1(here: context.Site) -> Finding:
         if here.ranks.rank == 1:
-            raise site.PreflightError("no luck; try again")
+            raise context.PreflightError("no luck; try again")
         return Finding("accelerators", "passed", "well here")
 
-    def hangs(here: site.Site) -> Finding:
+    def hangs(here: context.Site) -> Finding:
         here.new_folder(Path(here.resolved.settings.run.dir))
         finding = fails_on_rank_1(here)
         dist.barrier()
         return finding
 
-    site.STUCK_SECONDS = 10.0
+    context.STUCK_SECONDS = 10.0
     with (
         mock.patch.object(machines, "check_versions", fails_on_rank_1),
         mock.patch.object(bandwidth, "check_bandwidth", hangs),
