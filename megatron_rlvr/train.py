@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, CheckpointError, Done, prepare
 from megatron_rlvr.config import RunSettings, Settings, SettingsError
-from megatron_rlvr.config.command_line import help_text, load_settings, to_yaml
+from megatron_rlvr.config.loading import help_text, load_settings, to_yaml
 from megatron_rlvr.data.rows import DataError
 from megatron_rlvr.data.tokenizer import TokenizerError
 from megatron_rlvr.hf.families import ModelError

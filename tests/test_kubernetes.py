@@ -15,7 +15,7 @@ import tiny
 import yaml
 from waiting import wait_for
 
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 
 FOLDER = tiny.CHECKOUT / "examples/kubernetes"
 FILES = sorted(FOLDER.glob("*.yaml"))

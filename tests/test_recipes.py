@@ -14,7 +14,7 @@ import tiny
 import yaml
 
 from megatron_rlvr.config import Settings
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.reward.math import math_reward

@@ -22,7 +22,7 @@ from scripted import LAYOUTS as REPLICAS
 
 from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, latest_checkpoint, prepare, where_to_begin
 from megatron_rlvr.config import RunSettings, SettingsError
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 
 STEPS, CUT = 8, 4
 PATIENCE_SECONDS = 200.0
@@ -84,7 +84,7 @@ def life(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
 
     from megatron_rlvr.checkpoint import megatron as checkpoint
     from megatron_rlvr.checkpoint.store import CheckpointError
-    from megatron_rlvr.config.command_line import load_settings
+    from megatron_rlvr.config.loading import load_settings
     from megatron_rlvr.learner import SkippedStepsError
     from megatron_rlvr.reward.graders import GraderPool
     from megatron_rlvr.startup.resolve import resolve

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import tiny
 
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 
 ALWAYS = {
     "step", "reward/mean", "reward/accuracy", "rollout/response_tokens_mean", "rollout/truncated_fraction",

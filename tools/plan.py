@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_rlvr.config import ParallelSettings, Settings, SettingsError
-from megatron_rlvr.config.command_line import load_settings, validate
+from megatron_rlvr.config.loading import load_settings, validate
 from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.planner import report
 from megatron_rlvr.planner.devices import DEVICES

@@ -20,7 +20,7 @@ SERVER_SHARE=0.5
 model=$("$PYTHON" - "$config" "$@" <<'PYTHON_CODE'
 import sys
 
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.config import SettingsError
 
 try:

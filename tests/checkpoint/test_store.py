@@ -26,7 +26,7 @@ from megatron_rlvr.checkpoint.store import (
     where_to_begin,
 )
 from megatron_rlvr.config import RunSettings, SettingsError
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 
 
 @pytest.fixture

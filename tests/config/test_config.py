@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from megatron_rlvr.config import LossSettings, Settings, SettingsError, evaluation_name
-from megatron_rlvr.config.command_line import fields, load_settings, to_yaml, validate
+from megatron_rlvr.config.loading import fields, load_settings, to_yaml, validate
 from megatron_rlvr.startup.resolve import describe_loss
 
 # Seeded, and without a deadline: the machine may be busy.

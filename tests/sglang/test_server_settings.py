@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_rlvr.config import Settings, SettingsError
-from megatron_rlvr.config.command_line import load_settings, validate
+from megatron_rlvr.config.loading import load_settings, validate
 from megatron_rlvr.startup.resolve import RUN_FILES, describe_plan, resolve
 
 REQUIRED: dict[str, Any] = {"run": {"dir": "run", "steps": 1}, "model": {"path": "model"}, "data": {"train": "a.jsonl"}}

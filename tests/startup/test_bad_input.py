@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from megatron_rlvr.config import SettingsError
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 
 REQUIRED = "run: {dir: run, steps: 1}\nmodel: {path: model}\ndata: {train: train.jsonl}\n"
 

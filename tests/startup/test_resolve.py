@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
-from megatron_rlvr.config.command_line import load_settings, validate
+from megatron_rlvr.config.loading import load_settings, validate
 from megatron_rlvr.hf.files import INDEX, SINGLE
 from megatron_rlvr.startup.resolve import RUN_FILES, Resolved, describe_mask, describe_plan, resolve
 from megatron_rlvr.train import INPUT_ERRORS

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron_rlvr.config import SettingsError
-from megatron_rlvr.config.command_line import fields, help_text, load_settings
+from megatron_rlvr.config.loading import fields, help_text, load_settings
 
 REQUIRED = "run: {dir: run, steps: 1}\nmodel: {path: model}\ndata: {train: train.jsonl}\n"
 
@@ -172,6 +172,6 @@ def test_reading_settings_needs_no_torch() -> None:
     import subprocess
 
     look = "print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    code = f"import sys, megatron_rlvr.config.command_line; {look}"
+    code = f"import sys, megatron_rlvr.config.loading; {look}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
