@@ -20,7 +20,8 @@ from toy_tokenizer import EOS_ID, PAD_ID, VOCABULARY, write_tokenizer
 warnings.filterwarnings("ignore")
 
 from megatron_rlvr.algo.loss import SelectedTokens  # noqa: E402
-from megatron_rlvr.batching.batch import Sample, spread  # noqa: E402
+from megatron_rlvr.batching.batch import Sample  # noqa: E402
+from megatron_rlvr.batching.packing import spread  # noqa: E402
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings  # noqa: E402
 from megatron_rlvr.distributed import process_group  # noqa: E402
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks  # noqa: E402

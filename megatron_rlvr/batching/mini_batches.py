@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rlvr.algo.advantage import group_advantages
-from megatron_rlvr.batching.batch import MicroBatch, Packing, Sample, micro_batch_plan, spread
+from megatron_rlvr.batching.batch import MicroBatch, Sample
+from megatron_rlvr.batching.packing import Packing, micro_batch_plan, spread
 from megatron_rlvr.types import Group
 
 

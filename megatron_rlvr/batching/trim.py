@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron_rlvr.batching.batch import MicroBatch, Packing, Sample, cut, micro_batches_needed, sample_and_position
+from megatron_rlvr.batching.batch import MicroBatch, Sample, sample_and_position
+from megatron_rlvr.batching.packing import Packing, cut, micro_batches_needed
 
 
 @dataclass(frozen=True)

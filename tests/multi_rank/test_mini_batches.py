@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from launcher import Ranks, joined_process_group
 
-from megatron_rlvr.batching.batch import Packing
 from megatron_rlvr.batching.mini_batches import build_mini_batches, exchange
+from megatron_rlvr.batching.packing import Packing
 from megatron_rlvr.types import Completion, Grade, Group, Prompt
 
 GROUP_SIZE, BUDGET = 4, 150

@@ -1,0 +1,60 @@
+"""Training sequences that name themselves, and packed streams read back token by token."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from megatron_rlvr.batching.batch import MicroBatch, Sample, sample_and_position
+from megatron_rlvr.batching.packing import Packing
+
+TOKENS = st.lists(st.integers(0, 200_000), min_size=1, max_size=7)
+PACKINGS = st.builds(
+    Packing,
+    budget=st.integers(1, 60),
+    pad_multiple=st.sampled_from([1, 2, 4]),
+    sequence_multiple=st.sampled_from([1, 2, 6]),
+    micro_batch_multiple=st.integers(1, 4),
+    quadratic=st.sampled_from([0.0, 0.1]),
+)
+
+
+def sample(number, prompt, response, advantage=0.5):
+    """Log-probabilities that name the sample and the position: 2.03 is position 3 of sample 2, negated."""
+    logp = -(number + 0.01 * np.arange(len(response)))
+    return Sample(
+        number,
+        np.array(prompt, dtype=np.int32),
+        np.array(response, dtype=np.int32),
+        logp.astype(np.float32),
+        advantage,
+        weight_versions=np.arange(len(response), dtype=np.int32),
+    )
+
+
+def unpacked(packed: MicroBatch, i: int) -> Sample:
+    """Sequence ``i`` of a stream, token by token: each row says what is predicted, at its place in its sequence."""
+    start = packed.cu_seqlens[i].item()
+    mine = [r for r in range(len(packed.rows)) if packed.sequence[r] == i]
+    rows = packed.rows[mine].tolist()
+    stop = rows[-1] + 1
+    assert stop <= packed.cu_seqlens[i + 1]
+    assert packed.tokens[stop : packed.cu_seqlens[i + 1]].tolist() == [0] * (packed.cu_seqlens[i + 1].item() - stop)
+    whole = [packed.tokens[start].item()]
+    for position in range(start, stop):
+        whole.append(packed.targets[position].item())
+        if position + 1 < stop:
+            assert packed.tokens[position + 1] == packed.targets[position]
+    assert rows == list(range(stop - len(rows), stop)), "the last positions predict the response, in order"
+    ids = packed.token_ids[mine].tolist()
+    assert [token & (2**20 - 1) for token in ids] == list(range(len(ids)))
+    assert [sample_and_position(token) for token in ids] == [(ids[0] >> 20, t) for t in range(len(ids))]
+    (number,) = {token >> 20 for token in ids}
+    (advantage,) = set(packed.advantages[mine].tolist())
+    prompt = len(whole) - len(rows)
+    return Sample(
+        number,
+        np.array(whole[:prompt]),
+        np.array(whole[prompt:]),
+        packed.rollout_logp[mine].numpy(),
+        advantage,
+        packed.weight_versions[mine].numpy(),
+    )
