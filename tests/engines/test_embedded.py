@@ -1,4 +1,4 @@
-"""The embedded engine against transformers itself: a forward without a cache, and ``generate``."""
+"""Tests of the embedded engine against transformers: a forward without a KV cache, and ``generate``."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
-    # Far wider than in practice: otherwise every next-token distribution is nearly uniform and hides mistakes.
+    # Far wider than in practice: with the usual range every next-token distribution is nearly uniform and hides bugs.
     "initializer_range": 0.25,
 }
 CONFIGS = {
@@ -33,7 +33,7 @@ CONFIGS = {
     ),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
-    "granite": GraniteConfig(**SHAPE, attention_multiplier=0.5, tie_word_embeddings=True),  # a scale of its own
+    "granite": GraniteConfig(**SHAPE, attention_multiplier=0.5, tie_word_embeddings=True),  # its own scale
     "llama_one_key_value_head_each": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
 }
 
@@ -48,7 +48,7 @@ def reference_model(config, seed=0):
 
 
 def checkpoint(model, folder):
-    """The tensors of ``model`` as transformers writes them to disk, so that the names are a checkpoint's."""
+    """Return the tensors of ``model`` as transformers saves them, so that the names are those of a checkpoint."""
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
@@ -59,15 +59,15 @@ def engine_of(model, tensors=None, version=3, **limits):
     return engine
 
 
-def make_requests(prompt_count, samples, seed=0):
-    """Prompts of 1 to 20 tokens, ``samples`` requests for each."""
+def make_requests(prompt_count, group_size, seed=0):
+    """Return ``group_size`` requests for each of ``prompt_count`` prompts of 1 to 20 tokens."""
     random = np.random.default_rng(seed)
     lengths = [1, 2, *random.integers(3, 21, prompt_count)][:prompt_count]
     prompts = [
         Prompt(f"p{i}", random.integers(0, VOCABULARY, length).astype(np.int32), "", "test")
         for i, length in enumerate(lengths)
     ]
-    return [CompletionRequest(p, s, int(random.integers(2**63))) for p in prompts for s in range(samples)]
+    return [CompletionRequest(p, i, int(random.integers(2**63))) for p in prompts for i in range(group_size)]
 
 
 def by_request(completions):
@@ -76,7 +76,7 @@ def by_request(completions):
 
 
 def watch_forwards(engine):
-    """Two lists that grow with every forward of the engine's model: rows prefilled, rows decoded."""
+    """Return two lists that grow with every forward of the engine's model: rows prefilled and rows decoded."""
     prefilled, decoded = [], []
 
     def record(module, args, kwargs):
@@ -92,10 +92,10 @@ def qwen3():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logprobs_are_those_of_a_forward_without_cache(name, tmp_path):
+def test_logprobs_equal_those_of_a_forward_without_kv_cache(name, tmp_path):
     model = reference_model(CONFIGS[name])
     engine = engine_of(model, checkpoint(model, tmp_path), max_batch_rows=6)
-    requests = make_requests(prompt_count=6, samples=2)
+    requests = make_requests(prompt_count=6, group_size=2)
     prompts = {request.prompt.id: request.prompt.token_ids for request in requests}
     for temperature in (1.0, 0.6):
         completions = list(engine.generate(requests, sampling(temperature)))
@@ -113,10 +113,10 @@ def test_logprobs_are_those_of_a_forward_without_cache(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_temperature_zero_is_greedy_generate_of_transformers(name, tmp_path):
+def test_temperature_zero_equals_greedy_generate_of_transformers(name, tmp_path):
     model = reference_model(CONFIGS[name], seed=1)
     engine = engine_of(model, checkpoint(model, tmp_path))
-    requests = make_requests(prompt_count=6, samples=1)
+    requests = make_requests(prompt_count=6, group_size=1)
     greedy = by_request(engine.generate(requests, sampling(temperature=0.0)))
     for request in requests:
         prompt = torch.from_numpy(request.prompt.token_ids).long()[None]
@@ -131,11 +131,11 @@ def test_temperature_zero_is_greedy_generate_of_transformers(name, tmp_path):
         assert greedy[request.prompt.id, 0][0] == output[0, prompt.shape[1] :].tolist()
 
 
-def test_samples_do_not_depend_on_neighbours_order_or_limits(qwen3):
-    requests = make_requests(prompt_count=20, samples=12)
+def test_completions_do_not_depend_on_the_batch_the_order_or_the_limits(qwen3):
+    requests = make_requests(prompt_count=20, group_size=12)
     together = by_request(engine_of(qwen3).generate(requests, sampling()))
     assert len(together) == 240
-    assert len({tuple(tokens) for tokens, _ in together.values()}) > 200  # the streams do differ
+    assert len({tuple(tokens) for tokens, _ in together.values()}) > 200  # the random streams do differ
     shuffled = [requests[i] for i in np.random.default_rng(5).permutation(len(requests))]
     for limits in ({"max_batch_rows": 7}, {"max_batch_tokens": 500}, {"max_batch_rows": 64}):
         assert by_request(engine_of(qwen3, **limits).generate(shuffled, sampling())) == together
@@ -145,10 +145,10 @@ def test_samples_do_not_depend_on_neighbours_order_or_limits(qwen3):
         assert alone.items() <= together.items()
 
 
-def test_uniform_j_of_a_stream_picks_token_j_while_rows_come_and_go():
+def test_uniform_j_of_a_request_picks_token_j_while_rows_enter_and_leave_the_batch():
     config = Qwen3Config(**{**SHAPE, "max_position_embeddings": 512}, head_dim=16, tie_word_embeddings=True)
     model = reference_model(config)
-    requests = make_requests(prompt_count=6, samples=4)
+    requests = make_requests(prompt_count=6, group_size=4)
     completions = {
         (c.prompt_id, c.index): c for c in engine_of(model).generate(requests, sampling(max_response_tokens=200))
     }
@@ -166,8 +166,8 @@ def test_uniform_j_of_a_stream_picks_token_j_while_rows_come_and_go():
 
 
 def test_first_tokens_follow_the_softmax(qwen3):
-    prompt = make_requests(prompt_count=5, samples=1)[-1].prompt
-    requests = [CompletionRequest(prompt, sample, seed=sample) for sample in range(6000)]
+    prompt = make_requests(prompt_count=5, group_size=1)[-1].prompt
+    requests = [CompletionRequest(prompt, index, seed=index) for index in range(6000)]
     for temperature in (1.0, 1.7):
         completions = engine_of(qwen3).generate(requests, sampling(temperature, max_response_tokens=1))
         counts = np.bincount([c.token_ids[0] for c in completions], minlength=VOCABULARY)
@@ -175,19 +175,19 @@ def test_first_tokens_follow_the_softmax(qwen3):
             logits = qwen3(torch.from_numpy(prompt.token_ids).long()[None]).logits[0, -1]
         expected = 6000 * (logits.double() / temperature).softmax(-1).numpy()
         assert expected.max() > 3 * expected.mean()  # far from uniform
-        cells = np.where(expected >= 5, np.arange(VOCABULARY), VOCABULARY)  # the rare tokens share one cell
-        counts, expected = np.bincount(cells, counts), np.bincount(cells, expected)
+        bins = np.where(expected >= 5, np.arange(VOCABULARY), VOCABULARY)  # the rare tokens share one bin
+        counts, expected = np.bincount(bins, counts), np.bincount(bins, expected)
         counts, expected = counts[expected > 0], expected[expected > 0]
         degrees = len(expected) - 1
         assert degrees > 8
         assert ((counts - expected) ** 2 / expected).sum() < degrees + 4 * np.sqrt(2 * degrees)
 
 
-def test_top_p_keeps_the_fewest_likeliest_tokens_and_the_full_logprobs():
+def test_top_p_keeps_the_fewest_most_likely_tokens_and_the_full_logprobs():
     probabilities = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
     logits = torch.from_numpy(np.log(probabilities)).float()
     uniforms = torch.linspace(0, 0.9999, 400, dtype=torch.float64)
-    # By hand: 0.4 + 0.25 < 0.7 <= 0.4 + 0.25 + 0.2, which leaves tokens 1, 3 and 4.
+    # Computed by hand: 0.4 + 0.25 < 0.7 <= 0.4 + 0.25 + 0.2, which leaves tokens 1, 3 and 4.
     for top_p, nucleus in ((0.7, [1, 3, 4]), (0.3, [1]), (0.94, [1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4])):
         tokens, logprobs = sample_tokens(logits.expand(400, -1), uniforms, 1.0, top_p)
         assert sorted(set(tokens.tolist())) == nucleus
@@ -197,8 +197,8 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_and_the_full_logprobs():
         np.testing.assert_allclose(share, kept / kept.sum(), atol=0.006)
 
 
-def test_top_p_never_leaves_the_nucleus_of_the_model(qwen3):
-    requests = make_requests(prompt_count=8, samples=4)
+def test_top_p_samples_only_tokens_of_the_nucleus(qwen3):
+    requests = make_requests(prompt_count=8, group_size=4)
     prompts = {request.prompt.id: request.prompt.token_ids.tolist() for request in requests}
     outside = 0
     for top_p in (0.5, 1.0):
@@ -211,16 +211,16 @@ def test_top_p_never_leaves_the_nucleus_of_the_model(qwen3):
         assert (outside == 0) == (top_p == 0.5)
 
 
-def test_a_finished_row_is_yielded_at_once_and_never_computed_again(qwen3):
+def test_a_finished_completion_is_yielded_at_once_and_its_row_is_not_computed_again(qwen3):
     engine = engine_of(qwen3)
     prefilled, decoded = watch_forwards(engine)
-    requests = make_requests(prompt_count=10, samples=3)
+    requests = make_requests(prompt_count=10, group_size=3)
     completions, steps_at_yield = [], []
     for completion in engine.generate(requests, sampling(max_response_tokens=40)):
         completions.append(completion)
         steps_at_yield.append(len(decoded))
-        assert not torch.is_inference_mode_enabled()  # the trainer's own work goes on between two completions
-    assert prefilled == [9]  # once a prompt, not once a sample; the prompt of a single token needs none
+        assert not torch.is_inference_mode_enabled()  # the trainer computes between two completions
+    assert prefilled == [9]  # once per prompt, not per completion; a prompt of one token needs no prefill
     lengths = [len(c.token_ids) for c in completions]
     assert steps_at_yield == lengths == sorted(lengths)
     assert len(set(lengths)) > 5
@@ -236,29 +236,29 @@ def test_a_finished_row_is_yielded_at_once_and_never_computed_again(qwen3):
 def test_waiting_requests_start_as_soon_as_rows_are_free(qwen3):
     engine = engine_of(qwen3, max_batch_rows=4)
     _, decoded = watch_forwards(engine)
-    requests = make_requests(prompt_count=10, samples=3)
+    requests = make_requests(prompt_count=10, group_size=3)
     completions = list(engine.generate(requests, sampling(max_response_tokens=40)))
     assert sorted(by_request(completions)) == sorted((r.prompt.id, r.index) for r in requests)
     assert sum(decoded) == sum(len(c.token_ids) for c in completions)
-    # A step may be short of rows only once nothing waits, which is at most the length of one response.
+    # A step may have free rows only once no request waits, which is at most the length of one response.
     assert len(decoded) > 160
     assert all(rows == 4 for rows in decoded[:-40])
     assert decoded[-1] < 4
 
 
-def test_an_abandoned_or_failed_run_leaves_nothing_behind(qwen3):
+def test_a_dropped_or_failed_generate_does_not_affect_later_ones(qwen3):
     engine = engine_of(qwen3, max_batch_rows=5)
-    requests = make_requests(prompt_count=6, samples=3)
+    requests = make_requests(prompt_count=6, group_size=3)
     expected = by_request(engine.generate(requests, sampling()))
-    abandoned = engine.generate(requests, sampling(temperature=0.3))
-    next(abandoned)
-    abandoned.close()
+    dropped = engine.generate(requests, sampling(temperature=0.3))
+    next(dropped)
+    dropped.close()
     assert by_request(engine.generate(requests, sampling())) == expected
 
     poisoned = {name: torch.full_like(tensor, torch.nan) for name, tensor in qwen3.state_dict().items()}
     poisoned.pop("lm_head.weight")
     engine.update_weights(poisoned.items(), 4)
-    with pytest.raises(RuntimeError, match="weights of version 4 give logits that are not finite"):
+    with pytest.raises(RuntimeError, match="weights of version 4 produce logits that are not finite"):
         list(engine.generate(requests, sampling()))
     engine.update_weights(qwen3.state_dict().items(), 5)
     completions = list(engine.generate(requests, sampling()))
@@ -266,7 +266,7 @@ def test_an_abandoned_or_failed_run_leaves_nothing_behind(qwen3):
     assert {v for c in completions for v in c.weight_versions.tolist()} == {5}
 
 
-def test_two_runs_may_take_turns(qwen3):
+def test_two_generate_calls_may_alternate(qwen3):
     engine = engine_of(qwen3)
     first, second = make_requests(4, 2, seed=1), make_requests(4, 2, seed=2)
     expected = [by_request(engine.generate(requests, sampling())) for requests in (first, second)]
@@ -274,9 +274,9 @@ def test_two_runs_may_take_turns(qwen3):
     assert [by_request(completions) for completions in zip(*turns, strict=True)] == expected
 
 
-def test_new_weights_are_the_ones_sampled_from_and_end_older_runs(qwen3):
+def test_new_weights_are_sampled_from_and_end_generate_calls_in_progress(qwen3):
     engine = engine_of(qwen3, version=3)
-    requests = make_requests(prompt_count=6, samples=2)
+    requests = make_requests(prompt_count=6, group_size=2)
     other = reference_model(CONFIGS["qwen3"], seed=9)
     running = engine.generate(requests, sampling())
     next(running)
@@ -296,7 +296,7 @@ def test_weights_must_fit_exactly(qwen3):
             engine.update_weights(change(dict(model.state_dict())), 2)
         with pytest.raises(RuntimeError, match="no complete weights"):
             engine.generate(make_requests(1, 1), sampling())
-        engine.update_weights(model.state_dict().items(), 3)  # and it can be repaired
+        engine.update_weights(model.state_dict().items(), 3)  # a later update succeeds
         assert engine.weight_version == 3
         return str(caught.value)
 
@@ -304,7 +304,7 @@ def test_weights_must_fit_exactly(qwen3):
     assert f"missing: {norm}" in attempt(lambda t: [(n, v) for n, v in t.items() if n != norm])
     assert f"unknown: {bogus}" in attempt(lambda t: [*t.items(), (bogus, torch.zeros(1))])
     assert f"of the wrong shape: {norm} [31], not [32]" in attempt(lambda t: [*(t | {norm: torch.zeros(31)}).items()])
-    assert f"given twice: {norm}" in attempt(lambda t: [*t.items(), (norm, t[norm])])
+    assert f"repeated: {norm}" in attempt(lambda t: [*t.items(), (norm, t[norm])])
     assert "and 21 more" in attempt(lambda t: [])  # of 2 x 11 in the layers, the embedding, the norm and the tied head
     assert "lm_head.weight differs from model.embed_tokens.weight" in attempt(
         lambda t: [*(t | {"lm_head.weight": t["lm_head.weight"] + 1}).items()]
@@ -314,44 +314,46 @@ def test_weights_must_fit_exactly(qwen3):
     assert untied.endswith("missing: lm_head.weight")
 
 
-def test_a_tied_head_may_be_left_out(qwen3):
+def test_a_tied_head_may_be_omitted(qwen3):
     tensors = {name: tensor for name, tensor in qwen3.state_dict().items() if name != "lm_head.weight"}
-    requests = make_requests(prompt_count=4, samples=2)
+    requests = make_requests(prompt_count=4, group_size=2)
     assert by_request(engine_of(qwen3, tensors).generate(requests, sampling())) == by_request(
         engine_of(qwen3).generate(requests, sampling())
     )
 
 
-def test_the_config_of_the_caller_is_not_changed_and_a_folder_will_do(qwen3, tmp_path):
+def test_the_config_of_the_caller_is_not_changed_and_may_be_a_folder(qwen3, tmp_path):
     config = Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)
     before = (config.to_dict(), config._attn_implementation)
     engine = engine_of(SimpleNamespace(config=config, state_dict=qwen3.state_dict))
     assert (config.to_dict(), config._attn_implementation) == before
     config.save_pretrained(tmp_path)
     from_folder = engine_of(SimpleNamespace(config=tmp_path, state_dict=qwen3.state_dict))
-    requests = make_requests(prompt_count=4, samples=2)
+    requests = make_requests(prompt_count=4, group_size=2)
     assert by_request(from_folder.generate(requests, sampling())) == by_request(engine.generate(requests, sampling()))
 
 
 def test_requests_that_cannot_be_served_are_refused_before_sampling(qwen3):
     engine = engine_of(qwen3, max_batch_tokens=60)
-    requests = make_requests(prompt_count=4, samples=1)
+    requests = make_requests(prompt_count=4, group_size=1)
     long = CompletionRequest(Prompt("long", np.zeros(73, np.int32), "", "test"), 0, 0)
-    with pytest.raises(ValueError, match="prompt long of 73 tokens and max_response_tokens 24 exceed the model's 96"):
+    with pytest.raises(
+        ValueError, match=r"prompt long \(73 tokens\) plus max_response_tokens=24 exceeds the model's 96"
+    ):
         engine.generate([*requests, long], sampling())
-    with pytest.raises(ValueError, match="exceed max_batch_tokens 60; raise max_batch_tokens"):
+    with pytest.raises(ValueError, match="exceeds max_batch_tokens=60; raise max_batch_tokens"):
         engine.generate(requests, sampling(max_response_tokens=59))
-    with pytest.raises(ValueError, match="prompt none of 0 tokens is empty"):
+    with pytest.raises(ValueError, match="prompt none has no tokens"):
         engine.generate([CompletionRequest(Prompt("none", np.zeros(0, np.int32), "", "test"), 0, 0)], sampling())
-    with pytest.raises(ValueError, match="temperature -1"):
+    with pytest.raises(ValueError, match="temperature=-1: must be at least 0"):
         engine.generate(requests, sampling(temperature=-1))
     assert list(engine.generate([], sampling())) == []
     assert len(list(engine.generate(requests, sampling()))) == 4
 
 
-def test_models_and_tokens_that_would_be_sampled_wrongly_are_refused():
+def test_unsupported_attention_and_tokens_outside_the_vocabulary_are_refused():
     sliding = Qwen3Config(**SHAPE, head_dim=16, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with pytest.raises(ValueError, match="has full attention only, and the model has sliding_attention"):
+    with pytest.raises(ValueError, match="supports full attention only, but the model has sliding_attention"):
         EmbeddedEngine(sliding, device=CPU, stop_token_ids=[STOP], pad_token_id=0)
     with pytest.raises(ValueError, match=f"token id {VOCABULARY} is outside"):
         EmbeddedEngine(CONFIGS["qwen3"], device=CPU, stop_token_ids=[VOCABULARY], pad_token_id=0)

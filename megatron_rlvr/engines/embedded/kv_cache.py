@@ -1,9 +1,9 @@
-"""The key-value cache of the embedded engine, and the attention over it.
+"""KV cache of the embedded engine, and the attention over it.
 
-The cache is a block of slots, [row, head, column, channel] in every layer. The live sequences occupy rows 0 .. n-1
-and each starts at column 0, so that a token's column is its position, and a step reads the first rows and columns as
-one view. This order of the axes keeps what a step reads of a row and head in one piece: with columns outside of heads
-a step took a fifth longer.
+Each layer holds keys and values as [row, head, column, channel]. The sequences of the running batch occupy rows
+0 .. n-1 and each starts at column 0, so that a token's column is its position, and a decode step reads the first rows
+and columns as one view. With this order of axes, the cells that a step reads for one row and head are contiguous; with
+columns outside of heads a step took a fifth longer.
 """
 
 from typing import Any
@@ -14,73 +14,81 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 class KVCache:
-    """The cells of all layers, and which of them the current step writes and reads.
+    """Keys and values of all layers, with the cells that the current decode step writes and reads.
 
-    ``cache`` is what a model of transformers takes as ``past_key_values``.
+    Args:
+        layers: Number of decoder layers.
+        rows: Maximum number of sequences.
+        columns: Maximum number of tokens of a sequence.
+        device: Device of the cache.
+
+    Attributes:
+        past_key_values: The same storage as a transformers cache, to be passed to the model's forward.
     """
 
     def __init__(self, layers: int, rows: int, columns: int, device: torch.device) -> None:
         self.rows = rows
         self.columns = columns
-        self.cache = Cache(layers=[_KVCacheLayer(self) for _ in range(layers)])
+        self.past_key_values = Cache(layers=[_KVCacheLayer(self) for _ in range(layers)])
         self._row_index = torch.arange(rows, device=device)
         self._column_index = torch.arange(columns, device=device)
         self.written_rows = self.written_columns = self._row_index[:0]
         self.span = 0
 
     def begin_step(self, position: torch.Tensor, span: int, dtype: torch.dtype) -> torch.Tensor:
-        """Makes room for one token a row; returns the mask of what each may look at.
+        """Select the cell that each row writes in this step, and return the attention mask.
 
         Args:
-            position: [live] int64, the column that row i writes.
-            span: columns that the step looks at: the largest position + 1.
-            dtype: of the mask.
+            position: [rows in use] int64, the column that row i writes.
+            span: Number of columns that the step reads: the largest position + 1.
+            dtype: Data type of the mask.
 
-        Returns: [live, 1, 1, span], added to the scores: 0 up to the row's own position, -inf after it.
+        Returns: [rows in use, 1, 1, span], added to the attention scores: 0 up to the row's own position, -inf
+            after it.
         """
         self.written_rows, self.written_columns, self.span = self._row_index[: len(position)], position, span
-        unseen = self._column_index[:span] > position[:, None]
-        # A mask of numbers: of a boolean one, every layer would make its own.
-        mask = torch.zeros(unseen.shape, dtype=dtype, device=position.device).masked_fill_(unseen, -torch.inf)
+        masked = self._column_index[:span] > position[:, None]
+        # A float mask: every layer would convert a boolean one to floats again.
+        mask = torch.zeros(masked.shape, dtype=dtype, device=position.device).masked_fill_(masked, -torch.inf)
         return mask[:, None, None, :]
 
     def fill(self, rows: torch.Tensor, prefilled: Cache, source: torch.Tensor) -> None:
-        """Copies row ``source[i]`` of another cache into row ``rows[i]``, from the first column on."""
+        """Copy row ``source[i]`` of a prefilled cache into row ``rows[i]``, starting at the first column."""
         others: list[Any] = prefilled.layers
         for layer, other in zip(self._layers, others, strict=True):
             layer.fill(rows, other.keys[source], other.values[source])
 
     def move(self, to_rows: torch.Tensor, from_rows: torch.Tensor, columns: int) -> None:
-        """Copies the first ``columns`` of some rows over others."""
+        """Copy the first ``columns`` columns of each row ``from_rows[i]`` into row ``to_rows[i]``."""
         for layer in self._layers:
             for cells in (layer.keys, layer.values):
                 cells[to_rows, :, :columns] = cells[from_rows, :, :columns]
 
     @property
     def _layers(self) -> list[Any]:
-        return self.cache.layers
+        return self.past_key_values.layers
 
 
 class _KVCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, written in place."""
+    """Keys and values of one layer, updated in place."""
 
     is_sliding = False
     keys: Any
     values: Any
 
-    def __init__(self, slots: KVCache) -> None:
+    def __init__(self, kv_cache: KVCache) -> None:
         super().__init__()
-        self._slots = slots
+        self._kv_cache = kv_cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        rows, columns = self._slots.rows, self._slots.columns
-        # Zeros, because a masked cell is multiplied by zero, which a stray NaN would survive.
+        rows, columns = self._kv_cache.rows, self._kv_cache.columns
+        # Zeros and not empty: attention multiplies a masked cell by zero, which would keep an uninitialised NaN.
         self.keys = key_states.new_zeros(rows, key_states.shape[1], columns, key_states.shape[3])
         self.values = value_states.new_zeros(rows, value_states.shape[1], columns, value_states.shape[3])
         self.is_initialized = True
 
     def fill(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes the first columns of ``rows``; keys and values are [len(rows), head, columns, channel]."""
+        """Write the first columns of ``rows`` from keys and values [len(rows), head, columns, channel]."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.keys[rows, :, : keys.shape[2]] = keys
@@ -89,22 +97,25 @@ class _KVCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model: stores one column a row, and returns views of all that the step may look at."""
+        """Store one column per row and return views of the rows and columns that the step reads.
+
+        The model calls this method once per layer and step.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, columns, span = self._slots.written_rows, self._slots.written_columns, self._slots.span
+        rows, columns, span = self._kv_cache.written_rows, self._kv_cache.written_columns, self._kv_cache.span
         self.keys[rows, :, columns] = key_states[:, :, 0]
         self.values[rows, :, columns] = value_states[:, :, 0]
         return self.keys[: len(rows), :, :span], self.values[: len(rows), :, :span]
 
     def get_seq_length(self) -> int:
-        return self._slots.span
+        return self._kv_cache.span
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._slots.span, 0
+        return self._kv_cache.span, 0
 
     def get_max_length(self) -> int:
-        return self._slots.columns
+        return self._kv_cache.columns
 
 
 def grouped_decode_attention(
@@ -117,10 +128,17 @@ def grouped_decode_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA that reads each key-value head once in a decode step, where transformers' copies it for every query head.
+    """Compute SDPA without repeating key-value heads in a decode step; transformers' copies them per query head.
 
-    query is [B, query head, T, D], key and value [B, key-value head, columns, D]. With one query token, the query
-    heads that share a key-value head can stand where query positions do, since the mask is the same for all of them.
+    With one query token, the query heads that share a key-value head can take the place of query positions, because
+    the mask is the same for all of them. A prefill (more than one query token) uses transformers' own function.
+
+    Args:
+        query: [B, query head, T, D].
+        key, value: [B, key-value head, columns, D].
+        attention_mask: [B, 1, T, columns], added to the scores, or None.
+
+    Returns: output [B, T, query head, D], and None in place of attention weights.
     """
     batch, query_heads, length, channels = query.shape
     if length > 1:

@@ -1,7 +1,7 @@
-"""The model of transformers behind the embedded engine: built without weights, filled under a checkpoint's names.
+"""The embedded engine's transformers model: built without weights, then loaded by the names of a checkpoint.
 
-It is not the policy's model, on purpose: it is an independent implementation, against which the policy's
-log-probabilities are checked in every step.
+The engine deliberately does not use the policy's model: an independent implementation samples, and the policy's
+log-probabilities are compared with it in every step.
 """
 
 from collections.abc import Iterable
@@ -13,35 +13,37 @@ from transformers.initialization import no_init_weights
 
 from megatron_rlvr.engines.embedded.kv_cache import grouped_decode_attention
 
-# Names listed of each kind in an error about weights.
-_NAMES_SHOWN = 4
+_NAMES_SHOWN = 4  # tensor names listed per kind of problem in an error message
 _ATTENTION = "sdpa_grouped_decode"
 
 
 def refuse_partial_attention(config: PretrainedConfig) -> None:
-    """Raises ValueError unless every layer attends to all earlier positions, as the cache and its mask do."""
+    """Raise ValueError unless every layer attends to all earlier positions, as the KV cache's mask assumes."""
     partial = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
     for key in ("sliding_window", "attention_chunk_size"):
         if getattr(config, "layer_types", None) is None and getattr(config, key, None) is not None:
             partial.append(f"{key} {getattr(config, key)}")
     if partial:
-        raise ValueError(f"the embedded engine has full attention only, and the model has {', '.join(partial)}")
+        raise ValueError(
+            f"the embedded engine supports full attention only, but the model has {', '.join(partial)}; "
+            "use a model whose layers attend to all tokens"
+        )
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with its buffers computed and its parameters tied, but uninitialised."""
+    """Return the model in evaluation mode with buffers computed and parameters tied but uninitialised."""
     AttentionInterface.register(_ATTENTION, grouped_decode_attention)
     with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
-    model.tie_weights()  # part of the initialisation that was skipped
+    model.tie_weights()  # no_init_weights skips this part of the initialisation
     return model.eval().requires_grad_(False)
 
 
 def checkpoint_views(model: Any) -> dict[str, torch.Tensor]:
-    """Name in a Hugging Face checkpoint -> the part of ``model`` that it fills.
+    """Return views of the model's parameters by their names in a Hugging Face checkpoint.
 
     transformers fuses the experts of a layer into two parameters, [expert, 2 * intermediate, hidden] (gate above up)
-    and [expert, hidden, intermediate], where checkpoints have three for each expert.
+    and [expert, hidden, intermediate]; checkpoints have three parameters for each expert.
     """
     views: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -60,22 +62,27 @@ def checkpoint_views(model: Any) -> dict[str, torch.Tensor]:
 
 
 def copy_weights(
-    views: dict[str, torch.Tensor], named_tensors: Iterable[tuple[str, torch.Tensor]], complaint: str
+    views: dict[str, torch.Tensor], named_tensors: Iterable[tuple[str, torch.Tensor]], error_prefix: str
 ) -> None:
-    """Copies a whole model into ``views``; a tied output head may be left out.
+    """Copy the tensors of a whole model into ``views``; a tied output head may be omitted.
 
-    Raises: RuntimeError, beginning with ``complaint``, naming the tensors that are missing, unknown, of the wrong
-        shape, given twice, or tied and not equal. Some of ``views`` are overwritten by then.
+    Args:
+        views: Result of `checkpoint_views`.
+        named_tensors: (name, tensor) pairs, in any order.
+        error_prefix: Beginning of every error message.
+
+    Raises: RuntimeError naming the tensors that are missing, unknown, of the wrong shape, repeated, or tied but not
+        equal. Some of ``views`` have been overwritten by then.
     """
     missing = dict.fromkeys(views)
-    filled: dict[int, str] = {}  # address -> name: tied parameters share theirs
-    faults: dict[str, list[str]] = {"unknown": [], "of the wrong shape": [], "given twice": []}
+    filled: dict[int, str] = {}  # address -> name; tied parameters share an address
+    faults: dict[str, list[str]] = {"unknown": [], "of the wrong shape": [], "repeated": []}
     for name, tensor in named_tensors:
         view = views.get(name)
         if view is None:
             faults["unknown"].append(name)
         elif name not in missing:
-            faults["given twice"].append(name)
+            faults["repeated"].append(name)
         elif view.shape != tensor.shape:
             faults["of the wrong shape"].append(f"{name} {list(tensor.shape)}, not {list(view.shape)}")
             del missing[name]
@@ -83,12 +90,12 @@ def copy_weights(
             del missing[name]
             first = filled.setdefault(view.data_ptr(), name)
             if first != name and not torch.equal(view, tensor.to(view)):
-                raise RuntimeError(f"{complaint}: {name} differs from {first}, to which the model's config ties it")
+                raise RuntimeError(f"{error_prefix}: {name} differs from {first}, to which the model's config ties it")
             view.copy_(tensor)
     faults["missing"] = [name for name in missing if views[name].data_ptr() not in filled]
     if any(faults.values()):
         listing = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
-        raise RuntimeError(f"{complaint}: {listing}")
+        raise RuntimeError(f"{error_prefix}: {listing}")
 
 
 def _shortened(names: list[str]) -> str:

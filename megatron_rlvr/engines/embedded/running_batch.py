@@ -1,12 +1,13 @@
-"""The sequences that the embedded engine is sampling: rows 0 .. live-1 of every array and of the cache.
+"""Running batch of the embedded engine: the sequences that are being sampled, with continuous batching.
 
-One step feeds every live row its latest token. A row whose token ends it leaves at once, and the last rows move into
-the holes, so that no step computes a dead row. A new row is prefilled with its prompt less the last token, once for
-all samples of the prompt, and then joins the next step: every sampled token comes from the same path, and neither
-left padding nor an end-of-prompt index is needed.
+Continuous batching: sequences enter and leave the batch between decode steps, so that no step computes a finished
+sequence. The batch occupies rows 0 .. size-1 of every array and of the KV cache. One step feeds each row its latest
+token. A finished row leaves at once, and the last rows move into the holes. A new row is prefilled with its prompt
+except the last token, once for all completions of the prompt, and takes part in the next step: all sampled tokens are
+computed the same way, and neither left padding nor an end-of-prompt index is needed.
 
-What is sampled for a request depends on its seed and on the weights, not on its neighbours: the request owns a
-Philox stream, uniform j of which picks response token j.
+The response to a request depends on its seed and on the weights, not on the other rows: each request has its own
+Philox stream, whose uniform number j picks response token j.
 """
 
 from collections.abc import Sequence
@@ -21,20 +22,23 @@ from megatron_rlvr.engines.embedded.sampling import sample_tokens
 from megatron_rlvr.protocols import Sampling
 from megatron_rlvr.types import Completion, CompletionRequest
 
-# Positions in one prefill forward, padding included: bounds its activations.
 _PREFILL_POSITIONS = 8192
+"""Maximum positions in one prefill forward, padding included; bounds the memory of its activations."""
 
 
 class RunningBatch:
-    """The live sequences of one ``generate`` call.
+    """Sequences in progress of one ``generate`` call.
 
     Args:
-        model: of transformers, with the attention of slots.py.
-        rows, columns: the size of the cache.
-        sampling: temperature, top_p and the cap on responses.
-        is_stop: [V] bool, the tokens that end a response.
-        pad_token_id: fills the prompts of one prefill up to the longest.
-        version: of the weights, for the completions.
+        model: transformers model with the attention of kv_cache.py.
+        rows, columns: Size of the KV cache: sequences, and tokens per sequence.
+        sampling: Temperature, top_p and the response cap.
+        is_stop: [V] bool, true for tokens that end a response.
+        pad_token_id: Token that pads the prompts of one prefill to equal length.
+        version: Version of the weights, recorded in the completions.
+
+    Attributes:
+        size: Number of sequences in progress.
     """
 
     def __init__(
@@ -47,14 +51,14 @@ class RunningBatch:
         pad_token_id: int,
         version: int,
     ) -> None:
-        self.live = 0
+        self.size = 0
         self._model = model
         self._sampling = sampling
         self._is_stop = is_stop
         self._pad_token_id = pad_token_id
         self._version = version
         self._device = model.device
-        self._slots = KVCache(model.config.num_hidden_layers, rows, columns, model.device)
+        self._kv_cache = KVCache(model.config.num_hidden_layers, rows, columns, model.device)
         self._requests: list[CompletionRequest] = []
         self._latest = np.zeros(rows, dtype=np.int64)  # the token to feed next ...
         self._position = np.zeros(rows, dtype=np.int64)  # ... and its position, which is its column
@@ -65,9 +69,9 @@ class RunningBatch:
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[CompletionRequest]) -> None:
-        """Appends rows for ``requests``, at most as many as are free, and prefills each distinct prompt once."""
+        """Append one row per request and prefill each distinct prompt once; that many rows must be free."""
         rows_of: dict[tuple[int, ...], list[int]] = {}
-        for row, request in enumerate(requests, start=self.live):
+        for row, request in enumerate(requests, start=self.size):
             prompt = request.prompt.token_ids
             stream = np.random.Generator(np.random.Philox(key=request.seed))
             self._uniforms[row] = stream.random(self._sampling.max_response_tokens)
@@ -77,16 +81,17 @@ class RunningBatch:
             if len(prompt) > 1:
                 rows_of.setdefault(tuple(prompt[:-1].tolist()), []).append(row)
         self._requests += requests
-        self.live += len(requests)
+        self.size += len(requests)
         by_length = sorted(rows_of, key=len)
         while by_length:
-            # A batch is as long as its longest; taking the longest first makes the bound exact.
+            # Padding makes all prompts of a prefill as long as its longest one, so take the longest first: the count
+            # that fits is then exact.
             count = max(1, _PREFILL_POSITIONS // len(by_length[-1]))
             by_length, batch = by_length[:-count], by_length[-count:]
             self._prefill(batch, [rows_of[prefix] for prefix in batch])
 
     def _prefill(self, prefixes: list[tuple[int, ...]], rows_of_prefix: list[list[int]]) -> None:
-        """Fills the slots of all rows of each prefix. What padding leaves on the right is masked until overwritten."""
+        """Prefill each prefix once and copy it to all of its rows; padding cells are masked until overwritten."""
         longest = max(map(len, prefixes))
         padded = [prefix + (self._pad_token_id,) * (longest - len(prefix)) for prefix in prefixes]
         prefilled = DynamicCache()
@@ -98,29 +103,29 @@ class RunningBatch:
         )
         source = torch.tensor([i for i, rows in enumerate(rows_of_prefix) for _ in rows], device=self._device)
         rows = torch.tensor([row for rows in rows_of_prefix for row in rows], device=self._device)
-        self._slots.fill(rows, prefilled, source)
+        self._kv_cache.fill(rows, prefilled, source)
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Samples one token for every live row; returns the completions that this finished, and frees their rows.
+        """Sample one token for every row, free the rows that finish, and return their completions.
 
-        Raises: RuntimeError for logits that are not finite.
+        Raises: RuntimeError if the weights produce logits that are not finite.
         """
-        live = np.arange(self.live)
-        produced = self._produced[: self.live]
+        rows = np.arange(self.size)
+        produced = self._produced[: self.size]
         tokens_on_device, logprobs_on_device = sample_tokens(
             self._logits(),
-            torch.from_numpy(self._uniforms[live, produced]).to(self._device),
+            torch.from_numpy(self._uniforms[rows, produced]).to(self._device),
             self._sampling.temperature,
             self._sampling.top_p,
         )
         tokens, logprobs = tokens_on_device.cpu().numpy(), logprobs_on_device.cpu().numpy()
         if not np.isfinite(logprobs).all():
-            raise RuntimeError(f"weights of version {self._version} give logits that are not finite")
-        self._tokens[live, produced] = tokens
-        self._logprobs[live, produced] = logprobs
-        self._latest[live] = tokens
-        self._position[live] += 1
+            raise RuntimeError(f"weights of version {self._version} produce logits that are not finite")
+        self._tokens[rows, produced] = tokens
+        self._logprobs[rows, produced] = logprobs
+        self._latest[rows] = tokens
+        self._position[rows] += 1
         produced += 1
         stopped = self._is_stop[tokens]
         finished = stopped | (produced == self._sampling.max_response_tokens)
@@ -131,14 +136,14 @@ class RunningBatch:
         return completions
 
     def _logits(self) -> torch.Tensor:
-        """[live, V] logits after the latest token of every row, which enters the cache."""
-        position = torch.from_numpy(self._position[: self.live]).to(self._device)
-        span = int(self._position[: self.live].max()) + 1
+        """Feed the latest token of every row, which enters the KV cache, and return logits [size, V]."""
+        position = torch.from_numpy(self._position[: self.size]).to(self._device)
+        span = int(self._position[: self.size].max()) + 1
         return self._model(
-            input_ids=torch.from_numpy(self._latest[: self.live, None]).to(self._device),
-            attention_mask=self._slots.begin_step(position, span, self._model.dtype),
+            input_ids=torch.from_numpy(self._latest[: self.size, None]).to(self._device),
+            attention_mask=self._kv_cache.begin_step(position, span, self._model.dtype),
             position_ids=position[:, None],
-            past_key_values=self._slots.cache,
+            past_key_values=self._kv_cache.past_key_values,
             use_cache=True,
         ).logits[:, -1]
 
@@ -154,8 +159,8 @@ class RunningBatch:
         )
 
     def _remove(self, finished: np.ndarray) -> None:
-        """Drops the rows marked in ``finished`` [live]; the last rows move into the holes they leave."""
-        remaining = self.live - int(finished.sum())
+        """Remove the rows marked in ``finished`` [size] and move the last rows into the holes."""
+        remaining = self.size - int(finished.sum())
         holes = np.flatnonzero(finished[:remaining])
         moved = remaining + np.flatnonzero(~finished[remaining:])
         for array in (self._latest, self._position, self._produced, self._uniforms, self._tokens, self._logprobs):
@@ -165,5 +170,5 @@ class RunningBatch:
         del self._requests[remaining:]
         if len(holes):
             to_rows, from_rows = torch.from_numpy(holes).to(self._device), torch.from_numpy(moved).to(self._device)
-            self._slots.move(to_rows, from_rows, int(self._position[:remaining].max()))
-        self.live = remaining
+            self._kv_cache.move(to_rows, from_rows, int(self._position[:remaining].max()))
+        self.size = remaining
