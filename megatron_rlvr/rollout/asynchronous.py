@@ -13,8 +13,8 @@ from megatron_rlvr.distributed.collectives import gather, gather_on_first, raise
 from megatron_rlvr.distributed.counters import Counters
 from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Filled
+from megatron_rlvr.rollout.group_buffer import OrderedGroup
 from megatron_rlvr.rollout.group_sampler import Harvest, Quota, Yield
-from megatron_rlvr.rollout.groups import OrderedGroup
 
 
 class AsynchronousCollector(Collector):

@@ -17,7 +17,7 @@ from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.distributed.collectives import gather, gather_on_first
 from megatron_rlvr.distributed.ranks import Ranks
-from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
+from megatron_rlvr.rollout.group_buffer import BegunGroup, OrderedGroup
 from megatron_rlvr.rollout.sampler import Sampler
 from megatron_rlvr.types import Group
 

@@ -17,7 +17,7 @@ from megatron_rlvr.distributed.counters import Counters, Counts
 from megatron_rlvr.protocols import RolloutStream
 from megatron_rlvr.reward.graders import Verdict
 from megatron_rlvr.rollout.collector import MOST_OVERSAMPLING
-from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
+from megatron_rlvr.rollout.group_buffer import BegunGroup, OrderedGroup
 from megatron_rlvr.rollout.sampler import Sampler, requests_for
 from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.rollout.collector import MOST_OVERSAMPLING, Collector, Filled
-from megatron_rlvr.rollout.groups import BegunGroup, OrderedGroup
+from megatron_rlvr.rollout.group_buffer import BegunGroup, OrderedGroup
 from megatron_rlvr.rollout.sampler import requests_for
 
 

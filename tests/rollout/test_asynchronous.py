@@ -379,7 +379,7 @@ def test_tokens_are_never_older_than_allowed(folder: Path):
 def send_back(layout: Layout, folder: Path) -> tuple[int, int, int]:
     """Groups of this rank that became stale, groups that it has begun after that, and groups that it has kept."""
     from megatron_rlvr.distributed import process_group
-    from megatron_rlvr.rollout.groups import OrderedGroup
+    from megatron_rlvr.rollout.group_buffer import OrderedGroup
 
     with joined_process_group(), start_graders(folder) as graders:
         ranks = ranks_of(layout)
