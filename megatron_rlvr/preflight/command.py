@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_rlvr.config import SettingsError
-from megatron_rlvr.config.command_line import load_settings
+from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.preflight.results import Finding, Report, from_sentence
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.resolve import Resolved, describe_plan, resolve, world_size

@@ -24,7 +24,7 @@ from planning_runs import Layout, Measured, Ranks, head_peak, measured
 
 from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 from megatron_rlvr.config import ParallelSettings, SettingsError
-from megatron_rlvr.config.command_line import validate
+from megatron_rlvr.config.loading import validate
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.planner import report
 from megatron_rlvr.planner.devices import DEVICES, GIB, Device
