@@ -1,7 +1,7 @@
-"""Whether the other ranks are alive, by counters in the process group's store.
+"""Detection of ranks that have died or lost their network, by counters in the process group's store.
 
-A collective gives up by itself after a time. While ranks sample they wait for each other outside of any, for as long as
-responses take, and nothing else would tell them that a host is gone or cut off.
+A collective fails by itself after a timeout. While ranks sample, however, they wait for each other outside of any
+collective, for as long as responses take, and nothing else would detect that a host is down or unreachable.
 """
 
 import threading
@@ -10,21 +10,27 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-_LONGEST_PAUSE_SECONDS = 5.0
-_LOOKS = 20
+_MAX_INTERVAL_SECONDS = 5.0
+_INTERVALS_PER_TIMEOUT = 20
 _LEFT = 2**40
 
 
 class Heartbeat:
-    """Says that this rank is alive while it is entered, and watches: rank 0 all others, and these rank 0.
+    """Heartbeat of this rank, and the watch over others: rank 0 watches all other ranks, and these watch rank 0.
 
-    Time is counted in looks of this process, so that processes that were all suspended for an hour miss nobody.
+    Use it as a context manager: the heartbeat lasts as long as the block, and a rank that leaves the block is no longer
+    watched.
+
+    Time is measured in heartbeats of this process, not by a clock, so that no rank is reported lost after all processes
+    were suspended for an hour.
 
     Args:
-        store: of all ranks; used by no other thread.
-        timeout_seconds: how long a rank may be silent.
-        lost: called, in a thread, with the rank of whom nothing has been heard for so long, or with None where another
-            rank has told all that somebody is lost.
+        store: Store shared by all ranks; no other thread may use this connection.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        timeout_seconds: Time without a heartbeat after which a rank is lost.
+        on_lost: Called once, in a thread, with the rank from which no heartbeat has been seen for that time, or with
+            None if another rank has reported that a rank is lost.
     """
 
     def __init__(
@@ -33,20 +39,20 @@ class Heartbeat:
         rank: int,
         world_size: int,
         timeout_seconds: float,
-        lost: Callable[[int | None], object],
+        on_lost: Callable[[int | None], object],
     ) -> None:
-        self._store = dist.PrefixStore("pulse", store)
+        self._store = dist.PrefixStore("heartbeat", store)
         self._rank = rank
-        self._pause = min(_LONGEST_PAUSE_SECONDS, timeout_seconds / _LOOKS)
-        self._most = round(timeout_seconds / self._pause)
-        self._lost = lost
-        self._heard = dict.fromkeys(range(1, world_size) if rank == 0 else [0], (0, 0))
-        """{rank: (its counter, looks since that last changed)}."""
-        self._looks = 0
+        self._interval = min(_MAX_INTERVAL_SECONDS, timeout_seconds / _INTERVALS_PER_TIMEOUT)
+        self._max_missed = round(timeout_seconds / self._interval)
+        self._on_lost = on_lost
+        self._seen = dict.fromkeys(range(1, world_size) if rank == 0 else [0], (0, 0))
+        """{rank: (its counter, number of this rank's heartbeats since that last changed)}."""
+        self._beats = 0
         self._stopped = threading.Event()
-        # A store on a host that is gone never answers: who counts the looks must not be who waits for it.
-        parts = (self._beat, self._watch) if world_size > 1 else ()
-        self._threads = [threading.Thread(target=part, name="pulse", daemon=True) for part in parts]
+        # A store on a host that is down never answers, so the thread that measures the time must not use the store.
+        targets = (self._beat, self._watch_store) if world_size > 1 else ()
+        self._threads = [threading.Thread(target=target, name="heartbeat", daemon=True) for target in targets]
 
     def __enter__(self) -> "Heartbeat":
         for thread in self._threads:
@@ -61,34 +67,37 @@ class Heartbeat:
             thread.join(1.0)
 
     def _beat(self) -> None:
-        while not self._stopped.wait(self._pause):
+        """Increment this rank's counter and check the others', until the block ends or a rank is lost."""
+        while not self._stopped.wait(self._interval):
             try:
                 self._store.add(str(self._rank), 1)
-                told = self._store.add("lost", 0) > 0
-                silent = [] if told else self._silent()
+                reported = self._store.add("lost", 0) > 0
+                silent = [] if reported else self._silent()
                 if silent:
                     self._store.add("lost", 1)
-            except RuntimeError:  # the store is gone: with a rank that has ended, or it counts as silent
+            except RuntimeError:  # no connection to the store; if this lasts, `_watch_store` reports rank 0 as lost
                 continue
-            if told or silent:
-                self._lost(silent[0] if silent else None)
+            if reported or silent:
+                self._on_lost(silent[0] if silent else None)
                 return
-            self._looks += 1
+            self._beats += 1
         try:
             self._store.add(str(self._rank), _LEFT)
         except RuntimeError:
             return
 
     def _silent(self) -> list[int]:
-        for rank, (before, looks) in self._heard.items():
+        """Return the watched ranks whose counter has not changed for too long."""
+        for rank, (before, missed) in self._seen.items():
             now = self._store.add(str(rank), 0)
-            self._heard[rank] = now, looks + 1 if now == before and now < _LEFT else 0
-        return [rank for rank, (_, looks) in self._heard.items() if looks >= self._most]
+            self._seen[rank] = now, missed + 1 if now == before and now < _LEFT else 0
+        return [rank for rank, (_, missed) in self._seen.items() if missed >= self._max_missed]
 
-    def _watch(self) -> None:
-        before, looks = 0, 0
-        while not self._stopped.wait(self._pause):
-            before, looks = self._looks, looks + 1 if self._looks == before else 0
-            if looks >= self._most:
-                self._lost(0)
+    def _watch_store(self) -> None:
+        """Report rank 0, on which the store is, as lost if `_beat` has had no answer for too long."""
+        before, missed = 0, 0
+        while not self._stopped.wait(self._interval):
+            before, missed = self._beats, missed + 1 if self._beats == before else 0
+            if missed >= self._max_missed:
+                self._on_lost(0)
                 return

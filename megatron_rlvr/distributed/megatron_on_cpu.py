@@ -1,14 +1,15 @@
-"""megatron-core on a machine without a GPU: the questions that it asks CUDA are answered for the CPU.
+"""Replacements for the CUDA calls of megatron-core, with which it runs unmodified on a machine without a GPU.
 
-megatron-core asks CUDA directly for devices, streams and random states. The same code runs unmodified on gloo once
+megatron-core calls CUDA directly for devices, streams and random states. It runs on a CPU with gloo once
 
-- ``torch.cuda.*`` calls that Megatron makes get CPU answers (streams are no-ops, random states are the CPU's);
-- the modules that create tensors with a literal ``device="cuda"`` see a ``torch`` whose factories put them on the CPU;
-- ``Tensor.type()`` of a CPU tensor answers 'torch.cuda.FloatTensor' and so on, because Megatron's optimizers
-  compare with these names to tell 16 from 32 bits;
-- the exchange of tokens between experts gets its split sizes as numbers, as it does when they come from a GPU.
+- the ``torch.cuda.*`` functions that Megatron calls are replaced (streams do nothing, random states are the CPU's);
+- modules that create tensors with a literal ``device="cuda"`` get a ``torch`` whose factories create them on the CPU;
+- ``Tensor.type()`` of a CPU tensor returns 'torch.cuda.FloatTensor' and so on, because Megatron's optimizers compare
+  with these names to distinguish 16-bit from 32-bit parameters;
+- the all-to-all between experts gets its split sizes as numpy arrays, as it does if they are copied from a GPU.
 
-Nothing is answered where a GPU exists. ``tests/distributed/test_megatron_on_cpu.py`` lists what is relied on.
+Nothing is replaced if there is a GPU. ``tests/distributed/test_megatron_on_cpu.py`` lists every replacement and tests
+each of them.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import torch.distributed
 
 from megatron_rlvr.distributed.accelerator import has_gpu
 
-# Modules of megatron-core with a literal device="cuda" on a path this project takes.
+# Modules of megatron-core with a literal device="cuda" in code that this project runs.
 _MODULES_WITH_LITERAL_DEVICE = (
     "megatron.core.utils",
     "megatron.core.optimizer.optimizer",
@@ -35,25 +36,27 @@ _FACTORIES = ("zeros", "ones", "empty", "tensor", "full", "arange")
 
 
 def import_megatron() -> None:
-    """Imports megatron-core, without a compiler for its fused operations where this torch is for CPUs alone.
+    """Import megatron-core; with a CPU build of torch, without compiling its fused operations.
 
-    To get ready to compile them takes longer than the rest of Megatron, and on a CPU they are not worth it.
+    Preparing the compiler takes longer than importing the rest of Megatron, and on a CPU the fused operations do not
+    save that time.
     """
     if torch.version.cuda is not None:
         return
     compiler = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
-        # The package comes with most of what it has, and its switch is a part of it.
+        # Importing the module with the switch imports most of the package and decorates its functions, so torch.compile
+        # itself has to be replaced during the import.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it misses Transformer Engine and apex
+            warnings.simplefilter("ignore")  # warnings about absent Transformer Engine and apex
             importlib.import_module("megatron.core.jit").disable_jit_fuser()
     finally:
         torch.compile = compiler
 
 
 class _NoOp:
-    """Stands for a CUDA stream or event: does nothing, is its own context."""
+    """A CUDA stream or event that does nothing, and that can be used as a context manager."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -74,7 +77,7 @@ class _NoOp:
 
 
 class _TorchOnCpu(ModuleType):
-    """``torch`` as a Megatron module sees it, with factories that take device="cuda" to mean the CPU."""
+    """A substitute for ``torch`` in a Megatron module, whose tensor factories use the CPU for device="cuda"."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -92,20 +95,20 @@ class _TorchOnCpu(ModuleType):
         return getattr(torch, name)
 
 
-_answered = False
+_patched = False
 
 
-def answer_cuda_calls_for_cpu() -> None:
-    """Lets unmodified megatron-core run without a GPU (module docstring). Does nothing the second time, or on a GPU."""
-    global _answered
-    if _answered or has_gpu():
+def patch_cuda_calls() -> None:
+    """Replace the CUDA calls listed in the module docstring. Does nothing the second time, or if there is a GPU."""
+    global _patched
+    if _patched or has_gpu():
         return
-    _answered = True
+    _patched = True
     identity = {"cuda": lambda self, *args, **kwargs: self, "record_stream": lambda self, stream: None}
     torch.Tensor.cuda = identity["cuda"]  # type: ignore[method-assign,assignment]
     torch.Tensor.record_stream = identity["record_stream"]  # type: ignore[method-assign,assignment]
     torch.nn.Module.cuda = identity["cuda"]  # type: ignore[method-assign,assignment]
-    answers = {
+    replacements = {
         "current_device": lambda: "cpu",
         "synchronize": lambda *args: None,
         "empty_cache": lambda: None,
@@ -118,9 +121,9 @@ def answer_cuda_calls_for_cpu() -> None:
         "Stream": _NoOp,
         "Event": _NoOp,
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-    _answer_tensor_type()
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    _patch_tensor_type()
     torch_on_cpu = _TorchOnCpu()
     for module_name in _MODULES_WITH_LITERAL_DEVICE:
         importlib.import_module(module_name).torch = torch_on_cpu  # type: ignore[attr-defined]
@@ -128,21 +131,24 @@ def answer_cuda_calls_for_cpu() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[attr-defined]
+    dispatcher.maybe_move_tensor_to_cpu = _on_cpu_already  # type: ignore[attr-defined]
 
 
-def _as_moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """What Megatron gets of a GPU's tensor, of one that is on the CPU already."""
+def _on_cpu_already(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Return for a CPU tensor the type that Megatron's function returns for a GPU tensor; it ignores CPU tensors."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def name_absent_kernels() -> None:
-    """Megatron's router asks whether Transformer Engine's product is None, by a name it lacks where that is absent."""
+def define_absent_kernels() -> None:
+    """Define ``te_general_gemm`` as None if Transformer Engine is absent.
+
+    Megatron's router compares this name with None, but defines it only if Transformer Engine can be imported.
+    """
     router = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     vars(router).setdefault("te_general_gemm", None)
 
 
-def _answer_tensor_type() -> None:
+def _patch_tensor_type() -> None:
     type_of = torch.Tensor.type
 
     def cuda_type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

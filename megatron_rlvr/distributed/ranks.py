@@ -1,8 +1,8 @@
-"""Who this process is: its place in Megatron's grid, and the groups through which it talks.
+"""The position of this process in Megatron's grid of ranks, and its process groups.
 
-A *replica* is the set of ranks that together hold one copy of the model (tensor x context x pipeline); there are
-``data_size`` of them. Ranks of a replica always hold the same sequences. Experts are the exception: they are shared by
-ranks of ``expert_size`` replicas.
+A *data-parallel replica* is the set of ranks that together hold one copy of the model (tensor x context x pipeline);
+there are ``data_size`` of them. All ranks of a replica work on the same sequences. Experts are the exception: they are
+sharded over the ranks of ``expert_size`` replicas. The first rank of a replica is its *leader*.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megatron_rlvr.distributed import megatron_on_cpu, process_group
 
 @dataclass(frozen=True)
 class Ranks:
-    """Places and groups of this rank. Groups named ``*_objects`` carry Python objects and CPU tensors."""
+    """Position and groups of this rank. Groups named ``*_objects`` are for Python objects and CPU tensors."""
 
     rank: int
     world_size: int
@@ -36,31 +36,34 @@ class Ranks:
     expert_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     data_context_group: dist.ProcessGroup
-    """Ranks that hold the same weights, and different tokens."""
+    """Ranks that hold the same weights and process different tokens."""
     data_objects: dist.ProcessGroup
-    """Ranks at the same place in every replica, ordered by data rank."""
+    """Ranks at the same position in every data-parallel replica, ordered by data rank."""
     replica_objects: dist.ProcessGroup
-    """All ranks of this replica."""
+    """All ranks of this data-parallel replica, the leader first."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the files and speaks for all."""
+        """True on rank 0, which writes the files and prints."""
         return self.rank == 0
 
     @property
     def last_stage(self) -> bool:
+        """True on ranks of the last pipeline stage, which compute logits and losses."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def replica_rank(self) -> int:
+        """Rank within the data-parallel replica; 0 is the leader."""
         return dist.get_rank(self.replica_objects)
 
     @property
     def replica_size(self) -> int:
+        """Number of ranks of a data-parallel replica."""
         return dist.get_world_size(self.replica_objects)
 
     def from_last_stage(self, value: Any) -> Any:
-        """The last pipeline stage's ``value`` on every stage of the replica."""
+        """Return the last pipeline stage's ``value`` on every stage of the data-parallel replica."""
         if self.pipeline_size == 1:
             return value
         gathered: list[Any] = [None] * self.replica_size
@@ -69,7 +72,13 @@ class Ranks:
 
 
 def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Ranks:
-    """Joins the process group and cuts the world into Megatron's grid. Every rank must call it."""
+    """Join the process group and arrange its ranks in Megatron's grid. Every rank must call it.
+
+    Args:
+        parallel: Sizes of the grid.
+        timeout_minutes: Time after which a collective on any of the groups fails; Megatron's groups need an int of at
+            least 1.
+    """
     megatron_on_cpu.import_megatron()
     from megatron.core import parallel_state
 
@@ -85,10 +94,10 @@ def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Rank
     )
     data_rank = parallel_state.get_data_parallel_rank()
     data_size = parallel_state.get_data_parallel_world_size()
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, data_rank)
-    replicas = [[r for r, place in enumerate(places) if place == d] for d in range(data_size)]
-    # Creating a group is collective over the world: every rank makes every group, and keeps its own.
+    data_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(data_ranks, data_rank)
+    replicas = [[r for r, place in enumerate(data_ranks) if place == d] for d in range(data_size)]
+    # Creating a group is collective over the world: every rank creates every group, and keeps its own.
     groups = [process_group.object_group(ranks) for ranks in replicas]
     return Ranks(
         rank=dist.get_rank(),

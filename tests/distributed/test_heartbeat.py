@@ -1,4 +1,4 @@
-"""Whether ranks notice that another is gone, and only then."""
+"""Tests that ranks detect the loss of another rank, and report none that is alive or has left."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ SECONDS = 4.0
 
 
 class Unreachable:
-    """A store that stops to answer on demand, as one on a host that is gone."""
+    """A store that stops answering on demand, as one on a host that is down."""
 
     def __init__(self, store: dist.Store) -> None:
         self.store = store
@@ -33,86 +33,86 @@ class Unreachable:
         return self.store.add(key, number)
 
 
-class Told(list[int | None]):
-    """Whom a rank takes for lost."""
+class Lost(list[int | None]):
+    """The ranks that a heartbeat has reported as lost."""
 
 
 @pytest.fixture
-def three(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[Heartbeat, Unreachable, Told]]]:
-    """Makes the pulses of three ranks, each of which reaches their store in its own way."""
+def three(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[Heartbeat, Unreachable, Lost]]]:
+    """Creates the heartbeats of three ranks on one store, each with a connection of its own."""
     monkeypatch.setattr("megatron_rlvr.distributed.heartbeat.dist.PrefixStore", lambda prefix, store: store)
 
-    def pulse(rank: int, common: dist.Store) -> tuple[Heartbeat, Unreachable, Told]:
-        told, store = Told(), Unreachable(common)
-        return Heartbeat(store, rank, 3, SECONDS, told.append), store, told  # type: ignore[arg-type]
+    def heartbeat(rank: int, common: dist.Store) -> tuple[Heartbeat, Unreachable, Lost]:
+        lost, store = Lost(), Unreachable(common)
+        return Heartbeat(store, rank, 3, SECONDS, lost.append), store, lost  # type: ignore[arg-type]
 
-    def pulses() -> list[tuple[Heartbeat, Unreachable, Told]]:
+    def heartbeats() -> list[tuple[Heartbeat, Unreachable, Lost]]:
         common = dist.HashStore()
-        return [pulse(rank, common) for rank in range(3)]
+        return [heartbeat(rank, common) for rank in range(3)]
 
-    return pulses
+    return heartbeats
 
 
-def test_ranks_that_have_left_are_not_missed(three: Any) -> None:
-    (first, _, told), (second, *_), (third, *_) = three()
+def test_ranks_that_have_left_are_not_lost(three: Any) -> None:
+    (first, _, lost), (second, *_), (third, *_) = three()
     with first:
         with second, third:
             pass
         time.sleep(1.5 * SECONDS)
-    assert told == []
+    assert lost == []
 
 
-def test_a_silent_rank_is_told_to_all(three: Any) -> None:
-    (first, _, first_told), (second, _, second_told), (third, store, third_told) = three()
+def test_a_silent_rank_is_reported_to_all(three: Any) -> None:
+    (first, _, first_lost), (second, _, second_lost), (third, store, third_lost) = three()
     with first, second, third:
-        wait_for(lambda: third._looks > 2)
-        store.answers.clear()  # the third hears nobody, and is not heard
-        wait_for(lambda: first_told and second_told and third_told)
-        assert (first_told, second_told, third_told) == ([2], [None], [0])
+        wait_for(lambda: third._beats > 2)
+        store.answers.clear()  # the third rank neither reads nor writes the store any more
+        wait_for(lambda: first_lost and second_lost and third_lost)
+        assert (first_lost, second_lost, third_lost) == ([2], [None], [0])
         store.answers.set()
 
 
-def test_ranks_whose_store_has_gone_miss_the_main_rank(three: Any) -> None:
-    _, (pulse, store, told), _ = three()
+def test_ranks_whose_store_has_closed_report_the_main_rank(three: Any) -> None:
+    _, (heartbeat, store, lost), _ = three()
     store.error = dist.DistNetworkError("Broken pipe")
-    with pulse:
-        wait_for(lambda: told)
-    assert told == [0]
+    with heartbeat:
+        wait_for(lambda: lost)
+    assert lost == [0]
 
 
-def test_alone_nobody_is_missed() -> None:
-    with Heartbeat(dist.HashStore(), 0, 1, 0.1, pytest.fail) as pulse:
-        assert pulse._threads == []
+def test_a_world_of_one_rank_starts_no_thread() -> None:
+    with Heartbeat(dist.HashStore(), 0, 1, 0.1, pytest.fail) as heartbeat:
+        assert heartbeat._threads == []
 
 
 def frozen_rank() -> list[int | None]:
-    """Rank 1 is stopped while rank 0 waits for it as in sampling; it goes on once it is missed."""
+    """Rank 1 is stopped while rank 0 waits for it as in sampling; it continues once it is reported as lost."""
     from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.counters import Counters
 
     with joined_process_group():
         rank, store = dist.get_rank(), process_group.store()
-        board, told = Counters(store, "sampling"), Told()
+        counters, lost = Counters(store, "sampling"), Lost()
 
-        def lost(whom: int | None) -> None:
-            told.append(whom)
+        def on_lost(lost_rank: int | None) -> None:
+            lost.append(lost_rank)
             if rank == 0:
                 os.kill(store.add("process of rank 1", 0), signal.SIGCONT)
 
         store.add("process of rank 1", os.getpid() if rank == 1 else 0)
         dist.barrier()
-        pulse = Heartbeat(process_group.store(), rank, 2, 3.0, lost)
-        with pulse:
-            wait_for(lambda: pulse._looks > 2)
+        heartbeat = Heartbeat(process_group.store(), rank, 2, 3.0, on_lost)
+        with heartbeat:
+            wait_for(lambda: heartbeat._beats > 2)
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            board.leave()
-            board.wait_for_all(2)
-            wait_for(lambda: told)
-        return told
+            counters.leave()
+            counters.wait_for_all(2)
+            wait_for(lambda: lost)
+        return lost
 
 
-def test_a_rank_that_is_frozen_while_others_wait_for_it_without_a_collective_is_missed() -> None:
+def test_a_rank_that_is_frozen_while_others_wait_for_it_without_a_collective_is_reported() -> None:
     ranks = Ranks(most=2)
     try:
         assert ranks.run(frozen_rank, 2) == [[1], [None]]

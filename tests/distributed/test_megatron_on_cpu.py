@@ -1,6 +1,6 @@
-"""What the trainer relies on where there is no GPU: each answer that Megatron gets in CUDA's place works on a CPU.
+"""Tests of the replaced CUDA calls: each is one that Megatron makes, and each works on a CPU.
 
-The answers change torch for a whole process, so they are looked at in one that is started for it.
+The replacements change torch for a whole process, so they are tested in a process started for that.
 """
 
 import importlib.util
@@ -20,30 +20,30 @@ import torch
 
 from megatron_rlvr.distributed import accelerator, megatron_on_cpu, process_group
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is answered where a GPU exists")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced if there is a GPU")
 
-ANSWERED = {
-    "current_device": "where weights and buffers are created",
+REPLACED = {
+    "current_device": "the device on which weights and buffers are created",
     "synchronize": "timers and gradient reductions wait for the device",
     "empty_cache": "after a checkpoint is loaded",
     "manual_seed": "model-parallel random states",
     "get_rng_state": "random states are forked for tensor-parallel initialisation",
-    "set_rng_state": "and put back",
+    "set_rng_state": "and restored afterwards",
     "current_stream": "gradient reductions wait for each other",
     "default_stream": "CUDA graphs",
     "stream": "a block runs on another stream",
-    "Stream": "gradient reductions have one of their own",
+    "Stream": "gradient reductions run on a stream of their own",
     "Event": "timers",
 }
-"""Names of torch.cuda that are answered, and what Megatron asks them for."""
+"""Names of torch.cuda that are replaced, and what Megatron uses them for."""
 
 
-def answered(check: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs in the other process: ``check`` after the answers are in place."""
+def with_replacements(check: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs in the other process: ``check``, after the calls were replaced."""
     for name in megatron_on_cpu._MODULES_WITH_LITERAL_DEVICE:
         importlib.import_module(name)
     before = dict(vars(torch.cuda))
-    megatron_on_cpu.answer_cuda_calls_for_cpu()
+    megatron_on_cpu.patch_cuda_calls()
     changed = {name for name, value in vars(torch.cuda).items() if before.get(name) is not value}
     return check(changed, *arguments)
 
@@ -51,11 +51,11 @@ def answered(check: Callable[..., Any], *arguments: Any) -> Any:
 @pytest.fixture(scope="module")
 def other_process() -> Iterator[Callable[..., Any]]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield lambda check, *arguments: pool.submit(answered, check, *arguments).result(timeout=300)
+        yield lambda check, *arguments: pool.submit(with_replacements, check, *arguments).result(timeout=300)
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch for GPUs has something to compile for")
-def test_megatron_comes_without_a_compiler_that_nothing_here_asks():
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch keeps the compiler")
+def test_megatron_is_imported_without_the_compiler_on_a_cpu():
     code = (
         "import sys, megatron_rlvr.startup.assembly, megatron.core.models.gpt, torch\n"
         "print('torch._inductor.compile_fx' in sys.modules)\n"
@@ -68,22 +68,22 @@ def test_megatron_comes_without_a_compiler_that_nothing_here_asks():
 
 
 def which_changed(changed: set[str]) -> tuple[set[str], set[str]]:
-    again = dict(vars(torch.cuda))
-    megatron_on_cpu.answer_cuda_calls_for_cpu()
-    return changed, {name for name, value in vars(torch.cuda).items() if again.get(name) is not value}
+    before = dict(vars(torch.cuda))
+    megatron_on_cpu.patch_cuda_calls()
+    return changed, {name for name, value in vars(torch.cuda).items() if before.get(name) is not value}
 
 
-def test_what_is_answered_is_what_is_listed_here_and_what_megatron_asks(other_process):
+def test_the_replaced_calls_are_those_listed_here_and_those_that_megatron_makes(other_process):
     changed, changed_by_a_second_call = other_process(which_changed)
-    assert changed == ANSWERED.keys()
+    assert changed == REPLACED.keys()
     assert changed_by_a_second_call == set()
     source = megatron_source()
-    unused = [name for name in ANSWERED if not re.search(rf"torch\.cuda\.{name}\b", source)]
-    assert unused == [], "megatron-core does not ask for these: drop their answers"
+    unused = [name for name in REPLACED if not re.search(rf"torch\.cuda\.{name}\b", source)]
+    assert unused == [], "megatron-core does not call these: remove their replacements"
 
 
 def megatron_folder() -> Path:
-    """Found without importing it."""
+    """The folder of megatron-core, found without importing it."""
     spec = importlib.util.find_spec("megatron.core")
     assert spec is not None
     assert spec.origin is not None
@@ -122,7 +122,7 @@ def streams_and_events(changed: set[str]) -> None:
     event.record(torch.cuda.current_stream())
     event.wait()
     event.synchronize()
-    assert not hasattr(event, "__deepcopy__"), "an object that answers to everything could not be copied"
+    assert not hasattr(event, "__deepcopy__"), "an object that has every attribute could not be copied"
     with pytest.raises(ZeroDivisionError), torch.cuda.Stream():
         _ = 1 / 0
 
@@ -169,8 +169,8 @@ def factories(changed: set[str]) -> None:
             _ = seen.no_such_name
 
 
-def splits_of_an_exchange(changed: set[str]) -> None:
-    """Megatron's experts get numbers where a GPU's tensors would have become numbers, and tensors elsewhere."""
+def split_sizes_of_an_all_to_all(changed: set[str]) -> None:
+    """Megatron's experts get numpy arrays if they ask for them, as from a GPU tensor, and otherwise the tensor."""
     move = importlib.import_module("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu
     counts = torch.tensor([3, 4])
     assert not torch.is_tensor(move(counts, as_numpy=True, record_stream=True))
@@ -181,7 +181,7 @@ def splits_of_an_exchange(changed: set[str]) -> None:
 
 
 def worlds(changed: set[str]) -> None:
-    """A process that no launcher started is a world of one, and can leave it and come back."""
+    """A process that no launcher started is a world of one rank, and can leave and join repeatedly."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     for _ in range(2):
@@ -197,7 +197,7 @@ def worlds(changed: set[str]) -> None:
 
 
 def absent_kernels(changed: set[str]) -> None:
-    """What Megatron's router asks about by a name that it lacks without Transformer Engine."""
+    """The name that Megatron's router uses and does not define without Transformer Engine is defined."""
     process_group.initialize(timeout_minutes=1)
     process_group.shut_down()
     assert hasattr(importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm")
@@ -211,16 +211,16 @@ def absent_kernels(changed: set[str]) -> None:
         tensors_and_modules,
         type_names,
         factories,
-        splits_of_an_exchange,
+        split_sizes_of_an_all_to_all,
         worlds,
         absent_kernels,
     ],
 )
-def test_every_answer_works_on_the_cpu(other_process, check):
+def test_every_replacement_works_on_the_cpu(other_process, check):
     other_process(check)
 
 
-def test_modules_are_given_another_torch_only_where_they_name_cuda_themselves():
+def test_only_modules_with_a_literal_cuda_device_get_another_torch():
     literal = re.compile(r"device(:[^=\n]+)?\s*=\s*['\"]cuda['\"]")
     files = {
         name: megatron_folder() / (name.removeprefix("megatron.core.").replace(".", "/") + ".py")
@@ -230,10 +230,10 @@ def test_modules_are_given_another_torch_only_where_they_name_cuda_themselves():
     assert without == []
 
 
-def test_nothing_is_answered_where_a_gpu_exists(monkeypatch):
+def test_nothing_is_replaced_if_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(megatron_on_cpu, "has_gpu", lambda: True)
-    monkeypatch.setattr(megatron_on_cpu, "_answered", False)  # whatever an earlier test has asked of this process
+    monkeypatch.setattr(megatron_on_cpu, "_patched", False)  # an earlier test may have set it
     before = dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda
-    megatron_on_cpu.answer_cuda_calls_for_cpu()
+    megatron_on_cpu.patch_cuda_calls()
     assert (dict(vars(torch.cuda)), torch.Tensor.cuda, torch.Tensor.type, torch.nn.Module.cuda) == before
-    assert not megatron_on_cpu._answered
+    assert not megatron_on_cpu._patched
