@@ -1,9 +1,10 @@
-"""Grader processes: a hanging or dying reward function costs one answer, never the trainer.
+"""Pool of grader processes: a reward function that hangs or crashes fails one response, never the trainer.
 
-One daemon thread a process takes answers from a common queue, sends each, waits with a hard deadline, and replaces a
-process that misses it (SIGKILL: sympy's integer powers hold the interpreter lock, and no softer signal is heard). The
-deadline runs from sending a task to a process that has imported everything, so that start-up is never charged to an
-answer. The thread starts the process and outlives it, as ``process.py`` demands.
+Each process has one daemon thread, which takes responses from a common queue, sends each to its process, waits with a
+hard deadline, and replaces a process that misses it. The process is killed with SIGKILL, because sympy's integer
+powers hold the interpreter lock and no other signal is handled meanwhile. The deadline starts when a response is sent
+to a process that has imported everything, so that start-up time is never charged to a response. The thread starts the
+process and outlives it, as ``process.py`` requires.
 """
 
 import atexit
@@ -28,12 +29,12 @@ _JOIN_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one answer.
+    """Result of the reward function for one response.
 
     Attributes:
-        value: right or wrong (bool), or the reward itself (float); None if there was a failure.
+        value: True (correct), False (incorrect), or the reward itself (float); None after a failure.
         failure: None, "timeout after ... s", "grader died ..." or "error: ...".
-        seconds: wall-clock time from leaving the queue to the verdict.
+        seconds: Wall-clock time from leaving the queue to the verdict.
     """
 
     value: bool | float | None
@@ -49,10 +50,10 @@ class _Task:
 
 
 def check_function(spec: str) -> None:
-    """Raises RewardError unless ``spec`` has the form "math" or "package.module:function"; imports nothing."""
+    """Raise RewardError unless ``spec`` has the form "math" or "package.module:function"; nothing is imported."""
     if not _FUNCTION.fullmatch(spec):
         raise RewardError(
-            f'reward.function {spec!r} is not a reward function; use "math", or "module:function" for your own'
+            f"reward.function={spec}: neither math nor module:function; use math, or module:function for your own"
         )
 
 
@@ -61,24 +62,25 @@ def grade(
     response_tokens: int,
     *,
     correct: float,
-    wrong: float,
+    incorrect: float,
     max_response_tokens: int,
     overlong_buffer: int,
 ) -> Grade:
-    """The grade that a verdict earns: its reward, plus the soft overlong penalty of the response's length.
+    """Turn a verdict into a grade: the reward, plus the soft overlong penalty for the length of the response.
 
     Args:
-        verdict: True earns ``correct``, False and every failure ``wrong``; a float is the reward, right if above 0.
-        response_tokens: length of the response, the stop token included.
-        correct: the reward of a right answer.
-        wrong: the reward of a wrong answer.
-        max_response_tokens: the cap on responses.
-        overlong_buffer: tokens below the cap over which the penalty grows to -1; 0 for none.
+        verdict: True earns ``correct``; False and every failure earn ``incorrect``; a float is the reward itself, and
+            the response counts as correct if it is above 0.
+        response_tokens: Length of the response in tokens, the stop token included.
+        correct: Reward of a correct response.
+        incorrect: Reward of an incorrect response.
+        max_response_tokens: The response cap.
+        overlong_buffer: Number of tokens below the cap over which the penalty grows to -1; 0 for no penalty.
     """
     if verdict.failure is not None or verdict.value is None:
-        reward, is_correct = wrong, False
+        reward, is_correct = incorrect, False
     elif isinstance(verdict.value, bool):
-        reward, is_correct = (correct, True) if verdict.value else (wrong, False)
+        reward, is_correct = (correct, True) if verdict.value else (incorrect, False)
     else:
         reward, is_correct = verdict.value, verdict.value > 0
     penalty = soft_overlong_penalty(response_tokens, max_response_tokens, overlong_buffer)
@@ -86,30 +88,30 @@ def grade(
 
 
 class GraderPool:
-    """Grades responses in processes of their own; submit from any thread.
+    """Grades responses in separate processes; `submit` may be called from any thread.
 
-    Attributes, for metrics:
-        graded: answers that have got a verdict, failures included.
-        timeouts: answers that missed the deadline.
-        errors: answers that failed otherwise: the function raised, returned no reward, or its process died.
-        restarts: processes started in place of dead ones.
+    Attributes:
+        graded: Number of responses with a verdict, failures included.
+        timeouts: Number of responses whose grading missed the deadline.
+        errors: Number of other failures: the function raised, returned no reward, or its process died.
+        restarts: Number of processes started to replace dead ones.
     """
 
     def __init__(self, function: str = "math", *, workers: int, timeout_seconds: float = 2.0) -> None:
-        """Starts all processes at once and returns when every one has imported the function.
+        """Start all processes at the same time and wait until each has imported the function.
 
         Args:
-            function: "math", or "module:function" for a ``protocols.Reward`` of the user's.
-            workers: number of processes, >= 1.
-            timeout_seconds: the deadline of one answer, > 0, wall-clock.
+            function: "math", or "module:function" for the user's own ``protocols.Reward``.
+            workers: Number of processes, >= 1.
+            timeout_seconds: Deadline for grading one response, wall-clock seconds, > 0.
 
-        Raises: RewardError if the function cannot be imported or a setting makes no sense.
+        Raises: RewardError if the function cannot be imported or an argument is invalid.
         """
         check_function(function)
         if workers < 1:
-            raise RewardError(f"reward.workers is {workers}; set at least 1")
+            raise RewardError(f"reward.workers={workers}: no process would grade; set at least 1")
         if not 0 < timeout_seconds < float("inf"):
-            raise RewardError(f"reward.timeout_seconds is {timeout_seconds}; set a time above 0")
+            raise RewardError(f"reward.timeout_seconds={timeout_seconds}: not a finite time above 0; set one")
         self.graded = self.timeouts = self.errors = self.restarts = 0
         self._function = function
         self._timeout_seconds = timeout_seconds
@@ -139,10 +141,10 @@ class GraderPool:
         self.close()
 
     def submit(self, prompt: Prompt, response: str) -> "Future[Verdict]":
-        """The verdict on ``response``, later; the future's callbacks run in a thread of the pool and must be short.
+        """Queue ``response`` for grading.
 
-        The future never raises but CancelledError, when the pool is closed before the verdict.
-
+        Returns: a future of the verdict. Its only exception is CancelledError, if the pool is closed before the
+            verdict. Its callbacks run in a thread of the pool and must be short.
         Raises: RuntimeError if the pool is closed.
         """
         future: Future[Verdict] = Future()
@@ -153,7 +155,7 @@ class GraderPool:
         return future
 
     def close(self) -> None:
-        """Cancels what has no verdict yet, kills and reaps all processes. Harmless when repeated."""
+        """Cancel every response without a verdict, and kill and reap all processes. May be called repeatedly."""
         with self._lock:
             self._closed = True
             for process in self._processes.values():
@@ -166,7 +168,7 @@ class GraderPool:
                 break
             if task is not None:
                 task.future.cancel()
-                task.future.set_running_or_notify_cancel()  # wakes who waits for it; cancel() alone does not
+                task.future.set_running_or_notify_cancel()  # wakes waiting threads; cancel() alone does not
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
@@ -174,7 +176,7 @@ class GraderPool:
                 thread.join(_JOIN_SECONDS)
 
     def _serve(self, started: "Future[None]") -> None:
-        """Body of one thread: starts a process, then takes one answer after the other until it finds None."""
+        """Body of one thread: start a process, then grade one task after another until the queue yields None."""
         try:
             process: GraderProcess | None = self._start()
         except RewardError as error:
@@ -184,29 +186,29 @@ class GraderPool:
         while (task := self._tasks.get()) is not None:
             if not task.future.set_running_or_notify_cancel():
                 continue
-            process = self._answer(task, process)
-            if process is None:  # replaced now that the verdict is out; if that fails, the next answer tries again
+            process = self._grade(task, process)
+            if process is None:  # replace it only now, after the verdict; if that fails, the next task tries again
                 with contextlib.suppress(RewardError):
                     process = self._start()
         if process is not None:
             process.reap()
 
-    def _answer(self, task: _Task, process: GraderProcess | None) -> GraderProcess | None:
-        """Gives ``task`` its verdict; returns the process if it can take another one."""
-        begin = time.monotonic()
+    def _grade(self, task: _Task, process: GraderProcess | None) -> GraderProcess | None:
+        """Set the verdict of ``task``; return the process if it can grade another task."""
+        start = time.monotonic()
         value, failure, timed_out = None, None, False
         try:
             message = pickle.dumps((task.prompt, task.response))
-        except Exception as error:  # an object in prompt.extra may raise anything; it must not end this thread
+        except Exception as error:  # pickling an object in prompt.extra may raise anything and must not end the thread
             failure = f"error: the prompt cannot be sent to a grader: {type(error).__name__}: {error}"
         else:
             try:
                 process = process or self._start()
-                value, failure = process.ask(message)
+                value, failure = process.grade(message)
             except (GraderTimeout, GraderDied, RewardError) as error:
                 process, failure, timed_out = None, str(error), isinstance(error, GraderTimeout)
         with self._lock:
-            cancelled = self._closed and process is None  # close() killed the process: this is no verdict
+            cancelled = self._closed and process is None  # close() killed the process, so there is no verdict
             if not cancelled:
                 self.graded += 1
                 self.timeouts += timed_out
@@ -214,11 +216,11 @@ class GraderPool:
         if cancelled:
             task.future.set_exception(CancelledError())
         else:
-            task.future.set_result(Verdict(value, failure, time.monotonic() - begin))
+            task.future.set_result(Verdict(value, failure, time.monotonic() - start))
         return process
 
     def _start(self) -> GraderProcess:
-        """A process that is ready. Raises RewardError if there is none to be had, or the pool is closed."""
+        """Start a process and wait until it is ready. Raises RewardError if that fails or the pool is closed."""
         with self._lock:
             if self._closed:
                 raise RewardError("the grader pool is closed")

@@ -1,18 +1,19 @@
-r"""Whether the final answer of a response equals the gold answer: extraction by rule, equality by math-verify.
+r"""Reward function for mathematics: the final answer is extracted by rule and compared with math-verify.
 
-The final answer is the one the response commits to last:
-  1. the last complete ``\boxed{...}``, or an ``Answer: ...`` that comes after it: of these two the later one counts,
-     because a model that boxes an intermediate result and then ends with "Answer: 7" has answered 7. A box *on* the
-     Answer line starts later than the line's label, so the box is read, without the words around it.
-  2. ``#### ...`` only when there is neither: it is also a Markdown heading, and must not override a box above it.
-  3. otherwise there is no answer, and the response is wrong. The last number of the text is never taken for one:
-     a reward for an unmarked number is a reward for guessing. For the same reason an answer reaches math-verify
-     inside a box, as the gold answer does: given bare text, math-verify picks the last number of "41 or 42".
+The final answer is the last one to which the response commits:
+  1. The last complete ``\boxed{...}``, or an ``Answer: ...`` after it: the later of the two counts, because a model
+     that boxes an intermediate result and then ends with "Answer: 7" has answered 7. A box *on* the Answer line starts
+     later than the line's label, so the content of the box is read, without the words around it.
+  2. ``#### ...`` only if there is neither: it is also a Markdown heading, and must not override a box above it.
+  3. Otherwise there is no answer, and the response is incorrect. The last number of the text is never taken as the
+     answer: a reward for an unmarked number would reward guessing. For the same reason both the answer and the gold
+     answer reach math-verify inside a box: given bare text, math-verify picks the last number of "41 or 42".
 
-A price of this strictness: unknown units in plain text ("18 eggs", but not "18 \text{ eggs}" or "18 hours") are wrong.
+One cost of these strict rules: an answer with an unknown unit in plain text is incorrect ("18 eggs", but not
+"18 \text{ eggs}" or "18 hours").
 
-Nothing here has a time limit: sympy may run for minutes in one integer power, holding the interpreter lock, and
-math-verify's own alarms cannot interrupt that. ``graders.GraderPool`` runs this in a process that it can kill.
+These functions have no time limit: sympy may run for minutes in one integer power, holding the interpreter lock, and
+math-verify's own alarms cannot interrupt it. ``graders.GraderPool`` therefore runs them in a process that it can kill.
 """
 
 import functools
@@ -26,7 +27,7 @@ import numpy as np
 from megatron_rlvr.types import Prompt
 
 MAX_EXPRESSION_CHARACTERS = 2000
-"""A longer answer is wrong unread; no gold answer of the usual data sets has more than a few hundred."""
+"""Longest answer that is compared; a longer one is incorrect. Gold answers of the usual data sets have hundreds."""
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\b")
@@ -43,7 +44,7 @@ _NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)
 
 
 class _Box(NamedTuple):
-    """Offsets of a box: of its backslash, of its content, and past its closing brace."""
+    """Offsets in the text of a box's backslash, of its content, and of the end of its closing brace."""
 
     start: int
     content: int
@@ -51,19 +52,20 @@ class _Box(NamedTuple):
 
 
 def math_reward(prompt: Prompt, response: str) -> bool:
-    r"""Whether the final answer of ``response`` equals ``prompt.answer``.
+    r"""Return whether the final answer of ``response`` equals the gold answer, ``prompt.answer``.
 
-    The gold answer may itself be a whole solution that ends in ``\boxed{...}`` or ``#### ...``, as in MATH and GSM8K.
+    The gold answer may itself be a complete solution that ends in ``\boxed{...}`` or ``#### ...``, as in MATH and
+    GSM8K.
     """
     answer = final_answer(response)
     return answer is not None and equivalent(final_answer(prompt.answer) or prompt.answer, answer)
 
 
 def final_answer(text: str) -> str | None:
-    """The expression that ``text`` ends up claiming, as written, or None: the rule stands in the module's header."""
+    """Return the final answer of ``text`` as written, or None; the module docstring gives the rule."""
     box = _last_box(text)
     lines = _ANSWER.findall(text, box.end if box else 0)
-    # A box on an Answer line after the last complete box was never closed: the response was cut in mid-answer.
+    # A box on an Answer line after the last complete box was never closed: the response was truncated inside it.
     complete = [line for line in lines if not _OPEN_BOX.search(line)]
     if complete:
         return complete[-1]
@@ -74,9 +76,10 @@ def final_answer(text: str) -> str | None:
 
 
 def equivalent(gold: str, answer: str) -> bool:
-    """Whether two LaTeX or plain-text expressions mean the same; False if either is empty or too long to be read.
+    """Return whether two LaTeX or plain-text expressions are equal; False if either is empty or too long.
 
-    Equal text and plain numbers are decided here, for speed; the rest, and decimals up to rounding, by math-verify.
+    Equal text and plain numbers are compared here, for speed; math-verify compares the rest, and decimals up to
+    rounding.
     """
     if max(len(gold), len(answer)) > MAX_EXPRESSION_CHARACTERS:
         return False
@@ -97,7 +100,7 @@ def equivalent(gold: str, answer: str) -> bool:
 
 
 def warm_up() -> None:
-    """Imports math-verify and lets it build its parser, about a second, so that no answer's time is charged with it."""
+    """Import math-verify and let it build its parser (about a second), so that no response is charged for it."""
     prompt = Prompt(id="", token_ids=np.zeros(0, np.int32), answer=r"\frac{1}{3}", source="")
     for answer in ("0.5", "x+1", "(1,2)"):
         math_reward(prompt, f"\\boxed{{{answer}}}")
@@ -109,12 +112,15 @@ def _math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     import math_verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we switched its alarms off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarms are switched off
     return math_verify.parse, math_verify.verify
 
 
 def _last_box(text: str) -> _Box | None:
-    r"""The last balanced \boxed{...}, the outer one if nested; one pass, for a response may be 100,000 braces."""
+    r"""Return the last balanced \boxed{...}, the outermost if nested, or None.
+
+    One pass over the text, because a degenerate response may consist of 100,000 braces.
+    """
     open_braces: list[re.Match[str]] = []
     found = None
     for token in _BRACES.finditer(text):
@@ -128,7 +134,7 @@ def _last_box(text: str) -> _Box | None:
 
 
 def _clean(expression: str) -> str:
-    """Without Markdown emphasis, math delimiters and boxes around it, closing punctuation and LaTeX spacing."""
+    """Remove surrounding Markdown emphasis, math delimiters and boxes, final punctuation and LaTeX spacing."""
     expression = _SPACING.sub(" ", _THOUSANDS.sub(",", expression))
     while True:
         shorter = expression.strip(" *_`").rstrip(" .,;:")

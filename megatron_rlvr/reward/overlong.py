@@ -1,28 +1,28 @@
-"""The soft overlong penalty of DAPO (arXiv 2503.14476, equation 13): long answers lose reward before the cap cuts them.
+"""Soft overlong penalty of DAPO (arXiv 2503.14476, equation 13): responses close to the response cap lose reward.
 
     penalty = 0                          for length <= max - buffer
-            = (max - buffer - length) / buffer   in between, falling linearly
+            = (max - buffer - length) / buffer   in between, decreasing linearly
             = -1                         for length >= max
 
-It is added to the reward of every answer, right or wrong; it never changes whether an answer counts as correct.
+The penalty is added to the reward of every response, correct or incorrect; it never changes which of the two it is.
 """
 
 
 def soft_overlong_penalty(length: int, max_response_tokens: int, buffer: int) -> float:
-    """The term that is added to the reward of a response of ``length`` tokens.
+    """Return the penalty that is added to the reward of a response of ``length`` tokens.
 
     Args:
-        length: tokens of the response, the stop token included; >= 0.
-        max_response_tokens: the cap on a response, > 0.
-        buffer: width in tokens of the zone below the cap in which the penalty grows; 0 means no penalty at all.
+        length: Length of the response in tokens, the stop token included; >= 0.
+        max_response_tokens: The response cap, > 0.
+        buffer: Width in tokens of the zone below the cap in which the penalty grows; 0 means no penalty.
 
-    Returns: between 0 and -1.
+    Returns: a number from -1 to 0.
     Raises: ValueError if the buffer is negative or wider than the cap.
     """
     if not 0 <= buffer <= max_response_tokens:
         raise ValueError(
-            f"an overlong buffer of {buffer} tokens does not fit a response of at most {max_response_tokens}; "
-            f"choose one from 0 (no penalty) to {max_response_tokens}"
+            f"buffer={buffer}: wider than max_response_tokens={max_response_tokens} or negative; "
+            f"set 0 (no penalty) to {max_response_tokens}"
         )
     if buffer == 0:
         return 0.0

@@ -1,7 +1,7 @@
-"""The trainer's end of one grader process (``worker.py``): start, ask with a hard deadline, kill.
+"""Trainer's side of one grader process (``worker.py``): start it, send tasks with a hard deadline, kill it.
 
-A process starts in the thread that constructs it, and Linux kills it when *that thread* ends (not when the trainer
-does): construct it in a thread that lives as long as the process shall.
+The thread that constructs a `GraderProcess` starts the process, and Linux kills the process when *that thread* ends
+(not when the trainer ends): construct it in a thread that lives at least as long as the process should.
 """
 
 import os
@@ -16,41 +16,44 @@ from multiprocessing.connection import Connection
 from megatron_rlvr.errors import InputError
 
 START_LIMIT_SECONDS = 60.0
-"""Importing sympy takes a second; on a cold network file system, or 16 at once on two cores, much longer."""
+"""Time limit for importing the reward function.
+
+Importing sympy takes a second; on a cold network file system, or for 16 processes at once on two cores, much longer.
+"""
 
 
 class RewardError(InputError):
-    """A reward function, or a setting of the graders, that cannot be used; the message is for the user."""
+    """Invalid reward function or setting of the graders."""
 
 
 class GraderTimeout(Exception):
-    """No answer within the deadline; the process has been killed."""
+    """The process missed the deadline of a task and has been killed."""
 
 
 class GraderDied(Exception):
-    """The process ended instead of answering."""
+    """The process exited before it returned a result."""
 
 
 class GraderProcess:
-    """One grader process. Use it from one thread; only ``kill`` may come from another."""
+    """One grader process. Use it from one thread only; `kill` may be called from any thread."""
 
     def __init__(self, function: str, timeout_seconds: float) -> None:
-        """Starts it without waiting.
+        """Start the process without waiting for it.
 
         Args:
             function: "math" or "module:function".
-            timeout_seconds: the deadline of every answer.
+            timeout_seconds: Deadline of each task in seconds.
 
         Raises: RewardError if the system cannot start a process.
         """
         self._function = function
         self._timeout_seconds = timeout_seconds
         ours, theirs = socket.socketpair()
-        # A stopped process does not read, and a long response overfills the socket: sending has the deadline, too.
+        # The deadline applies to sending too: a stopped process does not read, and a long response fills the socket.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_seconds))
         self._connection = Connection(ours.detach())
         command = [sys.executable, "-u", "-m", "megatron_rlvr.reward.worker"]
-        # It imports what the trainer would, in the same order; -m adds the current directory.
+        # The process imports modules from where the trainer would, in the same order; -m adds the current directory.
         search_path = filter(None, [*sys.path, os.environ.get("PYTHONPATH")])
         with theirs:
             try:
@@ -67,34 +70,35 @@ class GraderProcess:
                 )
             except OSError as error:
                 self._connection.close()
-                raise RewardError(f"reward.workers: no grader process can be started ({error}); set fewer") from error
+                raise RewardError(f"reward.workers: cannot start a grader process ({error}); set fewer") from error
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def wait_until_ready(self, limit_seconds: float = START_LIMIT_SECONDS) -> None:
-        """Waits until the function is imported.
+        """Wait until the process has imported the function.
 
-        Raises: RewardError if it cannot be imported, or the process dies or is not ready in time; it is reaped then.
+        Raises: RewardError, after reaping the process, if the function cannot be imported, or the process dies or
+            misses the limit.
         """
         try:
             if self._connection.poll(limit_seconds):
                 error = self._connection.recv()
                 if error is None:
                     return
-                message = f"cannot be imported: {error}; put its folder on PYTHONPATH, or start from that folder"
+                message = f"cannot be imported ({error}); add its folder to PYTHONPATH, or start in that folder"
             else:
-                message = f"was not imported within {limit_seconds:.0f} s; let its module do less when it is imported"
+                message = f"not imported within {limit_seconds:.0f} s; make its module do less work at import"
         except (EOFError, OSError):
-            message = f"cannot be imported: {self._cause_of_death()}; its standard error says why"
+            message = f"cannot be imported ({self._cause_of_death()}); see its output on standard error"
         self.reap()
-        raise RewardError(f"reward.function {self._function} {message}")
+        raise RewardError(f"reward.function={self._function}: {message}")
 
-    def ask(self, task: bytes) -> tuple[bool | float | None, str | None]:
-        """(value, failure) of one task, a pickled (Prompt, response).
+    def grade(self, task: bytes) -> tuple[bool | float | None, str | None]:
+        """Send one task, a pickled (Prompt, response), and return its (value, failure).
 
-        Raises: GraderTimeout or GraderDied; the process is reaped then, and must be replaced.
+        Raises: GraderTimeout or GraderDied, after reaping the process, which must be replaced.
         """
         deadline = time.monotonic() + self._timeout_seconds
         try:
@@ -102,7 +106,7 @@ class GraderProcess:
             if self._connection.poll(max(0.0, deadline - time.monotonic())):
                 return self._connection.recv()
         except BlockingIOError:
-            pass  # the deadline of sending
+            pass  # sending missed the deadline
         except (EOFError, OSError):
             cause = self._cause_of_death()
             self.reap()
@@ -111,17 +115,20 @@ class GraderProcess:
         raise GraderTimeout(f"timeout after {self._timeout_seconds} s")
 
     def kill(self) -> None:
-        """Sends SIGKILL; ``ask`` and ``wait_until_ready`` in another thread return at once. Harmless if it is dead."""
+        """Send SIGKILL; `grade` and `wait_until_ready` in another thread then return at once.
+
+        Killing a dead process has no effect.
+        """
         self._process.kill()
 
     def reap(self) -> None:
-        """Kills the process, waits for its end and closes the socket."""
+        """Kill the process, wait until it has exited, and close the socket."""
         self._process.kill()
         self._process.wait()
         self._connection.close()
 
     def _cause_of_death(self) -> str:
-        """How the process ended, once the socket has ended."""
+        """Describe how the process ended, after its socket has closed."""
         try:
             code = self._process.wait(timeout=10.0)
         except subprocess.TimeoutExpired:
@@ -130,5 +137,5 @@ class GraderProcess:
 
 
 def _timeval(seconds: float) -> bytes:
-    """C's struct timeval, as setsockopt takes it."""
+    """Pack seconds as C's struct timeval, for setsockopt."""
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))

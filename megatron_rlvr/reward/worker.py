@@ -1,15 +1,16 @@
-"""The grader process: ``python -m megatron_rlvr.reward.worker DESCRIPTOR PARENT FUNCTION``. Started by ``process.py``.
+"""Grader process: ``python -m megatron_rlvr.reward.worker DESCRIPTOR PARENT FUNCTION``, started by ``process.py``.
 
-It imports the reward function, says so, and then answers one task after the other, each with (value, failure). It is a
-fresh interpreter and not a fork, so that no CUDA context, lock or main module of the trainer comes along; it imports
-neither torch nor the trainer. The messages are pickles over an inherited socket, length-prefixed:
+The process imports the reward function, reports that it is ready, and then grades one task after another. It is a
+fresh interpreter and not a fork, so that it inherits no CUDA context, lock or main module of the trainer; it imports
+neither torch nor the trainer. Messages are length-prefixed pickles over an inherited socket:
 
     grader -> trainer   once: None if the function is ready, else why it cannot be imported (str)
     trainer -> grader   (Prompt, response)
     grader -> trainer   (bool | float, None) or (None, failure)
 
-It may be killed at any time. It never outlives the trainer: the kernel kills it with the thread that started it
-(Linux), and the end of the socket ends it. Standard output is standard error here: a reward function may print.
+The process may be killed at any time. It never outlives the trainer: the kernel kills it with the thread that started
+it (Linux), and it exits when the socket closes. Its standard output is redirected to standard error, so that a reward
+function may print.
 """
 
 import importlib
@@ -27,14 +28,17 @@ from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.protocols import Reward
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
-"""Address space of one grader: a megabyte of digits costs math-verify 547 MB, ten would cost the machine."""
+"""Limit on the address space of one grader.
+
+One megabyte of digits costs math-verify 547 MB; ten megabytes would exhaust the machine.
+"""
 
 MAX_FAILURE_CHARACTERS = 300
 
 
 def main() -> None:
-    """Serves the socket named on the command line until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer closes us
+    """Grade the tasks from the socket named on the command line until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer ends graders
     descriptor, parent, function = sys.argv[1:]
     end_with_parent(int(parent))
     _limit(resource.RLIMIT_AS, MEMORY_LIMIT_BYTES)
@@ -42,21 +46,21 @@ def main() -> None:
     connection = Connection(int(descriptor))
     try:
         reward = load(function)
-    except (Exception, SystemExit) as error:  # whatever a user's module raises when it is imported
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         connection.send(_describe(error))
         return
     connection.send(None)
     try:
         while True:
-            connection.send(answer(reward, connection.recv_bytes()))
+            connection.send(run_task(reward, connection.recv_bytes()))
     except (EOFError, ConnectionError):
-        os._exit(0)  # the trainer is gone; a thread of the user's function must not keep this process
+        os._exit(0)  # the trainer has exited; a thread of the user's function must not keep this process alive
 
 
 def load(function: str) -> Reward:
-    """The reward function named "math" or "module:function", ready for use.
+    """Import the reward function named "math" or "module:function".
 
-    Raises: whatever its module raises; AttributeError or TypeError if the module has no such function.
+    Raises: any exception of its module; AttributeError or TypeError if the module has no such function.
     """
     if function == "math":
         from megatron_rlvr.reward.math import math_reward, warm_up
@@ -70,10 +74,12 @@ def load(function: str) -> Reward:
     return reward
 
 
-def answer(reward: Reward, task: bytes) -> tuple[bool | float | None, str | None]:
-    """(value, None) for one pickled (Prompt, response), or (None, failure) if the function fails or returns no reward.
+def run_task(reward: Reward, task: bytes) -> tuple[bool | float | None, str | None]:
+    """Apply the reward function to one pickled (Prompt, response).
 
-    Running out of memory is not caught: what is left of the process cannot be trusted, and it is replaced.
+    MemoryError is not caught: the process cannot be trusted afterwards, so it ends and is replaced.
+
+    Returns: (value, None), or (None, failure) if the function raises or returns no reward.
     """
     try:
         prompt, response = pickle.loads(task)
@@ -87,13 +93,13 @@ def answer(reward: Reward, task: bytes) -> tuple[bool | float | None, str | None
         return float(value), None
     except MemoryError:
         raise
-    except (Exception, SystemExit) as error:  # a user's function may raise anything, and costs one answer
+    except (Exception, SystemExit) as error:  # a user's function may raise anything; only this response fails
         return None, f"error: {_describe(error)}"
 
 
 def _describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"[:MAX_FAILURE_CHARACTERS]
-    return text.encode("utf-8", "replace").decode()  # a lone surrogate of the response cannot be printed
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate from the response cannot be printed
 
 
 def _limit(kind: int, soft: int) -> None:

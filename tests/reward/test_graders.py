@@ -1,4 +1,4 @@
-"""Grader processes: what hangs, dies or fails costs one answer, and nothing outlives the trainer."""
+"""Tests of the grader processes: a hang or crash fails one response only, and no process outlives the trainer."""
 
 import math
 import os
@@ -33,7 +33,7 @@ def scripted(prompt, response):
         case "answer": return response.split()[1] == prompt.answer
         case "nan": return float("nan")
         case "huge": return 10**400
-        case "text": return "right"
+        case "text": return "correct"
         case "nothing": return None
         case "array": return np.zeros(1)
         case "raise": raise LookupError("no such \\ud800 key")
@@ -80,7 +80,7 @@ def pid(pool: GraderPool) -> int:
 
 
 def running(process: int) -> bool:
-    """Whether the process runs; an orphan that nobody reaps may stay a zombie in a container."""
+    """Return whether the process runs; in a container without an init process, an orphan may remain a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -92,13 +92,13 @@ _others: set[int] = set()
 
 @pytest.fixture(autouse=True)
 def other_children() -> None:
-    """Other tests of the session keep processes; they do not count here."""
+    """Note the processes that other tests of the session keep, so that `children` does not count them."""
     _others.clear()
     _others.update(children())
 
 
 def children() -> set[int]:
-    """Processes started by the test that runs, zombies included."""
+    """Return the processes started by the current test, zombies included."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -109,7 +109,7 @@ def children() -> set[int]:
     return found - _others
 
 
-def test_a_reward_keeps_its_value_and_becomes_a_plain_bool_or_float(pool: GraderPool) -> None:
+def test_a_reward_keeps_its_value_and_becomes_a_python_bool_or_float(pool: GraderPool) -> None:
     for response, value in (("true", True), ("numpy-false", False), ("half", 0.5), ("numpy-half", 0.5), ("two", 2.0)):
         verdict = ask(pool, response)
         assert (verdict.value, type(verdict.value), verdict.failure) == (value, type(value), None)
@@ -117,7 +117,7 @@ def test_a_reward_keeps_its_value_and_becomes_a_plain_bool_or_float(pool: Grader
     assert ask(pool, "answer 43").value is False
 
 
-def test_what_is_no_reward_is_an_error_and_the_grader_goes_on(pool: GraderPool) -> None:
+def test_an_invalid_reward_is_an_error_and_the_grader_continues(pool: GraderPool) -> None:
     before = pid(pool)
     expected = {
         "nan": "error: ValueError: the reward is nan; return a bool or a finite float",
@@ -133,7 +133,7 @@ def test_what_is_no_reward_is_an_error_and_the_grader_goes_on(pool: GraderPool) 
         assert verdict.value is None
         assert verdict.failure is not None
         assert verdict.failure.startswith(failure)
-        verdict.failure.encode("utf-8")  # printable, whatever the response held
+        verdict.failure.encode("utf-8")  # printable, whatever the response contains
     verdict = pool.submit(prompt(unpicklable=lambda: 0), "true").result(timeout=30)
     assert verdict.failure is not None
     assert verdict.failure.startswith("error: the prompt cannot be sent to a grader")
@@ -142,39 +142,39 @@ def test_what_is_no_reward_is_an_error_and_the_grader_goes_on(pool: GraderPool) 
 
 
 @pytest.mark.parametrize("hang", ["sleep", "spin"])
-def test_a_hang_costs_one_answer(pool: GraderPool, hang: str) -> None:
+def test_a_hang_fails_one_response_only(pool: GraderPool, hang: str) -> None:
     before = pid(pool)
     futures = [pool.submit(prompt(), response) for response in ("half", hang, "half")]
     first, hung, last = (future.result(timeout=30) for future in futures)
     assert (first.value, hung.value, last.value) == (0.5, None, 0.5)
     assert hung.failure == "timeout after 2.0 s"
-    assert 2.0 <= hung.seconds < 30, "it would sleep for 60 s, and spin for ever"
+    assert 2.0 <= hung.seconds < 30, "the deadline was not enforced: it sleeps for 60 s, or spins forever"
     assert last.seconds < 2.0
     assert not running(before)
     assert pid(pool) != before
     assert (pool.graded, pool.errors, pool.timeouts, pool.restarts) == (5, 0, 1, 1)
 
 
-def test_a_death_costs_one_answer(pool: GraderPool) -> None:
+def test_a_crash_fails_one_response_only(pool: GraderPool) -> None:
     for response, failure in (
         ("exit", "grader died with exit code 3"),
         ("segfault", "grader died of SIGSEGV"),
-        ("memory", "grader died with exit code 1"),  # the limit is the process's own: the machine may have 5 GiB
+        ("memory", "grader died with exit code 1"),  # by the process's own limit: the machine may have 5 GiB
     ):
         assert ask(pool, response).failure == failure
         assert ask(pool, "half").value == 0.5
     assert (pool.graded, pool.errors, pool.timeouts, pool.restarts) == (6, 3, 0, 3)
 
 
-def test_a_grader_that_dies_between_answers_costs_one_answer(pool: GraderPool) -> None:
+def test_a_grader_that_dies_while_idle_fails_one_response_only(pool: GraderPool) -> None:
     os.kill(pid(pool), signal.SIGKILL)
     assert ask(pool, "half").failure == "grader died of SIGKILL"
     assert ask(pool, "half").value == 0.5
 
 
-def test_a_stopped_grader_costs_one_answer_however_long_the_response(pool: GraderPool) -> None:
+def test_a_stopped_grader_fails_one_response_only_however_long_it_is(pool: GraderPool) -> None:
     os.kill(pid(pool), signal.SIGSTOP)
-    verdict = ask(pool, "length " + "x" * 5_000_000)  # does not fit the socket's buffer: sending blocks
+    verdict = ask(pool, "length " + "x" * 5_000_000)  # exceeds the socket's buffer, so sending blocks
     assert verdict.failure == "timeout after 2.0 s"
     assert verdict.seconds < 30
     assert ask(pool, "length " + "x" * 1_000_000).value == 1_000_007
@@ -187,9 +187,9 @@ def test_every_future_gets_its_own_verdict() -> None:
         assert pool.graded == 600
 
 
-def test_time_to_import_is_not_charged_to_an_answer(rewards: Path) -> None:
-    (rewards / "slow_rewards.py").write_text("import time\ntime.sleep(3)\ndef right(prompt, response): return True\n")
-    with GraderPool("slow_rewards:right", workers=1, timeout_seconds=2.0) as pool:
+def test_import_time_is_not_charged_to_a_response(rewards: Path) -> None:
+    (rewards / "slow_rewards.py").write_text("import time\ntime.sleep(3)\ndef always(prompt, response): return True\n")
+    with GraderPool("slow_rewards:always", workers=1, timeout_seconds=2.0) as pool:
         assert ask(pool, "any").value is True
 
 
@@ -200,24 +200,26 @@ def test_a_function_that_cannot_be_imported_is_reported_and_leaves_no_process(re
     for function, cause in (
         (
             "no_such_module:reward",
-            "cannot be imported: ModuleNotFoundError: .*no_such_module.*; put its folder on PYTHON",
+            r"cannot be imported \(ModuleNotFoundError: .*no_such_module.*\); add its folder to PYTHON",
         ),
-        ("grader_rewards:no_such_function", "cannot be imported: AttributeError: .*no_such_function"),
-        ("raising_rewards:reward", "cannot be imported: RuntimeError: not today"),
-        ("dying_rewards:reward", "cannot be imported: grader died with exit code 7"),
-        ("value_rewards:reward", "cannot be imported: TypeError: reward is a int, not a function"),
+        ("grader_rewards:no_such_function", r"cannot be imported \(AttributeError: .*no_such_function"),
+        ("raising_rewards:reward", r"cannot be imported \(RuntimeError: not today\)"),
+        ("dying_rewards:reward", r"cannot be imported \(grader died with exit code 7\)"),
+        ("value_rewards:reward", r"cannot be imported \(TypeError: reward is a int, not a function\)"),
     ):
-        with pytest.raises(RewardError, match=f"reward.function {function} {cause}"):
+        with pytest.raises(RewardError, match=f"reward.function={function}: {cause}"):
             GraderPool(function, workers=1)
     assert not children()
 
 
-def test_a_function_may_lie_in_the_current_directory(rewards: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_function_may_be_in_the_current_directory(rewards: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     here = tmp_path_factory.mktemp("here")
-    (here / "local_rewards.py").write_text("def right(prompt, response): return True\n")
-    script = (
-        "from megatron_rlvr.reward.graders import GraderPool; GraderPool('local_rewards:right', workers=1); print('ok')"
-    )
+    (here / "local_rewards.py").write_text("def always(prompt, response): return True\n")
+    script = """
+from megatron_rlvr.reward.graders import GraderPool
+GraderPool("local_rewards:always", workers=1)
+print("ok")
+"""
     result = run(script, folder=here)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
 
@@ -226,9 +228,9 @@ def test_a_function_is_imported_from_where_the_trainer_would_import_it(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    (elsewhere / "path_rewards.py").write_text("def right(prompt, response): return True\n")
+    (elsewhere / "path_rewards.py").write_text("def always(prompt, response): return True\n")
     monkeypatch.syspath_prepend(elsewhere)
-    with GraderPool("path_rewards:right", workers=1) as pool:
+    with GraderPool("path_rewards:always", workers=1) as pool:
         assert ask(pool, "any").value is True
 
 
@@ -248,27 +250,30 @@ def test_only_well_formed_functions_are_accepted() -> None:
         "math:",
         "1a:b",
     ):
-        with pytest.raises(RewardError, match='is not a reward function; use "math", or "module:function"'):
+        with pytest.raises(
+            RewardError,
+            match=f"^reward.function={spec}: neither math nor module:function; use math, or module:function",
+        ):
             check_function(spec)
 
 
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(RewardError, match=r"reward\.workers is 0"):
+def test_invalid_settings_are_refused() -> None:
+    with pytest.raises(RewardError, match=r"reward\.workers=0: "):
         GraderPool(workers=0)
     for seconds in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(RewardError, match=r"reward\.timeout_seconds is"):
+        with pytest.raises(RewardError, match=rf"reward\.timeout_seconds={seconds}: "):
             GraderPool(workers=1, timeout_seconds=seconds)
 
 
-def test_close_cancels_what_is_pending_and_reaps_every_process() -> None:
+def test_close_cancels_pending_responses_and_reaps_every_process() -> None:
     pool = GraderPool("grader_rewards:scripted", workers=2, timeout_seconds=60)
     assert len(children()) == 2
     futures = [pool.submit(prompt(), "spin") for _ in range(5)]
     while not all(future.running() for future in futures[:2]):
         time.sleep(0.01)
-    begin = time.monotonic()
+    start = time.monotonic()
     pool.close()
-    assert time.monotonic() - begin < 30, "or it has waited for answers"
+    assert time.monotonic() - start < 30, "close() waited for verdicts"
     assert not children()
     assert not wait(futures, timeout=1).not_done
     for future in futures:
@@ -287,7 +292,7 @@ def test_ctrl_c_does_not_reach_the_graders(pool: GraderPool) -> None:
     assert pid(pool) == before
 
 
-def test_graders_import_neither_torch_nor_what_they_do_not_need(pool: GraderPool) -> None:
+def test_graders_import_neither_torch_nor_sympy_without_need(pool: GraderPool) -> None:
     assert ask(pool, "torch").value is False
 
 
@@ -297,7 +302,7 @@ def test_a_pool_outlives_the_thread_that_made_it() -> None:
     thread.start()
     thread.join()
     with made[0] as pool:
-        time.sleep(0.1)  # a death signal tied to the thread that has ended would have come by now
+        time.sleep(0.1)  # a death signal bound to the ended thread would have arrived by now
         assert ask(pool, "half").value == 0.5
         assert pool.restarts == 0
 
@@ -327,7 +332,7 @@ prompt = Prompt("p", np.zeros(1, np.int32), "42", "test")
 """
 
 
-def test_the_interpreter_exits_without_close_and_prints_go_to_standard_error(rewards: Path) -> None:
+def test_the_interpreter_exits_without_close_and_graders_print_to_standard_error(rewards: Path) -> None:
     result = run(SCRIPT + "pool.submit(prompt, 'print').result(); pool.submit(prompt, 'spin'); print('ok')", rewards)
     assert (result.returncode, result.stdout) == (0, "ok\n")
     assert result.stderr == "printed\nwritten\n"
@@ -348,7 +353,7 @@ def test_no_grader_outlives_a_killed_trainer(rewards: Path) -> None:
         try:
             assert len(graders) == 2
             assert all(map(running, graders))
-            time.sleep(0.2)  # for the one to spin
+            time.sleep(0.2)  # until one of them spins
         finally:
             trainer.kill()
     limit = time.monotonic() + 30
@@ -357,7 +362,7 @@ def test_no_grader_outlives_a_killed_trainer(rewards: Path) -> None:
     assert not any(map(running, graders))
 
 
-def test_no_degenerate_answer_passes_the_deadline_or_disturbs_the_next() -> None:
+def test_no_degenerate_answer_exceeds_the_deadline_or_affects_the_next() -> None:
     matrix = "\\begin{pmatrix}" + " \\\\ ".join(" & ".join("7" * 200) for _ in range(200)) + "\\end{pmatrix}"
     degenerate = [
         "9^{9^{9^9}}",
@@ -382,17 +387,17 @@ def test_no_degenerate_answer_passes_the_deadline_or_disturbs_the_next() -> None
             assert verdict.value is False or verdict.failure == "timeout after 2.0 s", ascii(answer[:50])
             assert verdict.seconds < 30, ascii(answer[:50])
         timeouts = pool.timeouts
-        assert timeouts >= 1, "none was hard: this test shows nothing"
+        assert timeouts >= 1, "no answer timed out, so this test shows nothing"
         assert [ask(pool, f"\\boxed{{{value}}}").value for value in (41, 42, 43)] == [False, True, False]
         assert (pool.graded, pool.errors) == (len(degenerate) + 3, 0)
         assert pool.timeouts == timeouts
-        assert pool.restarts in (timeouts, timeouts - 1)  # the last replacement may be on its way
+        assert pool.restarts in (timeouts, timeouts - 1)  # the last replacement may not have started yet
 
 
-def test_grades_are_what_the_settings_say() -> None:
+def test_grades_follow_the_settings() -> None:
     def graded(value: bool | float | None, failure: str | None = None, tokens: int = 10) -> Grade:
         verdict = Verdict(value, failure, 0.1)
-        return grade(verdict, tokens, correct=1.0, wrong=-0.5, max_response_tokens=100, overlong_buffer=20)
+        return grade(verdict, tokens, correct=1.0, incorrect=-0.5, max_response_tokens=100, overlong_buffer=20)
 
     assert graded(True) == Grade(1.0, True)
     assert graded(False) == Grade(-0.5, False)
@@ -400,7 +405,7 @@ def test_grades_are_what_the_settings_say() -> None:
     assert graded(0.0) == Grade(0.0, False)
     assert graded(-3.0) == Grade(-3.0, False)
     assert graded(None, "timeout after 2.0 s") == Grade(-0.5, False, "timeout after 2.0 s")
-    # The overlong penalty is added to all of them, and leaves right right.
+    # The overlong penalty is added to every reward and does not change whether a response is correct.
     assert graded(True, tokens=90) == Grade(0.5, True)
     assert graded(0.25, tokens=100) == Grade(-0.75, True)
     assert graded(None, "error: x", tokens=100) == Grade(-1.5, False, "error: x")

@@ -1,4 +1,4 @@
-"""Extraction of the final answer, and its equality with the gold answer; the oracle is the author's reading of each."""
+"""Tests of the extraction of the final answer and its comparison with the gold answer, against cases read by hand."""
 
 import itertools
 import time
@@ -34,14 +34,14 @@ EXTRACTIONS = [
     ("Answer:\n\\[\n42\n\\]\nthat is it", "\\[\n42\n\\]"),
     ("a\n#### 42\n", "42"),
     ("#### 1\n#### 42", "42"),
-    # The later of box and Answer line counts.
+    # The later of the box and the Answer line counts.
     (r"\boxed{41} was a step." + "\nAnswer: 42", "42"),
     ("Answer: 41\n" + r"no: \boxed{42}", "42"),
     (r"Answer: the sum is \boxed{42} metres", "42"),
-    # A heading in Markdown never overrides a box or an Answer line.
+    # A Markdown heading never overrides a box or an Answer line.
     (r"\boxed{42}" + "\n#### Remarks\nNone.", "42"),
     ("Answer: 42\n#### Remarks\nNone.", "42"),
-    # A response cut inside a box has not answered there.
+    # A response truncated inside a box has no answer there.
     (r"\boxed{42} or rather \boxed{4", "42"),
     (r"Answer: \boxed{4", None),
     # No fallback to the last number.
@@ -55,12 +55,12 @@ EXTRACTIONS = [
 
 
 @pytest.mark.parametrize(("text", "answer"), EXTRACTIONS)
-def test_the_final_answer_is_the_last_one_claimed(text: str, answer: str | None) -> None:
+def test_the_final_answer_is_the_last_one_given(text: str, answer: str | None) -> None:
     found = final_answer(text)
     assert (found.strip() if found is not None else None) == answer
 
 
-RIGHT = [
+CORRECT = [
     ("42", "42"),
     ("42", "42."),
     ("42", "$42$"),
@@ -101,13 +101,13 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("gold", "answer"), RIGHT)
-def test_a_right_answer_is_right_in_every_form(gold: str, answer: str) -> None:
+@pytest.mark.parametrize(("gold", "answer"), CORRECT)
+def test_a_correct_answer_is_correct_in_every_form(gold: str, answer: str) -> None:
     assert math_reward(prompt(gold), f"It is \\boxed{{{answer}}}.") is True
     assert math_reward(prompt(gold), f"It is\nAnswer: {answer}\n") is True
 
 
-WRONG = [
+INCORRECT = [
     ("42", "43"),
     ("42", "-42"),
     ("42", "4.2"),
@@ -140,13 +140,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("gold", "answer"), WRONG)
-def test_a_wrong_answer_is_wrong_in_every_form(gold: str, answer: str) -> None:
+@pytest.mark.parametrize(("gold", "answer"), INCORRECT)
+def test_an_incorrect_answer_is_incorrect_in_every_form(gold: str, answer: str) -> None:
     assert math_reward(prompt(gold), f"It is \\boxed{{{answer}}}.") is False
     assert math_reward(prompt(gold), f"It is\nAnswer: {answer}\n") is False
 
 
-def test_an_unmarked_number_earns_nothing() -> None:
+def test_an_unmarked_number_is_incorrect() -> None:
     assert math_reward(prompt("42"), "so it must be 42") is False
 
 
@@ -157,15 +157,15 @@ def test_numbers_are_compared_as_math_verify_compares_them() -> None:
         assert equivalent(gold, answer) == oracle, (gold, answer)
 
 
-def test_plain_numbers_and_equal_text_do_not_reach_sympy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rlvr.reward.math._math_verify", lambda: pytest.fail("sympy was asked"))
+def test_plain_numbers_and_equal_texts_are_compared_without_sympy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_rlvr.reward.math._math_verify", lambda: pytest.fail("sympy was used"))
     assert equivalent("1000", "1,000.0")
     assert not equivalent("1000", "1001")
     assert equivalent(r"\frac{x}{2}", r"$\frac{x}{2}$.")
 
 
-def test_an_answer_over_the_size_cap_is_wrong_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rlvr.reward.math._math_verify", lambda: pytest.fail("sympy was asked"))
+def test_an_answer_over_the_size_limit_is_incorrect_without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_rlvr.reward.math._math_verify", lambda: pytest.fail("sympy was used"))
     longest = "x" * MAX_EXPRESSION_CHARACTERS
     assert equivalent(longest, longest)
     assert not equivalent(longest, longest + "x")
@@ -173,8 +173,8 @@ def test_an_answer_over_the_size_cap_is_wrong_unread(monkeypatch: pytest.MonkeyP
 
 
 def test_extraction_takes_linear_time_on_degenerate_text() -> None:
-    begin = time.process_time()
+    start = time.process_time()
     for unit in ("{", "}", "\\boxed{", "\\", "answer:", "answer: \\[", "####", "\\boxed{}", "answer: \\boxed{"):
         final_answer(unit * 40_000)
         final_answer(unit * 20_000 + "}" * 20_000)
-    assert time.process_time() - begin < 5.0
+    assert time.process_time() - start < 5.0

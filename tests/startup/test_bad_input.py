@@ -278,7 +278,7 @@ def test_a_reward_function_that_cannot_be_imported_is_one_line(
 ) -> None:
     config = write_config(reward={"function": "my_rewards:score", "workers": 2})
     line = one_line(tiny.run_train(config, "--check", cwd=tmp_path))
-    assert "reward.function my_rewards:score cannot be imported" in line
+    assert "reward.function=my_rewards:score: cannot be imported" in line
     assert "No module named 'my_rewards'" in line
     assert "PYTHONPATH" in line
 
