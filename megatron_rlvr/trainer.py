@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_rlvr.batching.mini_batches import build_mini_batches
-from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, Done
+from megatron_rlvr.checkpoint.megatron.policy import load_policy, save_policy
+from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, RunTotals
 from megatron_rlvr.config import Settings
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.collectives import gather
@@ -53,11 +55,11 @@ class Trainer:
         self.signals = signals
         self.export = export
         """Writes the policy as a Hugging Face folder; a collective over the world."""
-        self.done = Done()
+        self.done = RunTotals()
         self._began = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
-    def run(self) -> Done:
+    def run(self) -> RunTotals:
         """All steps that are left, unless SIGTERM ends the run before; what is done then."""
         run = self.settings.run
         steps, every, every_export = run.steps, run.eval_every, run.export_every
@@ -125,7 +127,7 @@ class Trainer:
             "skipped_in_a_row": self.learner.skipped_in_a_row,
         }
         with self.signals.saving():
-            self.checkpoints.save(done.step, state, self.policy.save)
+            self.checkpoints.save(done.step, state, partial(save_policy, self.policy))
 
     def _stop_is_wanted(self) -> bool:
         """Whether SIGTERM was noted on any rank; it reaches them at different moments."""
@@ -139,10 +141,10 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint instead of from the beginning."""
         state = checkpoint.state()
-        self.policy.load(checkpoint.folder)
+        load_policy(self.policy, checkpoint.folder)
         self.collector.restore(state["collector"])
         self.learner.skipped_in_a_row = state["skipped_in_a_row"]
-        self.done = Done(**state["done"])
+        self.done = RunTotals(**state["done"])
 
     def sync(self, version: int) -> None:
         """Hands the policy's weights to the rollout engine."""

@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on is the run that was never stopped: every figure and every weight, bit by bit."""
+"""A run that is stopped and resumed equals a run that was never stopped: every metric and every weight, bit by bit."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,8 @@ from launcher import Ranks
 from safetensors.torch import load_file
 from scripted import LAYOUTS as REPLICAS
 
-from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, latest_checkpoint, prepare, where_to_begin
+from megatron_rlvr.checkpoint.resume import checkpoint_to_resume, prepare_checkpoints
+from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, latest_checkpoint
 from megatron_rlvr.config import RunSettings, SettingsError
 from megatron_rlvr.config.loading import load_settings
 
@@ -35,13 +36,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2": (2, {"megatron": {"use_distributed_optimizer": True}}),
     "bfloat16 data 2": (2, {"model": {"dtype": "bfloat16"}, "megatron": {"use_distributed_optimizer": True}}),
 }
-"""Ranks and settings of each."""
+"""{name of a layout: (number of ranks, settings)}"""
 OTHER_SAMPLES = ("experts 2", "bfloat16", "bfloat16 data 2")
-"""Their weights are others, and there happens to be no surplus at the cut."""
+"""Layouts with other weights, which happen to have no surplus groups at step CUT."""
 
 
 class StopAfter:
-    """Stands for SIGTERM, noted in the step of a number of this life."""
+    """Stand-in for signals: SIGTERM arrives in the given step of this process."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -60,8 +61,8 @@ class StopAfter:
 
 
 @contextmanager
-def world_taken_down() -> Iterator[None]:
-    """Megatron's groups end with the run, so that the next one of this process may have other ones."""
+def destroying_groups() -> Iterator[None]:
+    """Destroy Megatron's process groups at the end, so that the next run of this process may have others."""
     from megatron.core import parallel_state
 
     from megatron_rlvr.distributed import process_group
@@ -73,16 +74,19 @@ def world_taken_down() -> Iterator[None]:
         process_group.shut_down()
 
 
-def life(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
-    """Runs the program on this rank, stopped after so many steps; its error, where it has one for the user.
+def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
+    """Run the trainer on this rank and stop it after ``steps`` steps; return its message to the user, or "".
 
-    Checkpoints begin to be written ``writers_wait`` seconds late.
+    Args:
+        config: Settings file.
+        steps: Number of steps after which the run is stopped.
+        writers_wait: Seconds by which writing checkpoints is delayed.
     """
     import multiprocessing
     import os
     from unittest import mock
 
-    from megatron_rlvr.checkpoint import megatron as checkpoint
+    from megatron_rlvr.checkpoint.megatron.writer import BackgroundWriter
     from megatron_rlvr.checkpoint.store import CheckpointError
     from megatron_rlvr.config.loading import load_settings
     from megatron_rlvr.learner import SkippedStepsError
@@ -90,9 +94,9 @@ def life(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
     from megatron_rlvr.startup.resolve import resolve
     from megatron_rlvr.train import INPUT_ERRORS, train
 
-    # Megatron writes files in processes of its own, which the ranks of tests, being daemons, may not start.
+    # Files are written in child processes, which the ranks of tests, being daemons, may not start.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    write = checkpoint._Writer._run
+    write = BackgroundWriter._run
 
     def late(self: Any) -> None:
         time.sleep(writers_wait)
@@ -107,8 +111,8 @@ def life(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
         resolved = resolve(settings)
         with (
             GraderPool(settings.reward.function, workers=1, timeout_seconds=10.0) as graders,
-            world_taken_down(),
-            mock.patch.object(checkpoint._Writer, "_run", late),
+            destroying_groups(),
+            mock.patch.object(BackgroundWriter, "_run", late),
         ):
             train(resolved, graders, StopAfter(steps))  # type: ignore[arg-type]
     except (*INPUT_ERRORS, CheckpointError, SkippedStepsError) as error:
@@ -134,7 +138,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 
 def config(place: Path, name: str, **sections: Any) -> Path:
-    """Settings of a run whose epoch ends within its steps, and which always has surplus groups: half have one grade."""
+    """Settings of a run whose epoch ends within its steps, and which always has surplus groups.
+
+    Half of the groups are uninformative.
+    """
     values = tiny.settings_for(
         place / ("experts" if sections.pop("experts", False) else "model"),
         place / "problems.jsonl",
@@ -152,10 +159,15 @@ def config(place: Path, name: str, **sections: Any) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what measures time."""
+    """Lines of metrics.jsonl without metrics that depend on time."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = ("time/", "rollout/tokens_per_second")
     return [{key: value for key, value in json.loads(line).items() if not key.startswith(measured)} for line in lines]
+
+
+def drawn(state: Mapping[str, Any]) -> int:
+    """Number of prompts drawn when a checkpoint was saved."""
+    return sum(file["drawn"] for file in state["collector"]["cursor"]["files"])
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -164,101 +176,105 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path, ranks: Ranks) -> dict[str, Path]:
-    """Runs that were never stopped, by layout."""
+def uninterrupted(place: Path, ranks: Ranks) -> dict[str, Path]:
+    """Run folders of runs that were never stopped, by layout."""
     for name, (size, sections) in LAYOUTS.items():
-        run = config(place, f"whole {name}", **sections)
-        assert ranks.run(life, size, str(run), timeout=PATIENCE_SECONDS) == [""] * size
-    return {name: place / f"whole {name}" for name in LAYOUTS}
+        run = config(place, f"uninterrupted {name}", **sections)
+        assert ranks.run(train_process, size, str(run), timeout=PATIENCE_SECONDS) == [""] * size
+    return {name: place / f"uninterrupted {name}" for name in LAYOUTS}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(
-    name: str, place: Path, ranks: Ranks, whole: dict[str, Path]
+def test_a_resumed_run_equals_a_run_that_was_never_stopped(
+    name: str, place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
 ) -> None:
     size, sections = LAYOUTS[name]
     run, folder = str(config(place, f"cut {name}", **sections)), place / f"cut {name}"
-    assert ranks.run(life, size, run, CUT, timeout=PATIENCE_SECONDS) == [""] * size
+    assert ranks.run(train_process, size, run, CUT, timeout=PATIENCE_SECONDS) == [""] * size
     assert not (folder / "hf").exists()
     assert not (folder / "summary.json").exists()
     state = Checkpoint(folder / "checkpoints" / f"step_{CUT:06d}", CUT).state()
-    assert state["collector"]["kept"] or name in OTHER_SAMPLES, "surplus groups are in flight"
-    assert state["collector"]["drawn"] < 20, "the epoch is still to end"
-    assert ranks.run(life, size, run, timeout=PATIENCE_SECONDS) == [""] * size
+    assert state["collector"]["ready"] or name in OTHER_SAMPLES, "surplus groups must be part of the test"
+    assert drawn(state) < 20, "the epoch must end after the run is resumed"
+    assert ranks.run(train_process, size, run, timeout=PATIENCE_SECONDS) == [""] * size
 
     last = latest_checkpoint(folder / "checkpoints")
     assert last is not None
     assert last.step == STEPS
-    assert last.state()["collector"]["drawn"] > 20
+    assert drawn(last.state()) > 20
     assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
-    assert metrics(folder) == metrics(whole[name])
+    assert metrics(folder) == metrics(uninterrupted[name])
     assert all(line["train/grad_norm"] > 0 for line in metrics(folder))
-    found, wanted = weights(folder), weights(whole[name])
+    found, wanted = weights(folder), weights(uninterrupted[name])
     assert found.keys() == wanted.keys()
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
 
 
 @pytest.mark.parametrize("name", ["alone", "data 2"])
-def test_a_checkpoint_written_while_the_next_step_runs_is_that_of_its_step(
-    name: str, place: Path, ranks: Ranks, whole: dict[str, Path]
+def test_a_checkpoint_written_in_the_background_is_not_changed_by_the_next_step(
+    name: str, place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
 ) -> None:
     size, sections = LAYOUTS[name]
     folder, saving = place / f"late {name}", {"save_every": 2, "async_save": True}
     run = str(config(place, folder.name, run=saving, **sections))
-    assert ranks.run(life, size, run, CUT + 1, 0.5, timeout=PATIENCE_SECONDS) == [""] * size
+    assert ranks.run(train_process, size, run, CUT + 1, 0.5, timeout=PATIENCE_SECONDS) == [""] * size
     latest = folder / "checkpoints" / "latest"
     assert latest.read_text(encoding="utf-8") == f"step_{CUT + 1:06d}\n"
     latest.write_text(f"step_{CUT:06d}\n", encoding="utf-8")
-    assert ranks.run(life, size, run, timeout=PATIENCE_SECONDS) == [""] * size
-    assert metrics(folder) == metrics(whole[name])
-    found, wanted = weights(folder), weights(whole[name])
+    assert ranks.run(train_process, size, run, timeout=PATIENCE_SECONDS) == [""] * size
+    assert metrics(folder) == metrics(uninterrupted[name])
+    found, wanted = weights(folder), weights(uninterrupted[name])
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-def test_a_run_goes_on_in_another_layout(distributed: bool, place: Path, ranks: Ranks, whole: dict[str, Path]) -> None:
-    folder, optimizer = place / f"wandering {distributed}", {"use_distributed_optimizer": distributed}
+def test_a_run_resumes_in_another_layout(
+    distributed: bool, place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+) -> None:
+    folder, optimizer = place / f"changing {distributed}", {"use_distributed_optimizer": distributed}
     for size, parallel in (
         (2, {}),
         (2, {"tensor": 2, "sequence": True}),
         (2, {"pipeline": 2}),
         (1, {}),
-    ):  # two steps each
+    ):  # two steps in each layout
         run = str(config(place, folder.name, parallel=parallel, megatron=optimizer))
-        assert ranks.run(life, size, run, 2, timeout=PATIENCE_SECONDS) == [""] * size
+        assert ranks.run(train_process, size, run, 2, timeout=PATIENCE_SECONDS) == [""] * size
     assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
-    for found, wanted in zip(metrics(folder), metrics(whole["data 2"]), strict=True):
+    for found, wanted in zip(metrics(folder), metrics(uninterrupted["data 2"]), strict=True):
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-    found, wanted = weights(folder), weights(whole["data 2"])
+    found, wanted = weights(folder), weights(uninterrupted["data 2"])
     # Adam moves a weight by up to the learning rate, 1e-3, in each of 16 steps.
     assert max(float(np.abs(found[key] - wanted[key]).max()) for key in wanted) < 1e-4
 
 
-def test_an_export_that_cannot_be_written_is_told_by_all_ranks_and_costs_no_checkpoint(
+def test_an_export_that_cannot_be_written_is_an_error_on_all_ranks_and_keeps_the_checkpoint(
     place: Path, ranks: Ranks
 ) -> None:
     sections: dict[str, Any] = {"parallel": {"tensor": 2, "sequence": True}}
     saving = {"steps": 3, "save_every": 1, "async_save": True}
     run, folder = str(config(place, "export", run=saving, **sections)), place / "export"
-    assert ranks.run(life, 2, run, 1, timeout=PATIENCE_SECONDS) == [""] * 2
+    assert ranks.run(train_process, 2, run, 1, timeout=PATIENCE_SECONDS) == [""] * 2
     (folder / "exports").touch()  # where a folder should be
     config(place, "export", run=saving | {"export_every": 2}, **sections)
     wanted = f"the export step_000002 could not be written to {folder / 'exports'} ([Errno "
-    for told in ranks.run(life, 2, run, timeout=PATIENCE_SECONDS):
-        assert told.startswith(wanted)
-        assert told.endswith("; put that right, and the same command goes on after step 2")
+    for message in ranks.run(train_process, 2, run, timeout=PATIENCE_SECONDS):
+        assert message.startswith(wanted)
+        assert message.endswith("; correct that, and the same command resumes after step 2")
     last = latest_checkpoint(folder / "checkpoints")
     assert last is not None
     assert last.step == 2
     (folder / "exports").unlink()
-    assert ranks.run(life, 2, run, timeout=PATIENCE_SECONDS) == [""] * 2
+    assert ranks.run(train_process, 2, run, timeout=PATIENCE_SECONDS) == [""] * 2
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
     assert weights(folder)
 
 
-def test_what_a_crash_left_after_the_checkpoint_is_cut_off(place: Path, ranks: Ranks, whole: dict[str, Path]) -> None:
+def test_output_written_after_the_last_checkpoint_is_removed(
+    place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+) -> None:
     run, folder = str(config(place, "crashed")), place / "crashed"
-    assert ranks.run(life, 1, run, CUT, timeout=PATIENCE_SECONDS) == [""]
+    assert ranks.run(train_process, 1, run, CUT, timeout=PATIENCE_SECONDS) == [""]
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": CUT + 1, "reward/mean": 7.0}) + "\n" + '{"step": 6, "rew')
     (folder / "rollouts" / "step_000009.jsonl").write_text("{}\n", encoding="utf-8")
@@ -266,8 +282,8 @@ def test_what_a_crash_left_after_the_checkpoint_is_cut_off(place: Path, ranks: R
     for name in ("step_000005", "step_000005.incomplete", "step_000001.removing"):
         shutil.copytree(checkpoints / f"step_{CUT:06d}", checkpoints / name)
     (checkpoints / "step_000005.incomplete" / ".metadata").unlink()
-    assert ranks.run(life, 1, run, timeout=PATIENCE_SECONDS) == [""]
-    assert metrics(folder) == metrics(whole["alone"])
+    assert ranks.run(train_process, 1, run, timeout=PATIENCE_SECONDS) == [""]
+    assert metrics(folder) == metrics(uninterrupted["alone"])
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [
         f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)
     ]
@@ -275,9 +291,9 @@ def test_what_a_crash_left_after_the_checkpoint_is_cut_off(place: Path, ranks: R
         "latest", "settings.json", f"step_{CUT:06d}", f"step_{STEPS:06d}",
     ]  # fmt: skip
     before = weights(folder)
-    # A run that is complete has nothing left to do, and leaves the same again.
-    assert ranks.run(life, 1, run, timeout=PATIENCE_SECONDS) == [""]
-    assert metrics(folder) == metrics(whole["alone"])
+    # A finished run has no steps left, and writes the same export again.
+    assert ranks.run(train_process, 1, run, timeout=PATIENCE_SECONDS) == [""]
+    assert metrics(folder) == metrics(uninterrupted["alone"])
     assert [key for key in before if (before[key] != weights(folder)[key]).any()] == []
 
 
@@ -332,7 +348,7 @@ def run_resumed_cases(*arguments: Any) -> Any:
         return test_asynchronous.run_cases(*arguments)
 
 
-def test_begun_groups_and_partial_responses_go_on_and_nothing_is_graded_or_trained_twice(
+def test_groups_in_progress_and_partial_responses_resume_and_nothing_is_graded_or_trained_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "user_reward.py").write_text(test_asynchronous.JOURNAL_REWARD, encoding="ascii")
@@ -340,11 +356,11 @@ def test_begun_groups_and_partial_responses_go_on_and_nothing_is_graded_or_train
     test_asynchronous.test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(REPLICAS[5], tmp_path)
 
 
-# Which checkpoint a run goes on from --------------------------------------------------------------------------------
+# Choice of the checkpoint to resume from -----------------------------------------------------------------------------
 
 
-def begun(place: Path, *, saved: bool) -> list[str]:
-    """A run folder as `config` names it, by hand, and what is in it."""
+def write_run_folder(place: Path, *, saved: bool) -> list[str]:
+    """Write the folder of an earlier run with the settings of `config`; return the names in it."""
     root = place / "checkpoints"
     root.mkdir(parents=True)
     (place / "metrics.jsonl").touch()
@@ -356,34 +372,36 @@ def begun(place: Path, *, saved: bool) -> list[str]:
     return ["metrics.jsonl", "checkpoints"]
 
 
-def begin(place: Path, name: str, earlier: list[str], **sections: Any) -> Checkpoint | None:
-    return where_to_begin(load_settings(config(place, name, **sections)), earlier)
+def start_of(place: Path, name: str, earlier: list[str], **sections: Any) -> Checkpoint | None:
+    return checkpoint_to_resume(load_settings(config(place, name, **sections)), earlier)
 
 
-def test_resume_and_overwrite_decide_where_a_run_begins(place: Path) -> None:
+def test_resume_and_overwrite_decide_from_which_checkpoint_a_run_starts(place: Path) -> None:
     config(place, "decided")
-    earlier = begun(place / "decided", saved=True)
+    earlier = write_run_folder(place / "decided", saved=True)
     last = Checkpoint(place / "decided" / "checkpoints" / "step_000020", 20)
-    assert begin(place, "decided", earlier) == last
-    assert begin(place, "decided", earlier, run={"resume": "must"}) == last
-    assert begin(place, "decided", earlier, run={"overwrite": True}) is None
-    assert begin(place, "decided", earlier, run={"overwrite": True, "resume": "never"}) is None
+    assert start_of(place, "decided", earlier) == last
+    assert start_of(place, "decided", earlier, run={"resume": "must"}) == last
+    assert start_of(place, "decided", earlier, run={"overwrite": True}) is None
+    assert start_of(place, "decided", earlier, run={"overwrite": True, "resume": "never"}) is None
     with pytest.raises(SettingsError, match=r"holds an earlier run .* set run.overwrite to true"):
-        begin(place, "decided", earlier, run={"resume": "never"})
+        start_of(place, "decided", earlier, run={"resume": "never"})
     with pytest.raises(SettingsError, match=r"run.overwrite true removes the checkpoint that run.resume must needs"):
-        begin(place, "decided", earlier, run={"overwrite": True, "resume": "must"})
-    with pytest.raises(SettingsError, match=r"run.resume must finds no checkpoint in"):
-        begin(place, "elsewhere", [], run={"resume": "must"})
-    assert begin(place, "elsewhere", []) is None
+        start_of(place, "decided", earlier, run={"overwrite": True, "resume": "must"})
+    with pytest.raises(SettingsError, match=r"^run.resume=must: there is no checkpoint in"):
+        start_of(place, "elsewhere", [], run={"resume": "must"})
+    assert start_of(place, "elsewhere", []) is None
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_again(place: Path) -> None:
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(place: Path) -> None:
     config(place, "early")
-    earlier = begun(place / "early", saved=False)
-    assert begin(place, "early", earlier) is None
+    earlier = write_run_folder(place / "early", saved=False)
+    assert start_of(place, "early", earlier) is None
     (place / "early" / "checkpoints" / "settings.json").unlink()
-    with pytest.raises(SettingsError, match=r"holds an earlier run .* and no checkpoint"):  # nor was it of this program
-        begin(place, "early", earlier)
+    with pytest.raises(
+        SettingsError, match=r"holds an earlier run .* and no checkpoint"
+    ):  # nor is it known to be a run of this program
+        start_of(place, "early", earlier)
 
 
 @pytest.mark.parametrize(
@@ -398,30 +416,32 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(place: Path) 
         ("megatron", "use_distributed_optimizer", True),
     ],
 )
-def test_settings_that_make_another_run_are_refused_by_name(
+def test_settings_that_must_stay_the_same_are_refused_by_name(
     section: str, key: str, value: Any, place: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "model").symlink_to(place / "model")
     config(tmp_path, "changed")
-    earlier = begun(tmp_path / "changed", saved=True)
-    with pytest.raises(SettingsError, match=f"^{section}.{key} was .* and is {json.dumps(value)} now; set it back"):
-        begin(tmp_path, "changed", earlier, **{section: {key: value}})
+    earlier = write_run_folder(tmp_path / "changed", saved=True)
+    with pytest.raises(
+        SettingsError, match=f"^{section}.{key}={json.dumps(value)}: the run in run.dir=.* started with .*; set it back"
+    ):
+        start_of(tmp_path, "changed", earlier, **{section: {key: value}})
 
 
-def test_settings_that_do_not_make_another_run_may_change(place: Path, tmp_path: Path) -> None:
+def test_settings_that_may_change_are_accepted(place: Path, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(place / "model")
     config(tmp_path, "changed")
-    earlier = begun(tmp_path / "changed", saved=True)
+    earlier = write_run_folder(tmp_path / "changed", saved=True)
     harmless: dict[str, Any] = {
         "run": {"steps": 100, "save_every": 5, "keep_last": 7, "export": False},
         "parallel": {"tensor": 2},
         "batch": {"tokens_per_micro_batch": 1024},
         "log": {"rollouts": 0},
     }
-    assert begin(tmp_path, "changed", earlier, **harmless) is not None
+    assert start_of(tmp_path, "changed", earlier, **harmless) is not None
 
 
-def test_settings_of_checkpoints_that_do_nothing_are_refused(place: Path) -> None:
+def test_checkpoint_settings_without_effect_are_refused(place: Path) -> None:
     with pytest.raises(SettingsError, match=r"^run.keep_every 4 does nothing with run.save_every 0; drop it$"):
         load_settings(config(place, "keep", run={"keep_every": 4}))
     with pytest.raises(SettingsError, match=r"^run.keep_every 4 is not a multiple of run.save_every 3; choose one$"):
@@ -448,13 +468,13 @@ def test_checkpoints_are_kept_by_number_and_by_step(tmp_path: Path) -> None:
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000004", "step_000008", "step_000009"]
 
 
-def test_a_step_that_is_saved_again_keeps_its_weights_and_goes_on_from_the_newer_state(tmp_path: Path) -> None:
+def test_a_step_that_is_saved_again_keeps_its_weights_and_resumes_from_the_newer_state(tmp_path: Path) -> None:
     run = RunSettings(dir=str(tmp_path), steps=9, save_every=1, keep_last=2)
     root = tmp_path / "checkpoints"
-    asked = []
+    linked = []
 
     def write(folder: Path, finish: Any, same: Path | None, *, background: bool) -> Any:
-        asked.append(same and same.name)
+        linked.append(same and same.name)
         folder.mkdir(parents=True)
         return lambda: finish(folder)
 
@@ -467,18 +487,18 @@ def test_a_step_that_is_saved_again_keeps_its_weights_and_goes_on_from_the_newer
         if number == 3:
             found = sorted(path.name for path in root.iterdir())
             assert found == ["latest", "step_000002.1", "step_000002.2"]
-            # Another life, which is stopped while it samples for its first step.
+            # Another process, which is stopped while it samples for its first step.
             checkpoints, last_but_one = Checkpoints(run, is_main=True, start=last), last
-    assert asked == [None, None, "step_000002", "step_000002.1", None]
+    assert linked == [None, None, "step_000002", "step_000002.1", None]
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002.2", "step_000003"]
 
     for name in ("step_000002.1", "step_000002.3", "step_000002.3.incomplete"):
         (root / name).mkdir()
-    prepare(SimpleNamespace(run=run), last_but_one)  # type: ignore[arg-type]
+    prepare_checkpoints(SimpleNamespace(run=run), last_but_one)  # type: ignore[arg-type]
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002.1", "step_000002.2"]
 
 
-# What is not finite -------------------------------------------------------------------------------------------------
+# Non-finite steps ---------------------------------------------------------------------------------------------------
 
 HUGE = """\
 def all(prompt, response):
@@ -486,21 +506,21 @@ def all(prompt, response):
 """
 
 
-def test_steps_that_are_not_finite_are_skipped_counted_and_end_a_run_of_them(place: Path, ranks: Ranks) -> None:
+def test_non_finite_steps_are_skipped_and_counted_and_too_many_in_a_row_end_the_run(place: Path, ranks: Ranks) -> None:
     (place / "huge.py").write_text(HUGE, encoding="utf-8")
     run = config(
         place, "huge", reward={"function": "huge:all"}, advantage={"estimator": "dr_grpo"},
         optimizer={"max_skipped_steps": 3}, run={"save_every": 1},
     )  # fmt: skip
     folder = place / "huge"
-    for _ in range(2):  # the count is part of the checkpoint: the same command ends at the same place
-        answers = ranks.run(life, 2, str(run), timeout=PATIENCE_SECONDS)
+    for _ in range(2):  # the count is part of the checkpoint: the same command ends at the same step
+        answers = ranks.run(train_process, 2, str(run), timeout=PATIENCE_SECONDS)
         assert answers[0] == answers[1]
         assert answers[0].startswith("step 2: loss ")
         assert "mini-batch 1 are not finite, nor were those of the 3 optimizer steps up to it" in answers[0]
         assert [(line["step"], line["train/skipped_steps"]) for line in metrics(folder)] == [(1, 2)]
         lines = [json.loads(line) for line in (folder / "skipped" / "step_000002.jsonl").read_text().splitlines()]
-        assert len(lines) == 2  # samples of the one prompt
+        assert len(lines) == 2  # completions of the one prompt
         for line in lines:
             assert line["prompt_id"] in answers[0]
             assert abs(line["reward"]) == 1e39

@@ -20,8 +20,9 @@ from toy_tokenizer import EOS_ID, PAD_ID, VOCABULARY, write_tokenizer
 warnings.filterwarnings("ignore")
 
 from megatron_rlvr.algo.loss import SelectedTokens  # noqa: E402
-from megatron_rlvr.batching.batch import Sample  # noqa: E402
-from megatron_rlvr.batching.packing import spread  # noqa: E402
+from megatron_rlvr.batching.batch import TrainingSequence  # noqa: E402
+from megatron_rlvr.batching.packing import distribute  # noqa: E402
+from megatron_rlvr.checkpoint.megatron.policy import export_policy  # noqa: E402
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings  # noqa: E402
 from megatron_rlvr.distributed import process_group  # noqa: E402
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks  # noqa: E402
@@ -63,9 +64,9 @@ def write_random_model(folder: Path) -> None:
     write_tokenizer(folder)
 
 
-def batches(seed: int, sequences: int) -> Iterator[list[Sample]]:
+def batches(seed: int, sequences: int) -> Iterator[list[TrainingSequence]]:
     """The warm-up stream in steps of up to TOKENS_PER_STEP tokens."""
-    batch: list[Sample] = []
+    batch: list[TrainingSequence] = []
     size = 0
     for prompt, response in warm_up_stream(seed, sequences):
         length = len(prompt) + len(response)
@@ -73,20 +74,20 @@ def batches(seed: int, sequences: int) -> Iterator[list[Sample]]:
             yield batch
             batch, size = [], 0
         no_logp, no_version = np.zeros(len(response), np.float32), np.zeros(len(response), np.int32)
-        batch.append(Sample(len(batch), prompt, response, no_logp, advantage=1.0, weight_versions=no_version))
+        batch.append(TrainingSequence(len(batch), prompt, response, no_logp, advantage=1.0, weight_versions=no_version))
         size += length
     yield batch
 
 
-def train(policy: Policy, ranks: Ranks, steps: list[list[Sample]]) -> float:
+def train(policy: Policy, ranks: Ranks, steps: list[list[TrainingSequence]]) -> float:
     """Takes all steps; returns the mean loss of the last hundred."""
     losses: list[float] = []
     packing = policy.packing(TOKENS_PER_STEP)
     for batch in track(steps, description="warming up the base model", disable=not ranks.is_main):
-        owned = spread([sample.input_length for sample in batch], ranks.data_size, packing.quadratic)
+        owned = distribute([sequence.input_length for sequence in batch], ranks.data_size, packing)
         micro_batch = packing.pack([batch[i] for i in owned[ranks.data_rank]])
         everything = torch.ones(len(micro_batch.rows), dtype=torch.bool)
-        count = sum(len(sample.response_ids) for sample in batch)
+        count = sum(len(sequence.response_ids) for sequence in batch)
         policy.start_step()
         figures = policy.train_step([micro_batch], [everything], [micro_batch.rollout_logp], next_token_loss, count)
         losses.append(figures["loss"])
@@ -112,7 +113,7 @@ def main(target: Path, sequences: int) -> None:
     )
     policy = Policy(ModelSettings(path=str(start), dtype="float32"), parallel, ranks, optimizer=optimizer)
     loss = train(policy, ranks, steps)
-    policy.save_hugging_face(target)
+    export_policy(policy, target)
     if ranks.is_main:
         print(f"base model in {target}: next-token loss {loss:.3f} after {len(steps)} steps")
     process_group.shut_down()

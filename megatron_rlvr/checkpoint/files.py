@@ -1,11 +1,15 @@
 """Weights of a megatron-core checkpoint (its format torch_dist) on disk, for one process without a process group.
 
-A folder holds files ``*.distcp``, in which chunks of tensors lie one after the other as torch.save writes them;
-``.metadata``, which says where each lies; ``common.pt`` and ``metadata.json``, which name the format. Tensors are whole
-there and each rank reads the chunks that it needs: a checkpoint has no layout. Beside them, in ``hugging_face``, lie
-the configuration and tokenizer of the model. Names are those of the tables in `hf.families`.
+    __0_0.distcp, ...            chunks of tensors, one after the other, each as torch.save writes it
+    .metadata                    size and type of every tensor, and the file and offset of its chunks
+    common.pt, metadata.json     name of the format
+    hugging_face/                configuration and tokenizer of the model
 
-torch's own writer holds all tensors of a file in memory until it is complete, Megatron's all of the model.
+Tensors are stored unsharded and each rank reads the chunks that it needs, so a checkpoint does not depend on a layout.
+Names are those of the tables in `hf.families`.
+
+The reader and the writer here hold one tensor in memory at a time. torch's own writer holds all tensors of a file until
+it is complete, and Megatron's the whole model.
 """
 
 import io
@@ -32,8 +36,8 @@ from megatron_rlvr.hf.families import ModelError, Row, expert_count, rows_of, te
 from megatron_rlvr.hf.weights import FILE_BYTES, check_tensors
 
 HUGGING_FACE = "hugging_face"
-CONTENT = {"non_homogeneous_layers": True, "singleton_local_shards": False}
-"""What Megatron is told about the names: every layer has its own, and a tensor is not cut into several."""
+CONTENT_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+"""Megatron's options for the names in a checkpoint: each layer has its own, and a tensor is one entry."""
 _BACKEND = "torch_dist"
 _FORMAT = {
     "sharded_backend": _BACKEND,
@@ -44,7 +48,13 @@ _FORMAT = {
 
 
 class CheckpointWriter:
-    """Writes a checkpoint's weights one at a time; `finish` makes the folder a checkpoint."""
+    """Writes the weights of a checkpoint one at a time; `finish` completes it.
+
+    Args:
+        folder: Existing folder to write to.
+        config: The model's ``config.json``.
+        file_bytes: Maximum size of a ``*.distcp`` file; a larger tensor gets a file of its own.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], file_bytes: int = FILE_BYTES) -> None:
         self._folder = folder
@@ -55,14 +65,14 @@ class CheckpointWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
     def write(self, row: Row, tensor: Tensor) -> None:
-        """Adds the whole parameter of a row, as ``layout.merge`` makes it."""
+        """Add the unsharded parameter of a table row, as ``layout.merge`` returns it."""
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, "torch.save writes all of a storage"
         size, offset = tensor.shape, [0] * tensor.dim()
         if row.expert is not None:
             tensor, size, offset = tensor[None], torch.Size((self._experts, *size)), [row.expert, *offset]
-        described = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [])
+        metadata = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [])
         chunk = ChunkStorageMetadata(torch.Size(offset), tensor.shape)
-        self._tensors.setdefault(row.key, described).chunks.append(chunk)
+        self._tensors.setdefault(row.key, metadata).chunks.append(chunk)
         self._storage[MetadataIndex(row.key, offset)] = self._append(tensor)
 
     def _append(self, tensor: Tensor) -> _StorageInfo:
@@ -74,14 +84,18 @@ class CheckpointWriter:
             start = file.tell()
             try:
                 torch.save(tensor, file)
-            except RuntimeError as error:  # torch hides behind it why a file could not be written
+            except RuntimeError as error:  # torch raises it in place of the OSError that says why
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             return _StorageInfo(path.name, start, file.tell() - start)
 
     def finish(self) -> None:
-        """Raises: OSError where there is no room."""
-        content = io.BytesIO()  # given a path, torch hides why it could not be written
-        torch.save({"content_metadata": CONTENT}, content)
+        """Write the metadata files.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        content = io.BytesIO()  # given a path, torch would hide why it could not be written
+        torch.save({"content_metadata": CONTENT_METADATA}, content)
         (self._folder / "common.pt").write_bytes(content.getbuffer())
         with (self._folder / ".metadata").open("wb") as file:
             pickle.dump(Metadata(self._tensors, storage_data=self._storage), file)
@@ -89,7 +103,14 @@ class CheckpointWriter:
 
 
 class CheckpointReader:
-    """Reads a checkpoint's weights one at a time, whatever layout wrote it. ModelError where it is no checkpoint."""
+    """Reads the weights of a checkpoint one at a time, whichever layout wrote it.
+
+    Args:
+        folder: Folder of the checkpoint.
+
+    Raises:
+        ModelError: If the folder is not a checkpoint, or files of it are missing or truncated.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -101,12 +122,13 @@ class CheckpointReader:
         except (ValueError, LookupError, TypeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
             raise ModelError(f"{folder} cannot be read ({error}); copy the checkpoint again") from None
         if backend != _BACKEND:
-            raise ModelError(f"{folder} is a checkpoint of format {backend!r}; known is {_BACKEND}")
+            raise ModelError(f"{folder} is a checkpoint of format {backend!r}; only {_BACKEND} is supported")
         self._storage: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._tensors = {k: t for k, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
-        self._refuse_truncated()
+        self._check_files()
 
-    def _refuse_truncated(self) -> None:
+    def _check_files(self) -> None:
+        """Raise ModelError if a file is missing or shorter than the metadata says."""
         ends: dict[str, int] = {}
         for info in self._storage.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -118,27 +140,34 @@ class CheckpointReader:
                 raise ModelError(f"{path} has {path.stat().st_size} of {end} bytes; copy the checkpoint again")
 
     def check(self, config: Mapping[str, Any]) -> int:
-        """ModelError with the names of weights that are missing, without a place or misshapen; others are ignored.
+        """Check the names and shapes of the model's weights; other tensors, such as an optimizer's, are ignored.
 
-        Returns: the weights' size in bytes, without whatever else is in the checkpoint.
+        Args:
+            config: The model's ``config.json``.
+
+        Returns:
+            Size of the weights in bytes.
+
+        Raises:
+            ModelError: With the names of weights that are missing, unknown to ``config`` or of another shape.
         """
         expected, found = {}, {}
         for (row,) in rows_of(config):
             shapes = tensor_shapes(row, config)
-            whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-            expected[row.key] = whole if row.expert is None else (expert_count(config), *whole)
-            if row.layout == "vocab" and row.key in self._tensors:  # a layout may have padded it
+            full = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            expected[row.key] = full if row.expert is None else (expert_count(config), *full)
+            if row.layout == "vocab" and row.key in self._tensors:  # the layout that wrote it may have padded it
                 rows, *rest = self._tensors[row.key].size
-                found[row.key] = (min(rows, whole[0]), *rest)
-        rooms = {key.split(".")[0] for key in expected}
-        here = {key: tensor for key, tensor in self._tensors.items() if key.split(".")[0] in rooms}
-        check_tensors({key: tuple(tensor.size) for key, tensor in here.items()} | found, expected, self._folder)
-        return sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in here.values())
+                found[row.key] = (min(rows, full[0]), *rest)
+        prefixes = {key.split(".")[0] for key in expected}
+        weights = {key: tensor for key, tensor in self._tensors.items() if key.split(".")[0] in prefixes}
+        check_tensors({key: tuple(tensor.size) for key, tensor in weights.items()} | found, expected, self._folder)
+        return sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in weights.values())
 
     def read(self, row: Row) -> Tensor:
-        """The whole parameter of a row, a vocabulary with its padding."""
+        """Return the unsharded parameter of a table row; that of a vocabulary with its padding, if it has any."""
         tensor = self._tensors[row.key]
-        whole = tensor.size if row.expert is None else tensor.size[1:]
+        shape = tensor.size if row.expert is None else tensor.size[1:]
         full = None
         for chunk in tensor.chunks:
             if row.expert is not None and not 0 <= row.expert - chunk.offsets[0] < chunk.sizes[0]:
@@ -146,9 +175,9 @@ class CheckpointReader:
             values, offsets = self._load(row.key, chunk), chunk.offsets
             if row.expert is not None:
                 values, offsets = values[row.expert - offsets[0]], offsets[1:]
-            if values.shape == whole:
+            if values.shape == shape:
                 return values
-            full = torch.empty(whole, dtype=values.dtype) if full is None else full
+            full = torch.empty(shape, dtype=values.dtype) if full is None else full
             full[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
         assert full is not None
         return full

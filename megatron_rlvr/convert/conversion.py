@@ -125,7 +125,7 @@ def checkpoint_logits(folder: Path, tokens: Sequence[int]) -> Tensor:
     """[T, V] float32 logits of a checkpoint's model after each of T tokens, computed in fp32 by this process alone."""
     from megatron.core import parallel_state
 
-    from megatron_rlvr.checkpoint.megatron import load_weights
+    from megatron_rlvr.checkpoint.megatron.sharded_state import load_weights
     from megatron_rlvr.config import ModelSettings, ParallelSettings
     from megatron_rlvr.distributed import accelerator, process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks

@@ -1,12 +1,13 @@
-"""What the ranks agree on around a collective, so that none is left waiting in it for one that has failed."""
+"""Collectives on Python objects, and on failures, so that no rank waits in a collective for one that has failed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
 
 def raise_on_all_ranks(failure: Exception | None) -> None:
-    """Raises on every rank of the world what failed on any: the failure of the first that has one."""
+    """Raise the failure of the first rank that has one on every rank. A collective over the world."""
     failures: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     found = [f for f in failures if f is not None]
@@ -14,8 +15,24 @@ def raise_on_all_ranks(failure: Exception | None) -> None:
         raise found[0]
 
 
+def on_main_rank(action: Callable[[], Any]) -> None:
+    """Runs an action on the main rank. A collective over the world.
+
+    Raises: OSError on every rank if the action raised it, so that none is left waiting.
+    """
+    failure: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
 def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's ``value``, in rank order."""
+    """Return every rank's ``value``, in rank order. A collective over ``group``."""
     if dist.get_world_size(group) == 1:
         return [value]
     parts: list[Any] = [None] * dist.get_world_size(group)
@@ -24,7 +41,7 @@ def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def gather_on_first(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's ``value``, in rank order, on the first rank of the group; nothing on the others."""
+    """Return every rank's ``value`` on the first rank of ``group``, in rank order; [] on the others. A collective."""
     parts: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
     dist.gather_object(value, parts, dst=dist.get_global_rank(group, 0), group=group)
     return parts or []

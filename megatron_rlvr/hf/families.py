@@ -21,6 +21,7 @@ Shapes: V vocabulary, H hidden, D head, Q queries of all heads, K keys of all ke
 E experts, M feed-forward of an expert.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -174,6 +175,8 @@ NORMS_IN_LINEARS = {
     if row.in_checkpoint
 }
 
+_VOCAB_MULTIPLE = 128
+
 # Megatron knows these constants of Llama 3's rotary embedding by heart; every Llama 3.1, 3.2 and 3.3 has them.
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
@@ -298,6 +301,21 @@ def tensor_shapes(row: Row, config: Mapping[str, Any]) -> list[tuple[int, ...]]:
     keys = {"V": "vocab_size", "H": "hidden_size", "F": "intermediate_size", "M": "moe_intermediate_size"}
     sizes |= {letter: config[key] for letter, key in keys.items() if key in config} | {"E": expert_count(config)}
     return [tuple(sizes[letter] for letter in shape) for shape in row.shapes]
+
+
+def parameter_count(config: Mapping[str, Any]) -> int:
+    """Return the number of parameters of a model with this ``config.json``; a tied output layer counts once."""
+    return sum(math.prod(shape) for (row,) in rows_of(config) for shape in tensor_shapes(row, config))
+
+
+def padded_vocab_size(vocab: int, tensor: int) -> int:
+    """Rows of the embedding over all ``tensor`` ranks of a tensor-parallel group, with Megatron's padding.
+
+    Megatron pads the vocabulary so that every tensor-parallel rank holds the same number of rows, a multiple of 128,
+    which suits the matrix products of GPUs.
+    """
+    multiple = _VOCAB_MULTIPLE * tensor
+    return -(-vocab // multiple) * multiple
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:

@@ -1,7 +1,7 @@
-"""From a Hugging Face config to megatron-core: model chunks, data-parallel wrapper, optimizer, schedule.
+"""Builds megatron-core's model chunks, data-parallel wrapper, optimizer and schedule from a Hugging Face config.
 
-The user's ``megatron:`` section reaches TransformerConfig, DistributedDataParallelConfig and OptimizerConfig as it is,
-except for fields that the project's own settings decide.
+The user's ``megatron:`` section is passed unchanged to TransformerConfig, DistributedDataParallelConfig and
+OptimizerConfig; fields that other settings decide are refused there.
 """
 
 import dataclasses
@@ -24,42 +24,34 @@ from torch import Tensor
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, SettingsError
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
-from megatron_rlvr.hf.families import rope_scaling_factor, rope_theta, tied, transformer_fields
-from megatron_rlvr.policy.layers import layer_parts, layer_spec
+from megatron_rlvr.hf.families import padded_vocab_size, rope_scaling_factor, rope_theta, tied, transformer_fields
+from megatron_rlvr.policy.layers import layer_modules, layer_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Megatron pads the vocabulary so that every tensor-parallel rank gets a multiple of this many columns.
-_VOCAB_MULTIPLE = 128
 _CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose last stage returns hidden states: the output layer is applied by `algo.head`, in tiles."""
+    """GPTModel whose last stage returns hidden states; `algo.head` applies the output layer to them in tiles."""
 
     def _postprocess(self, hidden_states: Tensor, **unused: Any) -> Tensor:
         return hidden_states
 
     @property
     def output_weight(self) -> Tensor:
-        """[V_padded / tp, H], the output layer's weight, or the embedding's where they are tied."""
+        """Weight of the output layer, [V_padded / tp, H]; the embedding's weight if they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
-def padded_vocab(vocab: int, tensor: int) -> int:
-    """Size of the vocabulary with Megatron's padding."""
-    multiple = _VOCAB_MULTIPLE * tensor
-    return -(-vocab // multiple) * multiple
-
-
 def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of TransformerConfig that the model folder and our settings decide."""
+    """Fields of TransformerConfig that the model folder and the project's own settings decide."""
     return transformer_fields(hf_config) | {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        # Interleaved, two stages would otherwise exchange several messages at once, and take one for the other.
+        # In the interleaved schedule two stages would otherwise exchange several messages at once and confuse them.
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "context_parallel_size": parallel.context,
@@ -75,11 +67,12 @@ def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Ma
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # Weights come from the model folder, yet they are initialised first: it is Megatron's initialisation that marks
-        # them as tensor parallel, and unmarked ones are missing from the gradient norm.
+        # Weights are loaded from the model folder, yet initialised first: Megatron's initialisation marks them as
+        # tensor parallel, and the gradient norm leaves out unmarked ones.
         "perform_initialization": True,
         "use_cpu_initialization": not accelerator.has_gpu(),
-        # Packed micro-batches differ in length; a dense model may do so with this (unused) dispatcher only.
+        # Packed micro-batches differ in length; Megatron allows that for a dense model only with this (unused)
+        # dispatcher.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
         # The loss is a sum already divided by the global count: Megatron must neither average nor rescale.
@@ -88,7 +81,7 @@ def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Ma
     }
 
 
-# Defaults of ours where Megatron's need kernels that may be absent; a megatron: section may turn them on.
+# Defaults that replace Megatron's where those need kernels that may be missing; `megatron:` can turn them on.
 _DEFAULTS: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "bias_activation_fusion": False,
@@ -112,18 +105,18 @@ _REFUSED = {
     "wgrad_deferral_limit": "the output layer's gradient is made tile by tile and never deferred",
     "cross_entropy_loss_fusion": "the loss is not cross entropy and holds no logits",
     "cross_entropy_fusion_impl": "the loss is not cross entropy and holds no logits",
-    "overlap_param_gather": "the weights are handed to the rollout engine after each step, before a forward could wait",
+    "overlap_param_gather": "weights are pushed to the rollout engine before a forward pass would wait for the gather",
     "optimizer_cpu_offload": "its state cannot be saved yet",
     "fp16": "training is in model.dtype float32 or bfloat16",
 }
-# Of the fields about experts these are the user's; the others change what the model computes, or do nothing here.
+# Fields about experts that a user may set; the others change what the model computes, or have no effect here.
 _EXPERT_KEYS = ("moe_permute_fusion", "moe_router_fusion", "moe_router_padding_for_fp8")
 
 
 def check_passthrough(
     megatron: Mapping[str, Any], model: ModelSettings, parallel: ParallelSettings, hf_config: Mapping[str, Any]
 ) -> None:
-    """SettingsError for a ``megatron:`` key that no dataclass has, or that settings of ours decide."""
+    """Raise SettingsError for a ``megatron:`` key that no dataclass has, or that another setting decides."""
     known = {f.name for cls in _CONFIGS for f in dataclasses.fields(cls) if f.init}
     owned = owned_fields(model, parallel, hf_config)
     for key in megatron:
@@ -143,7 +136,7 @@ def check_passthrough(
 
 
 def check_kernels(megatron: Mapping[str, Any]) -> None:
-    """SettingsError for a ``megatron:`` key whose kernels this machine lacks; not asked where a run is only checked."""
+    """Raise SettingsError for a ``megatron:`` key whose kernels this machine lacks. Not called by ``--check``."""
     kernels = {
         "gradient_accumulation_fusion": (
             "a GPU and apex's fused weight gradients",
@@ -159,7 +152,7 @@ def check_kernels(megatron: Mapping[str, Any]) -> None:
 
 
 def _config(cls: type, megatron: Mapping[str, Any], **fields: Any) -> Any:
-    """A Megatron dataclass from our defaults, the user's fields and the owned ones, each where the class has it."""
+    """Build a Megatron dataclass from the defaults above, the user's fields and ``fields``, as far as it has them."""
     names = {f.name for f in dataclasses.fields(cls) if f.init}
     values = {**_DEFAULTS, **megatron, **fields}
     return cls(**{key: value for key, value in values.items() if key in names})
@@ -173,39 +166,42 @@ def build_chunks(
     ranks: Ranks,
     seed: int,
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks (one without interleaving), weights not yet loaded, wrapped for data parallelism."""
+    """Build this rank's model chunks, wrapped for data parallelism; weights are not loaded yet.
+
+    There is one chunk, or with the interleaved schedule one for each virtual stage of the rank.
+    """
     model_parallel_cuda_manual_seed(seed)
     config: TransformerConfig = _config(TransformerConfig, megatron, **owned_fields(model, parallel, hf_config))
     ddp = _config(DistributedDataParallelConfig, megatron)
-    pieces, parts = parallel.virtual_pipeline, layer_parts()
-    stretch = rope_scaling_factor(hf_config)
+    virtual_stages, modules = parallel.virtual_pipeline, layer_modules()
+    rope_factor = rope_scaling_factor(hf_config)
     chunks = []
-    for piece in range(pieces):
-        stage = piece if pieces > 1 else None
+    for number in range(virtual_stages):
+        stage = number if virtual_stages > 1 else None
         first = get_transformer_layer_offset(config, vp_stage=stage)
         layers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
         gpt = PolicyModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config, layer, parts) for layer in layers], layer_norm=parts.norm
+                layer_specs=[layer_spec(config, layer, modules) for layer in layers], layer_norm=modules.norm
             ),
-            vocab_size=padded_vocab(hf_config["vocab_size"], parallel.tensor),
+            vocab_size=padded_vocab_size(hf_config["vocab_size"], parallel.tensor),
             max_sequence_length=hf_config["max_position_embeddings"],
-            pre_process=ranks.pipeline_rank == 0 and piece == 0,
-            post_process=ranks.last_stage and piece == pieces - 1,
+            pre_process=ranks.pipeline_rank == 0 and number == 0,
+            post_process=ranks.last_stage and number == virtual_stages - 1,
             share_embeddings_and_output_weights=tied(hf_config),
             position_embedding_type="rope",
             rotary_base=rope_theta(hf_config),
-            rope_scaling=stretch is not None,
-            rope_scaling_factor=stretch or 1.0,
+            rope_scaling=rope_factor is not None,
+            rope_scaling_factor=rope_factor or 1.0,
             vp_stage=stage,
         ).to(accelerator.device())
-        # Later chunks finish their backward first: their gradients travel whole while the earlier ones still compute.
-        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=gpt, disable_bucketing=piece > 0))
+        # Later chunks finish their backward first: their gradients are reduced whole while earlier ones still compute.
+        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=gpt, disable_bucketing=number > 0))
     if ddp.overlap_grad_reduce:
-        # Gradients are complete after the last micro-batch, and only then may they travel.
+        # Gradients are complete after the last micro-batch; only then may they be reduced.
         hooks = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = hooks if pieces > 1 else hooks[0]
+        config.no_sync_func = hooks if virtual_stages > 1 else hooks[0]
     return chunks
 
 
@@ -215,7 +211,7 @@ def build_optimizer(
     megatron: Mapping[str, Any],
     chunks: list[DistributedDataParallel],
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam with decoupled weight decay over loaded chunks, and the schedule of its learning rate in training steps."""
+    """Build Adam with decoupled weight decay over loaded chunks, and its learning-rate schedule in training steps."""
     config = _config(
         OptimizerConfig,
         megatron,
@@ -249,5 +245,5 @@ def build_optimizer(
 
 
 def _finalize_grads_as_sums(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's gradient reduction without its division by tokens: the loss was divided by the global count."""
+    """Reduce gradients as Megatron does, without its division by tokens: the loss is already divided by the count."""
     finalize_model_grads(chunks, None, **kwargs)

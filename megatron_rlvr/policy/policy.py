@@ -1,7 +1,7 @@
-"""The policy: a megatron-core model that scores responses, takes optimizer steps and gives its weights away.
+"""The policy: a megatron-core model that scores responses, takes optimizer steps and exports its weights.
 
-All methods are collectives over the whole world: every rank calls them with its own replica's micro-batches, the same
-number of them everywhere. Results are the same on every rank of a replica.
+All methods are collectives over the whole world. Every rank passes the micro-batches of its own data-parallel replica;
+their number is the same on all ranks. Results are the same on every rank of a replica.
 """
 
 import math
@@ -12,51 +12,42 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 from megatron_rlvr.algo.loss import SelectedTokens
-from megatron_rlvr.batching.batch import MicroBatch, Packing, PolicyScores
-from megatron_rlvr.checkpoint.files import CheckpointReader
-from megatron_rlvr.checkpoint.megatron import (
-    begin_checkpoint,
-    fill_weights,
-    link_checkpoint,
-    load_optimizer,
-    on_main_rank,
-    sharded_optimizer,
-    sharded_weights,
-)
+from megatron_rlvr.batching.batch import MicroBatch, PolicyScores
+from megatron_rlvr.batching.packing import Packing
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
+from megatron_rlvr.hf.families import padded_vocab_size
 from megatron_rlvr.hf.files import read_config
-from megatron_rlvr.hf.weights import write_folder
 from megatron_rlvr.policy.attention import packed_stream
-from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer, padded_vocab
+from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer
 from megatron_rlvr.policy.context import ContextShard, context_shard
 from megatron_rlvr.policy.weights import WeightMap, global_parameters
 from megatron_rlvr.protocols import PolicyLoss
 
-# Transformer Engine's FP8 products want this many tokens, or a multiple, on a rank.
+# Transformer Engine's FP8 matrix products need a multiple of this many tokens on a rank.
 _FP8_ALIGNMENT = 16
 
 MaskOfEntropy = Callable[[MicroBatch, Tensor], Tensor]
 
 
 class Policy:
-    """A model in Megatron's layout, from a Hugging Face folder.
+    """A Hugging Face model, sharded in Megatron's layout.
 
     Args:
-        model: folder and precision.
-        parallel: the layout, already set up as ``ranks``.
-        optimizer: of the optimizer; None for a policy that only scores.
+        model: model folder and precision.
+        parallel: the layout, in which ``ranks`` were initialised.
+        ranks: this rank's place and process groups.
+        optimizer: settings of the optimizer; None for a policy that only scores.
         megatron: fields passed through to Megatron's own configs.
         temperature: sampling temperature; log-probabilities and entropies are of softmax(logits / temperature).
-        seed: of Megatron's random states.
+        seed: seed of Megatron's random states.
     """
 
     def __init__(
@@ -74,55 +65,55 @@ class Policy:
         self.hf_config = read_config(model.path)
         self.folder = Path(model.path)
         self._temperature = temperature
-        self._chunks = build_chunks(model, parallel, megatron or {}, self.hf_config, ranks, seed)
-        self._config = get_model_config(self._chunks[0])
-        vocab = padded_vocab(self.hf_config["vocab_size"], parallel.tensor)
+        self.chunks = build_chunks(model, parallel, megatron or {}, self.hf_config, ranks, seed)
+        self._config = get_model_config(self.chunks[0])
+        vocab = padded_vocab_size(self.hf_config["vocab_size"], parallel.tensor)
         self._weights = WeightMap(self.hf_config, vocab, ranks)
-        self._weights.load(global_parameters(self._chunks), model.path)
+        self._weights.load(global_parameters(self.chunks), model.path)
         if optimizer is not None:
-            self._optimizer, self._schedule = build_optimizer(optimizer, model, megatron or {}, self._chunks)
+            self.optimizer, self.schedule = build_optimizer(optimizer, model, megatron or {}, self.chunks)
 
     @property
     def device(self) -> torch.device:
-        """Where scores live."""
+        """Device of the scores."""
         return accelerator.device()
 
     def packing(self, tokens_per_micro_batch: int) -> Packing:
-        """How streams must be cut for this layout, none longer than a number of tokens."""
+        """Rules by which sequences are packed into micro-batches of at most so many tokens in this layout."""
         context, tensor = self.ranks.context_size, self.ranks.tensor_size
-        aligned = _FP8_ALIGNMENT if self._config.fp8 else 1
+        alignment = _FP8_ALIGNMENT if self._config.fp8 else 1
         return Packing(
             budget=tokens_per_micro_batch,
-            pad_multiple=aligned * context * (tensor if self._config.sequence_parallel else 1),
+            pad_multiple=alignment * context * (tensor if self._config.sequence_parallel else 1),
             sequence_multiple=2 * context if context > 1 else 1,
-            micro_batch_multiple=self.ranks.pipeline_size if len(self._chunks) > 1 else 1,
+            micro_batch_multiple=self.ranks.pipeline_size if len(self.chunks) > 1 else 1,
             quadratic=self._quadratic_cost,
         )
 
     @property
     def _quadratic_cost(self) -> float:
-        """Cost of attention in a sequence of n tokens, n^2 times this, against n of everything else."""
+        """Cost of attention relative to the linear layers: a sequence of n tokens costs n + n^2 times this."""
         c = self._config
         query = c.num_attention_heads * c.kv_channels
         key_value = 2 * c.num_query_groups * c.kv_channels
         feed_forward = c.ffn_hidden_size
         if c.num_moe_experts is not None:
-            sparse = sum(c.moe_layer_freq) / c.num_layers
-            feed_forward = sparse * c.moe_router_topk * c.moe_ffn_hidden_size + (1 - sparse) * c.ffn_hidden_size
+            moe_share = sum(c.moe_layer_freq) / c.num_layers
+            feed_forward = moe_share * c.moe_router_topk * c.moe_ffn_hidden_size + (1 - moe_share) * c.ffn_hidden_size
         linear = c.hidden_size * (2 * query + key_value) + 3 * c.hidden_size * feed_forward
         return query / linear  # causal: n^2 / 2 scores, each 2 * query multiplications
 
     @property
     def learning_rate(self) -> float:
-        return float(self._optimizer.param_groups[0]["lr"])
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def start_step(self) -> None:
-        """Moves the learning-rate schedule on to the next training step."""
-        self._schedule.step(increment=1)
+        """Advance the learning-rate schedule to the next training step."""
+        self.schedule.step(increment=1)
 
     @torch.no_grad()
     def score(self, batches: Sequence[MicroBatch]) -> PolicyScores:
-        """Log-probability and entropy of every response token under the current weights, each [R] for a micro-batch."""
+        """Log-probability and entropy of every response token under the current weights: [R] nats per micro-batch."""
         results = self._run(batches, self._score_one, forward_only=True)
         sizes = [len(batch.rows) for batch in batches]
         flat = torch.empty(2, sum(sizes), device=accelerator.device())
@@ -141,22 +132,22 @@ class Policy:
         loss: PolicyLoss,
         count: int,
     ) -> dict[str, float]:
-        """One optimizer step on a mini-batch: forward and backward over all micro-batches, clipping, Adam.
+        """Take one optimizer step on a mini-batch: forward and backward over all micro-batches, clipping, Adam.
 
         Args:
-            batches: this replica's micro-batches.
-            masks: [R] bool for each, the tokens whose gradient counts; or a function that chooses them from the
+            batches: micro-batches of this data-parallel replica.
+            masks: for each micro-batch [R] bool, the selected tokens; or a function that selects them from the
                 micro-batch and its current entropies (the head then runs over all response tokens).
-            old_logp: [R] for each, log-probabilities under the policy before the update.
-            loss: sum over selected tokens.
-            count: what the sum is divided by, over all ranks.
+            old_logp: for each micro-batch [R] float32, log-probabilities under the policy before the update.
+            loss: returns a sum over the selected tokens.
+            count: divisor of that sum, counted over all ranks.
 
-        Returns: global metrics: loss, grad_norm, skipped (1 where one of them was not finite and nothing was changed),
-        and the loss's own metrics as means over the selected tokens.
+        Returns: metrics over all ranks: loss, grad_norm, skipped (1.0 if one of these is not finite; the weights are
+        then unchanged), and the metrics of ``loss`` as means over the selected tokens.
         """
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         one = partial(self._train_one, masks=masks, old_logp=old_logp, loss=loss, count=count)
         metrics = self._reduce(self._run(batches, one, forward_only=False))
         if not math.isfinite(metrics["loss"]):
@@ -164,75 +155,21 @@ class Policy:
         return metrics | self._update()
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every weight, on every rank, as the weights are when it is iterated.
+        """All weights as (Hugging Face name, whole tensor), gathered when the result is iterated.
 
-        May be iterated again; each time is a collective, which all ranks must exhaust.
+        The result can be iterated repeatedly. Each iteration is a collective that every rank must exhaust.
         """
-        return _Export(self._weights, self._chunks)
-
-    def save(
-        self, folder: Path, finish: Callable[[Path], None], same: Path | None = None, *, background: bool = False
-    ) -> Callable[[], None]:
-        """Begins to write weights, optimizer and schedule as a checkpoint; what it returns waits for the end.
-
-        Both are collectives over the world. The folder appears under its name when it is complete.
-
-        Args:
-            finish: called on the main rank with the folder before it gets its name, to add files to it.
-            same: a checkpoint of this very state: its files get another name instead of being written again.
-            background: the policy may be trained meanwhile; a copy of this rank's part is held in memory.
-        """
-        if same is not None:
-            return partial(link_checkpoint, same, folder, finish)
-        weights = sharded_weights(self._chunks)
-        state = weights | {
-            "optimizer": sharded_optimizer(self._optimizer, weights, loading=False),
-            "schedule": self._schedule.state_dict(),
-        }
-        return begin_checkpoint(state, folder, self.folder, finish, background=background)
-
-    def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint that `save` has written, in this layout or another."""
-        CheckpointReader(folder).check(self.hf_config)
-        weights = sharded_weights(self._chunks)
-        optimizer = sharded_optimizer(self._optimizer, weights, loading=True)
-        loaded = dist_checkpointing.load(weights | {"optimizer": optimizer}, str(folder))
-        fill_weights(self._chunks, loaded)
-        load_optimizer(self._optimizer, loaded["optimizer"])
-        self._schedule.load_state_dict(loaded["schedule"])
-
-    def save_hugging_face(self, folder: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
-        """Writes the model as a Hugging Face folder, with the configuration and tokenizer it came with.
-
-        ``finish`` is called on the main rank with the folder before it gets its name, to add files to it.
-
-        Raises: OSError on every rank where the folder cannot be written; nothing is left of it.
-        """
-        weights = iter(self.export_weights())
-
-        def take_the_rest() -> None:
-            for _ in weights:
-                pass
-
-        def write() -> None:
-            try:
-                write_folder(folder, self.folder, weights, finish)
-            finally:
-                take_the_rest()  # after a failure: the others are in the middle of it
-
-        if not self.ranks.is_main and (self.ranks.data_rank == 0 or self.ranks.expert_size > 1):
-            take_the_rest()  # experts come from other replicas as well
-        on_main_rank(write)
+        return _Export(self._weights, self.chunks)
 
     # One pass through the pipeline ----------------------------------------------------------------------------------
 
     def _run(self, batches: Sequence[MicroBatch], loss_of: Callable[..., Any], forward_only: bool) -> list[Any]:
-        """Megatron's pipeline schedule over micro-batches; what ``loss_of`` reported, on the last stage."""
+        """Run Megatron's pipeline schedule over micro-batches; returns the reports of ``loss_of`` on the last stage."""
         numbered = list(enumerate(batches))
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward_one, loss_of=loss_of),
-            data_iterator=[iter(numbered) for _ in self._chunks] if len(self._chunks) > 1 else iter(numbered),
-            model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+            data_iterator=[iter(numbered) for _ in self.chunks] if len(self.chunks) > 1 else iter(numbered),
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
             seq_length=max(len(batch.tokens) for batch in batches),
             micro_batch_size=1,
@@ -307,7 +244,7 @@ class Policy:
     # After the pass -------------------------------------------------------------------------------------------------
 
     def _reduce(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums of the metrics over micro-batches and data-parallel ranks, as means where they are per token."""
+        """Sum metrics over micro-batches and data-parallel ranks; those of the loss become means per selected token."""
         metrics: dict[str, float] | None = None
         if self.ranks.last_stage:
             names = sorted(reports[0])
@@ -319,16 +256,16 @@ class Policy:
         return self.ranks.from_last_stage(metrics)
 
     def _update(self) -> dict[str, float]:
-        self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             return {"grad_norm": norm, "skipped": 1.0}
-        self._optimizer.step()
+        self.optimizer.step()
         return {"grad_norm": norm, "skipped": 0.0}
 
 
 class _Export:
-    """The weights under Hugging Face names, gathered anew by each iteration."""
+    """Weights under Hugging Face names; each iteration gathers them again."""
 
     def __init__(self, weights: WeightMap, chunks: Sequence[torch.nn.Module]) -> None:
         self._weights = weights

@@ -1,6 +1,6 @@
-"""Folders of checkpoints: which are removed, what a failure leaves and says, what outlasts the machine.
+"""Checkpoint folders: which are removed, and what a failed save leaves and reports.
 
-Policies are stand-ins: how weights are written is tested where they are.
+Policies are stand-ins: writing weights is tested in tests/multi_rank/test_checkpoint.py.
 """
 
 import errno
@@ -17,14 +17,8 @@ import tiny
 
 from megatron_rlvr import atomic
 from megatron_rlvr.checkpoint import store as module
-from megatron_rlvr.checkpoint.store import (
-    Checkpoint,
-    CheckpointError,
-    Checkpoints,
-    latest_checkpoint,
-    prepare,
-    where_to_begin,
-)
+from megatron_rlvr.checkpoint.resume import checkpoint_to_resume, prepare_checkpoints
+from megatron_rlvr.checkpoint.store import Checkpoint, CheckpointError, Checkpoints, latest_checkpoint
 from megatron_rlvr.config import RunSettings, SettingsError
 from megatron_rlvr.config.loading import load_settings
 
@@ -41,7 +35,7 @@ def run(root: Path, **changes: Any) -> RunSettings:
 
 
 def write(folder: Path, finish: Callable[[Path], None], same: Path | None, *, background: bool) -> Callable[[], None]:
-    """Stands for `Policy.save`."""
+    """Stand-in for `save_policy`."""
     folder.mkdir(parents=True)
     return lambda: finish(folder)
 
@@ -54,7 +48,7 @@ def raising(error: OSError) -> Callable[..., Any]:
 
 
 def failing(error: OSError) -> Any:
-    """Stands for `Policy.save` that fails while it writes."""
+    """Return a stand-in for a `save_policy` that fails while it writes."""
     return lambda *_, **__: raising(error)
 
 
@@ -62,16 +56,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# What is removed ----------------------------------------------------------------------------------------------------
+# Removal ----------------------------------------------------------------------------------------------------
 
 
 def in_use(path: Any, ignore_errors: bool = False) -> None:
-    """Stands for `shutil.rmtree` where somebody reads a file over NFS."""
+    """Stand-in for `shutil.rmtree` while another process reads a file over NFS."""
     if not ignore_errors:
         raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(run(root), is_main=True)
     checkpoints.save(1, {}, write)
     with monkeypatch.context() as patched:
@@ -82,19 +76,19 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(root: Path, monke
     with monkeypatch.context() as patched:
         patched.setattr(module.Path, "rename", raising(OSError(errno.ESTALE, "Stale file handle")))
         checkpoints.save(3, {}, write)
-    assert names(root) == ["latest", "step_000002", "step_000003"], "what was left is removed with the next ones"
+    assert names(root) == ["latest", "step_000002", "step_000003"], "the next removal tries again"
     checkpoints.save(4, {}, write)
     assert names(root) == ["latest", "step_000004"]
 
     (root / "step_000005").mkdir()
     with monkeypatch.context() as patched:
         patched.setattr(module.shutil, "rmtree", in_use)
-        prepare(SimpleNamespace(run=run(root)), checkpoints.last)  # type: ignore[arg-type]
+        prepare_checkpoints(SimpleNamespace(run=run(root)), checkpoints.last)  # type: ignore[arg-type]
     assert latest_checkpoint(root) == checkpoints.last
-    assert "step_000005" not in names(root), "it is no longer found by its name"
+    assert "step_000005" not in names(root), "it must not be found by its name"
 
 
-def test_folders_and_links_of_others_stay(root: Path) -> None:
+def test_folders_of_other_names_and_links_are_kept(root: Path) -> None:
     checkpoints = Checkpoints(run(root), is_main=True)
     (root / "best").symlink_to("step_000001")
     (root / "step_000000").symlink_to("step_000001")
@@ -105,75 +99,75 @@ def test_folders_and_links_of_others_stay(root: Path) -> None:
         checkpoints.save(step, {}, write)
     for name in ("step_000003", "step_000003.incomplete", "step_000001.1.removing"):
         (root / name).mkdir()
-    prepare(SimpleNamespace(run=run(root)), checkpoints.last)  # type: ignore[arg-type]
+    prepare_checkpoints(SimpleNamespace(run=run(root)), checkpoints.last)  # type: ignore[arg-type]
     assert names(root) == sorted([*theirs, "latest", "step_000002"])
 
 
-def test_a_run_that_was_killed_before_its_settings_were_noted_begins_anew(
+def test_a_run_killed_before_its_settings_were_written_starts_from_scratch(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent)
     settings = load_settings(tiny.write_settings(root.parent / "config.yaml", values))
-    assert where_to_begin(settings, ["checkpoints"]) is None
+    assert checkpoint_to_resume(settings, ["checkpoints"]) is None
     monkeypatch.setattr("megatron_rlvr.atomic.flush", raising(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
-        prepare(settings, None)
+        prepare_checkpoints(settings, None)
     assert names(root) == ["settings.json.incomplete"]
-    assert where_to_begin(settings, ["checkpoints"]) is None
+    assert checkpoint_to_resume(settings, ["checkpoints"]) is None
     monkeypatch.undo()
-    prepare(settings, None)
+    prepare_checkpoints(settings, None)
     assert names(root) == ["settings.json"]
     for theirs in ("config.yaml", "metrics.jsonl"):
         (root / "settings.json").replace(root / "settings.json.incomplete")
         with pytest.raises(SettingsError, match=f"holds an earlier run .checkpoints, {theirs}. and no checkpoint"):
-            where_to_begin(settings, ["checkpoints", theirs])
-        prepare(settings, None)
+            checkpoint_to_resume(settings, ["checkpoints", theirs])
+        prepare_checkpoints(settings, None)
 
 
-def test_without_latest_the_last_checkpoint_counts(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_latest_the_newest_complete_checkpoint_is_used(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent)
     settings = load_settings(tiny.write_settings(root.parent / "config.yaml", values))
     (root / "settings.json").write_text(json.dumps(settings.model_dump()), encoding="utf-8")
-    assert where_to_begin(settings, ["checkpoints"]) is None
+    assert checkpoint_to_resume(settings, ["checkpoints"]) is None
     for name in ("step_000002", "step_000010", "step_000010.1", "step_000011.incomplete", "step_000012.removing"):
         (root / name).mkdir()
     (root / "step_000030").symlink_to("step_000002")
     last = Checkpoint(root / "step_000010.1", 10, 1)
     with caplog.at_level(logging.WARNING, "megatron_rlvr"):
-        assert where_to_begin(settings, ["checkpoints"]) == last
-    assert caplog.messages == [f"{root / 'latest'} is missing; the last checkpoint there is step_000010.1"]
-    prepare(settings, last)
+        assert checkpoint_to_resume(settings, ["checkpoints"]) == last
+    assert caplog.messages == [f"{root / 'latest'} does not exist; the newest complete checkpoint is step_000010.1"]
+    prepare_checkpoints(settings, last)
     assert names(root) == ["settings.json", "step_000002", "step_000010", "step_000010.1", "step_000030"]
     (root / "settings.json").unlink()
     with pytest.raises(SettingsError, match=r"holds an earlier run .* and no .*settings.json; choose another folder"):
-        where_to_begin(settings, ["checkpoints"])
+        checkpoint_to_resume(settings, ["checkpoints"])
     (root / "latest").touch()
     assert latest_checkpoint(root / "latest") is None
     assert latest_checkpoint(root.parent / "nothing") is None
-    with pytest.raises(SettingsError, match=r"latest names '', which is no checkpoint"):
+    with pytest.raises(SettingsError, match=r"latest names '', which is not a checkpoint"):
         latest_checkpoint(root)
 
 
-# What fails ---------------------------------------------------------------------------------------------------------
+# Failures ---------------------------------------------------------------------------------------------------------
 
 
 def test_latest_that_cannot_be_written_fails_on_all_ranks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Exception | None] = []
+    failures: list[Exception | None] = []
 
-    def agree(failure: Exception | None) -> None:
-        """The main rank is asked first."""
-        told.append(failure)
-        if told[0] is not None:
-            raise told[0]
+    def raise_on_all_ranks(failure: Exception | None) -> None:
+        """Stand-in for the collective; the main rank calls it first."""
+        failures.append(failure)
+        if failures[0] is not None:
+            raise failures[0]
 
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(atomic, "write_text", raising(full))
-    ranks = [Checkpoints(run(root, dir=str(root.parent)), is_main=is_main, agree=agree) for is_main in (True, False)]
-    for checkpoints in ranks:
+    for is_main in (True, False):
+        checkpoints = Checkpoints(run(root), is_main=is_main, raise_on_all_ranks=raise_on_all_ranks)
         with pytest.raises(CheckpointError, match=r"^the checkpoint of step 1 could not be written to .*; make room, "):
             checkpoints.save(1, {}, lambda *_, **__: lambda: None)
         assert checkpoints.last is None
-    assert told == [full, None]
+    assert failures == [full, None]
 
 
 @pytest.mark.parametrize(
@@ -187,27 +181,28 @@ def test_latest_that_cannot_be_written_fails_on_all_ranks(root: Path, monkeypatc
         (shutil.Error([("a", "b", f"[Errno {errno.EIO}] Input/output error")]), False),
     ],
 )
-def test_room_is_asked_for_where_there_is_none(error: OSError, full: bool, root: Path) -> None:
+def test_only_a_full_disk_asks_to_make_room(error: OSError, full: bool, root: Path) -> None:
     checkpoints = Checkpoints(run(root), is_main=True)
     checkpoints.save(1, {}, write)
     with pytest.raises(CheckpointError) as raised:
         checkpoints.save(2, {}, failing(error))
     assert names(root) == ["latest", "step_000001"]
-    begin, end = f"the checkpoint of step 2 could not be written to {root}", "and the same command goes on after step 1"
-    what = "make room" if full else "put that right"
+    begin, end = f"the checkpoint of step 2 could not be written to {root}", "and the same command resumes after step 1"
+    what = "make room" if full else "correct that"
     assert str(raised.value).startswith(begin + (", where " if full else f" ({error})"))
     assert str(raised.value).endswith(f" ({error}); {what}, {end}")
 
 
-def test_a_machine_without_the_folder_tells_the_same_failure(tmp_path: Path) -> None:
+def test_a_machine_without_the_folder_reports_the_same_failure(tmp_path: Path) -> None:
     checkpoints = Checkpoints(RunSettings(dir=str(tmp_path / "elsewhere"), steps=1), is_main=False)
     with pytest.raises(
-        CheckpointError, match=r"elsewhere/checkpoints \(.Errno 28. Full\); make room, and .* begins again"
+        CheckpointError,
+        match=r"elsewhere/checkpoints \(.Errno 28. Full\); make room, and .* starts from the first step$",
     ):
         checkpoints.save(1, {}, failing(OSError(errno.ENOSPC, "Full")))
 
 
-def test_files_of_a_new_checkpoint_are_finished_and_those_of_another_left(root: Path) -> None:
+def test_finish_changes_files_of_a_new_checkpoint_but_not_linked_ones(root: Path) -> None:
     finished: list[Path] = []
     checkpoints = Checkpoints(run(root), is_main=True, finish=finished.append)
     for step in (1, 1, 2):

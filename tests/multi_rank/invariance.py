@@ -99,8 +99,8 @@ class Batch:
 
 def on_rank(folder: str, groups: list[Group], line: Line) -> Batch:
     """Scores, selects and differentiates one rollout batch as one mini-batch; no optimizer step is taken."""
-    from megatron_rlvr.algo.loss import make_loss
     from megatron_rlvr.learner import Learner
+    from megatron_rlvr.startup.assembly import make_loss
 
     settings = settings_of(RECIPE)
     with policy_of(folder, line.layout, RECIPE) as policy:
@@ -132,7 +132,7 @@ def whole_gradients(policy: Any) -> dict[str, torch.Tensor]:
     """{Hugging Face name: gradient} of every parameter, on every rank."""
     from megatron_rlvr.policy.weights import global_parameters
 
-    for chunk in policy._chunks:
+    for chunk in policy.chunks:
         for buffer in chunk.buffers + chunk.expert_parallel_buffers:
             if buffer.ddp_config.use_distributed_optimizer:
                 for bucket in buffer.buckets:  # each rank has reduced its own part
@@ -140,7 +140,7 @@ def whole_gradients(policy: Any) -> dict[str, torch.Tensor]:
                         dist.get_rank(buffer.data_parallel_group)
                     ]
                     dist.all_gather_into_tensor(bucket.grad_data, mine.clone(), group=buffer.data_parallel_group)
-    gradients: Any = {name: p.main_grad for name, p in global_parameters(policy._chunks).items()}
+    gradients: Any = {name: p.main_grad for name, p in global_parameters(policy.chunks).items()}
     return {name: tensor.clone() for name, tensor in policy._weights.export(gradients)}
 
 

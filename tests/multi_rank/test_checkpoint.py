@@ -1,4 +1,4 @@
-"""Checkpoints between layouts: what the converter or a layout wrote is read by any, and comes back bit by bit."""
+"""Checkpoints across layouts: any layout reads what the converter or another layout wrote, bit by bit."""
 
 import contextlib
 import multiprocessing
@@ -104,43 +104,51 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 def passed_on(
     folder: Path, sources: Sequence[Path], target: Path, layout: Layout, dtype: str, built_in: bool = False
 ) -> list[dict[str, torch.Tensor]]:
-    """Weights of a policy after it was loaded from each checkpoint, and a checkpoint of the last ones."""
-    from megatron_rlvr.checkpoint.megatron import load_weights, save_checkpoint, sharded_weights
+    """Load a policy from each source, save it as ``target``; return the weights that it had after each load."""
+    from megatron_rlvr.checkpoint.megatron.sharded_state import load_weights
 
-    # Megatron writes files in processes of its own, which the ranks of tests, being daemons, may not start.
+    # Files are written in child processes, which the ranks of tests, being daemons, may not start.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     layers = norms_built_into_linears() if built_in else contextlib.nullcontext()
     exported = []
     with layers, policy_of(str(folder), layout, dtype=dtype) as policy:
         for source in sources:
-            for chunk in policy._chunks:
+            for chunk in policy.chunks:
                 for parameter in chunk.parameters():
                     parameter.data.zero_()
-            load_weights(policy._chunks, source, policy.hf_config)
+            load_weights(policy.chunks, source, policy.hf_config)
             exported.append({name: tensor.clone() for name, tensor in policy.export_weights()})
-        save_checkpoint(sharded_weights(policy._chunks), target, folder)
+        save_weights(policy, target, folder)
     assert multiprocessing.active_children() == [], "a process would outlive a rank that is killed"
     return exported
 
 
-def not_loaded(folder: Path, checkpoint: Path, changes: dict[str, Any]) -> str:
-    from megatron_rlvr.checkpoint.megatron import load_weights
+def save_weights(policy: Any, target: Path, folder: Path, *, background: bool = False) -> None:
+    from megatron_rlvr.checkpoint.megatron.pending import PendingCheckpoint
+    from megatron_rlvr.checkpoint.megatron.sharded_state import sharded_weights
+
+    pending = PendingCheckpoint(target, folder)
+    pending.prepare(sharded_weights(policy.chunks), background=background)
+    pending.wait()
+    pending.publish()
+
+
+def error_of_loading(folder: Path, checkpoint: Path, changes: dict[str, Any]) -> str:
+    from megatron_rlvr.checkpoint.megatron.sharded_state import load_weights
 
     with policy_of(str(folder), Layout(data=2)) as policy:
         try:
-            load_weights(policy._chunks, checkpoint, {**policy.hf_config, **changes})
+            load_weights(policy.chunks, checkpoint, {**policy.hf_config, **changes})
         except ModelError as error:
             return str(error)
         return "loaded"
 
 
-def not_saved(
+def error_of_saving(
     folder: Path, target: Path, spoil: Callable[[Path], Any] = str, rank: int = 0, background: bool = False
 ) -> str:
-    """What saving says here. ``spoil`` is called on a rank, with the folder that is being built, before its save."""
+    """Return this rank's error. ``spoil`` is called on one rank with the temporary folder, before Megatron's save."""
     from megatron.core import dist_checkpointing
-
-    from megatron_rlvr.checkpoint.megatron import begin_checkpoint, sharded_weights
 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     save = dist_checkpointing.save
@@ -152,7 +160,7 @@ def not_saved(
 
     with policy_of(str(folder), Layout(tensor=2)) as policy, mock.patch.object(dist_checkpointing, "save", spoiled):
         try:
-            begin_checkpoint(sharded_weights(policy._chunks), target, folder, background=background)()
+            save_weights(policy, target, folder, background=background)
         except OSError as error:
             return str(error)
         finally:
@@ -181,7 +189,7 @@ def no_processes(building: Path) -> None:
 
 
 def killed_writers(building: Path) -> None:
-    """They are forked: what is changed here is changed in them."""
+    """Kill writers: they are forked, so a function patched here is patched in them."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     def killed(*arguments: Any) -> None:
@@ -190,10 +198,8 @@ def killed_writers(building: Path) -> None:
     mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", killed).start()
 
 
-def put_on_the_disk(folder: Path, target: Path) -> list[str]:
-    """What a save has made sure of, in order."""
-    from megatron_rlvr.checkpoint.megatron import save_checkpoint, sharded_weights
-
+def flushed_by_a_save(folder: Path, target: Path) -> list[str]:
+    """Return the paths that a save flushes to the disk, in order, and "named" for the rename of a folder."""
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     synced: list[str] = []
     sync, rename = os.fsync, Path.rename
@@ -203,24 +209,26 @@ def put_on_the_disk(folder: Path, target: Path) -> list[str]:
         sync(handle)
 
     def named(path: Path, name: Path) -> Path:
-        synced.append("named" if path.is_dir() else "a file of Megatron's")
+        synced.append("named" if path.is_dir() else "Megatron renames a file")
         return rename(path, name)
 
-    with policy_of(str(folder), Layout()) as policy:
-        state = sharded_weights(policy._chunks)
-        with mock.patch.object(os, "fsync", noting), mock.patch.object(Path, "rename", named):
-            save_checkpoint(state, target, folder)
+    with (
+        policy_of(str(folder), Layout()) as policy,
+        mock.patch.object(os, "fsync", noting),
+        mock.patch.object(Path, "rename", named),
+    ):
+        save_weights(policy, target, folder)
     return synced
 
 
 def names_by_megatron(folder: Path) -> list[str]:
-    """What the checkpoint of such a model has in it by Megatron's own layers without Transformer Engine."""
+    """Return the names that Megatron's own layers without Transformer Engine write for such a model."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_rlvr.checkpoint.files import CONTENT
+    from megatron_rlvr.checkpoint.files import CONTENT_METADATA
     from megatron_rlvr.config import ParallelSettings
     from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
@@ -236,7 +244,7 @@ def names_by_megatron(folder: Path) -> list[str]:
         share_embeddings_and_output_weights=config["tie_word_embeddings"],
     )
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    found = [part.key for part in model.sharded_state_dict(metadata=CONTENT | {"dp_cp_group": group}).values()]
+    found = [part.key for part in model.sharded_state_dict(metadata=CONTENT_METADATA | {"dp_cp_group": group}).values()]
     parallel_state.destroy_model_parallel()
     process_group.shut_down()
     return sorted(name for name in found if "_extra_state" not in name)
@@ -244,7 +252,7 @@ def names_by_megatron(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_is_the_same_bit_by_bit(folders, name, dtype, tmp_path):
+def test_a_round_trip_through_the_converter_is_exact(folders, name, dtype, tmp_path):
     folder = folders[name, dtype]
     to_megatron(folder, tmp_path / "checkpoint")
     to_hugging_face(tmp_path / "checkpoint", tmp_path / "back")
@@ -274,8 +282,8 @@ def test_every_layout_reads_what_the_converter_and_another_layout_wrote(ranks: R
 def test_logits_of_a_converted_model_are_those_of_transformers_and_of_a_changed_one_are_not(folders, name, tmp_path):
     folder = folders[name, "float32"]
     to_megatron(folder, tmp_path / "checkpoint")
-    said = verify(folder, tmp_path / "checkpoint")
-    assert float(said.split("differ by ")[1].split()[0]) < 1e-4
+    message = verify(folder, tmp_path / "checkpoint")
+    assert float(message.split("differ by ")[1].split()[0]) < 1e-4
     weights, up = weights_of(folder), "model.layers.1.mlp.up_proj.weight"
     save_file(weights | {up: weights[up].roll(1, 0)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="they are not the same model"):
@@ -284,7 +292,7 @@ def test_logits_of_a_converted_model_are_those_of_transformers_and_of_a_changed_
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
-def test_layers_with_norms_inside_their_linears_write_the_same_checkpoint(ranks: Ranks, folders, name, tmp_path):
+def test_layers_with_norms_inside_their_linear_layers_write_the_same_checkpoint(ranks: Ranks, folders, name, tmp_path):
     folder, config = folders[name, "float32"], read_config(folders[name, "float32"])
     to_megatron(folder, tmp_path / "0")
     ((exported,),) = ranks.run(passed_on, 1, folder, [tmp_path / "0"], tmp_path / "1", Layout(), "float32", True)
@@ -303,16 +311,16 @@ def test_names_in_a_checkpoint_are_those_of_megatron(ranks: Ranks, folders, name
 def test_a_checkpoint_of_another_model_is_refused_on_every_rank(ranks: Ranks, folders, tmp_path):
     folder = folders["qwen2", "float32"]
     to_megatron(folder, tmp_path / "checkpoint")
-    for told in ranks.run(not_loaded, 2, folder, tmp_path / "checkpoint", {"num_hidden_layers": 3}):
-        assert "holds decoder.layers.3." in told
-    for told in ranks.run(not_loaded, 2, folder, tmp_path / "checkpoint", {"intermediate_size": 64}):
-        assert "decoder.layers.0-3.mlp.linear_fc1.weight [112, 48] does not fit [128, 48]" in told
+    for error in ranks.run(error_of_loading, 2, folder, tmp_path / "checkpoint", {"num_hidden_layers": 3}):
+        assert "holds decoder.layers.3." in error
+    for error in ranks.run(error_of_loading, 2, folder, tmp_path / "checkpoint", {"intermediate_size": 64}):
+        assert "decoder.layers.0-3.mlp.linear_fc1.weight [112, 48] does not fit [128, 48]" in error
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_on_every_rank(ranks: Ranks, folders, tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error_on_every_rank(ranks: Ranks, folders, tmp_path):
     (tmp_path / "file").write_text("mine")
-    for told in ranks.run(not_saved, 2, folders["qwen2", "float32"], tmp_path / "file" / "checkpoint"):
-        assert "Not a directory" in told
+    for error in ranks.run(error_of_saving, 2, folders["qwen2", "float32"], tmp_path / "file" / "checkpoint"):
+        assert "Not a directory" in error
 
 
 @pytest.mark.parametrize(
@@ -331,14 +339,14 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_on_every_rank_and_leave
     ranks: Ranks, folders, spoil, rank, background, message, tmp_path
 ):
     folder = folders["qwen2", "float32"]
-    for told in ranks.run(not_saved, 2, folder, tmp_path / "checkpoint", spoil, rank, background):
-        assert message in told
+    for error in ranks.run(error_of_saving, 2, folder, tmp_path / "checkpoint", spoil, rank, background):
+        assert message in error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(ranks: Ranks, folders, tmp_path):
+def test_a_checkpoint_is_flushed_to_the_disk_before_it_is_renamed(ranks: Ranks, folders, tmp_path):
     folder, target = folders["qwen2", "float32"], tmp_path / "checkpoint"
-    (synced,) = ranks.run(put_on_the_disk, 1, folder, target)
+    (synced,) = ranks.run(flushed_by_a_save, 1, folder, target)
     naming = synced.index("named")
     building = tmp_path / "checkpoint.incomplete"
     assert {str(building / path.relative_to(target)) for path in target.rglob("*")} < set(synced[:naming])
@@ -346,14 +354,14 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(ranks: Ranks, folde
     assert synced[naming + 1 :] == [str(tmp_path)]
 
 
-def test_only_adam_of_torch_is_told_how_many_steps_it_has_taken():
-    """Fused ones count for themselves, and those of Transformer Engine refuse a parameter that does so."""
-    from megatron_rlvr.checkpoint.megatron import load_optimizer
+def test_only_torchs_adam_gets_a_step_count_per_parameter():
+    """Fused optimizers count per parameter group, and Transformer Engine's reject a count of a single parameter."""
+    from megatron_rlvr.checkpoint.megatron.sharded_state import load_optimizer
 
-    def told(optimizer: Any) -> dict[str, Any]:
+    def loaded_state(optimizer: Any) -> dict[str, Any]:
         loaded = {"optimizer": {"state": {}}}
         load_optimizer(mock.Mock(spec=["optimizer", "load_state_dict"], optimizer=optimizer), loaded)
         return loaded["optimizer"]["state"]
 
-    assert told(mock.Mock(state={})) == {}
-    assert told(torch.optim.Adam([torch.zeros(1)])) == {"common_step": 0}
+    assert loaded_state(mock.Mock(state={})) == {}
+    assert loaded_state(torch.optim.Adam([torch.zeros(1)])) == {"common_step": 0}

@@ -59,7 +59,7 @@ def measured(folder: str, layout: Layout, lengths: list[int], micro_batches: int
         found.peak = alive.peak
         found.weights = _bytes(policy_parameters(policy))
         found.gradients = _bytes(
-            buffer.grad_data for chunk in policy._chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+            buffer.grad_data for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         )
         found.optimizer = _bytes(_optimizer_tensors(policy)) - found.weights
         return found
@@ -137,13 +137,13 @@ class _Loss:
 
 
 def policy_parameters(policy: Any) -> list[Tensor]:
-    return [parameter for chunk in policy._chunks for parameter in chunk.parameters()]
+    return [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
 
 
 def _optimizer_tensors(policy: Any) -> Iterator[Tensor]:
     """The weights that the optimizer changes, fp32 or the model's own, and its moments."""
     yield from policy_parameters(policy)
-    for optimizer in getattr(policy._optimizer, "chained_optimizers", [policy._optimizer]):
+    for optimizer in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         inner = optimizer.optimizer
         for group in inner.param_groups:
             yield from group["params"]
@@ -170,7 +170,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _samples(lengths: list[int], vocab: int, prompt: int = 8) -> list[Any]:
-    from megatron_rlvr.batching.batch import Sample
+    from megatron_rlvr.batching.batch import TrainingSequence
 
     random = np.random.default_rng(0)
     samples = []
@@ -178,7 +178,7 @@ def _samples(lengths: list[int], vocab: int, prompt: int = 8) -> list[Any]:
         ids = random.integers(vocab, size=length + 1).astype(np.int32)
         tokens = length + 1 - prompt
         zeros = np.zeros(tokens, np.float32)
-        samples.append(Sample(number, ids[:prompt], ids[prompt:], zeros, 1.0, zeros.astype(np.int32)))
+        samples.append(TrainingSequence(number, ids[:prompt], ids[prompt:], zeros, 1.0, zeros.astype(np.int32)))
     return samples
 
 

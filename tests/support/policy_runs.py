@@ -122,8 +122,8 @@ def norms_built_into_linears() -> Iterator[None]:
         def forward(self, x: Tensor, **options: Any) -> Any:
             return super().forward(self.norm[0](x), **options)
 
-    parts = replace(layers.layer_parts(), normed_column_linear=NormedColumnParallelLinear)
-    with mock.patch.object(build, "layer_parts", return_value=parts):
+    modules = replace(layers.layer_modules(), normed_column_linear=NormedColumnParallelLinear)
+    with mock.patch.object(build, "layer_modules", return_value=modules):
         yield
 
 
@@ -180,8 +180,8 @@ def settings_of(recipe: Recipe) -> Any:
 
 def trained(run: Run) -> RankTrace:
     """A training run through the learner, and what this rank saw of it."""
-    from megatron_rlvr.algo.loss import DapoLoss
     from megatron_rlvr.learner import Learner
+    from megatron_rlvr.startup.assembly import make_loss
 
     settings = settings_of(run.recipe)
     with policy_of(run.folder, run.layout, run.recipe, run.dtype) as policy:
@@ -190,7 +190,7 @@ def trained(run: Run) -> RankTrace:
         # theirs needs apex.
         policy._config.gradient_accumulation_fusion = run.fuse_output_gradient
         mini_batches = mini_batches_of(policy, run.groups, run.layout.budget, run.recipe.mini_batch_groups)
-        learner = Learner(settings, _recording(policy, trace), DapoLoss(settings.loss))
+        learner = Learner(settings, _recording(policy, trace), make_loss(settings.loss))
         for step in range(1, run.recipe.steps + 1):
             policy.start_step()
             trace.learning_rate.append(policy.learning_rate)
@@ -198,7 +198,7 @@ def trained(run: Run) -> RankTrace:
             trace.threshold.append(metrics.get("selection/threshold", 0.0))
         trace.weights = {name: tensor.clone() for name, tensor in policy.export_weights()}
         if policy.ranks.last_stage:
-            trace.fused = policy._chunks[-1].module.output_weight.grad_added_to_main_grad
+            trace.fused = policy.chunks[-1].module.output_weight.grad_added_to_main_grad
         return trace
 
 
@@ -266,8 +266,8 @@ class LargestTensor(TorchDispatchMode):
 
 def largest_tensors(folder: str, groups: list[Group], layout: Layout) -> dict[str, int]:
     """Elements of the largest tensor of a score pass, and of a training pass by old and by current entropies."""
-    from megatron_rlvr.algo.loss import DapoLoss
     from megatron_rlvr.config import LossSettings
+    from megatron_rlvr.startup.assembly import make_loss
 
     found = {}
     with policy_of(folder, layout, Recipe()) as policy:
@@ -277,7 +277,7 @@ def largest_tensors(folder: str, groups: list[Group], layout: Layout) -> dict[st
         with LargestTensor() as found["score"]:
             scores = policy.score([batch])
         mask = scores.entropy[0] >= scores.entropy[0].quantile(0.8)
-        loss = DapoLoss(LossSettings())
+        loss = make_loss(LossSettings())
         for name, masks in (("old", [mask]), ("current", lambda batch, entropy: entropy >= entropy.quantile(0.8))):
             with LargestTensor() as found[name]:
                 policy.train_step([batch], masks, scores.logp, loss, mini.response_tokens)
@@ -311,6 +311,8 @@ def refused(folder: str) -> str:
 
 
 def saved(folder: str, layout: Layout, target: str) -> None:
-    """The policy's own export, by all ranks."""
+    """Export the policy as a Hugging Face folder, by all ranks."""
+    from megatron_rlvr.checkpoint.megatron.policy import export_policy
+
     with policy_of(folder, layout) as policy:
-        policy.save_hugging_face(Path(target))
+        export_policy(policy, Path(target))

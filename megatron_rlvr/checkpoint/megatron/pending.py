@@ -1,0 +1,178 @@
+"""Writing a checkpoint by all ranks, in three steps: prepare, wait, publish.
+
+    prepare   the main rank creates a temporary folder; Megatron plans the files, and copies the tensors if they are
+              written in the background
+    wait      every rank waits for its files; the main rank gathers what all ranks have written
+    publish   the main rank adds metadata and files of its own, flushes everything to the disk and renames the folder
+
+The folder gets its name last, so that a folder of that name is complete. Only the main rank writes outside `wait`, and
+its errors are raised on every rank. Megatron would have the main rank write files in the middle of its own collectives,
+where a failure leaves the other ranks waiting; two of its classes are subclassed below to defer that to `publish`.
+"""
+
+import io
+import os
+import queue
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_rlvr.atomic import flush, flush_tree, new_folder, temporary_path
+from megatron_rlvr.checkpoint.files import CONTENT_METADATA, HUGGING_FACE
+from megatron_rlvr.checkpoint.megatron.writer import BackgroundWriter
+from megatron_rlvr.distributed.collectives import on_main_rank
+from megatron_rlvr.hf.weights import copy_all_but_weights
+
+
+class PendingCheckpoint:
+    """A checkpoint that all ranks write; every method is a collective over the world.
+
+    Every method raises OSError on every rank if the folder cannot be created or written; nothing is left of it then.
+
+    Args:
+        folder: Folder to write; it does not exist under this name until `publish` returns.
+        hf_folder: Hugging Face folder whose configuration and tokenizer are copied into the checkpoint.
+        finish: Called on the main rank with the folder before it gets its name, to add files to it.
+    """
+
+    def __init__(self, folder: Path, hf_folder: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
+        self._folder = folder
+        self._building = temporary_path(folder)
+        self._hf_folder = hf_folder
+        self._finish = finish
+        self._common = _DeferredCommonStrategy()
+        self._sharded = _DeferredShardedStrategy()
+        self._failures: list[Exception] = []
+
+    def prepare(self, state: dict[str, Any], *, background: bool) -> None:
+        """Create the temporary folder and plan the files.
+
+        Args:
+            state: Result of `sharded_weights` and everything else to be saved, in Megatron's sharded form.
+            background: If True, copy this rank's tensors to memory and write them while the caller continues, which may
+                change the tensors; else write them in `wait`.
+        """
+        on_main_rank(self._create_folder)
+        # Megatron would start a manager process to pass on what its writers report, keep it for the next checkpoint,
+        # and so leave it behind on every machine where a rank is killed.
+        filesystem_async._results_queue = queue.Queue()
+        # dist_checkpointing.save accepts only a registered strategy for the common part.
+        register_default_strategy(StrategyAction.SAVE_COMMON, self._common.backend, self._common.version, self._common)
+        request = dist_checkpointing.save(
+            state,
+            str(self._building),
+            self._sharded,
+            content_metadata=dict(CONTENT_METADATA),
+            async_sharded_save=True,
+        )
+        # The second would write metadata.json on the main rank while the others wait for it; `publish` does so instead.
+        self._gather_results, _ = request.finalize_fns
+        self._writer = BackgroundWriter(request, background)
+
+    def wait(self) -> None:
+        """Wait until all ranks have written their files; failures are raised by `publish`."""
+        try:
+            self._writer.wait()
+            self._gather_results()
+        except CheckpointException as error:  # the main rank gathered the results, so only it knows the failures
+            failures = (failure for failure, _ in error.failures.values())
+            self._failures = [failure for failure in failures if isinstance(failure, Exception)]
+
+    def publish(self) -> None:
+        """Complete the folder and give it its name."""
+        on_main_rank(self._complete_folder)
+
+    def _create_folder(self) -> None:
+        shutil.rmtree(self._building, ignore_errors=True)
+        self._building.mkdir(parents=True)
+
+    def _complete_folder(self) -> None:
+        try:
+            if self._failures:
+                cause = self._failures[0].__cause__ or self._failures[0]
+                raise cause if isinstance(cause, OSError) else OSError(str(cause))
+            self._common.write(self._building)
+            self._sharded.write_metadata()
+            save_config(CheckpointingConfig(self._sharded.backend, self._sharded.version), str(self._building))
+            (self._building / HUGGING_FACE).mkdir()
+            copy_all_but_weights(self._hf_folder, self._building / HUGGING_FACE)
+            self._finish(self._building)
+            flush_tree(self._building)
+            self._building.rename(self._folder)
+            flush(self._folder.parent)
+        except OSError:
+            shutil.rmtree(self._building, ignore_errors=True)
+            raise
+
+
+def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) -> None:
+    """Write a folder whose files are hard links to those of the checkpoint ``same``. A collective over the world.
+
+    Args:
+        same: Folder of a complete checkpoint with the same weights.
+        folder: Folder to write.
+        finish: Called as by `PendingCheckpoint`.
+
+    Raises:
+        OSError: On every rank, if the folder cannot be written; nothing is left of it.
+    """
+
+    def link() -> None:
+        with new_folder(folder) as building:
+            shutil.copytree(same, building, copy_function=_link_or_copy, dirs_exist_ok=True)
+            finish(building)
+
+    on_main_rank(link)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Link a file, or copy it if the file system does not support hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+class _DeferredCommonStrategy(TorchCommonSaveStrategy):
+    """Megatron's strategy for the state common to all ranks, which keeps the file's content until `write`."""
+
+    def __init__(self) -> None:
+        super().__init__("torch", 1)
+        self._content = io.BytesIO()
+
+    def save_common(self, common_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        if dist.get_rank() == 0:
+            torch.save(common_state_dict, self._content)
+
+    def write(self, folder: Path) -> None:
+        """Write the file. To be called on the main rank."""
+        (folder / COMMON_STATE_FNAME).write_bytes(self._content.getbuffer())
+
+
+class _DeferredShardedStrategy(TorchDistSaveShardedStrategy):
+    """Megatron's strategy for sharded tensors, which defers writing ``.metadata`` until `write_metadata`."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.write_metadata: Callable[[], None] = lambda: None
+        """Writes ``.metadata``. To be called on the main rank once it has the results of all ranks."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        finish = writer.finish
+
+        def defer(*arguments: Any) -> None:
+            self.write_metadata = lambda: finish(*arguments)
+
+        writer.finish = defer
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
