@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_rlvr.atomic import write_text
 from megatron_rlvr.data.records import Record, read_records
 from megatron_rlvr.data.rows import DataError
 
@@ -129,19 +130,22 @@ def distinct(found: Iterable[Problem]) -> tuple[Counts, list[Problem]]:
 
 
 def write(out: Path, kept: Sequence[Problem], frame: str) -> None:
-    """JSON lines of id, prompt, answer and source, complete or not at all. Raises: OSError."""
+    """Write JSON lines of id, prompt, answer and source; the file appears complete or not at all.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    rows = (
+        {
+            "id": number,
+            "prompt": frame.replace("{problem}", problem.text),
+            "answer": problem.answer,
+            "source": problem.source,
+        }
+        for number, problem in enumerate(kept, start=1)
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.with_name(out.name + ".incomplete")
-    with building.open("w", encoding="utf-8") as file:
-        for number, problem in enumerate(kept, start=1):
-            row = {
-                "id": number,
-                "prompt": frame.replace("{problem}", problem.text),
-                "answer": problem.answer,
-                "source": problem.source,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    building.replace(out)
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def in_words(out: Path, counts: Counts, kept: int) -> str:

@@ -1,9 +1,9 @@
-"""Files and folders that appear whole or not at all: build under a temporary name, fsync, rename. Imports no torch.
+"""Files and folders that appear complete or not at all: write to a temporary name, fsync, rename. Imports no torch.
 
     write_text(path, text)          a file
     with new_folder(path) as tmp:   a folder; its files are written into ``tmp``
 
-After a crash of the process or of the machine, a reader finds the old content or all of the new content.
+After a crash of the process or of the machine, a reader finds either all of the old content or all of the new content.
 """
 
 import errno
@@ -15,12 +15,16 @@ from pathlib import Path
 
 
 def temporary_path(target: Path) -> Path:
-    """The path under which a file or folder is built before it is renamed to ``target``."""
+    """Return the path at which a file or folder is built before it is renamed to ``target``."""
     return target.with_name(target.name + ".incomplete")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the content of a file (UTF-8). Raises OSError; the file then has its old content."""
+    """Replace the content of a file, in UTF-8.
+
+    Raises:
+        OSError: If the file cannot be written; it keeps its old content.
+    """
     building = temporary_path(path)
     building.write_text(text, encoding="utf-8")
     flush(building)
@@ -30,12 +34,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(target: Path, *, fsync: bool = True) -> Iterator[Path]:
-    """Yields an empty folder that is renamed to ``target`` at the end, replacing what was there.
+    """Yield an empty folder that replaces ``target`` when the block ends.
 
-    If the block raises, the new folder is removed and ``target`` stays as it was.
+    If the block raises, the new folder is removed and ``target`` is unchanged.
 
     Args:
-        fsync: flush everything first, so that ``target`` also survives a crash of the machine.
+        target: Path of the complete folder.
+        fsync: Flush everything first, so that ``target`` also survives a crash of the machine.
     """
     building, old = temporary_path(target), target.with_name(target.name + ".removing")
     shutil.rmtree(building, ignore_errors=True)
@@ -44,7 +49,7 @@ def new_folder(target: Path, *, fsync: bool = True) -> Iterator[Path]:
         yield building
         if fsync:
             flush_tree(building)
-        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed here
+        shutil.rmtree(old, ignore_errors=True)  # exists if an earlier process was killed before it removed it
         if target.exists():
             target.rename(old)
         building.rename(target)
@@ -56,18 +61,18 @@ def new_folder(target: Path, *, fsync: bool = True) -> Iterator[Path]:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flushes a folder and everything in it, at any depth, to the disk."""
+    """Flush a folder and everything in it, at any depth, to the disk."""
     for path in (*folder.rglob("*"), folder):
         flush(path)
 
 
 def flush(path: Path) -> None:
-    """Flushes a file's content, or the list of names in a folder, to the disk."""
+    """Flush a file's content, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not support it for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush folders
             raise
     finally:
         os.close(handle)

@@ -1,7 +1,7 @@
 """Child processes that end with the process that started them, even if that one is killed.
 
-Linux sends a child a signal of its choice when the *thread* that started it ends, so the thread has to be one that
-lives as long as the process. Other systems have no such signal; there only the check for an early end is made.
+Linux can send a child a signal when the *thread* that started it ends, so that thread must live as long as its process.
+Other systems have no such signal; there, only the check at the start of the child is made.
 """
 
 import ctypes
@@ -15,10 +15,13 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
-    """Called in a child: the kernel sends it ``signum`` when its parent ends; exits at once if that has happened.
+    """Make the kernel send this process a signal when its parent ends; exit at once if the parent has already ended.
+
+    To be called in the child.
 
     Args:
-        parent: process id of the parent, as the parent itself knows it.
+        parent: Process id of the parent, determined in the parent.
+        signum: Signal to be sent.
     """
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
@@ -27,6 +30,6 @@ def end_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
 
 
 def ends_with_parent(signum: int) -> Callable[[], None]:
-    """A ``preexec_fn`` for `subprocess.Popen`: the child gets ``signum`` when this process ends."""
+    """Return a ``preexec_fn`` for `subprocess.Popen`, with which the child gets ``signum`` when this process ends."""
     parent = os.getpid()
     return lambda: end_with_parent(parent, signum)

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, after a kill of the process and a crash of the machine."""
+"""Files and folders appear complete or not at all, also after a kill of the process or a crash of the machine."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ def raising(error: OSError) -> Callable[..., Any]:
 
 @pytest.fixture
 def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what went to the disk or got another name, in order; the name it then had."""
+    """Names of the paths flushed to the disk, and "old > new" for each rename, in order."""
     seen: list[str] = []
     fsync, replace, rename = os.fsync, Path.replace, Path.rename
 
@@ -48,13 +48,13 @@ def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_a_file_has_its_name_on_the_disk_after_its_content(root: Path, flushed: list[str]) -> None:
+def test_a_file_is_renamed_after_its_content_is_flushed(root: Path, flushed: list[str]) -> None:
     write_text(root / "latest", "step_000001\n")
     assert flushed == ["latest.incomplete", "latest.incomplete > latest", "checkpoints"]
 
 
 @pytest.mark.parametrize("fsync", [True, False])
-def test_a_folder_has_its_name_on_the_disk_after_its_files(fsync: bool, root: Path, flushed: list[str]) -> None:
+def test_a_folder_is_renamed_after_its_files_are_flushed(fsync: bool, root: Path, flushed: list[str]) -> None:
     for _ in range(2):
         with new_folder(root / "hf", fsync=fsync) as building:
             (building / "inner").mkdir()
@@ -68,7 +68,7 @@ def test_a_folder_has_its_name_on_the_disk_after_its_files(fsync: bool, root: Pa
     assert names(root) == ["hf"]
 
 
-def test_a_file_system_that_cannot_flush_folders_will_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_flush_folders_is_accepted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EINVAL, "Invalid argument")))
     with new_folder(root / "hf"):
         pass
@@ -79,7 +79,7 @@ def test_a_file_system_that_cannot_flush_folders_will_do(root: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["hf > hf.removing", "hf.incomplete > hf"])
-def test_a_kill_between_two_names_leaves_no_half_of_a_folder(
+def test_a_kill_before_a_rename_leaves_the_old_folder_complete(
     name: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.rename
@@ -100,7 +100,7 @@ def test_a_kill_between_two_names_leaves_no_half_of_a_folder(
         patched.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             replace_it()
-    assert [names(folder) for folder in root.iterdir()] == [["old"]], "the old one, or it under another name"
+    assert [names(folder) for folder in root.iterdir()] == [["old"]], "the old folder, maybe under its temporary name"
     replace_it()
     assert names(root) == ["hf"]
     assert names(root / "hf") == ["new"]

@@ -16,7 +16,7 @@ def raise_on_all_ranks(failure: Exception | None) -> None:
 
 
 def on_main_rank(action: Callable[[], Any]) -> None:
-    """Runs an action on the main rank. A collective over the world.
+    """Run an action on the main rank. A collective over the world.
 
     Raises: OSError on every rank if the action raised it, so that none is left waiting.
     """
