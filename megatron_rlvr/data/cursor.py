@@ -1,17 +1,17 @@
-"""A resumable walk over a prompt set that never ends.
+"""Resumable, endless iteration over a prompt set.
 
-Which file comes next: the one with the smallest (drawn + 1) / weight, the first of equals (D'Hondt's rule for seats).
-There is no randomness in it, and after n draws no file has had less than its share of n rounded down. With default
+Choice of the file: the file with the smallest (drawn + 1) / weight is next; of equals, the first (D'Hondt's method).
+This rule has no randomness, and after n draws every file has had at least its share of n, rounded down. With default
 weights (the number of prompts) one pass over the set draws each prompt exactly once.
 
-Which prompt of the file: epoch e of a file goes through it in an order drawn from (seed, file's name, e). Each epoch
-gives every prompt exactly once. The order is the argsort of Philox's raw output, and not Generator.permutation, since
-NumPy keeps the former fixed over its versions: a run may be resumed with a newer one.
+Choice of the prompt: epoch e of a file visits its prompts in an order drawn from (seed, file name, e), each exactly
+once. The order is the argsort of Philox's raw output and not Generator.permutation, because NumPy guarantees the
+former across its versions, and a run may be resumed with a newer version.
 
-No prompt twice in one call. Across the end of an epoch a prompt may come up again that the same call has given
-already. It is skipped, and given before anything else of the file in the next call. Skipped prompts are part of the
-state, so a resumed walk gives what the uninterrupted one would have. A file that has given all it has sits out the
-rest of the call, so a weight that asks for more of a small file than its size gets all of it in each call.
+No duplicates within a call: across the end of an epoch, a prompt that the same call has already returned may be next
+again. It is skipped, and is the first prompt of its file in the next call. Skipped prompts are part of the state, so a
+resumed cursor returns the same prompts as an uninterrupted one. A file all of whose prompts have been returned is left
+out for the rest of the call; a small file with a large weight therefore contributes all its prompts to each call.
 """
 
 import hashlib
@@ -25,110 +25,117 @@ from megatron_rlvr.types import Prompt
 
 
 class PromptCursor:
-    """Gives the prompts of a set, epoch after epoch; see the module's header for the order.
+    """Returns the prompts of a set, epoch after epoch, in the order described in the module docstring.
 
     Args:
-        prompt_set: what to walk over.
-        seed: >= 0; the same seed and set give the same walk.
-        shuffle: False keeps the order of each file's rows, in every epoch.
+        prompt_set: Prompts to iterate over.
+        seed: Seed of the shuffling, >= 0; the same seed and set give the same order.
+        shuffle: False keeps the order of each file's rows in every epoch.
+
+    Raises: DataError for a negative seed.
     """
 
     def __init__(self, prompt_set: PromptSet, seed: int, shuffle: bool = True) -> None:
         if seed < 0:
-            raise DataError(f"seed {seed} is below 0; choose one from 0 on")
+            raise DataError(f"run.seed={seed}: negative; set 0 or more")
         self._set = prompt_set
         self._seed = seed
         self._shuffle = shuffle
-        self._walks = [_FileWalk(file, seed, shuffle) for file in prompt_set.files]
+        self._cursors = [_FileCursor(file, seed, shuffle) for file in prompt_set.files]
 
     @property
     def prompts(self) -> int:
-        """Prompts in the set, the most that one `take` can give."""
+        """Number of prompts in the set, the most that one `take` can return."""
         return len(self._set)
 
     @property
+    def drawn(self) -> int:
+        """Number of prompts drawn so far, over all epochs."""
+        return sum(cursor.drawn for cursor in self._cursors)
+
+    @property
     def epoch(self) -> float:
-        """Passes over the set so far: prompts given / prompts in the set."""
-        return sum(walk.drawn for walk in self._walks) / len(self._set)
+        """Passes over the set so far: prompts drawn / prompts in the set."""
+        return self.drawn / len(self._set)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts, n distinct ids. Raises DataError if the set has fewer."""
+        """Return the next n prompts, with n distinct ids. Raises DataError if the set has fewer than n."""
         if n > len(self._set):
             raise DataError(
-                f"{n} prompts asked for at once, but the set has {len(self._set)}; ask for fewer or add prompt files"
+                f"{n} prompts were requested at once, but the set has {len(self._set)}; "
+                "request fewer or add prompt files"
             )
-        given: list[set[int]] = [set() for _ in self._walks]
+        returned: list[set[int]] = [set() for _ in self._cursors]
         taken = []
         for _ in range(n):
             _, number = min(
-                ((walk.drawn + 1) / walk.file.weight, number)
-                for number, walk in enumerate(self._walks)
-                if len(given[number]) < walk.file.count
+                ((cursor.drawn + 1) / cursor.file.weight, number)
+                for number, cursor in enumerate(self._cursors)
+                if len(returned[number]) < cursor.file.count
             )
-            walk = self._walks[number]
-            row = walk.draw(given[number])
-            given[number].add(row)
-            taken.append(self._set.prompts[walk.file.start + row])
+            cursor = self._cursors[number]
+            row = cursor.draw(returned[number])
+            returned[number].add(row)
+            taken.append(self._set.prompts[cursor.file.start + row])
         return taken
 
     def peek(self, n: int) -> list[Prompt]:
-        """What `take` would give: the first k of them are what take(k) gives."""
+        """Return the next n prompts without advancing; their first k are the result of take(k) for any k <= n."""
         before = self.state()
         prompts = self.take(n)
         self.restore(before)
         return prompts
 
     def state(self) -> dict[str, Any]:
-        """Where the walk stands, as JSON holds it: a few numbers a file, and the rows skipped (rarely any)."""
+        """Return the position as JSON-compatible data: a few numbers per file, and the skipped rows (rarely any)."""
         return {
             "seed": self._seed,
             "shuffle": self._shuffle,
             "files": [
                 {
-                    "name": walk.file.name,
-                    "count": walk.file.count,
-                    "weight": walk.file.weight,
-                    "drawn": walk.drawn,
-                    "skipped": list(walk.skipped),
+                    "name": cursor.file.name,
+                    "count": cursor.file.count,
+                    "weight": cursor.file.weight,
+                    "drawn": cursor.drawn,
+                    "skipped": list(cursor.skipped),
                 }
-                for walk in self._walks
+                for cursor in self._cursors
             ],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues the walk that ``state`` was taken from.
+        """Continue from the position of ``state``, which `state` returned in this run or an earlier one.
 
-        Raises: DataError if the files, their numbers of prompts, their weights, the seed or the shuffling differ, in
-            which case some prompts would be seen twice and others never; the cursor is then as it was.
+        Raises: DataError, and leaves the cursor unchanged, if the files, their numbers of prompts, their weights, the
+            seed or the shuffling differ: some prompts would then be drawn twice and others never.
         """
         current = self.state()
-        for key in ("seed", "shuffle"):
+        for key, setting in (("seed", "run.seed"), ("shuffle", "data.shuffle")):
             if state[key] != current[key]:
                 raise DataError(
-                    f"{key} was {state[key]} at the checkpoint and is {current[key]} now; "
-                    "set it back or start a new run"
+                    f"{setting}={current[key]}: the checkpoint has {state[key]}; restore that value or start a new run"
                 )
-        then, now = ([file["name"] for file in files] for files in (state["files"], current["files"]))
-        if then != now:
+        saved_names, names = ([file["name"] for file in files] for files in (state["files"], current["files"]))
+        if saved_names != names:
             raise DataError(
-                f"the prompt files were {', '.join(then)} at the checkpoint and are {', '.join(now)} now; "
-                "set data.train back or start a new run"
+                f"data.train: the files are {', '.join(names)}, but {', '.join(saved_names)} in the checkpoint; "
+                "restore the list or start a new run"
             )
-        for before, after in zip(state["files"], current["files"], strict=True):
-            for key, what in (("count", "prompts"), ("weight", "as its weight")):
-                if before[key] != after[key]:
+        for saved, file in zip(state["files"], current["files"], strict=True):
+            for key, quantity in (("count", "number of prompts"), ("weight", "weight")):
+                if saved[key] != file[key]:
                     raise DataError(
-                        f"{before['name']} had {before[key]} {what} at the checkpoint and has {after[key]} now; "
-                        "restore the file and its settings or start a new run"
+                        f"data.train: the {quantity} of {file['name']} is {file[key]}, but {saved[key]} in the "
+                        "checkpoint; restore the file and its settings or start a new run"
                     )
-        for walk, file in zip(self._walks, state["files"], strict=True):
-            walk.restore(file["drawn"], file["skipped"])
+        for cursor, saved in zip(self._cursors, state["files"], strict=True):
+            cursor.restore(saved["drawn"], saved["skipped"])
 
 
-class _FileWalk:
-    """The walk over one file: how many prompts were drawn, and which of this epoch's were skipped.
+class _FileCursor:
+    """Position in one file: how many prompts were drawn, and which rows of the current epoch were skipped.
 
-    The epoch's order up to position drawn % count + len(skipped) has been walked over.
+    The first drawn % count + len(skipped) entries of the epoch's order have been drawn or skipped.
     """
 
     def __init__(self, file: FilePrompts, seed: int, shuffle: bool) -> None:
@@ -142,30 +149,30 @@ class _FileWalk:
         self.skipped = list(skipped)
         self._order = self._order_of(drawn // self.file.count)
 
-    def draw(self, given: set[int]) -> int:
-        """The next row that is not in ``given``, the rows of this call, of which there are fewer than the file has.
+    def draw(self, returned: set[int]) -> int:
+        """Return the next row that is not in ``returned``, the rows of this call, which are not yet the whole file.
 
-        Such a row is left in the current epoch. Rows given earlier in this epoch and rows still to come make up the
-        file, and a row still to come is in ``given`` only if the epoch began in this call; then the rows given in the
-        epoch are in ``given`` too, and if all others were, ``given`` would be the whole file.
+        The current epoch always has such a row. The rows drawn in this epoch and the rows not yet drawn make up the
+        file. A row not yet drawn is in ``returned`` only if the epoch started in this call; then the rows drawn in the
+        epoch are in ``returned`` too, and if all the others were, ``returned`` would be the whole file.
         """
-        row = self._skipped_row(given)
+        row = self._skipped_row(returned)
         if row is None:
-            row = self._row_ahead(given)
+            row = self._row_ahead(returned)
         self.drawn += 1
         if self.drawn % self.file.count == 0:
             self._order = self._order_of(self.drawn // self.file.count)
         return row
 
-    def _skipped_row(self, given: set[int]) -> int | None:
-        for place, row in enumerate(self.skipped):
-            if row not in given:
-                return self.skipped.pop(place)
+    def _skipped_row(self, returned: set[int]) -> int | None:
+        for index, row in enumerate(self.skipped):
+            if row not in returned:
+                return self.skipped.pop(index)
         return None
 
-    def _row_ahead(self, given: set[int]) -> int:
+    def _row_ahead(self, returned: set[int]) -> int:
         position = self.drawn % self.file.count + len(self.skipped)
-        while (row := int(self._order[position])) in given:
+        while (row := int(self._order[position])) in returned:
             self.skipped.append(row)
             position += 1
         return row

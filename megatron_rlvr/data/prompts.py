@@ -1,11 +1,11 @@
-"""The prompts of a run: files read, put through the chat template, tokenized, and filtered by length.
+"""Prompts of a run: prompt files are read, rendered as text, tokenized, and filtered by length.
 
-A prompt's text comes from messages = [system, if given] + the row's messages (a row's text is one user message), with
-`suffix` after the last content. Then
+The text of a prompt is made of messages = [system message, if set] + the row's messages (plain text is one user
+message), with `suffix` appended to the last content. The template decides how messages become text:
 
-    chat    the tokenizer's chat template over the messages, up to where the assistant's answer begins
-    plain   the contents joined by blank lines: the problem as it is; with what the model expects in front (Llama's <s>)
-    auto    chat if the tokenizer has a template, else plain
+    chat    the tokenizer's chat template, up to where the assistant's answer starts
+    plain   the contents joined by blank lines, after the start tokens that the model expects (Llama's <s>)
+    auto    chat if the tokenizer has a chat template, else plain
 
 Equal texts are tokenized once and share one array: DAPO-Math repeats each of its 17 thousand problems a hundred times.
 """
@@ -31,14 +31,14 @@ ENCODE_BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """A file of prompts and how to read it.
+    """Prompt file and the options for reading it.
 
     Attributes:
-        path: .jsonl, .json (lines) or .parquet.
-        weight: how often its prompts are drawn, relative to the other files' weights; None for the number of its
+        path: Path of a .jsonl, .json (lines) or .parquet file.
+        weight: Frequency of the file's prompts relative to the other files' weights; None for the number of its
             prompts, which makes every prompt equally likely.
-        name: prefix of its ids and name of the set in metrics; None for the file's stem. Unique in a set.
-        prompt_key, answer_key, id_key: columns to read instead of the ones found by name.
+        name: Prefix of the prompts' ids, and name of the set in metrics; None for the file's stem. Unique in a set.
+        prompt_key, answer_key, id_key: Columns to read instead of those found by name.
     """
 
     path: str | Path
@@ -51,7 +51,7 @@ class PromptFile:
 
 @dataclass(frozen=True, slots=True)
 class FilePrompts:
-    """What one file contributed: ``PromptSet.prompts[start : start + count]``, ``count`` at least 1."""
+    """Prompts of one file: ``PromptSet.prompts[start : start + count]``, with ``count`` at least 1."""
 
     name: str
     start: int
@@ -62,7 +62,7 @@ class FilePrompts:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts of one or more files, ids unique, in the order of the files and of their rows."""
+    """Prompts of one or more files, with unique ids, in the order of the files and of their rows."""
 
     prompts: list[Prompt]
     files: tuple[FilePrompts, ...]
@@ -85,22 +85,25 @@ def load_prompts(
     suffix: str = "",
     show_progress: bool = True,
 ) -> PromptSet:
-    """Reads and tokenizes the prompts of all files.
+    """Read and tokenize the prompts of all files.
 
     Args:
-        max_prompt_tokens: longer prompts are dropped and counted; nothing is ever cut.
-        template: "auto", "chat" or "plain"; see the module's header.
-        system: a system message put before every prompt.
-        suffix: text put after every problem, such as "\\nPut the final answer within \\\\boxed{}."
-        show_progress: a progress bar, if stderr is a terminal. One rank of many should ask for it.
+        files: Prompt files, at least one.
+        tokenizer: Tokenizer of the model.
+        max_prompt_tokens: Maximum prompt length in tokens. Longer prompts are dropped and counted, never truncated.
+        template: "auto", "chat" or "plain"; see the module docstring.
+        system: System message for every prompt, or None.
+        suffix: Text appended to every problem, such as "\\nPut the final answer within \\\\boxed{}."
+        show_progress: Show a progress bar if stderr is a terminal. Set it on one rank only.
 
-    Raises: DataError if a file is malformed, no prompt of a file is short enough, two files have one name, a weight is
-        not positive, a row has a system message beside ``system``, or the chat template refuses a row.
+    Raises: DataError if a file is malformed, no prompt of a file is short enough, two files have the same name, a
+        weight is not positive, a row has its own system message although ``system`` is set, or the chat template
+        rejects a row.
     """
     if not files:
         raise DataError("no prompt files; name at least one in data.train")
     if template not in ("auto", "chat", "plain"):
-        raise DataError(f"data.template {template!r} is not known; choose auto, chat or plain")
+        raise DataError(f"data.template={template}: unknown template; choose auto, chat or plain")
     chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
     prompts: list[Prompt] = []
     loaded: list[FilePrompts] = []
@@ -119,8 +122,8 @@ def load_prompts(
         if not kept:
             shortest = min(len(ids) for ids in token_ids)
             raise DataError(
-                f"{file.path}: all {len(records)} prompts are longer than data.max_prompt_tokens {max_prompt_tokens}; "
-                f"raise it (the shortest has {shortest})"
+                f"data.max_prompt_tokens={max_prompt_tokens}: all {len(records)} prompts of {file.path} are longer; "
+                f"raise it to {shortest} or more"
             )
         weight = float(len(kept)) if file.weight is None else float(file.weight)
         loaded.append(FilePrompts(name, len(prompts), len(kept), weight, len(records) - len(kept)))
@@ -129,16 +132,19 @@ def load_prompts(
 
 
 def _names(files: Sequence[PromptFile]) -> list[str]:
-    """The files' names, and the check of what can be checked before a long file is read."""
+    """Return the names of the files, after all checks that need not read a file, which may be long."""
     names: dict[str, PromptFile] = {}
     for file in files:
         name = Path(file.path).stem if file.name is None else file.name
         if not name or "/" in name:
-            raise DataError(f"{file.path}: the name {name!r} is empty or has a slash; give it a plain name")
+            raise DataError(f"{file.path}: the name {name!r} is empty or contains a slash; choose another name")
         if name in names:
-            raise DataError(f"{names[name].path} and {file.path} are both named {name!r}; give one another name")
+            raise DataError(f"{names[name].path} and {file.path} are both named {name!r}; rename one of them")
         if file.weight is not None and not (math.isfinite(file.weight) and file.weight > 0):
-            raise DataError(f"{file.path}: weight {file.weight} is not above 0; remove the file or raise its weight")
+            raise DataError(
+                f"weight={file.weight}: the weight of {file.path} must be finite and above 0; "
+                "raise it or remove the file"
+            )
         names[name] = file
     return list(names)
 
@@ -149,7 +155,7 @@ def _text(record: Record, tokenizer: Tokenizer, chat: bool, system: str | None, 
     )
     if system is not None:
         if any(message["role"] == "system" for message in messages):
-            raise DataError(f"prompt {record.id} has a system message of its own; unset data.system or remove it")
+            raise DataError(f"prompt {record.id} has its own system message; unset data.system or remove the message")
         messages = [{"role": "system", "content": system}, *messages]
     messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + suffix}]
     if not chat:
@@ -163,7 +169,7 @@ def _text(record: Record, tokenizer: Tokenizer, chat: bool, system: str | None, 
 def _tokenize(
     texts: list[str], tokenizer: Tokenizer, start_ids: list[int], title: str, show_progress: bool
 ) -> list[np.ndarray]:
-    """[P] int32 for each text; equal texts share one array, which is therefore read-only."""
+    """Return token ids [P] int32 for each text; equal texts share one array, which is therefore read-only."""
     distinct = list(dict.fromkeys(texts))
     arrays: dict[str, np.ndarray] = {}
     for batch in _batches(distinct, title, show_progress):

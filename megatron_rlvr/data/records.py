@@ -1,18 +1,18 @@
-"""Prompt files, row by row: what was asked and what the gold answer is, before any tokenizer.
+"""Records of prompt files: the problem and the gold answer of each row, before tokenization.
 
-The first row decides which columns mean what, by the first name present in each list:
+The first row decides which columns are read, by the first name that is present in each list:
 
     prompt   prompt, messages, problem, question           text, or chat messages [{role, content}, ...]
     answer   reward_model.ground_truth, answer             text or a number; 27.0 is read as "27"
     id       id, idx, extra_info.index                     else the line or row number, counted from 1
     source   source, data_source                           else the file's name
 
-which covers files written for this project, verl's layout (DAPO-Math), GSM8K, AIME and AMC. A dot descends into a
-nested column. Where the prompt column is `question` and the first answer has a `#### n` (GSM8K), the gold answer is
-what follows the last `####`, without thousands separators.
+These names cover files written for this project, verl's layout (DAPO-Math), GSM8K, AIME and AMC. A dot selects a
+nested column. If the prompt column is `question` and the first answer contains `#### n` (GSM8K), the gold answer is
+the text after the last `####`, without thousands separators.
 
-Every later row has to have the columns that the first one has: a row read by another rule would be a wrong gold
-answer, and a wrong gold answer is noise in the reward that nothing downstream can see.
+Every later row must have the same columns as the first: a row that is read by another rule could yield an incorrect
+gold answer, which is noise in the reward that no later check can detect.
 """
 
 import math
@@ -28,12 +28,13 @@ ID_COLUMNS = ("id", "idx", "extra_info.index")
 SOURCE_COLUMNS = ("source", "data_source")
 
 REPEATING_ID = "extra_info.index"
-"""The id column that may repeat: DAPO-Math has each problem a hundred times over, under one index."""
+"""Id column whose values may repeat: DAPO-Math has each problem about a hundred times, with the same index."""
 
 GOLD_MARK = "####"
+"""Text before the gold answer in GSM8K's solutions."""
 
 Message = dict[str, str]
-"""One turn of a chat: {"role": ..., "content": ...}."""
+"""Message of a chat: {"role": ..., "content": ...}."""
 
 _MISSING = object()
 
@@ -43,11 +44,11 @@ class Record:
     """One row of a prompt file.
 
     Attributes:
-        prompt: the problem's text, or its chat messages (never empty, never ending with the assistant's turn).
-        answer: the gold answer, not empty.
-        id: "<file's name>/<id of the row>", unique within the file.
-        source: name of the data set.
-        extra: the columns that became none of the above.
+        prompt: Text of the problem, or its chat messages (never empty, never ending with an assistant message).
+        answer: Gold answer, not empty.
+        id: "<name of the file>/<id of the row>", unique within the file.
+        source: Name of the data set.
+        extra: All other columns of the row.
     """
 
     prompt: str | list[Message]
@@ -59,7 +60,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Which column of a file means what, and whether its answers end with `#### n`."""
+    """Columns of a file that are read; ``marked`` is true if its answers end with `#### n`."""
 
     prompt: str
     answer: str
@@ -76,39 +77,39 @@ def read_records(
     answer_key: str | None = None,
     id_key: str | None = None,
 ) -> list[Record]:
-    """Reads every row of a prompt file, in the file's order.
+    """Read every row of a prompt file, in the order of the file.
 
     Args:
-        path: a .jsonl, .json (one object a line) or .parquet file.
-        name: prefix of the ids, and the source of rows that name none; the file's stem by default.
-        prompt_key, answer_key, id_key: columns to read instead of the ones found by name ("a.b" for a nested one).
+        path: A .jsonl, .json (one object per line) or .parquet file.
+        name: Prefix of the ids, and source of rows without one; the file's stem by default.
+        prompt_key, answer_key, id_key: Columns to read instead of those found by name ("a.b" for a nested column).
 
-    Returns: at least one record, ids unique. Where ids come from `extra_info.index`, which DAPO-Math repeats, the
-        second row of an id gets the suffix "#2", and so on; elsewhere a repeated id is an error.
+    Returns: at least one record, with unique ids. If ids are read from `extra_info.index`, which DAPO-Math repeats,
+        the second row with an id gets the suffix "#2", and so on; in any other column a repeated id is an error.
     Raises: DataError, one sentence with the file and the line (of JSON lines) or row (of parquet), counted from 1.
     """
     path = Path(path)
     name = path.stem if name is None else name
     columns: _Columns | None = None
     records: list[Record] = []
-    places: dict[str, int] = {}
+    row_numbers: dict[str, int] = {}
     copies: dict[str, int] = {}
-    for unit, place, row in read_rows(path):
-        where = f"{path}, {unit} {place}"
+    for unit, number, row in read_rows(path):
+        where = f"{path}, {unit} {number}"
         if columns is None:
             columns = _find_columns(row, where, prompt_key, answer_key, id_key)
-        own_id = str(place) if columns.id is None else _row_id(row, columns.id, where)
+        own_id = str(number) if columns.id is None else _row_id(row, columns.id, where)
         row_id = f"{name}/{own_id}"
-        if row_id in places:
+        if row_id in row_numbers:
             if columns.id != REPEATING_ID:
                 raise DataError(
-                    f"{where}: the {columns.id} {own_id!r} is also that of {unit} {places[row_id]}; make the ids unique"
+                    f"{where}: {columns.id} {own_id!r} repeats that of {unit} {row_numbers[row_id]}; make ids unique"
                 )
-            row_id = _next_copy(row_id, copies, places)
-        places[row_id] = place
+            row_id = _next_copy(row_id, copies, row_numbers)
+        row_numbers[row_id] = number
         records.append(_record(row, columns, row_id, name, where))
     if not records:
-        raise DataError(f"{path} holds no rows; give a file with at least one prompt")
+        raise DataError(f"{path} has no rows; give a file with at least one prompt")
     return records
 
 
@@ -123,8 +124,8 @@ def _find_columns(
     for meaning, column, names in (("prompt", prompt, PROMPT_COLUMNS), ("answer", answer, ANSWER_COLUMNS)):
         if column is None:
             raise DataError(
-                f"{where}: no column {' or '.join(names)} among {_names(row)}; name the one that holds the {meaning} "
-                f"in {meaning}_key"
+                f"{where}: no column {' or '.join(names)} among {_names(row)}; "
+                f"set {meaning}_key to the column of the {meaning}"
             )
     assert prompt is not None
     assert answer is not None
@@ -165,16 +166,21 @@ def _names(row: dict[str, Any]) -> str:
 def _present(row: dict[str, Any], column: str, where: str) -> Any:
     value = _value(row, column)
     if value is _MISSING:
-        raise DataError(f"{where}: no column {column} among {_names(row)}; every row needs it")
+        raise DataError(f"{where}: no column {column} among {_names(row)}; add it to every row or name another column")
     return value
 
 
 def _text(value: str, column: str, where: str) -> str:
-    """The text, if it can be written as UTF-8, as tokenizers need it; JSON can smuggle in halves of characters."""
+    """Return the text if it can be encoded as UTF-8, as tokenizers require.
+
+    JSON escapes can produce an unpaired surrogate, which cannot be encoded.
+    """
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {column} has half a character at {error.start + 1}; remove it") from error
+        raise DataError(
+            f"{where}: {column} has an unpaired surrogate at character {error.start + 1}; remove it"
+        ) from error
     return value
 
 
@@ -194,13 +200,15 @@ def _messages(value: list[Any], column: str, where: str) -> list[Message]:
     for number, message in enumerate(value, start=1):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise DataError(f"{where}: message {number} of {column} has no {key} that is text; write both in each")
+                raise DataError(
+                    f"{where}: message {number} of {column} has no {key} of type str; give each a role and a content"
+                )
         messages.append({key: _text(message[key], column, where) for key in ("role", "content")})
     if not messages or not messages[-1]["content"].strip():
         raise DataError(f"{where}: {column} is empty; write a problem or remove the row")
     if messages[-1]["role"] == "assistant":
-        # Most likely a supervised set, whose last turn is the solution that the policy has to find.
-        raise DataError(f"{where}: {column} ends with the assistant's turn; end it with the user's")
+        # Probably a supervised data set, whose last message is the solution that the policy has to find.
+        raise DataError(f"{where}: {column} ends with an assistant message; end it with a user message")
     return messages
 
 
@@ -211,20 +219,25 @@ def _answer(row: dict[str, Any], column: str, where: str) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     answer = _text(str(value), column, where).strip() if isinstance(value, str) or is_number else ""
     if not answer:
-        raise DataError(f"{where}: {column} is {_kind(value)}; write the answer as text or number or remove the row")
+        raise DataError(f"{where}: {column} is {_kind(value)}; write the answer as text or a number or remove the row")
     return answer
 
 
 def _gold(answer: str, columns: _Columns, where: str) -> str:
-    """GSM8K's gold answer, where the file is marked that way; the answer itself where it is not."""
+    """Return the text after the last `####` if the file's answers are marked (GSM8K), else the answer unchanged."""
     if (GOLD_MARK in answer) != columns.marked:
-        here, first = ("no", "has one") if columns.marked else ("a", "has none")
-        raise DataError(f"{where}: {columns.answer} has {here} `{GOLD_MARK} n` but row one {first}; make all alike")
+        this_row, first_row = ("no", "has one") if columns.marked else ("a", "has none")
+        raise DataError(
+            f"{where}: {columns.answer} has {this_row} `{GOLD_MARK} n`, but the first row {first_row}; "
+            "use the mark in every row or in none"
+        )
     if not columns.marked:
         return answer
     gold = answer.rpartition(GOLD_MARK)[2].replace(",", "").strip()
     if not gold:
-        raise DataError(f"{where}: nothing follows `{GOLD_MARK}` in {columns.answer}; write it or remove the row")
+        raise DataError(
+            f"{where}: {columns.answer} has no text after `{GOLD_MARK}`; write the answer there or remove the row"
+        )
     return gold
 
 
@@ -233,19 +246,19 @@ def _row_id(row: dict[str, Any], column: str, where: str) -> str:
     if isinstance(value, float) and value.is_integer():  # pandas turns integers into floats
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where}: {column} is {_kind(value)}; write an id as text or integer or remove the column")
+        raise DataError(f"{where}: {column} is {_kind(value)}; write an id as text or int or remove the column")
     return _text(str(value), column, where)
 
 
 def _source(row: dict[str, Any], column: str, where: str) -> str:
     value = _present(row, column, where)
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: {column} is {_kind(value)}; write the data set's name or remove the column")
+        raise DataError(f"{where}: {column} is {_kind(value)}; write the name of the data set or remove the column")
     return _text(value, column, where)
 
 
 def _kind(value: Any) -> str:
-    """A value as an error names it: null, a blank and odd numbers by themselves, else the type."""
+    """Describe a value in an error message: null, empty, the value of a bool or float, else the type."""
     if value is None:
         return "null"
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Rows of a JSON lines or parquet file, each with the place a person would look for it at."""
+"""Rows of a JSON lines or parquet file, each with its line or row number for error messages."""
 
 import codecs
 import json
@@ -10,15 +10,15 @@ from megatron_rlvr.errors import InputError
 
 
 class DataError(InputError):
-    """Prompt files, or a cursor's state, that cannot be used; one sentence with the place and the remedy."""
+    """Invalid prompt file or cursor state; the message gives the file and line, the problem and the remedy."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yields each row of a .jsonl, .json (one object a line) or .parquet file.
+    """Yield each row of a .jsonl, .json (one object per line) or .parquet file.
 
-    Yields: ("line" or "row", the line or row number counted from 1, the row as column -> value). Blank lines of JSON
+    Yields: ("line" or "row", the line or row number counted from 1, the row as {column: value}). Blank lines of JSON
         lines are skipped but counted; a byte order mark and CRLF are allowed.
-    Raises: DataError if there is no such file, its extension is another one, or it cannot be read.
+    Raises: DataError if the file does not exist, has another extension, or cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file; check the path")
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    # Bytes, not text: a bad byte is then reported with its line, and only "\n" ends a line (U+2028 does not).
+    # Read bytes, not text: an invalid byte is then reported with its line, and only "\n" ends a line (not U+2028).
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -48,12 +48,12 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+        raise DataError(f"{where}: byte {error.start + 1} is not valid UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not valid JSON ({reason}); write one JSON object a line") from error
+        raise DataError(f"{where}: not valid JSON ({reason}); write one JSON object per line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object; write one JSON object a line")
+        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object; write one JSON object per line")
     return row
 
 
@@ -70,4 +70,4 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
                     yield "row", number, row
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise DataError(f"{path} cannot be read as parquet after row {number} ({reason}); write it again") from error
+        raise DataError(f"{path} cannot be read as parquet after row {number} ({reason}); create it again") from error

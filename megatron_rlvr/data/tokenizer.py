@@ -1,10 +1,10 @@
-"""One interface for the two kinds of tokenizer: a Hugging Face folder, and a bare sentencepiece model.
+"""Common interface of two kinds of tokenizer: a Hugging Face folder, and a sentencepiece model without a folder.
 
-Text becomes ids without special tokens added, and ids become text with special tokens left out; only a chat template
-writes special tokens, as text. What a model expects in front of *plain* text (Llama's <s>) is kept apart, in
-`start_ids`, because a template writes it itself and a second one would be a prompt the model has never seen.
+Encoding adds no special tokens, and decoding omits them; only a chat template writes special tokens, as text. Tokens
+that a model expects before *plain* text (Llama's <s>) are separate, in `start_ids`, because a chat template writes
+them itself, and a prompt with two of them would be unlike any that the model was trained on.
 
-transformers, which takes seconds to import, is imported when a folder is opened, not before.
+transformers takes seconds to import, so it is imported only when a folder is opened.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,18 +18,18 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 class TokenizerError(InputError):
-    """A tokenizer that cannot be read or used; one sentence with the place and the remedy."""
+    """Unusable tokenizer; the message names the file or folder, the problem and the remedy."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Conversion between text and token ids.
 
     Attributes:
-        vocab_size: the largest id plus 1, added tokens included. A model's padded vocabulary may be larger.
-        eos_token_id: ends a response.
-        pad_token_id: fills a batch; eos_token_id where the tokenizer has none.
-        start_ids: what the model expects before plain text; empty for most.
-        chat_template: the Jinja template, or None.
+        vocab_size: Largest id plus 1, added tokens included. A model's padded vocabulary may be larger.
+        eos_token_id: Token that ends a response.
+        pad_token_id: Token that pads a batch; eos_token_id if the tokenizer has no padding token.
+        start_ids: Tokens that the model expects before plain text; empty for most models.
+        chat_template: Jinja template for chats, or None.
     """
 
     vocab_size: int
@@ -39,40 +39,44 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, no special token added."""
+        """Return the ids of ``text`` without adding special tokens."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same as ``encode`` of each, on all cores."""
+        """Return the ids of each text, as `encode` does, using all cores."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens, and ids from vocab_size on, are left out."""
+        """Return the text of ``ids``, omitting special tokens and ids >= vocab_size."""
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """The text of a chat up to where the assistant's answer begins. Raises TokenizerError if it cannot be."""
+        """Return the text of a chat up to where the assistant's answer starts.
+
+        Raises: TokenizerError if there is no chat template, or it rejects the messages.
+        """
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of ``render_chat``."""
+        """Return the ids of the text of `render_chat`."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes files that ``load_tokenizer`` reads back to the same tokenizer."""
+        """Write files from which `load_tokenizer` loads the same tokenizer."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a tokenizer from the disk; nothing is downloaded and no code from the folder is run.
+    """Load a tokenizer from disk; nothing is downloaded and no code from the folder is run.
 
     Args:
-        path: a Hugging Face folder (tokenizer.json or tokenizer_config.json), a folder with only a sentencepiece
+        path: A Hugging Face folder (tokenizer.json or tokenizer_config.json), a folder with only a sentencepiece
             `tokenizer.model`, or a sentencepiece .model file.
 
-    Raises: TokenizerError if there is none, it cannot be read, holds no vocabulary, or has no end-of-sequence token.
+    Raises: TokenizerError if the tokenizer does not exist, cannot be read, or has no vocabulary or no end-of-sequence
+        token.
     """
     path = Path(path)
     if path.is_file():
         if path.suffix == ".model":
             return SentencePieceTokenizer(path)
-        raise TokenizerError(f"{path} is not a sentencepiece .model file; give the folder that holds the tokenizer")
+        raise TokenizerError(f"{path} is not a sentencepiece .model file; give the folder of the tokenizer")
     if not path.is_dir():
-        raise TokenizerError(f"{path} is no folder on this machine; download the model and give its folder")
+        raise TokenizerError(f"{path} is not a folder on this machine; download the model and give its folder")
     if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
         return HuggingFaceTokenizer(path)
     if (path / SENTENCEPIECE_FILE).is_file():
@@ -83,7 +87,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of the transformers library."""
+    """Tokenizer of the transformers library."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -95,10 +99,10 @@ class HuggingFaceTokenizer:
             raise TokenizerError(f"the tokenizer in {folder} cannot be read ({reason}); copy it again") from error
         ids = set(self._backend.get_vocab().values())
         if ids <= set(self._backend.all_special_ids):
-            # transformers 5 makes an empty tokenizer of a lone tokenizer_config.json, without a word.
+            # transformers 5 silently creates an empty tokenizer if there is only a tokenizer_config.json.
             raise TokenizerError(f"the tokenizer in {folder} has no vocabulary; copy its tokenizer.json too")
         if self._backend.eos_token_id is None:
-            raise TokenizerError(f"the tokenizer in {folder} has no eos token; set it in tokenizer_config.json")
+            raise TokenizerError(f"the tokenizer in {folder} has no eos_token; set it in tokenizer_config.json")
         self._folder = folder
         self.vocab_size = max(ids) + 1
         self.eos_token_id: int = self._backend.eos_token_id
@@ -106,7 +110,7 @@ class HuggingFaceTokenizer:
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.start_ids = self._find_start_ids()
         template = self._backend.chat_template
-        # A tokenizer may carry several templates by name; the others are for tools and retrieval.
+        # A tokenizer may have several templates by name; those other than the default are for tools and retrieval.
         self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
 
     def _find_start_ids(self) -> list[int]:
@@ -115,7 +119,7 @@ class HuggingFaceTokenizer:
         return around_nothing[:-1] if ends_with_eos else around_nothing
 
     def _ids(self, text: Any, add_special_tokens: bool) -> Any:
-        # Not verbose: a prompt over the model's length is dropped and counted later, not warned about.
+        # verbose=False: no warning for a prompt over the model's length, which is dropped and counted later.
         encoding = self._backend(
             text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
         )
@@ -129,21 +133,21 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(i) for i in ids if i < self.vocab_size]
-        # The clean-up would move blanks around punctuation: the text would not be what was sampled.
+        # The clean-up would change spaces around punctuation, so that the text would differ from what was sampled.
         return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         from jinja2 import TemplateError
 
         if self.chat_template is None:
-            raise TokenizerError(f"the tokenizer in {self._folder} has no chat template; set data.template to plain")
+            raise TokenizerError(f"the tokenizer in {self._folder} has no chat template; set data.template=plain")
         try:
             return self._backend.apply_chat_template(
                 list(messages), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise TokenizerError(
-                f"the chat template in {self._folder} refuses the messages ({error}); change them or the template"
+                f"the chat template in {self._folder} rejects the messages ({error}); change them or the template"
             ) from error
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
@@ -154,10 +158,10 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model by itself. It knows no chat template and no start token of the model it belongs to.
+    """Tokenizer from a sentencepiece model alone, which has neither a chat template nor the model's start tokens.
 
-    A chat is rendered in a plain form: each message as its role, capitalized, a colon and its content; a blank line
-    between messages; "Assistant:" at the end:
+    A chat is rendered in a plain form: each message as its capitalized role, a colon and its content, separated by
+    blank lines, with "Assistant:" at the end:
 
         System: Be brief.
 
@@ -174,7 +178,7 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError) as error:
             raise TokenizerError(f"{file} cannot be read as a sentencepiece model; copy it again ({error})") from error
         if self._processor.eos_id() < 0:
-            raise TokenizerError(f"{file} has no eos token; train the sentencepiece model with an eos_id")
+            raise TokenizerError(f"{file} has no eos_id; train the sentencepiece model with one")
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_token_id: int = self._processor.eos_id()
         pad = self._processor.pad_id()
@@ -189,7 +193,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(list(texts))
 
     def decode(self, ids: Iterable[int]) -> str:
-        # sentencepiece leaves out control pieces itself, but raises on an id that it does not have.
+        # sentencepiece omits control pieces itself, but raises for an id outside its vocabulary.
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def render_chat(self, messages: Sequence[Message]) -> str:

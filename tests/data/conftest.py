@@ -1,4 +1,4 @@
-"""Tokenizers small enough to be trained on the spot, and files written from literals."""
+"""Fixtures: tokenizers small enough to be trained within a test, and prompt files written from literals."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 class WordTokenizer:
-    """Words to ids in order of appearance. An oracle that a person can check: ids map back to the very words."""
+    """Tokenizer whose ids are words in order of appearance, so that a reader can check which words ids stand for."""
 
     def __init__(self, chat_template: str | None = None, start_ids: Sequence[int] = ()) -> None:
         self.words = ["<eos>", "<start>"]
@@ -69,7 +69,7 @@ def word_tokenizer() -> type[WordTokenizer]:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Writes rows as JSON lines or parquet, by the file's extension."""
+    """Return a function that writes rows as JSON lines or parquet, by the extension of the file."""
 
     def write(name: str, rows: list[dict[str, Any]]) -> Path:
         path = tmp_path / name
@@ -87,7 +87,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def hugging_face_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer with 3 special tokens: <|pad|> 0, <|start|> 1, <|end|> 2 (eos)."""
+    """Folder of a byte-level BPE tokenizer with 3 special tokens: <|pad|> 0, <|start|> 1, <|end|> 2 (eos)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = tmp_path_factory.mktemp("hugging_face")
@@ -108,13 +108,13 @@ def hugging_face_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bare sentencepiece model: <unk> 0, <s> 1, </s> 2, no padding."""
+    """Folder of a sentencepiece model alone: <unk> 0, <s> 1, </s> 2, no padding."""
     return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model such as Llama's: byte pairs, blanks and unknown characters kept."""
+    """Folder of a sentencepiece model such as Llama's: byte pairs, with spaces and unknown characters kept."""
     return train_sentencepiece(
         tmp_path_factory.mktemp("sentencepiece_bpe"),
         model_type="bpe",
@@ -127,7 +127,7 @@ def sentencepiece_bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def no_eos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bare sentencepiece model without an end-of-sequence piece."""
+    """Folder of a sentencepiece model without an end-of-sequence piece."""
     return train_sentencepiece(tmp_path_factory.mktemp("no_eos"), eos_id=-1)
 
 

@@ -1,4 +1,4 @@
-"""From files to token ids: templates, the length filter, and several files in one set."""
+"""Tests of loading prompts from files: templates, the length filter, and several files in one set."""
 
 import sys
 
@@ -18,7 +18,7 @@ def texts(prompt_set, tokenizer):
     return [tokenizer.decode(prompt.token_ids) for prompt in prompt_set.prompts]
 
 
-def test_chat_plain_and_auto_give_the_documented_texts(write_rows, word_tokenizer):
+def test_templates_chat_plain_and_auto_give_the_documented_texts(write_rows, word_tokenizer):
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
     file = PromptFile(write_rows("a.jsonl", [row("Q"), row(chat)]))
     as_chat = ["[user] Q now [assistant]", "[system] S [user] Q now [assistant]"]
@@ -35,7 +35,7 @@ def test_chat_plain_and_auto_give_the_documented_texts(write_rows, word_tokenize
         assert texts(loaded, tokenizer) == expected
 
 
-def test_plain_prompts_begin_with_the_models_start_and_chat_prompts_do_not(write_rows, word_tokenizer):
+def test_plain_prompts_begin_with_the_start_tokens_and_chat_prompts_do_not(write_rows, word_tokenizer):
     file = PromptFile(write_rows("a.jsonl", [row("Q")]))
     tokenizer = word_tokenizer(start_ids=[1])
     assert texts(load_prompts([file], tokenizer, template="plain", max_prompt_tokens=99), tokenizer) == ["<start> Q"]
@@ -44,7 +44,7 @@ def test_plain_prompts_begin_with_the_models_start_and_chat_prompts_do_not(write
     ]
 
 
-def test_a_system_message_goes_in_front_and_never_beside_another(write_rows, word_tokenizer):
+def test_a_system_message_is_first_and_a_second_one_is_an_error(write_rows, word_tokenizer):
     tokenizer = word_tokenizer(chat_template="t")
     file = PromptFile(write_rows("a.jsonl", [row("Q")]))
     loaded = load_prompts([file], tokenizer, system="S", max_prompt_tokens=99)
@@ -52,11 +52,11 @@ def test_a_system_message_goes_in_front_and_never_beside_another(write_rows, wor
     own = PromptFile(
         write_rows("b.jsonl", [row([{"role": "system", "content": "T"}, {"role": "user", "content": "Q"}])])
     )
-    with pytest.raises(DataError, match=r"prompt b/1 has a system message of its own; unset data\.system"):
+    with pytest.raises(DataError, match=r"prompt b/1 has its own system message; unset data\.system"):
         load_prompts([own], tokenizer, system="S", max_prompt_tokens=99)
 
 
-def test_prompts_carry_what_the_row_held(write_rows, word_tokenizer):
+def test_prompts_have_the_columns_of_their_row(write_rows, word_tokenizer):
     file = PromptFile(write_rows("a.jsonl", [row("one two", id=7, source="s", level=3)]))
     (prompt,) = load_prompts([file], word_tokenizer(), max_prompt_tokens=99).prompts
     assert (prompt.id, prompt.answer, prompt.source, prompt.extra) == ("a/7", "1", "s", {"level": 3})
@@ -64,7 +64,7 @@ def test_prompts_carry_what_the_row_held(write_rows, word_tokenizer):
     assert prompt.token_ids.tolist() == [2, 3]
 
 
-def test_longer_prompts_are_dropped_and_counted_and_the_limit_itself_is_kept(write_rows, word_tokenizer):
+def test_prompts_over_the_limit_are_dropped_and_counted_and_one_at_the_limit_is_kept(write_rows, word_tokenizer):
     long_short = PromptFile(write_rows("a.jsonl", [row("one two three"), row("one two"), row("one")]))
     only_short = PromptFile(write_rows("b.jsonl", [row("one")]))
     loaded = load_prompts([long_short, only_short], word_tokenizer(), max_prompt_tokens=2)
@@ -76,7 +76,7 @@ def test_longer_prompts_are_dropped_and_counted_and_the_limit_itself_is_kept(wri
     assert (len(loaded), loaded.dropped_too_long) == (3, 1)
 
 
-def test_the_start_counts_toward_the_length(write_rows, word_tokenizer):
+def test_start_tokens_count_toward_the_length(write_rows, word_tokenizer):
     file = PromptFile(write_rows("a.jsonl", [row("one two"), row("one")]))
     loaded = load_prompts([file], word_tokenizer(start_ids=[1]), max_prompt_tokens=2)
     assert [prompt.id for prompt in loaded.prompts] == ["a/2"]
@@ -87,7 +87,7 @@ def test_a_file_with_no_prompt_short_enough_is_an_error(write_rows, word_tokeniz
         PromptFile(write_rows("a.jsonl", [row("one")])),
         PromptFile(write_rows("b.jsonl", [row("1 2 3"), row("1 2 3 4")])),
     ]
-    with pytest.raises(DataError, match=r"b\.jsonl: all 2 prompts are longer than data\.max_prompt_tokens 2; .* has 3"):
+    with pytest.raises(DataError, match=r"data\.max_prompt_tokens=2: all 2 prompts of .*b\.jsonl are longer; .* 3 or"):
         load_prompts(files, word_tokenizer(), max_prompt_tokens=2)
 
 
@@ -103,24 +103,24 @@ def test_equal_texts_are_tokenized_once_and_in_batches(write_rows, word_tokenize
         first[0] = 5
 
 
-def test_bad_lists_of_files_are_refused_before_anything_is_read(write_rows, tmp_path, word_tokenizer):
+def test_an_invalid_list_of_files_is_refused_before_any_file_is_read(write_rows, tmp_path, word_tokenizer):
     path = write_rows("a.jsonl", [row("one")])
     cases = [
         ([], "no prompt files"),
         ([PromptFile(path), PromptFile(tmp_path / "other" / "a.parquet")], "are both named 'a'"),
-        ([PromptFile(path, name="x/y")], "name 'x/y' is empty or has a slash"),
-        ([PromptFile(path, name="")], "name '' is empty or has a slash"),
-        ([PromptFile(path, weight=0)], "weight 0 is not above 0"),
-        ([PromptFile(path, weight=float("inf"))], "weight inf is not above 0"),
+        ([PromptFile(path, name="x/y")], "name 'x/y' is empty or contains a slash"),
+        ([PromptFile(path, name="")], "name '' is empty or contains a slash"),
+        ([PromptFile(path, weight=0)], "weight=0: .* must be finite and above 0"),
+        ([PromptFile(path, weight=float("inf"))], "weight=inf: .* must be finite and above 0"),
     ]
     for files, message in cases:
         with pytest.raises(DataError, match=message):
             load_prompts(files, word_tokenizer(), max_prompt_tokens=99)
-    with pytest.raises(DataError, match=r"data\.template 'chatty' is not known"):
+    with pytest.raises(DataError, match=r"data\.template=chatty: unknown template"):
         load_prompts([PromptFile(path)], word_tokenizer(), template="chatty", max_prompt_tokens=99)  # type: ignore[arg-type]
 
 
-def test_two_files_of_one_stem_are_told_apart_by_name(write_rows, tmp_path, word_tokenizer):
+def test_two_files_of_one_stem_are_distinguished_by_name(write_rows, tmp_path, word_tokenizer):
     (tmp_path / "sub").mkdir()
     first, second = write_rows("a.jsonl", [row("one")]), write_rows("sub/a.jsonl", [row("two")])
     loaded = load_prompts([PromptFile(first), PromptFile(second, name="b")], word_tokenizer(), max_prompt_tokens=9)
@@ -138,17 +138,17 @@ def test_both_kinds_of_real_tokenizer_load_prompts(write_rows, hugging_face_fold
     assert prompt.token_ids.tolist() == tokenizer.encode("What is one plus one?")
 
 
-def test_a_row_that_the_template_refuses_is_named(write_rows, hugging_face_folder):
+def test_an_error_names_the_row_that_the_template_rejects(write_rows, hugging_face_folder):
     file = PromptFile(write_rows("a.jsonl", [row("fine"), row([{"role": "judge", "content": "x"}])]))
-    with pytest.raises(DataError, match=r"prompt a/2: the chat template in .* refuses the messages \(no"):
+    with pytest.raises(DataError, match=r"prompt a/2: the chat template in .* rejects the messages \(no"):
         load_prompts([file], load_tokenizer(hugging_face_folder), max_prompt_tokens=99)
 
 
-def test_progress_is_shown_on_a_terminal_only_and_only_if_asked_for(write_rows, monkeypatch, capsys, word_tokenizer):
+def test_progress_is_shown_only_on_a_terminal_and_only_if_enabled(write_rows, monkeypatch, capsys, word_tokenizer):
     file = PromptFile(write_rows("a.jsonl", [row("one")]))
-    for terminal, asked, shown in [(True, True, True), (True, False, False), (False, True, False)]:
+    for terminal, enabled, shown in [(True, True, True), (True, False, False), (False, True, False)]:
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        load_prompts([file], word_tokenizer(), max_prompt_tokens=9, show_progress=asked)
+        load_prompts([file], word_tokenizer(), max_prompt_tokens=9, show_progress=enabled)
         captured = capsys.readouterr()
         assert ("tokenizing a" in captured.err) == shown
         assert captured.out == ""

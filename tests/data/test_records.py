@@ -1,4 +1,4 @@
-"""Every schema, and every way in which a prompt file can be wrong, with the place named."""
+"""Tests of reading prompt files: every layout, and every kind of invalid file with the line that the error names."""
 
 import json
 import os
@@ -12,7 +12,7 @@ CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
 ROW = {"prompt": "p", "answer": "1"}
 
 
-def test_our_own_schema_keeps_other_columns_as_extra(write_rows):
+def test_the_project_layout_keeps_other_columns_as_extra(write_rows):
     path = write_rows(
         "own.jsonl",
         [
@@ -26,7 +26,7 @@ def test_our_own_schema_keeps_other_columns_as_extra(write_rows):
     ]
 
 
-def test_messages_are_read_and_lose_all_but_role_and_content(write_rows):
+def test_only_role_and_content_of_messages_are_read(write_rows):
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Hi?", "name": "bo"}]
     (record,) = read_records(write_rows("chat.json", [{"messages": messages, "answer": "1"}]))
     assert record.prompt == [{"role": "system", "content": ""}, {"role": "user", "content": "Hi?"}]
@@ -65,7 +65,7 @@ def test_the_dapo_layout_in_parquet_and_its_repeated_indices(write_rows):
     }
 
 
-def test_gsm8k_answers_are_what_follows_the_last_mark(write_rows):
+def test_gsm8k_answers_are_the_text_after_the_last_mark(write_rows):
     solution = "She has 2 * 35,000 = <<2*35000=70000>>70,000.\n#### not this\n#### 70,000"
     records = read_records(
         write_rows(
@@ -77,7 +77,7 @@ def test_gsm8k_answers_are_what_follows_the_last_mark(write_rows):
     assert records[0].extra == {}
 
 
-def test_question_without_marks_keeps_the_answer_as_it_is(write_rows):
+def test_an_answer_without_mark_is_unchanged(write_rows):
     (record,) = read_records(write_rows("plain.jsonl", [{"question": "q", "answer": "(1,000, 2)"}]))
     assert record.answer == "(1,000, 2)"
 
@@ -90,7 +90,7 @@ def test_aime_and_amc_numbers_become_text(write_rows):
     assert (records[0].id, records[0].prompt, records[0].extra) == ("aime/60", "p0", {"question": "other"})
 
 
-def test_integer_ids_that_pandas_made_floats_stay_integers(write_rows):
+def test_integer_ids_that_pandas_made_floats_are_integers(write_rows):
     records = read_records(write_rows("floats.parquet", [{"id": 1.0, **ROW}, {"id": 2.0, **ROW}]))
     assert [record.id for record in records] == ["floats/1", "floats/2"]
 
@@ -104,7 +104,7 @@ def test_a_byte_order_mark_crlf_and_blank_lines_change_nothing_but_line_numbers(
     assert records[0].prompt == "caf\u00e9 \u2028 x"
 
 
-def test_named_columns_win_over_the_ones_found(write_rows):
+def test_named_columns_override_the_ones_found_by_name(write_rows):
     row = {"prompt": "no", "answer": "no", "id": 1, "meta": {"text": "yes", "gold": 2.0, "key": "k"}}
     path = write_rows("named.jsonl", [row])
     (record,) = read_records(path, name="set", prompt_key="meta.text", answer_key="meta.gold", id_key="meta.key")
@@ -117,13 +117,13 @@ BAD_SECOND_ROWS = [
     ({"prompt": " \n", "answer": "1"}, "prompt is empty"),
     ({"prompt": 3, "answer": "1"}, "prompt is of type int"),
     ({"prompt": None, "answer": "1"}, "prompt is null"),
-    ({"prompt": "\ud800", "answer": "1"}, "half a character at 1"),
+    ({"prompt": "\ud800", "answer": "1"}, "unpaired surrogate at character 1"),
     ({"prompt": [], "answer": "1"}, "prompt is empty"),
     ({"prompt": ["hi"], "answer": "1"}, "message 1 of prompt has no role"),
     ({"prompt": [CHAT[0], {"role": "user"}], "answer": "1"}, "message 2 of prompt has no content"),
     ({"prompt": [{"role": "user", "content": [{"text": "x"}]}], "answer": "1"}, "message 1 of prompt has no content"),
     ({"prompt": [{"role": "user", "content": " "}], "answer": "1"}, "prompt is empty"),
-    ({"prompt": [CHAT[0], {"role": "assistant", "content": "2"}], "answer": "1"}, "ends with the assistant's turn"),
+    ({"prompt": [CHAT[0], {"role": "assistant", "content": "2"}], "answer": "1"}, "ends with an assistant message"),
     ({"prompt": "p", "answer": None}, "answer is null"),
     ({"prompt": "p", "answer": ""}, "answer is empty"),
     ({"prompt": "p", "answer": float("nan")}, "answer is nan"),
@@ -161,9 +161,9 @@ def test_a_bad_row_of_parquet_is_named_by_its_row(write_rows):
 
 def test_a_missing_column_names_those_that_exist(write_rows):
     path = write_rows("odd.jsonl", [{"Problem": "p", "Answer": "1"}])
-    with pytest.raises(DataError, match=r"line 1: no column prompt or .* among Problem, Answer; .* in prompt_key"):
+    with pytest.raises(DataError, match=r"line 1: no column prompt or .* among Problem, Answer; set prompt_key to"):
         read_records(path)
-    with pytest.raises(DataError, match=r"no column reward_model.ground_truth or answer among .* in answer_key"):
+    with pytest.raises(DataError, match=r"no column reward_model.ground_truth or answer among .*; set answer_key to"):
         read_records(path, prompt_key="Problem")
     with pytest.raises(DataError, match=r"no column nope among Problem, Answer"):
         read_records(path, prompt_key="Problem", answer_key="Answer", id_key="nope")
@@ -171,7 +171,7 @@ def test_a_missing_column_names_those_that_exist(write_rows):
 
 def test_a_repeated_id_names_both_rows(write_rows):
     path = write_rows("twice.jsonl", [{**ROW, "id": 1}, {**ROW, "id": 2}, {**ROW, "id": "1"}])
-    with pytest.raises(DataError, match="line 3: the id '1' is also that of line 1"):
+    with pytest.raises(DataError, match="line 3: id '1' repeats that of line 1"):
         read_records(path)
 
 
@@ -180,7 +180,7 @@ def test_gsm8k_files_have_a_mark_in_every_row_or_in_none(write_rows):
     for rows, message in [([with_mark, without], "has no"), ([without, with_mark], "has a")]:
         with pytest.raises(DataError, match=f"line 2: answer {message} `####"):
             read_records(write_rows("gsm8k.jsonl", rows))
-    with pytest.raises(DataError, match="line 1: nothing follows `####`"):
+    with pytest.raises(DataError, match="line 1: answer has no text after `####`"):
         read_records(write_rows("gsm8k.jsonl", [{"question": "q", "answer": "so\n#### "}]))
 
 
@@ -191,7 +191,7 @@ def test_invalid_json_is_named_by_its_line(tmp_path):
         (good + b"[" * 100_000, "line 2: not valid JSON"),
         (good + b'{"answer": ' + b"9" * 5000 + b"}", "line 2: not valid JSON"),
         (good + b"[1]\n", "line 2: a JSON list, not an object"),
-        (good + b'{"prompt": "\xff"}\n', "line 2: byte 13 is not UTF-8"),
+        (good + b'{"prompt": "\xff"}\n', "line 2: byte 13 is not valid UTF-8"),
     ]
     for content, message in cases:
         (tmp_path / "broken.jsonl").write_bytes(content)
@@ -199,19 +199,19 @@ def test_invalid_json_is_named_by_its_line(tmp_path):
             read_records(tmp_path / "broken.jsonl")
 
 
-def test_files_that_cannot_be_read_say_so(tmp_path, write_rows):
+def test_unreadable_files_are_errors_that_name_the_file(tmp_path, write_rows):
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
     (tmp_path / "prompts.csv").write_text("prompt,answer\n")
     (tmp_path / "text.parquet").write_text("this is not parquet, though it is long enough to be one")
-    cut = write_rows("cut.parquet", [ROW] * 100)
-    os.truncate(cut, cut.stat().st_size // 2)
+    truncated = write_rows("truncated.parquet", [ROW] * 100)
+    os.truncate(truncated, truncated.stat().st_size // 2)
     cases = [
         ("nowhere.jsonl", "is not a file"),
         ("", "is not a file"),
-        ("empty.jsonl", "holds no rows"),
+        ("empty.jsonl", "has no rows"),
         ("prompts.csv", r"unknown extension '\.csv'"),
         ("text.parquet", "cannot be read as parquet"),
-        ("cut.parquet", "cannot be read as parquet"),
+        ("truncated.parquet", "cannot be read as parquet"),
     ]
     for name, message in cases:
         with pytest.raises(DataError, match=message) as raised:
@@ -220,10 +220,10 @@ def test_files_that_cannot_be_read_say_so(tmp_path, write_rows):
         assert "\n" not in str(raised.value)
 
 
-def test_an_empty_parquet_file_says_so(tmp_path):
+def test_a_parquet_file_without_rows_is_an_error(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), tmp_path / "e.parquet")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         read_records(tmp_path / "e.parquet")

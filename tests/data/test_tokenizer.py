@@ -1,4 +1,4 @@
-"""Both kinds of tokenizer behave alike, and against the libraries they wrap."""
+"""Tests of both kinds of tokenizer against each other and against the libraries that they wrap."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ TEXT = "What is two times three?"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
 
 
-def test_importing_the_room_imports_no_heavy_library():
+def test_importing_cursor_and_tokenizer_imports_no_large_library():
     code = (
         "import sys, megatron_rlvr.data.cursor, megatron_rlvr.data.tokenizer;"
         "print([m for m in ('torch', 'transformers', 'pyarrow', 'sentencepiece', 'rich') if m in sys.modules])"
@@ -22,7 +22,7 @@ def test_importing_the_room_imports_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_hugging_face_ids_are_those_of_the_tokenizers_library(hugging_face_folder):
+def test_hugging_face_ids_equal_those_of_the_tokenizers_library(hugging_face_folder):
     from tokenizers import Tokenizer
 
     oracle = Tokenizer.from_file(str(hugging_face_folder / "tokenizer.json"))
@@ -34,7 +34,7 @@ def test_hugging_face_ids_are_those_of_the_tokenizers_library(hugging_face_folde
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.start_ids) == (0, 2, [])
 
 
-def test_sentencepiece_ids_are_those_of_the_sentencepiece_library(sentencepiece_folder):
+def test_sentencepiece_ids_equal_those_of_the_sentencepiece_library(sentencepiece_folder):
     import sentencepiece
 
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
@@ -47,7 +47,7 @@ def test_sentencepiece_ids_are_those_of_the_sentencepiece_library(sentencepiece_
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.start_ids) == (2, 2, [])
 
 
-def test_decoding_leaves_out_special_tokens_and_ids_beyond_the_vocabulary(hugging_face_folder, sentencepiece_folder):
+def test_decoding_omits_special_tokens_and_ids_outside_the_vocabulary(hugging_face_folder, sentencepiece_folder):
     for folder in (hugging_face_folder, sentencepiece_folder):
         tokenizer = load_tokenizer(folder)
         ids = [1, *tokenizer.encode(TEXT), 2, tokenizer.vocab_size, 151_000]
@@ -56,9 +56,9 @@ def test_decoding_leaves_out_special_tokens_and_ids_beyond_the_vocabulary(huggin
         assert tokenizer.decode([]) == ""
 
 
-def test_decoding_does_not_clean_up_blanks(hugging_face_folder, tmp_path, write_config):
+def test_decoding_does_not_clean_up_spaces(hugging_face_folder, tmp_path, write_config):
     shutil.copytree(hugging_face_folder, tmp_path / "copy")
-    # The second name is transformers' own word that it shall be done to byte-pair tokenizers too.
+    # The second name is transformers' own switch for byte-pair tokenizers.
     names = ("clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     write_config(tmp_path / "copy", eos_token="<|end|>", **dict.fromkeys(names, True))
     tokenizer = load_tokenizer(tmp_path / "copy")
@@ -78,7 +78,7 @@ def test_the_chat_template_is_rendered_up_to_the_assistants_answer(hugging_face_
     assert tokenizer.apply_chat_template(CHAT) == expected
 
 
-def test_sentencepiece_without_template_has_a_plain_form_of_chat(sentencepiece_folder):
+def test_a_sentencepiece_model_renders_chats_in_a_plain_form(sentencepiece_folder):
     tokenizer = load_tokenizer(sentencepiece_folder)
     text = f"System: Be brief.\n\nUser: {TEXT}\n\nAssistant:"
     assert tokenizer.chat_template is None
@@ -86,7 +86,7 @@ def test_sentencepiece_without_template_has_a_plain_form_of_chat(sentencepiece_f
     assert tokenizer.apply_chat_template(CHAT) == tokenizer.encode(text)
 
 
-def test_saved_tokenizers_are_read_back_the_same(hugging_face_folder, sentencepiece_folder, tmp_path):
+def test_a_saved_tokenizer_is_loaded_unchanged(hugging_face_folder, sentencepiece_folder, tmp_path):
     for folder in (hugging_face_folder, sentencepiece_folder):
         tokenizer = load_tokenizer(folder)
         tokenizer.save(tmp_path / "new" / folder.name)
@@ -98,7 +98,7 @@ def test_saved_tokenizers_are_read_back_the_same(hugging_face_folder, sentencepi
         )  # fmt: skip
 
 
-def test_a_sentencepiece_model_with_a_config_goes_through_transformers_and_knows_its_start(
+def test_a_sentencepiece_model_with_a_config_is_loaded_by_transformers_with_its_start_tokens(
     sentencepiece_bpe_folder, tmp_path, write_config
 ):
     shutil.copy(sentencepiece_bpe_folder / "tokenizer.model", tmp_path)
@@ -110,7 +110,7 @@ def test_a_sentencepiece_model_with_a_config_goes_through_transformers_and_knows
         assert tokenizer.decode(bare.encode(text)) == bare.decode(bare.encode(text)) == text
 
 
-def test_a_token_added_to_every_end_is_not_a_start(hugging_face_folder, tmp_path):
+def test_a_token_added_at_the_end_is_not_a_start_token(hugging_face_folder, tmp_path):
     shutil.copytree(hugging_face_folder, tmp_path / "copy")
     definition = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
     definition["post_processor"] = {
@@ -125,22 +125,22 @@ def test_a_token_added_to_every_end_is_not_a_start(hugging_face_folder, tmp_path
     assert tokenizer.encode("one")[-1] != 2
 
 
-def test_missing_padding_falls_back_to_the_end_of_sequence(hugging_face_folder, tmp_path, write_config):
+def test_without_a_padding_token_the_end_of_sequence_token_is_used(hugging_face_folder, tmp_path, write_config):
     shutil.copytree(hugging_face_folder, tmp_path / "copy")
     write_config(tmp_path / "copy", eos_token="<|end|>")
     tokenizer = load_tokenizer(tmp_path / "copy")
     assert tokenizer.pad_token_id == 2
     assert tokenizer.chat_template is None
-    with pytest.raises(TokenizerError, match=r"no chat template; set data\.template to plain"):
+    with pytest.raises(TokenizerError, match=r"no chat template; set data\.template=plain"):
         tokenizer.render_chat(CHAT)
 
 
-def test_a_refusing_template_gives_its_own_reason(hugging_face_folder):
-    with pytest.raises(TokenizerError, match=r"refuses the messages \(no judge here\)"):
+def test_the_reason_of_a_template_that_rejects_messages_is_in_the_error(hugging_face_folder):
+    with pytest.raises(TokenizerError, match=r"rejects the messages \(no judge here\)"):
         load_tokenizer(hugging_face_folder).render_chat([{"role": "judge", "content": "x"}])
 
 
-def test_folders_without_a_usable_tokenizer_say_why(hugging_face_folder, no_eos_folder, tmp_path, write_config):
+def test_errors_about_unusable_tokenizers_name_the_problem(hugging_face_folder, no_eos_folder, tmp_path, write_config):
     for name in ("empty", "no_eos", "no_vocabulary", "broken", "not_a_model", "no_eos_piece"):
         (tmp_path / name).mkdir()
     shutil.copy(hugging_face_folder / "tokenizer.json", tmp_path / "no_eos")
@@ -150,14 +150,14 @@ def test_folders_without_a_usable_tokenizer_say_why(hugging_face_folder, no_eos_
     shutil.copy(no_eos_folder / "tokenizer.model", tmp_path / "no_eos_piece")
     (tmp_path / "vocab.txt").write_text("a\n")
     cases = {
-        "nowhere": "is no folder on this machine",
+        "nowhere": "is not a folder on this machine",
         "vocab.txt": "is not a sentencepiece .model file",
         "empty": "has no tokenizer.json, tokenizer_config.json or tokenizer.model",
-        "no_eos": "has no eos token; set it in tokenizer_config.json",
+        "no_eos": "has no eos_token; set it in tokenizer_config.json",
         "no_vocabulary": "has no vocabulary",
         "broken": "cannot be read",
         "not_a_model": "cannot be read as a sentencepiece model",
-        "no_eos_piece": "has no eos token",
+        "no_eos_piece": "has no eos_id",
     }
     for name, message in cases.items():
         with pytest.raises(TokenizerError, match=message) as raised:
