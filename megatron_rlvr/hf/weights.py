@@ -1,8 +1,8 @@
-"""Weights of Hugging Face folders: read and written one tensor at a time, and a folder appears whole or not at all.
+"""Weights of Hugging Face folders, read and written one tensor at a time; a folder appears complete or not at all.
 
-A safetensors file starts with a header that names its tensors, and which tensors a file will hold is known only when
-the last one has come. The format lets a header end in spaces: room for it is left, and it is written last. So no more
-than one tensor is in memory at a time, whatever the size of the files.
+A safetensors file starts with a header that names its tensors, but the tensors of a file are known only when the last
+one has been written. The format allows a header to end in spaces, so space is reserved for it and it is written last.
+Thus no more than one tensor is in memory at a time, whatever the size of the files.
 """
 
 import json
@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from megatron_rlvr.atomic import new_folder
 from megatron_rlvr.hf.families import ModelError, rows_of, tensor_shapes, tied
 from megatron_rlvr.hf.files import INDEX, SINGLE, weight_files
+from megatron_rlvr.number_ranges import format_ranges
 
 FILE_BYTES = 5 * 10**9
-"""Where an export is cut into files, if nothing else is asked for."""
+"""Default maximum size of a weight file."""
 _HEADER_BYTES = 2**18
-# Everything in the source folder travels with an export, but weights.
+# Endings of files that are weights; all other files of the source folder are copied into an export.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -31,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies in which file."""
+    """Location of a tensor in a file."""
 
     path: Path
     dtype: torch.dtype
@@ -40,9 +41,12 @@ class _Stored:
 
 
 class TensorReader:
-    """Tensors of a model folder by name, each read from disk when asked for.
+    """Reads tensors of a model folder by name, each from the disk when it is requested.
 
-    Files are not mapped into memory: pages of a mapped file count as memory of this process for as long as it is open.
+    Files are not memory-mapped: pages of a mapped file would count as memory of this process while it is open.
+
+    Raises:
+        ModelError: If the folder has no weights, or a file of them is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -56,7 +60,7 @@ class TensorReader:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor."""
+        """Shape of every tensor, by name."""
         return {name: stored.shape for name, stored in self._stored.items()}
 
     def read(self, name: str) -> torch.Tensor:
@@ -69,10 +73,14 @@ class TensorReader:
 
 
 def _contents(path: Path) -> Iterator[tuple[str, _Stored]]:
-    """(name, place) of every tensor of a safetensors file; ModelError where it is damaged."""
+    """Yield the name and location of every tensor of a safetensors file.
+
+    Raises:
+        ModelError: If the file is damaged or has a tensor of an unsupported type.
+    """
     try:
         with safe_open(str(path), framework="numpy"):
-            pass  # checks the header, and the length of the file
+            pass  # checks the header and the length of the file
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -81,25 +89,29 @@ def _contents(path: Path) -> Iterator[tuple[str, _Stored]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise ModelError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(_DTYPES)}")
+            raise ModelError(f"{path}: {name} is of type {entry['dtype']}; supported are {', '.join(_DTYPES)}")
         start = 8 + size + entry["data_offsets"][0]
         yield name, _Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def check_weights(reader: TensorReader, config: Mapping[str, Any], folder: str | Path) -> None:
-    """ModelError where a folder's tensors are not those of its ``config.json``, with the names of those that differ."""
+    """Check that the tensors of a folder are those that its ``config.json`` describes.
+
+    Raises:
+        ModelError: With the names of the tensors that differ.
+    """
     shapes = dict(reader.shapes)
-    if tied(config) and "lm_head.weight" in reader:  # some folders hold the embedding twice
+    if tied(config) and "lm_head.weight" in reader:  # some folders hold the tied embedding twice
         del shapes["lm_head.weight"]
         if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
             raise ModelError(
-                f"{folder}: lm_head.weight is not model.embed_tokens.weight, which tie_word_embeddings of its "
-                "config.json says; correct it"
+                f"{folder}: lm_head.weight is not model.embed_tokens.weight, although tie_word_embeddings of its "
+                "config.json is true; correct it"
             )
     expected = {
         name: shape
@@ -112,7 +124,11 @@ def check_weights(reader: TensorReader, config: Mapping[str, Any], folder: str |
 def check_tensors(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], folder: str | Path
 ) -> None:
-    """ModelError that names the tensors of ``folder`` that are missing, without a place or misshapen."""
+    """Compare the tensors found in ``folder`` with those expected, both as {name: shape}.
+
+    Raises:
+        ModelError: With the names of tensors that are missing, unexpected or of another shape.
+    """
     problems = []
     if missing := expected.keys() - found.keys():
         problems.append(f"lacks {_list(missing)}")
@@ -126,30 +142,22 @@ def check_tensors(
 
 
 def _list(names: Iterable[str]) -> str:
-    """All of the names; those that differ in a number alone share an entry: ``layers.0-27.mlp.experts.3,5.up_proj``."""
+    """Return all names; those that differ only in a number share an entry: ``layers.0-27.mlp.experts.3,5.up_proj``."""
     for numbered in (r"(.*\.)(\d+)(\..*)", r"(.*?\.)(\d+)(\..*)"):  # by the last number, then by the first
         alike: dict[tuple[str, str], list[str]] = {}
         for name in names:
             match = re.fullmatch(numbered, name)
             before, number, after = match.groups() if match else (name, "", "")
             alike.setdefault((before, after), []).append(number)
-        names = [f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in alike.items()]
+        names = [
+            f"{before}{format_ranges(int(n) for n in numbers if n)}{after}"
+            for (before, after), numbers in alike.items()
+        ]
     return ", ".join(sorted(names))
 
 
-def _ranges(numbers: Iterable[str]) -> str:
-    """``0-2,5`` for 0, 1, 2 and 5."""
-    runs: list[list[int]] = []
-    for number in sorted(int(number) for number in numbers if number):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
-
-
 def copy_all_but_weights(source: Path, target: Path) -> None:
-    """Configuration, tokenizer and whatever else lies in a model folder."""
+    """Copy the configuration, the tokenizer and all other files of a model folder except its weights."""
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS):
             shutil.copy2(path, target / path.name)
@@ -164,11 +172,18 @@ def write_folder(
     *,
     fsync: bool = True,
 ) -> None:
-    """Writes a model folder: weights from ``named_tensors``, configuration and tokenizer from ``source``.
+    """Write a model folder under a temporary name, and rename it when it is complete, replacing an existing one.
 
-    ``finish`` may add files, such as another tokenizer. The folder is built under a temporary name beside ``target``
-    and renamed when complete, replacing what was there; without ``fsync`` nobody waits for the disk. Weights are cut
-    into files of ``file_bytes`` at most; a larger tensor has one of its own.
+    Args:
+        target: Folder to write.
+        source: Model folder whose files except weights are copied.
+        named_tensors: (name, tensor) of every weight.
+        finish: Called with the folder before it is renamed, to add files such as another tokenizer.
+        file_bytes: Maximum size of a weight file; a larger tensor gets a file of its own.
+        fsync: Flush everything to the disk before the folder is renamed.
+
+    Raises:
+        OSError: If the folder cannot be written; an existing one is unchanged.
     """
     with new_folder(target, fsync=fsync) as building:
         copy_all_but_weights(source, building)
@@ -177,7 +192,7 @@ def write_folder(
 
 
 def _write_weights(folder: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], file_bytes: int) -> None:
-    """The files, and the index that names them where there is more than one."""
+    """Write the weight files, and an index of them if there is more than one."""
     files = [_WeightFile(folder / "0")]
     for name, tensor in named_tensors:
         if not files[-1].has_room(name, tensor, file_bytes):
@@ -198,7 +213,7 @@ def _write_weights(folder: Path, named_tensors: Iterable[tuple[str, torch.Tensor
 
 
 class _WeightFile:
-    """A safetensors file that grows by a tensor at a time; ``finish`` makes it one.
+    """A safetensors file to which tensors are appended one at a time; ``finish`` completes it.
 
     Layout: the header's length in 8 bytes, the header (JSON, then spaces), the tensors' bytes.
     """
@@ -212,7 +227,7 @@ class _WeightFile:
         path.write_bytes(bytes(8 + _HEADER_BYTES))
 
     def has_room(self, name: str, tensor: torch.Tensor, file_bytes: int) -> bool:
-        """Whether it holds at most ``file_bytes`` with this tensor as well; any tensor fits into an empty file."""
+        """Return whether the file has at most ``file_bytes`` with this tensor added; any tensor fits into an empty file."""
         header = self._header_bytes + len(json.dumps({name: self._entry(tensor)}))
         return not self.tensors or (self.size + tensor.nbytes <= file_bytes and header <= _HEADER_BYTES)
 
