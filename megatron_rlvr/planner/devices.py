@@ -1,6 +1,6 @@
-"""The GPUs that a plan can be made for, with figures of their makers.
+"""GPUs that a plan can be made for, with the numbers of their data sheets.
 
-All bandwidths are of one direction. A link that a data sheet gives as the sum of both directions is halved here.
+All bandwidths are for one direction: where a data sheet gives the sum of both directions, it is halved here.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, and what connects it.
+    """One GPU and its connections.
 
     Attributes:
-        name: as a person says it.
-        memory: bytes that programs see (memory.total of nvidia-smi), which is not the round figure of the data sheet.
-        flops: dense bfloat16 operations a second of the matrix units, at its peak.
-        bandwidth: bytes a second of its memory.
-        link: bytes a second to the other GPUs of its node, one direction.
-        network: bytes a second to other nodes, one direction, its share of the node's adapters.
-        node: GPUs of a node.
+        name: Name for people.
+        memory: Bytes visible to programs (memory.total of nvidia-smi), which is less than the rounded data-sheet value.
+        flops: Peak dense bfloat16 operations per second of the matrix units.
+        bandwidth: Peak bytes per second of its memory.
+        link: Peak bytes per second to the other GPUs of its node, in one direction.
+        network: Peak bytes per second to other nodes, in one direction: its share of the node's adapters.
+        gpus_per_node: Number of GPUs in a node.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Device:
     bandwidth: float
     link: float
     network: float
-    node: int = 8
+    gpus_per_node: int = 8
 
 
 DEVICES = {
@@ -38,7 +38,7 @@ DEVICES = {
     "h100": Device("H100 80GB", 79.6 * GIB, 989e12, 3350e9, 450e9, 50e9),
     # NVIDIA H200 SXM data sheet: the H100's chip with 141 GB at 4.8 TB/s. DGX H200: 8 x 400 Gb/s.
     "h200": Device("H200 141GB", 140.4 * GIB, 989e12, 4800e9, 450e9, 50e9),
-    # NVIDIA HGX H20: 148 TFLOP/s, 96 GB at 4.0 TB/s, NVLink 900 GB/s; adapters as of the H100.
+    # NVIDIA HGX H20: 148 TFLOP/s, 96 GB at 4.0 TB/s, NVLink 900 GB/s; adapters as for the H100.
     "h20": Device("H20 96GB", 95.6 * GIB, 148e12, 4000e9, 450e9, 50e9),
     # NVIDIA DGX B200 data sheet, an eighth of 18 PFLOP/s dense, 1,440 GB, 64 TB/s; NVLink 1.8 TB/s; 8 x 400 Gb/s.
     "b200": Device("B200 180GB", 179.0 * GIB, 2250e12, 8000e9, 900e9, 50e9),

@@ -1,8 +1,9 @@
-"""Which layouts the trainer accepts, what each needs and takes, and which is the best.
+"""The layouts that the trainer accepts, what each needs and how long it takes, and their ranking.
 
-A layout fits if training's peak fits into the memory of a GPU less a reserve, and if servers can hold the longest
-sequence: beside what training keeps where they share its GPUs, else in GPUs of their own. Layouts are ranked by the
-seconds of a step. Of each the least recompute that fits is taken: none, the feed-forward networks, whole layers.
+A layout fits if the peak of training fits into the memory of a GPU less a reserve, and if servers can hold the longest
+sequence: beside the static memory of training if they share its GPUs, otherwise on GPUs of their own. Layouts are
+ranked by the seconds of a step. Each uses the least activation checkpointing (recompute) with which it fits: none, the
+feed-forward networks, or whole layers.
 """
 
 import math
@@ -14,40 +15,45 @@ from megatron_rlvr.config import ParallelSettings, Settings, SettingsError
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.planner.devices import GIB, Device
 from megatron_rlvr.planner.memory import Memory, MicroBatches, training_memory
-from megatron_rlvr.planner.options import Options
-from megatron_rlvr.planner.roofline import Efficiency, Machine, Training, training
-from megatron_rlvr.planner.servers import Rollout, rollouts
-from megatron_rlvr.planner.shapes import Shape
+from megatron_rlvr.planner.options import TrainingOptions
+from megatron_rlvr.planner.roofline import Efficiency, TrainingSetup, TrainingTime, training_time
+from megatron_rlvr.planner.servers import RolloutPlan, rollout_plans
+from megatron_rlvr.planner.shapes import ModelShape
 from megatron_rlvr.planner.workload import Workload
-from megatron_rlvr.startup import resolve
+from megatron_rlvr.startup import layout_checks
 
-# Share of a GPU's memory that is left free: the driver's context, buffers of exchanges, holes between tensors. A guess.
+# Share of a GPU's memory to leave free for the driver's context, communication buffers and fragmentation. A guess.
 RESERVE = 0.10
-# What a server keeps of shared GPUs while its memory is released: context, graphs. A guess.
+# Bytes that a server keeps on shared GPUs after releasing its memory: context and CUDA graphs. A guess.
 RELEASED_SERVER = 3 * GIB
-# Share of its GPUs that a server takes for weights and cache: default of tools/launch_sglang.py.
+# Share of its GPUs that a server uses for weights and KV cache: the default of tools/launch_sglang.py.
 SERVER_SHARE = 0.85
-# `sync.method` disk: what a folder is written with, and read by all servers at once, a guess; tensor: docs/LOG.md,
-# measured on a CPU.
+# Bytes per second of weight sync. `sync.method` disk: writing a folder, and reading it by all servers at once, a guess.
+# tensor: measured on a CPU, see docs/LOG.md.
 _DISK_BANDWIDTH, _TENSOR_BANDWIDTH = 2e9, 60e6
-_MOST_PIPELINE, _MOST_PIECES = 16, 4
-# Layouts whose steps differ by a smaller share are equally fast, as far as is known.
-_SAME = 0.02
+_MAX_PIPELINE, _MAX_VIRTUAL_STAGES, _MAX_CONTEXT = 16, 4, 16
+# Layouts whose steps differ by a smaller share count as equally fast: the estimates are no more precise than that.
+_SAME_SPEED = 0.02
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is to be planned.
+class PlanInputs:
+    """Everything that a plan is computed from.
 
     Attributes:
-        settings: of the run; of the layout only what a plan keeps.
-        gpus: all of them.
-        server_gpus: those of servers alone; None: servers and training share all.
-        server_tensor: GPUs of a server; None: the fastest.
+        settings: Settings of the run; its layout is not used.
+        shape: Sizes of the model.
+        work: Work of one training step.
+        device: Type of the GPUs.
+        efficiency: Achieved shares of the device's peaks.
+        gpus: Number of all GPUs.
+        server_gpus: Number of GPUs used by servers only; None if servers and training share all GPUs.
+        server_tensor: GPUs of each server; None for the fastest choice.
+        transformer_engine: True if layers are Transformer Engine's, False if they are the project's own.
     """
 
     settings: Settings
-    shape: Shape
+    shape: ModelShape
     work: Workload
     device: Device
     efficiency: Efficiency
@@ -58,180 +64,184 @@ class Question:
 
     @property
     def ranks(self) -> int:
-        """GPUs that train."""
+        """Number of GPUs that train."""
         return self.gpus - (self.server_gpus or 0)
 
     @property
     def shared(self) -> bool:
+        """True if servers and training share their GPUs."""
         return self.server_gpus is None
 
     @property
     def usable(self) -> float:
-        """Bytes of a GPU that training may have at its peak."""
+        """Bytes of a GPU that training may use at its peak."""
         return self.device.memory * (1 - RESERVE) - (RELEASED_SERVER if self.shared else 0.0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout with what it needs and takes.
+    """A layout with its memory and time.
 
     Attributes:
-        rollout: None where servers do not fit.
-        sync: seconds to hand the weights to the servers.
+        inputs: Inputs of the plan.
+        parallel: The layout.
+        options: Options besides the layout.
+        batches: Micro-batches of an optimizer step on one replica.
+        memory: Memory of the fullest stage.
+        training: Seconds of scoring and training.
+        rollout: The servers; None if they do not fit.
+        sync: Seconds to push the weights to the servers.
     """
 
-    question: Question
+    inputs: PlanInputs
     parallel: ParallelSettings
-    options: Options
+    options: TrainingOptions
     batches: MicroBatches
     memory: Memory
-    training: Training
-    rollout: Rollout | None
+    training: TrainingTime
+    rollout: RolloutPlan | None
     sync: float
 
     @property
     def headroom(self) -> float:
-        """Bytes that training leaves of what it may have; negative: it does not fit."""
-        return self.question.usable - self.memory.peak
+        """Bytes that training leaves of those it may use; negative if it does not fit."""
+        return self.inputs.usable - self.memory.peak
 
     @property
     def fits(self) -> bool:
+        """True if training and servers fit."""
         return self.headroom >= 0 and self.rollout is not None
 
     @property
     def data(self) -> int:
-        return self.question.ranks // self.parallel.replica
+        """Number of data-parallel replicas."""
+        return self.inputs.ranks // self.parallel.replica
 
     @property
     def seconds(self) -> float:
-        """Of a step; infinite where servers do not fit."""
+        """Seconds of a step; infinite if servers do not fit."""
         rollout = self.rollout.seconds if self.rollout else math.inf
         train = self.training.score + self.training.train
-        return (max(rollout, train) if self.question.work.overlap else rollout + train) + self.sync
+        return (max(rollout, train) if self.inputs.work.overlap else rollout + train) + self.sync
 
     @property
     def tokens_per_second(self) -> float:
-        """Response tokens trained on, over the seconds of the whole step."""
-        return self.question.work.trained * self.question.work.responses.mean / self.seconds
+        """Response tokens trained on, divided by the seconds of the whole step."""
+        return self.inputs.work.completions * self.inputs.work.responses.mean / self.seconds
 
 
-def refusal(question: Question, parallel: ParallelSettings) -> str | None:
-    """Why the trainer refuses a layout, in its own words; None if it does not."""
-    settings = question.settings.model_copy(update={"parallel": parallel})
-    config = question.shape.config
+def layout_error(inputs: PlanInputs, parallel: ParallelSettings) -> str | None:
+    """Return the trainer's own error message for a layout that it rejects, None for one that it accepts."""
+    settings = inputs.settings.model_copy(update={"parallel": parallel})
+    config = inputs.shape.config
     fields = transformer_fields(config)
     try:
         # The trainer's own checks, without the files of a run.
-        resolve.check_lengths(settings, config)
-        resolve.check_layout(settings, fields, question.ranks)
-        resolve.check_experts(settings, fields, question.ranks)
+        layout_checks.check_lengths(settings, config)
+        layout_checks.check_layout(settings, fields, inputs.ranks)
+        layout_checks.check_experts(settings, fields, inputs.ranks)
     except SettingsError as error:
         return str(error)
     return None
 
 
-def price(question: Question, parallel: ParallelSettings, options: Options) -> Plan:
-    """What a layout needs and takes; the trainer must accept it (`refusal`)."""
-    machine = Machine(question.shape, question.device, question.efficiency, parallel, question.ranks, options)
-    batches = question.work.micro_batches(parallel, machine.replicas)
-    memory = training_memory(question.shape, parallel, question.ranks, options, batches)
-    rollout = _rollout(question, memory)
+def estimate(inputs: PlanInputs, parallel: ParallelSettings, options: TrainingOptions) -> Plan:
+    """Estimate memory and time of a layout that the trainer accepts (`layout_error` returns None)."""
+    setup = TrainingSetup(inputs.shape, inputs.device, inputs.efficiency, parallel, inputs.ranks, options)
+    batches = inputs.work.micro_batches(parallel, setup.replicas)
+    memory = training_memory(inputs.shape, parallel, inputs.ranks, options, batches)
+    rollout = _best_rollout(inputs, memory)
     return Plan(
-        question=question,
+        inputs=inputs,
         parallel=parallel,
         options=options,
         batches=batches,
         memory=memory,
-        training=training(machine, question.work),
+        training=training_time(setup, inputs.work),
         rollout=rollout,
-        sync=_sync(question, rollout.servers) if rollout else math.inf,
+        sync=_sync_seconds(inputs, rollout.servers) if rollout else math.inf,
     )
 
 
-def ranked(question: Question) -> list[Plan]:
-    """All layouts worth a look: those that fit first, the fastest first; the rest, the nearest to fitting first.
+def ranked_plans(inputs: PlanInputs) -> list[Plan]:
+    """Estimate all candidate layouts: those that fit first, fastest first; then the rest, closest to fitting first.
 
-    Seconds are not known to a percent: of layouts that differ by less, the one that leaves the most memory comes first.
+    The estimates are not accurate to a percent: of layouts that differ by less, the one with the most free memory is
+    listed first.
     """
-    plans = [_least_recompute(question, parallel) for parallel in candidates(question)]
+    plans = [_plan_with_least_recompute(inputs, parallel) for parallel in candidate_layouts(inputs)]
     fastest = min((plan.seconds for plan in plans if plan.fits), default=1.0)
 
     def rank(plan: Plan) -> tuple[bool, int, float]:
-        slower = math.floor(math.log(plan.seconds / fastest) / _SAME) if plan.fits else 0
+        slower = math.floor(math.log(plan.seconds / fastest) / _SAME_SPEED) if plan.fits else 0
         return not plan.fits, slower, -plan.headroom
 
     return sorted(plans, key=rank)
 
 
-def candidates(question: Question) -> Iterator[ParallelSettings]:
-    """Layouts that the trainer accepts, tensor parallelism within a node, with sequence parallelism."""
-    shape, node = question.shape, question.device.node
+def candidate_layouts(inputs: PlanInputs) -> Iterator[ParallelSettings]:
+    """Yield layouts that the trainer accepts: tensor parallelism within a node, with sequence parallelism."""
     powers = [2**i for i in range(7)]
-    experts = [n for n in powers if n <= max(1, shape.experts)]
-    for tensor in (n for n in powers if n <= node):
-        for context in (n for n in powers if n <= 16):
-            for pipeline in range(1, _MOST_PIPELINE + 1):
-                for pieces in [1, *([2, _MOST_PIECES] if pipeline > 1 else [])]:
-                    for expert in experts:
+    for tensor in (n for n in powers if n <= inputs.device.gpus_per_node):
+        for context in (n for n in powers if n <= _MAX_CONTEXT):
+            for pipeline in range(1, _MAX_PIPELINE + 1):
+                for virtual_stages in [1, *([2, _MAX_VIRTUAL_STAGES] if pipeline > 1 else [])]:
+                    for expert in (n for n in powers if n <= max(1, inputs.shape.experts)):
                         parallel = ParallelSettings(
                             tensor=tensor,
                             context=context,
                             pipeline=pipeline,
-                            virtual_pipeline=pieces,
+                            virtual_pipeline=virtual_stages,
                             expert=expert,
                             sequence=tensor > 1,
                         )
-                        if parallel.replica <= question.ranks and refusal(question, parallel) is None:
+                        if parallel.replica <= inputs.ranks and layout_error(inputs, parallel) is None:
                             yield parallel
 
 
-def least_recompute(question: Question, parallel: ParallelSettings, megatron: Mapping[str, Any]) -> Plan:
-    """A layout with the recompute that a ``megatron:`` section names, or the least that fits."""
+def plan_with_least_recompute(inputs: PlanInputs, parallel: ParallelSettings, megatron: Mapping[str, Any]) -> Plan:
+    """Estimate a layout with the recompute that a ``megatron:`` section names, otherwise with the least that fits."""
     if "recompute_granularity" in megatron:
-        options = Options.of(question.settings.model.dtype, megatron, question.transformer_engine)
-        return price(question, parallel, options)
-    return _least_recompute(question, parallel)
+        options = TrainingOptions.of(inputs.settings.model.dtype, megatron, inputs.transformer_engine)
+        return estimate(inputs, parallel, options)
+    return _plan_with_least_recompute(inputs, parallel)
 
 
-def _least_recompute(question: Question, parallel: ParallelSettings) -> Plan:
+def _plan_with_least_recompute(inputs: PlanInputs, parallel: ParallelSettings) -> Plan:
     megatron = {"use_distributed_optimizer": True} | {
-        key: value for key, value in question.settings.megatron.items() if not key.startswith("recompute_")
+        key: value for key, value in inputs.settings.megatron.items() if not key.startswith("recompute_")
     }
-    plain = Options.of(question.settings.model.dtype, megatron, question.transformer_engine)
-    modules = tuple(
-        name
-        for name, wanted in (("mlp", not all(question.shape.sparse)), ("moe", any(question.shape.sparse)))
-        if wanted
-    )
-    batches = question.work.micro_batches(parallel, question.ranks // parallel.replica)
-    options = plain
-    for options in (plain, replace(plain, recompute="selective", modules=modules), replace(plain, recompute="full")):
-        if training_memory(question.shape, parallel, question.ranks, options, batches).peak <= question.usable:
+    none = TrainingOptions.of(inputs.settings.model.dtype, megatron, inputs.transformer_engine)
+    moe_layers = inputs.shape.moe_layers
+    modules = tuple(name for name, present in (("mlp", not all(moe_layers)), ("moe", any(moe_layers))) if present)
+    selective = replace(none, recompute="selective", recompute_modules=modules)
+    batches = inputs.work.micro_batches(parallel, inputs.ranks // parallel.replica)
+    options = none
+    for options in (none, selective, replace(none, recompute="full")):
+        if training_memory(inputs.shape, parallel, inputs.ranks, options, batches).peak <= inputs.usable:
             break
-    return price(question, parallel, options)
+    return estimate(inputs, parallel, options)
 
 
-def _rollout(question: Question, memory: Memory) -> Rollout | None:
-    """The servers that are fastest, weights' way to them included; None if none can hold the longest sequence."""
-    if question.shared:
-        gpus, free = question.gpus, question.device.memory * (1 - RESERVE) - memory.static
+def _best_rollout(inputs: PlanInputs, memory: Memory) -> RolloutPlan | None:
+    """Return the fastest servers, weight sync included; None if none can hold the longest sequence."""
+    if inputs.shared:
+        gpus, free = inputs.gpus, inputs.device.memory * (1 - RESERVE) - memory.static
     else:
-        gpus, free = question.server_gpus or 0, question.device.memory * SERVER_SHARE
-    found = rollouts(
-        question.shape, question.device, question.efficiency, question.work, gpus, free, question.server_tensor
-    )
-    return min(found, key=lambda rollout: rollout.seconds + _sync(question, rollout.servers), default=None)
+        gpus, free = inputs.server_gpus or 0, inputs.device.memory * SERVER_SHARE
+    found = rollout_plans(inputs.shape, inputs.device, inputs.efficiency, inputs.work, gpus, free, inputs.server_tensor)
+    return min(found, key=lambda rollout: rollout.seconds + _sync_seconds(inputs, rollout.servers), default=None)
 
 
-def _sync(question: Question, servers: int) -> float:
-    """Seconds to hand the weights over: gathered on the main rank, which sends them to every server."""
-    size = 2.0 * question.shape.parameters
-    one = question.device.link if question.gpus <= question.device.node else question.device.network
-    one *= question.efficiency.bandwidth
-    gathered = size / one
-    if question.settings.sync.method == "disk":
+def _sync_seconds(inputs: PlanInputs, servers: int) -> float:
+    """Return the seconds of weight sync: weights are gathered on the main rank, which sends them to every server."""
+    size = 2.0 * inputs.shape.parameters
+    link = inputs.device.link if inputs.gpus <= inputs.device.gpus_per_node else inputs.device.network
+    link *= inputs.efficiency.bandwidth
+    gathered = size / link
+    if inputs.settings.sync.method == "disk":
         return gathered + 2 * size / _DISK_BANDWIDTH
-    if question.settings.sync.method == "tensor":
+    if inputs.settings.sync.method == "tensor":
         return gathered + servers * size / _TENSOR_BANDWIDTH
-    # One process group a server: what leaves the main rank's adapter is the weights once for each.
-    return gathered + servers * size / one
+    # One process group per server: the main rank's adapter sends the weights once for each.
+    return gathered + servers * size / link

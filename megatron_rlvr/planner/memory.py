@@ -1,42 +1,47 @@
-"""Bytes that training keeps on one GPU, part by part, as the policy's own code and megatron-core 0.16 allocate them.
+"""Bytes of training on one GPU, part by part, as the policy's own code and megatron-core 0.16 allocate them.
 
-    weights       as the model computes with them, in model.dtype
+    weights       the model's weights in model.dtype
     gradients     one buffer for all parameters of the rank, fp32 unless megatron.grad_reduce_in_fp32 is false
-    optimizer     fp32 weights (where the model's are bf16) and two moments; shared by the ranks with the same weights
+    optimizer     fp32 weights (if the model's are bf16) and two moments; sharded over the ranks with the same weights
                   under megatron.use_distributed_optimizer
-    activations   what autograd saves of the micro-batches that are in flight, by `saved_by_layer`; with recompute the
-                  inputs of layers (or modules)
-    rotary        angles of the lengths that came up lately
-    working       the larger of: what the backward of a layer makes beside them, and the head's workspace
+    activations   tensors that autograd saves of the micro-batches in flight, from `saved_by_layer`; with activation
+                  checkpointing (recompute), the inputs of layers or modules
+    rotary        cached angles of the rotary embedding for the most recent lengths
+    working       the larger of: the temporary tensors of a layer's backward pass, and the head's workspace
 
-Each stage of a pipeline is counted, and the fullest one is the plan's. Micro-batches are taken to be as long as they
-can get: `batch.tokens_per_micro_batch`, or the longest sequence where that is more.
+Every pipeline stage is counted, and the fullest one decides. Micro-batches are assumed to be as long as possible:
+`batch.tokens_per_micro_batch`, or the longest sequence if that is more.
 
-What Transformer Engine's layers save is counted from their source and was not measured; what this project's own save
-is measured by the tests.
+The tensors saved by Transformer Engine's layers were counted from their source and not measured; those saved by the
+project's own layers are measured by the tests.
 """
 
 from dataclasses import dataclass
 
 from megatron_rlvr.algo.tile_shape import TILE_SHAPE
+from megatron_rlvr.checkpoint.size import optimizer_bytes
 from megatron_rlvr.config import ParallelSettings
-from megatron_rlvr.planner.options import Options
-from megatron_rlvr.planner.shapes import Shape, held, layers_of, padded_vocab
+from megatron_rlvr.hf.families import padded_vocab_size
+from megatron_rlvr.planner.options import TrainingOptions
+from megatron_rlvr.planner.shapes import ModelShape, rank_parameters, stage_layers
 
-# Megatron's rotary embedding keeps the angles of so many lengths.
+# Number of sequence lengths for which Megatron's rotary embedding caches the angles.
 _ROTARY_LENGTHS = 32
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU of a pipeline stage while it trains.
+    """Bytes on one GPU of a pipeline stage during training.
 
     Attributes:
-        stage: its number.
-        activations: of all micro-batches in flight.
-        rotary: angles of the rotary embedding, which Megatron keeps.
-        head: what the loss adds at its peak; 0 where the stage has no head.
-        layer: what the backward of a layer adds, its recomputed activations included.
+        stage: Index of the pipeline stage.
+        weights: The model's weights.
+        gradients: Gradient buffer.
+        optimizer: Optimizer state.
+        activations: Saved activations of all micro-batches in flight.
+        rotary: Angles cached by Megatron's rotary embedding.
+        head: Peak workspace of the loss; 0 if the stage has no head.
+        layer: Peak workspace of one layer's backward pass, including its recomputed activations.
     """
 
     stage: int
@@ -50,12 +55,12 @@ class Memory:
 
     @property
     def static(self) -> float:
-        """What stays between the passes."""
+        """Bytes that remain allocated between passes."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def working(self) -> float:
-        """The larger of what the loss and what the backward of a layer adds: they follow each other."""
+        """The larger of the two workspaces, which are never allocated at the same time."""
         return max(self.head, self.layer)
 
     @property
@@ -65,185 +70,204 @@ class Memory:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The micro-batches of one optimizer step on a replica.
+    """Micro-batches of one optimizer step on a data-parallel replica.
 
     Attributes:
-        tokens: of the longest, padding included.
-        longest: tokens of the longest sequence.
-        rows: most rows for which the head has a backward in one of them.
-        number: how many there are.
+        tokens: Tokens of the longest micro-batch, including padding.
+        longest_sequence: Tokens of the longest sequence.
+        rows: Maximum number of rows in one micro-batch for which the head has a backward pass.
+        count: Number of micro-batches.
     """
 
     tokens: int
-    longest: int
+    longest_sequence: int
     rows: int
-    number: int
+    count: int
 
 
 def training_memory(
-    shape: Shape, parallel: ParallelSettings, ranks: int, options: Options, batches: MicroBatches
+    shape: ModelShape, parallel: ParallelSettings, ranks: int, options: TrainingOptions, batches: MicroBatches
 ) -> Memory:
-    """Memory of the fullest stage of a layout."""
+    """Estimate the memory of the fullest stage of a layout."""
     stages = (stage_memory(shape, parallel, ranks, options, batches, stage) for stage in range(parallel.pipeline))
     return max(stages, key=lambda memory: memory.peak)
 
 
 def stage_memory(
-    shape: Shape, parallel: ParallelSettings, ranks: int, options: Options, batches: MicroBatches, stage: int
+    shape: ModelShape,
+    parallel: ParallelSettings,
+    ranks: int,
+    options: TrainingOptions,
+    batches: MicroBatches,
+    stage: int,
 ) -> Memory:
-    """Memory of one rank of a pipeline stage."""
+    """Estimate the memory of one rank of a pipeline stage."""
     weights, gradients, optimizer = static_memory(shape, parallel, ranks, options, stage)
     tokens = batches.tokens / parallel.context
-    shared = parallel.tensor if parallel.sequence else 1
+    sequence_ranks = parallel.tensor if parallel.sequence else 1
     head = 0.0
     if stage == parallel.pipeline - 1:
         head = head_workspace(
             rows=batches.rows / parallel.context,
             tokens=tokens,
             hidden=shape.hidden,
-            columns=padded_vocab(shape.vocab, parallel.tensor) // parallel.tensor,
-            element=options.element,
-            sequence=shared,
+            columns=padded_vocab_size(shape.vocab, parallel.tensor) // parallel.tensor,
+            weight_bytes=options.weight_bytes,
+            sequence_ranks=sequence_ranks,
             fused=options.fused_gradient,
         )
-        head += (4 + 2 * options.element) * shape.hidden / shared * tokens  # the last norm, and what the head is given
-    layers = layers_of(shape, parallel, stage)
+        # The last norm and the input of the head.
+        head += (4 + 2 * options.weight_bytes) * shape.hidden / sequence_ranks * tokens
+    layers = stage_layers(shape, parallel, stage)
     return Memory(
         stage=stage,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations(shape, parallel, options, batches, stage),
-        rotary=4.0 * _ROTARY_LENGTHS * shape.head * batches.longest,
+        rotary=4.0 * _ROTARY_LENGTHS * shape.head_size * batches.longest_sequence,
         head=head,
-        layer=max(layer_working(shape, layer, parallel, options, tokens) for layer in layers),
+        layer=max(layer_workspace(shape, layer, parallel, options, tokens) for layer in layers),
     )
 
 
 def static_memory(
-    shape: Shape, parallel: ParallelSettings, ranks: int, options: Options, stage: int
+    shape: ModelShape, parallel: ParallelSettings, ranks: int, options: TrainingOptions, stage: int
 ) -> tuple[float, float, float]:
-    """Bytes of weights, gradients and optimizer on a rank of a stage."""
-    parameters = held(shape, parallel, stage)
-    of_one = 8.0 + (4.0 if options.element == 2 else 0.0)
+    """Return the bytes of weights, gradients and optimizer state on a rank of a stage."""
+    parameters = rank_parameters(shape, parallel, stage)
     per_stage = ranks // parallel.pipeline
-    shares = (per_stage // parallel.tensor, per_stage // parallel.expert) if options.distributed else (1, 1)
-    optimizer = of_one * (parameters.shared / shares[0] + parameters.experts / shares[1])
-    return options.element * parameters.all, options.gradient * parameters.all, optimizer
+    shards = (1, 1)
+    if options.distributed_optimizer:
+        shards = (per_stage // parallel.tensor, per_stage // parallel.expert)
+    state = optimizer_bytes(options.weight_bytes) * (parameters.dense / shards[0] + parameters.experts / shards[1])
+    return options.weight_bytes * parameters.total, options.gradient_bytes * parameters.total, state
 
 
 # Activations --------------------------------------------------------------------------------------------------------
 
 
-def saved_by_layer(shape: Shape, layer: int, parallel: ParallelSettings, options: Options) -> dict[str, float]:
-    """Bytes that autograd saves of a layer, for each token that the rank computes (a micro-batch's / context).
+def saved_by_layer(
+    shape: ModelShape, layer: int, parallel: ParallelSettings, options: TrainingOptions
+) -> dict[str, float]:
+    """Return the bytes that autograd saves of a layer without recompute, per token of the rank.
 
-    The parts are `norms` (both, with what enters the linear layers behind them), `core` (what core attention makes and
-    saves), `attention` (the rest of it) and `feed_forward`. Without recompute.
+    The tokens of a rank are those of a micro-batch divided by `parallel.context`. The parts are `norms` (both, with
+    the inputs of the linear layers behind them), `core` (the output of core attention and what it saves), `attention`
+    (the rest of attention) and `feed_forward`.
     """
-    width, tensor = options.element, parallel.tensor
-    shared = tensor if parallel.sequence else 1
-    hidden, query, key = shape.hidden, shape.query / tensor, shape.key / tensor
-    # Angles, cosine and sine, for queries and for keys; every rank has all of them.
-    angles = 4 * width * shape.head
+    width, tensor = options.weight_bytes, parallel.tensor
+    sequence_ranks = tensor if parallel.sequence else 1
+    hidden, query, key = shape.hidden, shape.query_width / tensor, shape.key_width / tensor
+    # Cosine and sine of the angles, for queries and for keys; every rank has all of them.
+    angles = 4 * width * shape.head_size
     log_sums = 4 * shape.heads / tensor
     if options.transformer_engine:
-        norms = 2 * (2 * width * hidden / shared + 4)
-        # All of linear_qkv's output, queries apart (the input of their norm), both after rotation, values apart.
+        norms = 2 * (2 * width * hidden / sequence_ranks + 4)
+        # All of linear_qkv's output, queries separately (the input of their norm), both after rotation, values
+        # separately.
         attention = width * (query + 2 * key + (query if shape.qk_norm else 0) + query + 2 * key) + angles
-        core = width * query + log_sums
     else:
-        # Of a norm: the input in fp32, the root, the result before and after the weight.
-        norms = 2 * ((4 + 2 * width) * hidden / shared + 4)
+        # For a norm: the input in fp32, the inverse root, the result before and after multiplying by the weight.
+        norms = 2 * ((4 + 2 * width) * hidden / sequence_ranks + 4)
+        # Rotated queries and keys, values with all of linear_qkv's output, and the attention output.
         keys = 2 * key * parallel.context if parallel.context > 1 else key + (query + 2 * key)
-        attention = width * (query + keys + query) + angles  # rotated, values with all that linear_qkv made, output
+        attention = width * (query + keys + query) + angles
         if shape.qk_norm:
             attention += (4 + width) * (query + key) - (4 * key if width == 4 and parallel.context == 1 else 0)
-        core = width * query + log_sums
     return {
         "norms": norms,
         "attention": attention,
-        "core": core,
+        "core": width * query + log_sums,
         "feed_forward": _saved_by_feed_forward(shape, layer, parallel, options),
     }
 
 
-def _saved_by_feed_forward(shape: Shape, layer: int, parallel: ParallelSettings, options: Options) -> float:
-    """Output of the first linear layer (both halves), and as it is by default silu, the second half + 0, product."""
-    width, halves = options.element, 3 if options.fused_activation else 5
-    if not shape.sparse[layer]:
-        return width * halves * shape.feed_forward / parallel.tensor
-    # A token goes to `chosen` experts, each with its own copy and, after the product, its weight.
-    copies = width * shape.hidden + width * (halves + 1) * shape.expert_feed_forward
+def _saved_by_feed_forward(
+    shape: ModelShape, layer: int, parallel: ParallelSettings, options: TrainingOptions
+) -> float:
+    """Return the bytes saved per token: both halves of the first linear layer, silu, the second half + 0, product."""
+    width, halves = options.weight_bytes, 3 if options.fused_activation else 5
+    if not shape.moe_layers[layer]:
+        return width * halves * shape.ffn / parallel.tensor
+    # A token goes to the top-k experts, each with its own copy and, after the product, its router weight.
+    copies = width * shape.hidden + width * (halves + 1) * shape.expert_ffn
     router = 4 * 4 * shape.experts
-    return (shape.chosen * copies + router) / (parallel.tensor if parallel.sequence else 1)
+    return (shape.top_k * copies + router) / (parallel.tensor if parallel.sequence else 1)
 
 
-def kept_by_layer(shape: Shape, layer: int, parallel: ParallelSettings, options: Options) -> float:
-    """Bytes that stay of a layer between its forward and its backward, for each token of the rank."""
-    shared = parallel.tensor if parallel.sequence else 1
-    residual = options.element * shape.hidden / shared
-    if options.recompute == "full" and not options.block:
-        return residual / options.unit
+def retained_by_layer(shape: ModelShape, layer: int, parallel: ParallelSettings, options: TrainingOptions) -> float:
+    """Return the bytes of a layer that remain between its forward and its backward pass, per token of the rank."""
+    residual = options.weight_bytes * shape.hidden / (parallel.tensor if parallel.sequence else 1)
+    if options.recompute == "full" and not options.block_layers:
+        return residual / options.unit_layers
     parts = saved_by_layer(shape, layer, parallel, options)
-    if "core_attn" in options.modules:
+    if "core_attn" in options.recompute_modules:
         parts["core"] = 0.0
-    if ("moe" if shape.sparse[layer] else "mlp") in options.modules:
+    if ("moe" if shape.moe_layers[layer] else "mlp") in options.recompute_modules:
         parts["feed_forward"] = 0.0
-        if options.transformer_engine and not shape.sparse[layer]:
-            parts["norms"] -= residual  # its norm is part of it
+        if options.transformer_engine and not shape.moe_layers[layer]:
+            parts["norms"] -= residual  # in Transformer Engine the norm is part of the recomputed module
     return sum(parts.values())
 
 
-def activations(shape: Shape, parallel: ParallelSettings, options: Options, batches: MicroBatches, stage: int) -> float:
-    """Bytes that autograd and the schedule keep on a stage when most is in flight."""
-    layers = layers_of(shape, parallel, stage)
-    residual = options.element * shape.hidden / (parallel.tensor if parallel.sequence else 1)
-    one = sum(kept_by_layer(shape, layer, parallel, options) for layer in layers)
-    if options.recompute == "full" and options.block:
-        whole = sum(sum(saved_by_layer(shape, layer, parallel, options).values()) for layer in layers)
-        again = min(options.block * parallel.virtual_pipeline, len(layers))
-        one = again * residual + (1 - again / len(layers)) * whole
+def activations(
+    shape: ModelShape, parallel: ParallelSettings, options: TrainingOptions, batches: MicroBatches, stage: int
+) -> float:
+    """Return the bytes that autograd and the pipeline schedule hold on a stage when most is in flight."""
+    layers = stage_layers(shape, parallel, stage)
+    residual = options.weight_bytes * shape.hidden / (parallel.tensor if parallel.sequence else 1)
+    per_token = sum(retained_by_layer(shape, layer, parallel, options) for layer in layers)
+    if options.recompute == "full" and options.block_layers:
+        saved = sum(sum(saved_by_layer(shape, layer, parallel, options).values()) for layer in layers)
+        recomputed = min(options.block_layers * parallel.virtual_pipeline, len(layers))
+        per_token = recomputed * residual + (1 - recomputed / len(layers)) * saved
     if parallel.pipeline > 1:
-        # The schedule holds what each piece sent until its backward, and what it received, which a first layer that
-        # saves its input has anyway.
+        # The schedule holds the output of each virtual stage until its backward pass, and the received input, unless
+        # the first layer saves it as its own input anyway.
         received = 0 if options.recompute == "full" or options.transformer_engine else 1
-        one += (1 + received) * parallel.virtual_pipeline * residual
-    return one * in_flight(parallel, batches.number, stage) * batches.tokens / parallel.context
+        per_token += (1 + received) * parallel.virtual_pipeline * residual
+    return per_token * in_flight(parallel, batches.count, stage) * batches.tokens / parallel.context
 
 
 def in_flight(parallel: ParallelSettings, micro_batches: int, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once (those of one piece of an interleaved stage: a share)."""
-    pipeline, pieces = parallel.pipeline, parallel.virtual_pipeline
-    if pieces == 1:
+    """Return how many micro-batches have activations on a stage at once; one of v virtual stages counts as 1 / v."""
+    pipeline, virtual_stages = parallel.pipeline, parallel.virtual_pipeline
+    if virtual_stages == 1:
         return min(pipeline - stage, micro_batches)
-    warm_up = 2 * (pipeline - stage - 1) + (pieces - 1) * pipeline
-    return min(warm_up + 1, micro_batches * pieces) / pieces
+    warm_up = 2 * (pipeline - stage - 1) + (virtual_stages - 1) * pipeline
+    return min(warm_up + 1, micro_batches * virtual_stages) / virtual_stages
 
 
-# While it works ------------------------------------------------------------------------------------------------------
+# Workspaces ----------------------------------------------------------------------------------------------------------
 
 
-def layer_working(shape: Shape, layer: int, parallel: ParallelSettings, options: Options, tokens: float) -> float:
-    """Bytes that the backward of a layer adds: what it recomputes, gradients of the feed-forward network's halves,
-    tokens gathered from the tensor-parallel ranks with their gradient, and the gradient of the largest weight.
+def layer_workspace(
+    shape: ModelShape, layer: int, parallel: ParallelSettings, options: TrainingOptions, tokens: float
+) -> float:
+    """Return the temporary bytes of a layer's backward pass.
+
+    They are the recomputed activations, the gradients of the feed-forward network's halves, the tokens gathered from
+    the tensor-parallel ranks with their gradient, and the gradient of the largest weight.
 
     Args:
-        tokens: that the rank computes.
+        tokens: Tokens of a micro-batch on this rank.
     """
     recomputed = 0.0
     if options.recompute != "none":
         saved = sum(saved_by_layer(shape, layer, parallel, options).values())
         full = options.recompute == "full"
-        recomputed = options.unit * saved if full else saved - kept_by_layer(shape, layer, parallel, options)
-        if options.block and options.block < shape.layers // (parallel.pipeline * parallel.virtual_pipeline):
-            recomputed = 0.0  # the layers that are not have made room by then
-    columns = weight_columns = shape.feed_forward / parallel.tensor
-    if shape.sparse[layer]:
-        weight_columns = shape.expert_feed_forward
-        columns = shape.chosen * weight_columns / (parallel.tensor if parallel.sequence else 1)
+        recomputed = options.unit_layers * saved if full else saved - retained_by_layer(shape, layer, parallel, options)
+        if options.block_layers and options.block_layers < shape.layers // (
+            parallel.pipeline * parallel.virtual_pipeline
+        ):
+            recomputed = 0.0  # the layers that are not recomputed have freed their activations by then
+    columns = weight_columns = shape.ffn / parallel.tensor
+    if shape.moe_layers[layer]:
+        weight_columns = shape.expert_ffn
+        columns = shape.top_k * weight_columns / (parallel.tensor if parallel.sequence else 1)
     gathered = (2 if parallel.sequence else 1) * shape.hidden
-    temporary = options.element * (tokens * (2 * columns + gathered) + 2 * shape.hidden * weight_columns)
+    temporary = options.weight_bytes * (tokens * (2 * columns + gathered) + 2 * shape.hidden * weight_columns)
     return recomputed * tokens + temporary
 
 
@@ -253,36 +277,37 @@ def head_workspace(
     tokens: float,
     hidden: int,
     columns: int,
-    element: int,
-    sequence: int = 1,
+    weight_bytes: int,
+    sequence_ranks: int = 1,
     fused: bool = False,
     tile: tuple[int, int] = TILE_SHAPE["cuda"],
     casts: bool = False,
 ) -> float:
-    """Bytes that the backward of the head takes at its peak, gradients included.
+    """Return the peak bytes of the head's backward pass, including the gradients.
 
     Args:
-        rows: whose log-probabilities have a gradient.
-        tokens: of the stream on this rank, before it is cut by sequence parallelism.
-        columns: of the vocabulary on this rank, with padding.
-        element: bytes of hidden states and weights.
-        sequence: ranks that share the stream.
-        fused: whether the weight's gradient is added to the buffer at once.
-        tile: rows and columns of a tile of logits.
-        casts: whether operands of the products are cast to fp32, as on a CPU.
+        rows: Number of rows whose log-probabilities have a gradient.
+        tokens: Tokens of the packed sequence on this rank, before sequence parallelism shards it.
+        hidden: Width of the hidden states.
+        columns: Columns of the vocabulary on this rank, including padding.
+        weight_bytes: Bytes of an element of hidden states and weights.
+        sequence_ranks: Ranks over which sequence parallelism shards the packed sequence.
+        fused: True if the weight's gradient is added directly to the gradient buffer.
+        tile: Rows and columns of a tile of logits.
+        casts: True if the operands of the products are cast to fp32, as on a CPU.
     """
     height, width = min(tile[0], rows), min(tile[1], columns)
-    gathered = element * rows * hidden * (2 if sequence > 1 else 1)
+    gathered = weight_bytes * rows * hidden * (2 if sequence_ranks > 1 else 1)
     gradient_of_rows = 4.0 * rows * hidden
-    gradient_of_weight = 0.0 if fused else float(element) * columns * hidden
-    # A tile's gradient lives until the next one's is there.
-    before = height * width if rows > height or columns > width else 0.0
-    if element == 4:
-        tiles = 4.0 * (height * width + before)
+    gradient_of_weight = 0.0 if fused else float(weight_bytes) * columns * hidden
+    # The gradient of a tile is freed only when that of the next one exists.
+    previous = height * width if rows > height or columns > width else 0.0
+    if weight_bytes == 4:
+        tiles = 4.0 * (height * width + previous)
     else:
-        # fp32 sums of a tile of the weight's gradient; beside them the operands in fp32, or the product that is added
-        # to the sums, and dz in bf16.
-        operands = 4.0 * hidden * (width + height) if casts else 4.0 * width * hidden + element * height * width
-        tiles = 4.0 * (height * width + width * hidden) + operands + (4.0 if casts else element) * before
-    scattered = element * tokens / sequence * hidden + element * rows * hidden
+        # fp32 sums of a tile of the weight's gradient, and beside them either the operands in fp32, or the product
+        # that is added to the sums, and dz in bf16.
+        operands = 4.0 * hidden * (width + height) if casts else 4.0 * width * hidden + weight_bytes * height * width
+        tiles = 4.0 * (height * width + width * hidden) + operands + (4.0 if casts else weight_bytes) * previous
+    scattered = weight_bytes * tokens / sequence_ranks * hidden + weight_bytes * rows * hidden
     return gradient_of_weight + gathered + gradient_of_rows + max(tiles, scattered)

@@ -1,13 +1,14 @@
-"""What decides memory and time beside the layout: `model.dtype`, the ``megatron:`` section, whose the layers are."""
+"""Options besides the layout that decide memory and time: `model.dtype`, the ``megatron:`` section, the layers used."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rlvr.checkpoint.size import WEIGHT_BYTES
 from megatron_rlvr.config import SettingsError
 
-_MODULES = ("core_attn", "mlp", "moe")
-PLANNED_FOR = (
+_KNOWN_MODULES = ("core_attn", "mlp", "moe")
+MODELED_FIELDS = (
     "use_distributed_optimizer",
     "grad_reduce_in_fp32",
     "recompute_granularity",
@@ -17,58 +18,63 @@ PLANNED_FOR = (
     "bias_activation_fusion",
     "gradient_accumulation_fusion",
 )
-"""Fields of the ``megatron:`` section that the figures follow."""
+"""Fields of the ``megatron:`` section that the estimates take into account."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the figures follow beside the layout; see `Options.of`.
+class TrainingOptions:
+    """Options besides the layout that the estimates depend on; `TrainingOptions.of` reads them from settings.
 
     Attributes:
-        element: bytes of a weight and of an activation.
-        gradient: bytes of a gradient in the buffer.
-        distributed: use_distributed_optimizer.
-        recompute: none, selective, full.
-        block: layers of a stage that are recomputed (full, block); 0: all of them, `unit` at a time.
-        unit: layers recomputed together (full, uniform).
-        modules: recomputed modules (selective).
-        fused_activation: bias_activation_fusion.
-        fused_gradient: gradient_accumulation_fusion.
-        transformer_engine: whether layers are Transformer Engine's.
+        weight_bytes: Bytes of a weight and of an activation.
+        gradient_bytes: Bytes of a gradient in the buffer.
+        distributed_optimizer: Value of use_distributed_optimizer.
+        recompute: Activation checkpointing (recompute): none, selective or full.
+        block_layers: Layers of a virtual stage that are recomputed (full recompute, method block); 0 for method
+            uniform, which recomputes all of them, ``unit_layers`` at a time.
+        unit_layers: Layers that are recomputed together (full recompute, method uniform).
+        recompute_modules: Modules that are recomputed (selective recompute).
+        fused_activation: Value of bias_activation_fusion.
+        fused_gradient: Value of gradient_accumulation_fusion.
+        transformer_engine: True if layers are Transformer Engine's, False if they are the project's own.
     """
 
-    element: int = 2
-    gradient: int = 4
-    distributed: bool = True
+    weight_bytes: int = 2
+    gradient_bytes: int = 4
+    distributed_optimizer: bool = True
     recompute: str = "none"
-    block: int = 0
-    unit: int = 1
-    modules: tuple[str, ...] = ()
+    block_layers: int = 0
+    unit_layers: int = 1
+    recompute_modules: tuple[str, ...] = ()
     fused_activation: bool = False
     fused_gradient: bool = False
     transformer_engine: bool = True
 
     @classmethod
-    def of(cls, dtype: str, megatron: Mapping[str, Any], transformer_engine: bool) -> "Options":
-        """From `model.dtype` and a ``megatron:`` section; SettingsError for recompute that is not known here."""
-        element = 2 if dtype == "bfloat16" else 4
+    def of(cls, dtype: str, megatron: Mapping[str, Any], transformer_engine: bool) -> "TrainingOptions":
+        """Read the options from `model.dtype` and a ``megatron:`` section.
+
+        Raises: SettingsError for a recomputed module that the estimates do not cover.
+        """
+        weight_bytes = WEIGHT_BYTES[dtype]
         recompute = megatron.get("recompute_granularity") or "none"
         layers = megatron.get("recompute_num_layers") or 1
         block = megatron.get("recompute_method") == "block"
         modules = tuple(megatron.get("recompute_modules") or ("core_attn",)) if recompute == "selective" else ()
         for module in modules:
-            if module not in _MODULES:
+            if module not in _KNOWN_MODULES:
                 raise SettingsError(
-                    f"megatron.recompute_modules {module!r} is not planned for; known are {', '.join(_MODULES)}"
+                    f"megatron.recompute_modules: the planner has no estimate for {module!r}; "
+                    f"use only {', '.join(_KNOWN_MODULES)}"
                 )
         return cls(
-            element=element,
-            gradient=4 if megatron.get("grad_reduce_in_fp32", True) else element,
-            distributed=bool(megatron.get("use_distributed_optimizer", False)),
+            weight_bytes=weight_bytes,
+            gradient_bytes=4 if megatron.get("grad_reduce_in_fp32", True) else weight_bytes,
+            distributed_optimizer=bool(megatron.get("use_distributed_optimizer", False)),
             recompute=recompute,
-            block=layers if block else 0,
-            unit=1 if block else layers,
-            modules=modules,
+            block_layers=layers if block else 0,
+            unit_layers=1 if block else layers,
+            recompute_modules=modules,
             fused_activation=bool(megatron.get("bias_activation_fusion", False)),
             fused_gradient=bool(megatron.get("gradient_accumulation_fusion", False)),
             transformer_engine=transformer_engine,
@@ -76,17 +82,18 @@ class Options:
 
     @property
     def megatron(self) -> dict[str, Any]:
-        """The ``megatron:`` section that says the same, defaults left out."""
+        """The equivalent ``megatron:`` section, without the fields that keep their defaults."""
         values: dict[str, Any] = {}
-        if self.distributed:
+        if self.distributed_optimizer:
             values["use_distributed_optimizer"] = True
-        if self.gradient == 2:
+        if self.gradient_bytes == 2:
             values["grad_reduce_in_fp32"] = False
         if self.recompute == "full":
-            method = {"recompute_method": "block" if self.block else "uniform"}
-            values |= {"recompute_granularity": "full", **method, "recompute_num_layers": self.block or self.unit}
+            values["recompute_granularity"] = "full"
+            values["recompute_method"] = "block" if self.block_layers else "uniform"
+            values["recompute_num_layers"] = self.block_layers or self.unit_layers
         if self.recompute == "selective":
-            values |= {"recompute_granularity": "selective", "recompute_modules": list(self.modules)}
+            values |= {"recompute_granularity": "selective", "recompute_modules": list(self.recompute_modules)}
         if self.fused_activation:
             values["bias_activation_fusion"] = True
         if self.fused_gradient:

@@ -1,11 +1,11 @@
-"""Seconds of the training phases: operations over what the matrix units reach, bytes over what the links reach.
+"""Seconds of the training phases: operations over the achieved FLOP/s, bytes over the achieved bandwidth.
 
     of a stage and a micro-batch = operations / (tensor context peak mfu)  +  bytes of each exchange / (link share)
     of a pass = (micro-batches + (pipeline - 1) / virtual_pipeline) x the slowest stage
 
-Nothing is taken to overlap, and the work of a step is taken to divide evenly over its micro-batches and ranks. A pass
-backward costs twice the linear layers and 2.5 times the attention of a pass forward (flash attention computes the
-scores again); the head, 3 times its forward, on the selected rows only.
+No overlap of communication and computation is assumed, and the work of a step is assumed to divide evenly over its
+micro-batches and ranks. A backward pass costs twice the linear layers and 2.5 times the attention of a forward pass
+(flash attention computes the scores again); for the head it costs 3 times its forward pass, on the selected rows only.
 """
 
 from collections.abc import Sequence
@@ -13,23 +13,24 @@ from dataclasses import dataclass
 
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.planner.devices import Device
-from megatron_rlvr.planner.options import Options
-from megatron_rlvr.planner.shapes import Shape, held, layers_of
+from megatron_rlvr.planner.options import TrainingOptions
+from megatron_rlvr.planner.shapes import ModelShape, rank_parameters, stage_layers
 from megatron_rlvr.planner.workload import Workload
 
-# Adam reads gradient, weight and two moments and writes three and the model's own: bytes a parameter.
+# Bytes per parameter that Adam moves: it reads gradient, weight and two moments and writes three and the model's own.
 _ADAM_BYTES = 30.0
-# Gradients are set to zero, and read for their norm and to be scaled.
-_GRADIENT_VISITS = 3.0
+# Further accesses to a gradient: it is set to zero, read for the norm, and read to be scaled.
+_GRADIENT_ACCESSES = 3.0
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is reached of the peaks.
+    """Achieved shares of the peaks.
 
     Attributes:
-        mfu: of the matrix units' operations, while they compute (exchanges and waiting are counted apart).
-        bandwidth: of memory, links and network.
+        mfu: Share of the matrix units' peak FLOP/s while they compute; communication and waiting count
+            separately.
+        bandwidth: Share of the peak bandwidth of memory, links and network.
     """
 
     mfu: float = 0.45
@@ -37,13 +38,13 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Training:
-    """Seconds of the score and train phases of a step, and what they are made of (parts add up to the whole).
+class TrainingTime:
+    """Seconds of the score and train phases of a step.
 
     Attributes:
-        score: forward of all tokens.
-        train: forward, backward, recompute, gradients' reduction and optimizer, of all mini-batches.
-        parts: of both together, by what the time goes to.
+        score: Forward pass of all tokens.
+        train: Forward, backward, recompute, gradient reduction and optimizer of all mini-batches.
+        parts: {cause: seconds} of both phases together; they add up to score + train.
     """
 
     score: float
@@ -52,8 +53,8 @@ class Training:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """Seconds of one micro-batch on a stage, by what they go to."""
+class _MicroBatchTime:
+    """Seconds of one micro-batch on a stage, by cause."""
 
     compute: float
     tensor: float
@@ -67,54 +68,66 @@ class _Pass:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """GPUs in a layout.
+class TrainingSetup:
+    """A model on GPUs in a layout.
 
     Attributes:
-        ranks: of training.
+        shape: Sizes of the model.
+        device: Type of the GPUs.
+        efficiency: Achieved shares of the device's peaks.
+        parallel: The layout.
+        ranks: Number of ranks that train.
+        options: Options besides the layout.
     """
 
-    shape: Shape
+    shape: ModelShape
     device: Device
     efficiency: Efficiency
     parallel: ParallelSettings
     ranks: int
-    options: Options
+    options: TrainingOptions
 
     @property
     def replicas(self) -> int:
+        """Number of data-parallel replicas."""
         return self.ranks // self.parallel.replica
 
-    def bandwidth(self, inner: int, size: int) -> float:
-        """Bytes a second that a rank sends to others of a group of ``size`` ranks, of which neighbours are ``inner``
-        apart: over the node's links where they are in one, else through its own network adapter."""
-        peak = self.device.link if inner * size <= self.device.node else self.device.network
+    def bandwidth(self, stride: int, size: int) -> float:
+        """Return the bytes per second at which a rank sends to the others of a group.
+
+        Within a node they travel over its links, otherwise through the rank's own network adapter.
+
+        Args:
+            stride: Difference between the numbers of neighbouring ranks of the group.
+            size: Number of ranks in the group.
+        """
+        peak = self.device.link if stride * size <= self.device.gpus_per_node else self.device.network
         return peak * self.efficiency.bandwidth
 
-    def reduction_bandwidth(self, inner: int, size: int) -> float:
-        """The same where all ranks end up with the same: between nodes those of a node share the work."""
-        together = max(1, self.device.node // inner)
-        peak = self.device.link if inner * size <= self.device.node else self.device.network * together
+    def reduction_bandwidth(self, stride: int, size: int) -> float:
+        """Return the same for a reduction, in which the ranks of one node share the traffic between nodes."""
+        together = max(1, self.device.gpus_per_node // stride)
+        within_node = stride * size <= self.device.gpus_per_node
+        peak = self.device.link if within_node else self.device.network * together
         return min(peak, self.device.link) * self.efficiency.bandwidth
 
 
-def training(machine: Machine, work: Workload) -> Training:
-    """Seconds of scoring and training a step."""
-    parallel = machine.parallel
-    batches = work.micro_batches(parallel, machine.replicas)
-    sequences = work.sequences(machine.replicas)
-    each = sequences / batches.number  # sequences of an average micro-batch
-    tokens, squares = each * work.sequence, each * work.sequence_square
-    response = each * work.responses.mean
+def training_time(setup: TrainingSetup, work: Workload) -> TrainingTime:
+    """Estimate the seconds of scoring and training in a step."""
+    parallel = setup.parallel
+    batches = work.micro_batches(parallel, setup.replicas)
+    sequences = work.sequences_per_replica(setup.replicas) / batches.count  # of an average micro-batch
+    tokens, squares = sequences * work.mean_sequence, sequences * work.mean_square_sequence
+    response = sequences * work.responses.mean
     selected = work.fraction * response
-    forward = _slowest(machine, tokens, squares, forward_rows=response, backward_rows=None)
-    # Current entropies are known once the head has seen all rows.
-    seen = selected if work.old_entropies else response
-    both = _slowest(machine, tokens, squares, forward_rows=seen, backward_rows=selected)
+    forward = _slowest_stage(setup, tokens, squares, forward_rows=response, backward_rows=None)
+    # Current entropies are known only after the head has processed all rows.
+    forward_rows = selected if work.old_entropies else response
+    both = _slowest_stage(setup, tokens, squares, forward_rows=forward_rows, backward_rows=selected)
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline
-    score_passes = work.mini_batches * batches.number + bubble
-    train_passes = work.mini_batches * (batches.number + bubble)
-    update, reduction = _update(machine)
+    score_passes = work.mini_batches * batches.count + bubble
+    train_passes = work.mini_batches * (batches.count + bubble)
+    update, reduction = _update(setup)
     parts = {
         name: score_passes * getattr(forward, name) + train_passes * getattr(both, name)
         for name in ("compute", "tensor", "context", "pipeline", "experts")
@@ -122,62 +135,66 @@ def training(machine: Machine, work: Workload) -> Training:
     waiting = bubble * (forward.seconds + work.mini_batches * both.seconds)
     parts = {name: value * (1 - waiting / max(sum(parts.values()), 1e-12)) for name, value in parts.items()}
     parts |= {"waiting": waiting, "reduction": work.mini_batches * reduction, "optimizer": work.mini_batches * update}
-    return Training(
+    return TrainingTime(
         score=score_passes * forward.seconds,
         train=train_passes * both.seconds + work.mini_batches * (update + reduction),
         parts=parts,
     )
 
 
-def _slowest(
-    machine: Machine, tokens: float, squares: float, forward_rows: float, backward_rows: float | None
-) -> _Pass:
-    passes = [
-        _pass(machine, stage, tokens, squares, forward_rows, backward_rows)
-        for stage in range(machine.parallel.pipeline)
+def _slowest_stage(
+    setup: TrainingSetup, tokens: float, squares: float, forward_rows: float, backward_rows: float | None
+) -> _MicroBatchTime:
+    times = [
+        _micro_batch_time(setup, stage, tokens, squares, forward_rows, backward_rows)
+        for stage in range(setup.parallel.pipeline)
     ]
-    return max(passes, key=lambda one: one.seconds)
+    return max(times, key=lambda time: time.seconds)
 
 
-def _pass(
-    machine: Machine, stage: int, tokens: float, squares: float, forward_rows: float, backward_rows: float | None
-) -> _Pass:
-    """A micro-batch forward, and backward where ``backward_rows`` is given."""
-    parallel, options = machine.parallel, machine.options
-    layers = layers_of(machine.shape, parallel, stage)
-    flops = stage_flops(machine.shape, layers, tokens, squares, options, backward=backward_rows is not None)
+def _micro_batch_time(
+    setup: TrainingSetup, stage: int, tokens: float, squares: float, forward_rows: float, backward_rows: float | None
+) -> _MicroBatchTime:
+    """Return the time of a micro-batch: forward, and backward if ``backward_rows`` is given."""
+    shape, parallel, options = setup.shape, setup.parallel, setup.options
+    layers = stage_layers(shape, parallel, stage)
+    backward = backward_rows is not None
+    flops = stage_flops(shape, layers, tokens, squares, options, backward=backward)
     if stage == parallel.pipeline - 1:
-        flops += machine.shape.head_flops(forward_rows) + 3 * machine.shape.head_flops(backward_rows or 0.0)
-    peak = machine.device.flops * machine.efficiency.mfu
-    again = float(options.recompute == "full") if backward_rows is not None else 0.0
-    back = backward_rows is not None
-    here = tokens / parallel.context
-    width = options.element
-    tensor, context = parallel.tensor, parallel.context
-    # Two gathers and two scatters of the tokens a layer and pass; backward gathers the inputs of both halves again.
-    times = 4.0 + (4.0 + (2.0 if parallel.sequence else 0.0) + 4.0 * again if back else 0.0)
-    stream = width * machine.shape.hidden * here
-    of_tensor = times * len(layers) * stream * (tensor - 1) / tensor / machine.bandwidth(1, tensor)
-    keys = 2 * width * machine.shape.key / tensor * here * (context - 1)
-    of_context = (1 + (2 + again if back else 0)) * len(layers) * keys / machine.bandwidth(tensor, context)
-    messages = 0.0
+        flops += shape.head_flops(forward_rows) + 3 * shape.head_flops(backward_rows or 0.0)
+    peak = setup.device.flops * setup.efficiency.mfu
+    recomputed = float(backward and options.recompute == "full")
+    width, tensor, context = options.weight_bytes, parallel.tensor, parallel.context
+    sequence_ranks = tensor if parallel.sequence else 1
+    hidden_states = width * shape.hidden * tokens / context
+    # Two gathers and two scatters of the tokens per layer and pass; backward gathers the inputs of both halves again.
+    exchanges = 4.0 + (4.0 + (2.0 if parallel.sequence else 0.0) + 4.0 * recomputed if backward else 0.0)
+    tensor_seconds = exchanges * len(layers) * hidden_states * (tensor - 1) / tensor / setup.bandwidth(1, tensor)
+    keys_and_values = 2 * width * shape.key_width / tensor * tokens / context * (context - 1)
+    context_passes = 1 + (2 + recomputed if backward else 0)
+    context_seconds = context_passes * len(layers) * keys_and_values / setup.bandwidth(tensor, context)
+    pipeline_seconds = 0.0
     if parallel.pipeline > 1:
-        apart = machine.ranks // parallel.pipeline
-        messages = (2.0 if back else 1.0) * parallel.virtual_pipeline * stream
-        messages /= (tensor if parallel.sequence else 1) * machine.bandwidth(apart, parallel.pipeline)
-    sparse = sum(machine.shape.sparse[layer] for layer in layers)
-    sent = 2 * machine.shape.chosen * stream / (tensor if parallel.sequence else 1)
-    sent *= (parallel.expert - 1) / parallel.expert
-    of_experts = (1 + (1 + again if back else 0)) * sparse * sent / machine.bandwidth(1, parallel.expert)
-    return _Pass(flops / (tensor * context * peak), of_tensor, of_context, messages, of_experts)
+        stride = setup.ranks // parallel.pipeline
+        messages = (2.0 if backward else 1.0) * parallel.virtual_pipeline * hidden_states
+        pipeline_seconds = messages / (sequence_ranks * setup.bandwidth(stride, parallel.pipeline))
+    moe_layers = sum(shape.moe_layers[layer] for layer in layers)
+    routed = 2 * shape.top_k * hidden_states / sequence_ranks * (parallel.expert - 1) / parallel.expert
+    expert_passes = 1 + (1 + recomputed if backward else 0)
+    expert_seconds = expert_passes * moe_layers * routed / setup.bandwidth(1, parallel.expert)
+    compute_seconds = flops / (tensor * context * peak)
+    return _MicroBatchTime(compute_seconds, tensor_seconds, context_seconds, pipeline_seconds, expert_seconds)
 
 
 def stage_flops(
-    shape: Shape, layers: Sequence[int], tokens: float, squares: float, options: Options, backward: bool
+    shape: ModelShape, layers: Sequence[int], tokens: float, squares: float, options: TrainingOptions, backward: bool
 ) -> float:
-    """Operations of some layers over sequences of so many tokens: forward, or forward, recompute and backward.
+    """Return the operations of some layers: forward, or forward, recompute and backward.
 
-    ``squares`` is the sum of the squares of the sequences' lengths.
+    Args:
+        tokens: Tokens of the sequences together.
+        squares: Sum of the squared lengths of the sequences.
+        backward: True to include recompute and the backward pass.
     """
     linear = shape.linear_flops(list(layers), tokens)
     attention = shape.attention_flops(len(layers), squares)
@@ -187,32 +204,34 @@ def stage_flops(
 
 
 def _recomputed_flops(
-    shape: Shape, layers: Sequence[int], linear: float, attention: float, tokens: float, options: Options
+    shape: ModelShape, layers: Sequence[int], linear: float, attention: float, tokens: float, options: TrainingOptions
 ) -> float:
     if options.recompute == "full":
-        return (linear + attention) * (min(options.block, len(layers)) / len(layers) if options.block else 1.0)
-    again = attention if "core_attn" in options.modules else 0.0
+        share = min(options.block_layers, len(layers)) / len(layers) if options.block_layers else 1.0
+        return (linear + attention) * share
+    recomputed = attention if "core_attn" in options.recompute_modules else 0.0
     for layer in layers:
-        if ("moe" if shape.sparse[layer] else "mlp") in options.modules:
-            outside = 2 * shape.hidden * (shape.query + shape.key)
-            again += 2.0 * tokens * (shape.layer_weights(layer) - outside)
-    return again
+        if ("moe" if shape.moe_layers[layer] else "mlp") in options.recompute_modules:
+            attention_weights = 2 * shape.hidden * (shape.query_width + shape.key_width)
+            recomputed += 2.0 * tokens * (shape.layer_weights(layer) - attention_weights)
+    return recomputed
 
 
-def _update(machine: Machine) -> tuple[float, float]:
-    """Seconds of an optimizer step on the fullest stage: Adam, and the exchange of gradients and weights."""
-    parallel, options = machine.parallel, machine.options
-    per_stage = machine.ranks // parallel.pipeline
+def _update(setup: TrainingSetup) -> tuple[float, float]:
+    """Return the seconds of an optimizer step on the fullest stage: Adam, and exchanging gradients and weights."""
+    parallel, options = setup.parallel, setup.options
+    per_stage = setup.ranks // parallel.pipeline
     slowest = (0.0, 0.0)
     for stage in range(parallel.pipeline):
-        parameters = held(machine.shape, parallel, stage)
+        parameters = rank_parameters(setup.shape, parallel, stage)
         update = reduction = 0.0
-        for number, inner in ((parameters.shared, parallel.tensor), (parameters.experts, parallel.expert)):
-            size = per_stage // inner
-            shares = size if options.distributed else 1
-            update += (_ADAM_BYTES / shares + _GRADIENT_VISITS * options.gradient) * number
-            exchanged = options.gradient + (options.element if options.distributed else options.gradient)
-            reduction += exchanged * number * (size - 1) / size / machine.reduction_bandwidth(inner, size)
-        update /= machine.device.bandwidth * machine.efficiency.bandwidth
+        for count, stride in ((parameters.dense, parallel.tensor), (parameters.experts, parallel.expert)):
+            size = per_stage // stride
+            shards = size if options.distributed_optimizer else 1
+            update += (_ADAM_BYTES / shards + _GRADIENT_ACCESSES * options.gradient_bytes) * count
+            exchanged = options.gradient_bytes
+            exchanged += options.weight_bytes if options.distributed_optimizer else options.gradient_bytes
+            reduction += exchanged * count * (size - 1) / size / setup.reduction_bandwidth(stride, size)
+        update /= setup.device.bandwidth * setup.efficiency.bandwidth
         slowest = max(slowest, (update, reduction), key=sum)
     return slowest

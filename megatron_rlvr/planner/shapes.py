@@ -1,11 +1,11 @@
-"""What a model's config.json says about its size: parameters of every rank, and operations of a forward pass.
+"""Sizes of a model, read from its config.json: parameters of every rank, and operations of a forward pass.
 
-Parameters are counted row by row of the family's table (`hf.families`), so that a family is planned as it is built.
+Parameters are counted row by row from the family's table (`hf.families`), the same table that the policy is built from.
 
     forward operations of a sequence of n tokens = 2 n (weights of the products)  +  layers 2 query n^2  +  2 rows H V
                                                    linear layers                     causal attention       head
 
-A causal query of n tokens meets n / 2 keys on average; scores and their product with values are 2 operations each.
+A causal query attends to n / 2 keys on average; scores and their product with values take 2 operations each.
 """
 
 import math
@@ -19,162 +19,175 @@ from megatron_rlvr.hf.families import (
     Row,
     expert_count,
     family_of,
-    rows_of,
-    sparse_layers,
+    moe_layers,
+    padded_vocab_size,
+    parameter_count,
     tensor_shapes,
     tied,
     transformer_fields,
 )
 
-# `policy.build.padded_vocab`: every tensor-parallel rank gets a multiple of so many columns of the vocabulary.
-_VOCAB_MULTIPLE = 128
-
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """Sizes of a model.
 
     Attributes:
-        config: its config.json.
-        query, key: width of all queries together, and of all keys (values have the same).
-        experts, chosen, expert_feed_forward: of a sparse layer; 0 in a dense model.
-        sparse: for each layer whether it has experts.
+        config: Contents of its config.json.
+        layers: Number of layers.
+        hidden: Width of the hidden states.
+        ffn: Width of the feed-forward network of a dense layer.
+        heads: Number of attention heads.
+        key_value_heads: Number of key-value heads.
+        head_size: Width of one head.
+        vocab: Size of the vocabulary, without padding.
+        experts: Number of experts of an MoE layer; 0 in a dense model.
+        top_k: Number of experts that a token is routed to; 0 in a dense model.
+        expert_ffn: Width of the feed-forward network of one expert; 0 in a dense model.
+        moe_layers: For each layer, True if it is an MoE layer.
+        qk_norm: True if queries and keys are normalized.
+        tied: True if the output layer shares the weight of the embedding.
     """
 
     config: Mapping[str, Any]
     layers: int
     hidden: int
-    feed_forward: int
+    ffn: int
     heads: int
-    groups: int
-    head: int
+    key_value_heads: int
+    head_size: int
     vocab: int
     experts: int
-    chosen: int
-    expert_feed_forward: int
-    sparse: tuple[bool, ...]
+    top_k: int
+    expert_ffn: int
+    moe_layers: tuple[bool, ...]
     qk_norm: bool
     tied: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """From a Hugging Face ``config.json``; ModelError says why it is not one that can be trained."""
+    def of(cls, config: Mapping[str, Any]) -> "ModelShape":
+        """Read the sizes from a Hugging Face ``config.json``.
+
+        Raises: ModelError if the model cannot be trained.
+        """
         fields = transformer_fields(config)
         return cls(
             config=config,
             layers=fields["num_layers"],
             hidden=fields["hidden_size"],
-            feed_forward=fields["ffn_hidden_size"],
+            ffn=fields["ffn_hidden_size"],
             heads=fields["num_attention_heads"],
-            groups=fields["num_query_groups"],
-            head=fields["kv_channels"],
+            key_value_heads=fields["num_query_groups"],
+            head_size=fields["kv_channels"],
             vocab=config["vocab_size"],
             experts=expert_count(config),
-            chosen=fields.get("moe_router_topk", 0),
-            expert_feed_forward=fields.get("moe_ffn_hidden_size", 0),
-            sparse=tuple(sparse_layers(config)),
+            top_k=fields.get("moe_router_topk", 0),
+            expert_ffn=fields.get("moe_ffn_hidden_size", 0),
+            moe_layers=tuple(moe_layers(config)),
             qk_norm=fields["qk_layernorm"],
             tied=tied(config),
         )
 
     @property
-    def query(self) -> int:
-        return self.heads * self.head
+    def query_width(self) -> int:
+        """Width of all queries together."""
+        return self.heads * self.head_size
 
     @property
-    def key(self) -> int:
-        return self.groups * self.head
+    def key_width(self) -> int:
+        """Width of all keys together; all values together have the same."""
+        return self.key_value_heads * self.head_size
 
     @cached_property
     def parameters(self) -> int:
-        """Of the whole model, a tied output layer counted once."""
-        return sum(_numel(row, self.config) for rows in rows_of(self.config) for row in rows)
+        """Number of parameters of the whole model; a tied output layer counts once."""
+        return parameter_count(self.config)
 
     @cached_property
     def active_parameters(self) -> int:
-        """Weights that one token is multiplied with: of the experts the chosen ones, and the output layer."""
+        """Number of weights that one token is multiplied with: the top-k experts only, and the output layer."""
         return sum(self.layer_weights(layer) for layer in range(self.layers)) + self.hidden * self.vocab
 
     def layer_weights(self, layer: int) -> int:
-        """Weights of a layer's products that one token meets."""
-        attention = self.hidden * (2 * self.query + 2 * self.key)
-        if self.sparse[layer]:
-            return attention + self.hidden * self.experts + 3 * self.hidden * self.chosen * self.expert_feed_forward
-        return attention + 3 * self.hidden * self.feed_forward
+        """Return the number of weights of a layer that one token is multiplied with."""
+        attention = self.hidden * (2 * self.query_width + 2 * self.key_width)
+        if self.moe_layers[layer]:
+            return attention + self.hidden * self.experts + 3 * self.hidden * self.top_k * self.expert_ffn
+        return attention + 3 * self.hidden * self.ffn
 
-    def key_value_bytes(self, element: int) -> int:
-        """Bytes that a server caches for one token: a key and a value in every layer."""
-        return 2 * self.layers * self.key * element
+    def key_value_bytes(self, element_bytes: int) -> int:
+        """Return the bytes of one token in a server's KV cache: a key and a value in every layer."""
+        return 2 * self.layers * self.key_width * element_bytes
 
     # Operations of a forward pass ------------------------------------------------------------------------------------
 
     def linear_flops(self, layers: range | list[int], tokens: float) -> float:
+        """Return the operations of the linear layers in ``layers``."""
         return 2.0 * tokens * sum(self.layer_weights(layer) for layer in layers)
 
     def attention_flops(self, layers: int, squares: float) -> float:
-        """``squares``: the sum over the sequences of the square of their length."""
-        return 2.0 * layers * self.query * squares
+        """Return the operations of causal attention; ``squares`` is the sum of the squared sequence lengths."""
+        return 2.0 * layers * self.query_width * squares
 
     def head_flops(self, rows: float) -> float:
+        """Return the operations of the output layer on so many tokens."""
         return 2.0 * rows * self.hidden * self.vocab
 
 
 @dataclass(frozen=True)
-class Held:
-    """Parameters that a rank holds: those it shares with all data-parallel ranks, and those of its experts."""
+class RankParameters:
+    """Numbers of parameters on one rank.
 
-    shared: int
+    Attributes:
+        dense: Parameters replicated over all data-parallel ranks.
+        experts: Parameters of the experts on this rank, replicated over fewer ranks under expert parallelism.
+    """
+
+    dense: int
     experts: int
 
     @property
-    def all(self) -> int:
-        return self.shared + self.experts
+    def total(self) -> int:
+        return self.dense + self.experts
 
 
-def padded_vocab(vocab: int, tensor: int) -> int:
-    """Rows of the embedding with Megatron's padding, over all tensor-parallel ranks."""
-    multiple = _VOCAB_MULTIPLE * tensor
-    return -(-vocab // multiple) * multiple
-
-
-def layers_of(shape: Shape, parallel: ParallelSettings, stage: int) -> list[int]:
-    """Numbers of the layers on a pipeline stage; interleaved, it has a piece of every round."""
+def stage_layers(shape: ModelShape, parallel: ParallelSettings, stage: int) -> list[int]:
+    """Return the layers of a pipeline stage; with virtual stages it holds one chunk of each pass over the pipeline."""
     size = shape.layers // (parallel.pipeline * parallel.virtual_pipeline)
-    starts = (piece * parallel.pipeline * size + stage * size for piece in range(parallel.virtual_pipeline))
+    starts = (chunk * parallel.pipeline * size + stage * size for chunk in range(parallel.virtual_pipeline))
     return [layer for start in starts for layer in range(start, start + size)]
 
 
-def held(shape: Shape, parallel: ParallelSettings, stage: int) -> Held:
-    """Parameters of each rank of a pipeline stage, with the padding of the vocabulary."""
-    layers = layers_of(shape, parallel, stage)
-    shared = experts = 0
+def rank_parameters(shape: ModelShape, parallel: ParallelSettings, stage: int) -> RankParameters:
+    """Count the parameters on each rank of a pipeline stage, including the padding of the vocabulary."""
+    layers = stage_layers(shape, parallel, stage)
+    dense = experts = 0
     for row, count in _rows_of_stage(shape, parallel, stage, layers):
-        size = _numel(row, shape.config)
+        size = sum(math.prod(tensor) for tensor in tensor_shapes(row, shape.config))
         if row.of_expert:
             experts += count * size * (shape.experts // parallel.expert)
         elif row.layout == "vocab":
-            shared += count * padded_vocab(shape.vocab, parallel.tensor) * shape.hidden // parallel.tensor
+            dense += count * padded_vocab_size(shape.vocab, parallel.tensor) * shape.hidden // parallel.tensor
         else:
-            shared += count * (size if row.layout == "whole" else size // parallel.tensor)
-    return Held(shared, experts)
+            dense += count * (size if row.layout == "whole" else size // parallel.tensor)
+    return RankParameters(dense, experts)
 
 
 def _rows_of_stage(
-    shape: Shape, parallel: ParallelSettings, stage: int, layers: list[int]
+    shape: ModelShape, parallel: ParallelSettings, stage: int, layers: list[int]
 ) -> Iterator[tuple[Row, int]]:
-    """Rows of the family's table, each with how many of its like the stage has (of experts: how many layers)."""
+    """Yield each row of the family's table with its count on the stage (for experts: the number of layers)."""
     first, last = stage == 0, stage == parallel.pipeline - 1
     for row in family_of(shape.config).rows:
         if "{layer}" in row.megatron:
-            yield row, sum(row.layers == "all" or (row.layers == "sparse") == shape.sparse[layer] for layer in layers)
+            yield (
+                row,
+                sum(row.layers == "all" or (row.layers == "moe") == shape.moe_layers[layer] for layer in layers),
+            )
         elif row.megatron.startswith("embedding."):
-            # Where it is tied, the last stage has a copy as its output layer.
+            # If it is tied, the last stage holds a copy as its output layer.
             yield row, first + (last and not first and shape.tied)
         elif row.megatron == "output_layer.weight":
             yield row, int(last and not shape.tied)
         else:
             yield row, int(last)
-
-
-def _numel(row: Row, config: Mapping[str, Any]) -> int:
-    return sum(math.prod(size) for size in tensor_shapes(row, config))

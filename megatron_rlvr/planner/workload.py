@@ -1,8 +1,8 @@
-"""What a training step has to do: how many responses, how long, in which micro-batches.
+"""Work of one training step: how many completions, how long, in which micro-batches.
 
-Nobody knows the lengths of responses beforehand. Given their mean m and their cap M they are taken to have the density
-that says nothing else (the one of greatest entropy on 0 .. M): proportional to e^(-rate x), a long tail where m is far
-below M. Everything that depends on lengths uses this one assumption.
+The lengths of completions are not known beforehand. Given their mean m and their cap M, they are assumed to have the
+distribution of greatest entropy on 0 .. M with that mean: a density proportional to e^(-rate x), with a long tail where
+m is far below M. Everything that depends on lengths uses this one assumption.
 """
 
 import math
@@ -12,22 +12,27 @@ from functools import cached_property
 from megatron_rlvr.config import ParallelSettings, Settings
 from megatron_rlvr.planner.memory import MicroBatches
 
-# Where the user does not say: shares of the caps.
+# Default means of the lengths, as shares of their caps.
 MEAN_RESPONSE_SHARE = 0.4
 MEAN_PROMPT_SHARE = 0.125
 _POINTS = 100
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Tokens of responses: their mean and their cap."""
+class ResponseLengths:
+    """Distribution of the lengths of responses, in tokens.
+
+    Attributes:
+        mean: Mean length.
+        cap: Maximum length.
+    """
 
     mean: float
     cap: int
 
     @cached_property
     def _rate(self) -> float:
-        """Of the density, times the cap: the u with 1/u - 1/(e^u - 1) = mean / cap."""
+        """Rate of the density times the cap: the u with 1/u - 1/(e^u - 1) = mean / cap, by bisection."""
         low, high = -700.0, 700.0
         for _ in range(80):
             middle = (low + high) / 2
@@ -35,7 +40,7 @@ class Lengths:
         return low
 
     def survival(self, tokens: float) -> float:
-        """Share of the responses that are longer."""
+        """Return the share of the responses that are longer than ``tokens``."""
         u, share = self._rate, min(max(tokens / self.cap, 0.0), 1.0)
         if abs(u) < 1e-6:
             return 1.0 - share
@@ -43,106 +48,118 @@ class Lengths:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """(tokens, how many tokens it stands for): where a sum over all lengths looks."""
+        """[(length, width)] of the intervals by which a sum over all lengths is approximated."""
         width = self.cap / _POINTS
         return [((i + 0.5) * width, width) for i in range(_POINTS)]
 
     @cached_property
     def mean_square(self) -> float:
+        """Mean of the squared length."""
         return sum(2 * x * self.survival(x) * width for x, width in self.points)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step.
+    """Work of one training step.
 
     Attributes:
-        prompts, samples: groups that are trained on, and responses of each.
-        mini_batch_prompts: groups an optimizer step.
-        prompt, prompt_cap: tokens of a prompt, on average and at most.
-        responses: their lengths.
-        budget: `batch.tokens_per_micro_batch`.
-        fraction: of the response tokens that have a gradient.
-        old_entropies: whether the mask is known before the training pass.
-        informative: share of the sampled groups that are trained on (dynamic sampling replaces the others).
-        inflight: requests that a server gets at once, at most; None: as many as its cache holds.
-        overlap: whether the next batch is sampled while this one trains.
+        prompts: Number of groups trained on.
+        group_size: Completions of each group.
+        mini_batch_prompts: Groups of one optimizer step.
+        mean_prompt: Mean number of tokens of a prompt.
+        max_prompt: Maximum number of tokens of a prompt.
+        responses: Lengths of the responses.
+        micro_batch_tokens: Value of `batch.tokens_per_micro_batch`.
+        fraction: Share of the response tokens with a gradient.
+        old_entropies: True if the mask is known before the training pass (`selection.entropy: old`).
+        informative_share: Share of the sampled groups that are trained on (dynamic sampling replaces the others).
+        max_inflight: Maximum concurrent requests of a server; None for as many as its KV cache holds.
+        overlap: True if the next batch is sampled while this one is trained on.
     """
 
     prompts: int
-    samples: int
+    group_size: int
     mini_batch_prompts: int
-    prompt: float
-    prompt_cap: int
-    responses: Lengths
-    budget: int
+    mean_prompt: float
+    max_prompt: int
+    responses: ResponseLengths
+    micro_batch_tokens: int
     fraction: float
     old_entropies: bool
-    informative: float = 1.0
-    inflight: int | None = None
+    informative_share: float = 1.0
+    max_inflight: int | None = None
     overlap: bool = False
 
     @classmethod
     def of(
-        cls, settings: Settings, mean_response: float, mean_prompt: float, informative: float, inflight: int | None
+        cls,
+        settings: Settings,
+        mean_response: float,
+        mean_prompt: float,
+        informative_share: float,
+        max_inflight: int | None,
     ) -> "Workload":
-        """From a run's settings and what they cannot say."""
+        """Build the workload from a run's settings and the four values that settings do not contain."""
         selection = settings.selection
         return cls(
             prompts=settings.batch.prompts,
-            samples=settings.rollout.group_size,
+            group_size=settings.rollout.group_size,
             mini_batch_prompts=settings.batch.mini_batch_prompts,
-            prompt=mean_prompt,
-            prompt_cap=settings.data.max_prompt_tokens,
-            responses=Lengths(mean_response, settings.rollout.max_response_tokens),
-            budget=settings.batch.tokens_per_micro_batch,
+            mean_prompt=mean_prompt,
+            max_prompt=settings.data.max_prompt_tokens,
+            responses=ResponseLengths(mean_response, settings.rollout.max_response_tokens),
+            micro_batch_tokens=settings.batch.tokens_per_micro_batch,
             fraction=selection.fraction,
             old_entropies=selection.entropy == "old",
-            informative=informative,
-            inflight=inflight,
+            informative_share=informative_share,
+            max_inflight=max_inflight,
             overlap=settings.rollout.overlap == "one_step",
         )
 
     @property
-    def sequence(self) -> float:
-        """Tokens of a sequence on average."""
-        return self.prompt + self.responses.mean
+    def mean_sequence(self) -> float:
+        """Mean number of tokens of a sequence."""
+        return self.mean_prompt + self.responses.mean
 
     @property
-    def sequence_square(self) -> float:
-        """Mean of the square of a sequence's length."""
-        return self.prompt**2 + 2 * self.prompt * self.responses.mean + self.responses.mean_square
+    def mean_square_sequence(self) -> float:
+        """Mean of the squared number of tokens of a sequence."""
+        return self.mean_prompt**2 + 2 * self.mean_prompt * self.responses.mean + self.responses.mean_square
 
     @property
-    def longest(self) -> int:
-        return self.prompt_cap + self.responses.cap
+    def max_sequence(self) -> int:
+        """Maximum number of tokens of a sequence."""
+        return self.max_prompt + self.responses.cap
 
     @property
-    def trained(self) -> int:
-        """Responses that are trained on in a step."""
-        return self.prompts * self.samples
+    def completions(self) -> int:
+        """Completions trained on in a step."""
+        return self.prompts * self.group_size
 
     @property
     def mini_batches(self) -> int:
+        """Optimizer steps of a training step."""
         return self.prompts // self.mini_batch_prompts
 
-    def sequences(self, replicas: int) -> float:
-        """Sequences of one optimizer step on the replica with the most."""
-        return max(1.0, self.mini_batch_prompts * self.samples / replicas)
+    def sequences_per_replica(self, replicas: int) -> float:
+        """Return the number of sequences of one optimizer step on the data-parallel replica with the most."""
+        return max(1.0, self.mini_batch_prompts * self.group_size / replicas)
 
     def micro_batches(self, parallel: ParallelSettings, replicas: int) -> MicroBatches:
-        """How an optimizer step's share of a replica is cut; the longest micro-batch is full, or one long sequence."""
-        sequences = self.sequences(replicas)
-        number = math.ceil(sequences * self.sequence / max(self.budget, self.sequence) - 1e-9)
+        """Pack one optimizer step's sequences of a replica; the longest micro-batch is full, or one long sequence."""
+        sequences = self.sequences_per_replica(replicas)
+        capacity = max(self.micro_batch_tokens, self.mean_sequence)
+        count = math.ceil(sequences * self.mean_sequence / capacity - 1e-9)
         if parallel.virtual_pipeline > 1:
-            number += -number % parallel.pipeline
-        tokens = max(self.budget, self.longest)
-        # As if all of it were responses, and as many selected as elsewhere.
-        return MicroBatches(tokens=tokens, longest=self.longest, rows=round(self.fraction * tokens), number=number)
+            count += -count % parallel.pipeline
+        tokens = max(self.micro_batch_tokens, self.max_sequence)
+        # The fullest case: all tokens are response tokens, and the selected share is as large as elsewhere.
+        rows = round(self.fraction * tokens)
+        return MicroBatches(tokens=tokens, longest_sequence=self.max_sequence, rows=rows, count=count)
 
 
 def _mean_share(u: float) -> float:
-    """Mean of the density e^(-u x) on 0 .. 1."""
+    """Return the mean of the density e^(-u x) on 0 .. 1."""
     if abs(u) < 1e-4:
         return 0.5 - u / 12
     return 1 / u - (1 / math.expm1(u) if u < 700 else 0.0)

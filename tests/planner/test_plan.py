@@ -1,8 +1,7 @@
-"""The planner against what it plans: transformers' count of parameters, bytes and operations of the real policy, a
-simulated server, and roofs by hand.
+"""Tests of the planner against transformers' parameter counts, the real policy, a simulated server and hand results.
 
-Policies are small, with the proportions of a large one, in bf16; layers are this project's own, the only ones that run
-without a GPU. Bytes and operations are held to 10 %, most of them are far closer.
+The policies are small, with the proportions of a large one, in bf16; layers are this project's own, the only ones that
+run without a GPU. Bytes and operations may differ by 10 %; most of them are far closer.
 """
 
 import json
@@ -28,14 +27,14 @@ from megatron_rlvr.config.loading import validate
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.planner import report
 from megatron_rlvr.planner.devices import DEVICES, GIB, Device
-from megatron_rlvr.planner.layouts import Plan, Question, price, ranked
+from megatron_rlvr.planner.layouts import Plan, PlanInputs, estimate, ranked_plans
 from megatron_rlvr.planner.memory import MicroBatches, head_workspace, stage_memory
-from megatron_rlvr.planner.options import Options
-from megatron_rlvr.planner.roofline import Efficiency, Machine, stage_flops, training
-from megatron_rlvr.planner.servers import STEP_OVERHEAD, _Server, rollouts
-from megatron_rlvr.planner.shapes import Shape, padded_vocab
-from megatron_rlvr.planner.workload import Lengths, Workload
-from megatron_rlvr.startup import resolve
+from megatron_rlvr.planner.options import TrainingOptions
+from megatron_rlvr.planner.roofline import Efficiency, TrainingSetup, stage_flops, training_time
+from megatron_rlvr.planner.servers import STEP_OVERHEAD, DecodingServer, rollout_plans
+from megatron_rlvr.planner.shapes import ModelShape
+from megatron_rlvr.planner.workload import ResponseLengths, Workload
+from megatron_rlvr.startup import layout_checks
 
 FOLDER = Path(__file__).parents[1] / "published"
 PUBLISHED = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
@@ -79,23 +78,16 @@ DISTRIBUTED = (("use_distributed_optimizer", True),)
     ],
     ids=[*PUBLISHED, "tied", "llama", "qwen2", "mixture"],
 )
-def test_parameters_are_as_many_as_transformers_makes(config):
+def test_the_parameter_count_equals_that_of_transformers(config):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    assert Shape.of(config).parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert ModelShape.of(config).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_token_in_the_cache_takes_two_vectors_a_layer_and_key_value_head():
-    assert Shape.of(PUBLISHED["qwen3_8b"]).key_value_bytes(2) == 2 * 36 * 8 * 128 * 2 == 147_456
-
-
-def test_sizes_that_are_repeated_here_are_those_of_the_policy():
-    from megatron_rlvr.policy import build
-
-    for vocab in (1, 128, 151_936, 151_937):
-        assert [padded_vocab(vocab, n) for n in (1, 2, 8)] == [build.padded_vocab(vocab, n) for n in (1, 2, 8)]
+def test_a_token_in_the_kv_cache_takes_two_vectors_per_layer_and_key_value_head():
+    assert ModelShape.of(PUBLISHED["qwen3_8b"]).key_value_bytes(2) == 2 * 36 * 8 * 128 * 2 == 147_456
 
 
 # The real policy -----------------------------------------------------------------------------------------------------
@@ -103,7 +95,7 @@ def test_sizes_that_are_repeated_here_are_those_of_the_policy():
 
 @dataclass(frozen=True)
 class Case:
-    """A policy to measure."""
+    """Policy to measure: its layout, micro-batches and config.json."""
 
     layout: Layout
     micro_batches: int = 1
@@ -130,7 +122,7 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def policies(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Measured]]:
-    """What each rank of each case measured."""
+    """{case: measurements of each rank}"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folders = {}
@@ -152,20 +144,20 @@ def policies(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
-def planned(name: str, rank: int, found: Measured) -> tuple[Any, Shape, Options, MicroBatches]:
-    """The memory that is planned for a rank of a case, and what it was planned from."""
+def planned(name: str, rank: int, found: Measured) -> tuple[Any, ModelShape, TrainingOptions, MicroBatches]:
+    """Return the estimated memory of a rank of a case, and the inputs of the estimate."""
     case = CASES[name]
-    layout, shape = case.layout, Shape.of(case.config)
+    layout, shape = case.layout, ModelShape.of(case.config)
     sizes = ("tensor", "pipeline", "context", "expert", "sequence")
     parallel = ParallelSettings(**{size: getattr(layout, size) for size in sizes})
-    options = Options.of("bfloat16", dict(layout.megatron), transformer_engine=False)
+    options = TrainingOptions.of("bfloat16", dict(layout.megatron), transformer_engine=False)
     batches = MicroBatches(sum(LENGTHS), max(LENGTHS), found.rows, case.micro_batches)
     stage = rank if layout.pipeline > 1 else 0
     return stage_memory(shape, parallel, layout.size, options, batches, stage), shape, options, batches
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_gradients_and_optimizer_are_the_bytes_that_a_policy_holds(name, policies):
+def test_weights_gradients_and_optimizer_equal_the_bytes_of_the_policy(name, policies):
     for rank, found in enumerate(policies[name]):
         memory, *_ = planned(name, rank, found)
         assert memory.weights == pytest.approx(found.weights, rel=0.01)
@@ -174,8 +166,8 @@ def test_weights_gradients_and_optimizer_are_the_bytes_that_a_policy_holds(name,
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.layout.pipeline == 1])
-def test_activations_are_the_bytes_that_autograd_saves(name, policies):
-    """On average over the ranks: a router sends more tokens to one of them than to another."""
+def test_activations_equal_the_bytes_that_autograd_saves(name, policies):
+    """The mean over the ranks is compared, because a router sends more tokens to some ranks than to others."""
     found = policies[name]
     memory, shape, _, batches = planned(name, 0, found[0])
     last_norm = (4 + 2 * 2) * shape.hidden * batches.tokens / CASES[name].layout.tensor
@@ -183,16 +175,16 @@ def test_activations_are_the_bytes_that_autograd_saves(name, policies):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_peak_of_a_training_pass_is_the_most_bytes_alive(name, policies):
-    """With a pipeline, of as many micro-batches as its schedule holds."""
+def test_the_peak_of_a_training_pass_equals_the_most_bytes_alive(name, policies):
+    """With a pipeline, the peak includes all micro-batches that its schedule holds."""
     for rank, found in enumerate(policies[name]):
         memory, *_ = planned(name, rank, found)
         assert memory.activations + memory.working == pytest.approx(found.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["one rank", "recompute full", "recompute mlp", "tensor 2"])
-def test_operations_are_those_that_torch_counts(name, policies):
-    """Torch counts attention as if it had no causal mask: twice."""
+def test_operations_equal_those_that_torch_counts(name, policies):
+    """Torch counts attention without its causal mask, that is twice."""
     for rank, found in enumerate(policies[name]):
         _, shape, options, batches = planned(name, rank, found)
         squares, responses = sum(n * n for n in LENGTHS), sum(n - 7 for n in LENGTHS)
@@ -217,12 +209,11 @@ def test_operations_are_those_that_torch_counts(name, policies):
     ("rows", "tokens", "hidden", "vocab", "dtype"),
     [(820, 4096, 512, 16_384, "bfloat16"), (820, 4096, 512, 16_384, "float32"), (202, 1024, 256, 2048, "bfloat16")],
 )
-def test_the_heads_workspace_is_the_most_bytes_alive(rows, tokens, hidden, vocab, dtype):
-
+def test_the_heads_workspace_equals_the_most_bytes_alive(rows, tokens, hidden, vocab, dtype):
     element = 2 if dtype == "bfloat16" else 4
     tile = TILE_SHAPE["cpu"]
     planned = head_workspace(
-        rows=rows, tokens=tokens, hidden=hidden, columns=vocab, element=element, tile=tile, casts=element == 2
+        rows=rows, tokens=tokens, hidden=hidden, columns=vocab, weight_bytes=element, tile=tile, casts=element == 2
     )
     assert planned == pytest.approx(head_peak(rows, tokens, hidden, vocab, dtype), rel=0.1)
 
@@ -231,9 +222,9 @@ def test_the_heads_workspace_is_the_most_bytes_alive(rows, tokens, hidden, vocab
 
 
 @pytest.mark.parametrize("mean", [2000, 8000, 10_240, 15_000])
-def test_lengths_have_the_mean_that_was_given(mean):
-    """Against numbers drawn from the density, by rejection."""
-    lengths = Lengths(mean, 20_480)
+def test_response_lengths_have_the_requested_mean(mean):
+    """The moments are compared with those of random lengths drawn from the density by rejection sampling."""
+    lengths = ResponseLengths(mean, 20_480)
     random = np.random.default_rng(0)
     drawn = random.uniform(0, 20_480, 4_000_000)
     density = np.exp(-lengths._rate * drawn / 20_480)
@@ -246,12 +237,12 @@ def test_lengths_have_the_mean_that_was_given(mean):
 def work(**changes: Any) -> Workload:
     values: dict[str, Any] = {
         "prompts": 64,
-        "samples": 16,
+        "group_size": 16,
         "mini_batch_prompts": 32,
-        "prompt": 256.0,
-        "prompt_cap": 2048,
-        "responses": Lengths(8000, 20_480),
-        "budget": 24_576,
+        "mean_prompt": 256.0,
+        "max_prompt": 2048,
+        "responses": ResponseLengths(8000, 20_480),
+        "micro_batch_tokens": 24_576,
         "fraction": 0.2,
         "old_entropies": True,
     }
@@ -259,51 +250,53 @@ def work(**changes: Any) -> Workload:
 
 
 @pytest.mark.parametrize("inflight", [1024, 200, 50])
-def test_a_rollout_takes_as_long_as_a_simulated_server(inflight):
-    """A server that works on as many requests as it may, step by step, with lengths drawn at random."""
-    shape, device, efficiency = Shape.of(PUBLISHED["qwen3_8b"]), DEVICES["h200"], Efficiency()
-    task = work(inflight=inflight)
-    (rollout,) = rollouts(shape, device, efficiency, task, 8, device.memory, 8)
+def test_a_rollout_takes_as_long_as_on_a_simulated_server(inflight):
+    """The simulated server keeps its running batch as full as allowed, step by step, with random response lengths."""
+    shape, device, efficiency = ModelShape.of(PUBLISHED["qwen3_8b"]), DEVICES["h200"], Efficiency()
+    task = work(max_inflight=inflight)
+    (rollout,) = rollout_plans(shape, device, efficiency, task, 8, device.memory, 8)
     assert rollout.running == inflight
     random = np.random.default_rng(0)
     ends = np.interp(random.uniform(0, 1, 1024), *_quantiles(task.responses))
-    server, waiting, running, seconds = _Server(shape, device, efficiency, 8), list(ends), np.zeros((0, 2)), 0.0
+    server, waiting, running, seconds = DecodingServer(shape, device, efficiency, 8), list(ends), np.zeros((0, 2)), 0.0
     stride = 16  # steps at a time
     while waiting or len(running):
         fresh = [waiting.pop() for _ in range(min(len(waiting), inflight - len(running)))]
         running = np.concatenate([running, [[0.0, end] for end in fresh]]) if fresh else running
-        seconds += stride * server.step(len(running), 256 + running[:, 0].mean())
+        seconds += stride * server.step_seconds(len(running), 256 + running[:, 0].mean())
         running[:, 0] += stride
         running = running[running[:, 0] < running[:, 1]]
-    assert rollout.full + rollout.tail == pytest.approx(seconds, rel=0.1)
-    assert rollout.seconds > 20_480 * server.step(1, 256)
+    assert rollout.saturated + rollout.tail == pytest.approx(seconds, rel=0.1)
+    assert rollout.seconds > 20_480 * server.step_seconds(1, 256)
 
 
-def _quantiles(lengths: Lengths) -> tuple[list[float], list[float]]:
-    """Shares, and the lengths below which they are."""
+def _quantiles(lengths: ResponseLengths) -> tuple[list[float], list[float]]:
+    """Return shares of the responses, and the lengths below which they are."""
     points = [lengths.cap * i / 1000 for i in range(1001)]
     return [1 - lengths.survival(point) for point in points], points
 
 
-def test_a_step_of_decoding_is_limited_by_memory_or_by_operations():
+def test_a_decoding_step_is_limited_by_memory_or_by_operations():
     device = Device("a GPU", 80 * GIB, flops=1e15, bandwidth=1e12, link=1e11, network=1e10)
-    shape = Shape.of(PUBLISHED["qwen3_8b"])
-    server = _Server(shape, device, Efficiency(mfu=0.5, bandwidth=0.5), 1)
-    read = 2 * (shape.parameters - shape.vocab * shape.hidden)  # of the embedding, a row
+    shape = ModelShape.of(PUBLISHED["qwen3_8b"])
+    server = DecodingServer(shape, device, Efficiency(mfu=0.5, bandwidth=0.5), 1)
+    read = 2 * (shape.parameters - shape.vocab * shape.hidden)  # of the embedding, only single rows
     few = (read + 4 * 1000 * 147_456) / 0.5e12
-    assert server.step(4, 1000) == pytest.approx(few + STEP_OVERHEAD, rel=0.001)
+    assert server.step_seconds(4, 1000) == pytest.approx(few + STEP_OVERHEAD, rel=0.001)
     many = 10_000 * (2 * shape.active_parameters + 4 * 36 * 4096 * 1) / 0.5e15
-    assert server.step(10_000, 1) == pytest.approx(many + STEP_OVERHEAD, rel=0.001)
+    assert server.step_seconds(10_000, 1) == pytest.approx(many + STEP_OVERHEAD, rel=0.001)
 
 
-def machine(parallel: ParallelSettings, ranks: int, config: str = "qwen3_8b") -> Machine:
+def setup(parallel: ParallelSettings, ranks: int, config: str = "qwen3_8b") -> TrainingSetup:
     device = Device("a GPU", 80 * GIB, flops=1e15, bandwidth=1e12, link=1e30, network=1e30)
-    return Machine(Shape.of(PUBLISHED[config]), device, Efficiency(0.5, 1.0), parallel, ranks, Options())
+    return TrainingSetup(
+        ModelShape.of(PUBLISHED[config]), device, Efficiency(0.5, 1.0), parallel, ranks, TrainingOptions()
+    )
 
 
-def test_one_gpu_takes_the_operations_over_what_it_reaches():
-    task = work(responses=Lengths(10_240, 20_480))
-    found = training(machine(ParallelSettings(), 1), task)
+def test_one_gpu_takes_the_operations_divided_by_the_achieved_flops():
+    task = work(responses=ResponseLengths(10_240, 20_480))
+    found = training_time(setup(ParallelSettings(), 1), task)
     tokens, rows = 1024 * (256 + 10_240), 1024 * 10_240
     squares = 1024 * (256**2 + 2 * 256 * 10_240 + 20_480**2 / 3)  # lengths are uniform where the mean is half the cap
     weights = 36 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12_288)
@@ -316,33 +309,33 @@ def test_one_gpu_takes_the_operations_over_what_it_reaches():
     assert sum(found.parts.values()) == pytest.approx(found.score + found.train)
 
 
-def test_a_pipeline_with_few_micro_batches_waits():
-    """Four stages with 4 micro-batches: the 7 slots of a pass hold work in 4; with 2 pieces a stage, 5.5."""
-    task = work(prompts=32, budget=10**7, prompt_cap=1, prompt=1.0)
-    for pieces, slots in ((1, 7), (3, 5)):
-        parallel = ParallelSettings(pipeline=4, virtual_pipeline=pieces)
-        four = replace(task, budget=math.ceil(512 * task.sequence / 4))
-        found = training(machine(parallel, 4), four)
+def test_a_pipeline_with_few_micro_batches_has_a_bubble():
+    """Four stages with 4 micro-batches: 4 of the 7 time steps of a pass do work; with 3 virtual stages, 4 of 5."""
+    task = work(prompts=32, micro_batch_tokens=10**7, max_prompt=1, mean_prompt=1.0)
+    for virtual_stages, time_steps in ((1, 7), (3, 5)):
+        parallel = ParallelSettings(pipeline=4, virtual_pipeline=virtual_stages)
+        four = replace(task, micro_batch_tokens=math.ceil(512 * task.mean_sequence / 4))
+        found = training_time(setup(parallel, 4), four)
         update = found.parts["reduction"] + found.parts["optimizer"]
         share = found.parts["waiting"] / (found.score + found.train - update)
-        assert share == pytest.approx(1 - 4 / slots, rel=0.01)
+        assert share == pytest.approx(1 - 4 / time_steps, rel=0.01)
 
 
-def test_tensor_parallel_exchanges_what_each_layer_gathers_and_scatters():
-    """Score: two gathers and two scatters a layer of seven eighths of the tokens' hidden states, in bf16."""
+def test_tensor_parallelism_communicates_what_each_layer_gathers_and_scatters():
+    """Scoring does two gathers and two scatters per layer of seven eighths of the tokens' hidden states, in bf16."""
     task = work()
-    linked = replace(machine(ParallelSettings(tensor=8, sequence=True), 8))
+    linked = replace(setup(ParallelSettings(tensor=8, sequence=True), 8))
     linked = replace(linked, device=replace(linked.device, link=1e11))
-    tokens = 1024 * task.sequence
+    tokens = 1024 * task.mean_sequence
     scored = 36 * 4 * 2 * 4096 * tokens * 7 / 8 / 1e11
     trained = 36 * 10 * 2 * 4096 * tokens * 7 / 8 / 1e11  # backward the same, and inputs gathered twice more
-    assert training(linked, task).parts["tensor"] == pytest.approx(scored + trained, rel=0.001)
+    assert training_time(linked, task).parts["tensor"] == pytest.approx(scored + trained, rel=0.001)
 
 
 # Layouts and the program ---------------------------------------------------------------------------------------------
 
 
-def question(config: dict[str, Any], gpus: int, gpu: str = "h100", **changes: Any) -> Question:
+def plan_inputs(config: dict[str, Any], gpus: int, gpu: str = "h100", **changes: Any) -> PlanInputs:
     settings = validate(
         {
             "run": {"dir": "plan", "steps": 1},
@@ -352,42 +345,42 @@ def question(config: dict[str, Any], gpus: int, gpu: str = "h100", **changes: An
             "sync": {"method": "disk"},
         }
     )
-    task = Workload.of(settings, mean_response=8000, mean_prompt=256, informative=1.0, inflight=None)
+    task = Workload.of(settings, mean_response=8000, mean_prompt=256, informative_share=1.0, max_inflight=None)
     values: dict[str, Any] = {
         "settings": settings,
-        "shape": Shape.of(config),
+        "shape": ModelShape.of(config),
         "work": task,
         "device": DEVICES[gpu],
         "efficiency": Efficiency(),
         "gpus": gpus,
     }
-    return Question(**values | changes)
+    return PlanInputs(**values | changes)
 
 
 @pytest.mark.parametrize(
     ("config", "gpus"),
     [("qwen3_8b", 8), ("qwen3_14b", 32), ("qwen3_32b", 64), ("qwen3_32b", 24), ("mixture", 32)],
 )
-def test_layouts_that_are_offered_are_accepted_when_they_are_pasted(config, gpus):
-    """By the settings, the trainer's checks and the policy's of Megatron's fields."""
+def test_proposed_layouts_are_accepted_when_they_are_pasted(config, gpus):
+    """The settings, the trainer's layout checks and the policy's check of Megatron's fields accept them."""
     from megatron_rlvr.policy.build import check_passthrough
 
-    asked = question(PUBLISHED.get(config, MIXTURE), gpus)
-    plans = [plan for plan in ranked(asked) if plan.fits]
+    asked = plan_inputs(PUBLISHED.get(config, MIXTURE), gpus)
+    plans = [plan for plan in ranked_plans(asked) if plan.fits]
     assert plans
     fields = transformer_fields(asked.shape.config)
     for plan in plans:
-        values = asked.settings.model_dump() | yaml.safe_load(report.section(plan))
+        values = asked.settings.model_dump() | yaml.safe_load(report.settings_yaml(plan))
         settings = validate(values)
-        resolve.check_layout(settings, fields, gpus)
-        resolve.check_experts(settings, fields, gpus)
+        layout_checks.check_layout(settings, fields, gpus)
+        layout_checks.check_experts(settings, fields, gpus)
         check_passthrough(settings.megatron, settings.model, settings.parallel, asked.shape.config)
         assert settings.parallel.replica * plan.data == gpus
         assert plan.memory.peak < asked.usable < asked.device.memory
 
 
-def test_layouts_are_ranked_by_time_and_by_memory_where_time_is_the_same():
-    plans = [plan for plan in ranked(question(PUBLISHED["qwen3_8b"], 8)) if plan.fits]
+def test_layouts_are_ranked_by_time_and_then_by_free_memory():
+    plans = [plan for plan in ranked_plans(plan_inputs(PUBLISHED["qwen3_8b"], 8)) if plan.fits]
     fastest = min(plan.seconds for plan in plans)
     assert plans[0].seconds < 1.03 * fastest
     assert plans[0].headroom == max(plan.headroom for plan in plans if plan.seconds < 1.02 * fastest)
@@ -396,15 +389,17 @@ def test_layouts_are_ranked_by_time_and_by_memory_where_time_is_the_same():
     assert len({plan.parallel.model_dump_json() for plan in plans}) == len(plans)
 
 
-def test_memory_falls_where_a_layout_cuts_it():
-    asked = question(PUBLISHED["qwen3_32b"], 64)
+def test_memory_shrinks_in_proportion_to_what_a_layout_shards():
+    asked = plan_inputs(PUBLISHED["qwen3_32b"], 64)
 
     def parts(**sizes: Any) -> Plan:
-        return price(asked, ParallelSettings(**sizes), Options())
+        return estimate(asked, ParallelSettings(**sizes), TrainingOptions())
 
     whole, tensor = parts(), parts(tensor=8, sequence=True)
     assert tensor.memory.weights == pytest.approx(whole.memory.weights / 8, rel=0.01)
-    assert tensor.memory.optimizer == pytest.approx(whole.memory.optimizer, rel=0.01), "64 ranks share it either way"
+    assert tensor.memory.optimizer == pytest.approx(whole.memory.optimizer, rel=0.01), (
+        "sharded over 64 ranks either way"
+    )
     assert parts(context=4).memory.activations == pytest.approx(whole.memory.activations / 4)
     assert parts(pipeline=4).memory.gradients < whole.memory.gradients / 3
 
@@ -412,22 +407,22 @@ def test_memory_falls_where_a_layout_cuts_it():
 @pytest.mark.parametrize(
     "options",
     [
-        Options(),
-        Options(distributed=False, gradient=2, fused_activation=True, fused_gradient=True),
-        Options(recompute="full", unit=2),
-        Options(recompute="full", block=3),
-        Options(recompute="selective", modules=("mlp", "moe")),
+        TrainingOptions(),
+        TrainingOptions(distributed_optimizer=False, gradient_bytes=2, fused_activation=True, fused_gradient=True),
+        TrainingOptions(recompute="full", unit_layers=2),
+        TrainingOptions(recompute="full", block_layers=3),
+        TrainingOptions(recompute="selective", recompute_modules=("mlp", "moe")),
     ],
 )
-def test_fields_of_megatron_that_are_pasted_are_read_back(options):
-    assert Options.of("bfloat16", options.megatron, transformer_engine=True) == options
-    assert report.left_out(options.megatron) == ""
+def test_pasted_megatron_fields_are_read_back(options):
+    assert TrainingOptions.of("bfloat16", options.megatron, transformer_engine=True) == options
+    assert report.unmodeled_fields(options.megatron) == ""
 
 
-def test_fields_of_megatron_that_nothing_is_known_of_are_named():
-    assert report.left_out({"fp8": "hybrid"}) == "not in the figures: megatron.fp8"
-    with pytest.raises(SettingsError, match="'layernorm' is not planned for; known are core_attn, mlp, moe"):
-        Options.of("bfloat16", {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, True)
+def test_megatron_fields_that_the_estimates_ignore_are_named():
+    assert report.unmodeled_fields({"fp8": "hybrid"}) == "ignored by the estimates: megatron.fp8"
+    with pytest.raises(SettingsError, match="no estimate for 'layernorm'; use only core_attn, mlp, moe"):
+        TrainingOptions.of("bfloat16", {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, True)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -439,18 +434,18 @@ def published(name: str) -> str:
     return str(FOLDER / f"{name}.json")
 
 
-def test_too_little_memory_says_what_is_missing_where_and_what_helps():
+def test_a_misfit_says_how_much_memory_is_missing_where_and_what_helps():
     done = run("--model", published("qwen3_32b"), "--gpus", "8", "--gpu", "a100")
     assert done.returncode == 1
-    assert "no layout fits; the nearest is" in done.stdout
+    assert "no layout fits; the closest is" in done.stdout
     said = done.stdout[done.stdout.index("training needs") :]
-    assert "GiB and may have 69.0 of one A100 80GB" in said
+    assert "GiB and may use 69.0 of one A100 80GB" in said
     assert "the largest part is optimizer" in said
     assert "what helps: more GPUs" in said
 
 
 def test_a_run_is_planned_from_its_settings(tmp_path):
-    """Its own layout first, as it stands, and in numbers."""
+    """Its own layout is the first one, unchanged, and printed as JSON."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(PUBLISHED["qwen3_8b"]))
@@ -468,7 +463,7 @@ def test_a_run_is_planned_from_its_settings(tmp_path):
     found = json.loads(done.stdout)
     best = found["best"]
     assert {key: best["parallel"][key] for key in ("tensor", "data")} == {"tensor": 4, "data": 2}
-    assert best["megatron"] == values["megatron"], "without the distributed optimizer, which it does not name"
+    assert best["megatron"] == values["megatron"], "without the distributed optimizer, which the settings do not name"
     assert best["servers"]["number"] == 2
     assert best["servers"]["running"] == 64, "rollout.max_inflight"
     # 8.19 billion parameters, a quarter of them, at 12 bytes each for the optimizer.
@@ -477,7 +472,7 @@ def test_a_run_is_planned_from_its_settings(tmp_path):
     assert done.stdout.isascii()
 
 
-def test_the_tables_name_every_part_with_its_assumption():
+def test_the_tables_explain_every_part_in_words():
     done = run("--model", published("qwen3_8b"), "--gpus", "8", "--gpu", "h100", "--layout", "tensor=8", "--top", "1")
     assert (done.returncode, done.stderr) == (0, "")
     for part in ("weights", "gradients", "optimizer", "activations", "rotary", "working", "cache", "rollout", "sync"):
@@ -489,7 +484,7 @@ def test_the_tables_name_every_part_with_its_assumption():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--gpus", "8", "--gpu", "h100"), "give CONFIG.yaml, or --model DIR"),
+        (("--gpus", "8", "--gpu", "h100"), "no model is given; give CONFIG.yaml, or --model DIR"),
         (("--model", "MODEL", "--gpus", "8", "--gpu", "h900"), "invalid choice: 'h900'"),
         (("--model", "nowhere", "--gpus", "8", "--gpu", "h100"), "nowhere holds no config.json"),
         (("--model", "MODEL", "--gpus", "9", "--gpu", "h100", "--layout", "tensor=3"), "choose a divisor"),
@@ -497,7 +492,7 @@ def test_the_tables_name_every_part_with_its_assumption():
         (("--model", "MODEL", "--gpus", "8", "--gpu", "h100", "--server-gpus", "8"), "leaves none"),
         (("--model", "MODEL", "--gpus", "8", "--gpu", "h100", "--server-tensor", "3"), "does not divide the 8 GPUs"),
         (("--model", "MODEL", "--gpus", "8", "--gpu", "h100", "--response-tokens", "90000"), "exceed the model's"),
-        (("--model", "MODEL", "--gpus", "8", "--gpu", "h100", "--mean-response-tokens", "90000"), "above the most"),
+        (("--model", "MODEL", "--gpus", "8", "--gpu", "h100", "--mean-response-tokens", "90000"), "above the maximum"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(words, said):
@@ -507,7 +502,7 @@ def test_wrong_input_is_one_line_and_status_2(words, said):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_help_says_how_much_is_known():
+def test_help_says_how_accurate_the_estimates_are():
     done = run("--help")
     assert done.returncode == 0
     assert "How much is known" in done.stdout

@@ -1,4 +1,4 @@
-"""What a real policy takes: bytes of its tensors, what autograd saves, operations. Run on ranks by test_plan.py."""
+"""Measures a real policy: bytes of its tensors, bytes that autograd saves, operations. Run on ranks by test_plan.py."""
 
 import weakref
 from collections.abc import Iterator
@@ -20,12 +20,17 @@ aten = torch.ops.aten
 
 @dataclass
 class Measured:
-    """What one rank saw of one training step on one micro-batch, in bytes and operations.
+    """Measurements of one training step on one rank, in bytes and operations.
 
     Attributes:
-        saved: by autograd, from the beginning of the forward to the loss, without weights.
-        peak: most bytes alive at once beyond those before the training pass.
-        score, train: operations of products, and those of attention apart.
+        weights: Bytes of the model's weights.
+        gradients: Bytes of the gradient buffers.
+        optimizer: Bytes of the optimizer's state.
+        saved: Bytes saved by autograd from the start of the forward pass to the loss, without weights.
+        peak: Most bytes alive at once during the training pass, beyond those before it.
+        rows: Number of selected rows of a micro-batch.
+        score: {"products", "attention": operations} of the scoring pass.
+        train: {"products", "attention": operations} of the training pass.
     """
 
     weights: int = 0
@@ -39,7 +44,7 @@ class Measured:
 
 
 def measured(folder: str, layout: Layout, lengths: list[int], micro_batches: int) -> Measured:
-    """A step in bf16 on micro-batches which are all alike, of sequences of these lengths."""
+    """Run a step in bf16 on identical micro-batches of sequences of these lengths."""
     with policy_of(folder, layout, Recipe(), "bfloat16") as policy:
         batch = policy.packing(sum(lengths)).pack(_samples(lengths, policy.hf_config["vocab_size"]))
         batches = [batch] * micro_batches
@@ -66,7 +71,7 @@ def measured(folder: str, layout: Layout, lengths: list[int], micro_batches: int
 
 
 def head_peak(rows: int, tokens: int, hidden: int, vocab: int, dtype: str) -> int:
-    """Most bytes that the head makes in forward and backward, on one rank, gradients included."""
+    """Return the peak bytes of the head's forward and backward pass on one rank, including gradients."""
     from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 
     torch.manual_seed(0)
@@ -81,7 +86,7 @@ def head_peak(rows: int, tokens: int, hidden: int, vocab: int, dtype: str) -> in
 
 
 class Alive(TorchDispatchMode):
-    """The most bytes of storages that operations made and that were alive at once."""
+    """Records the peak of the bytes alive at once, of the storages that operations created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,16 +102,16 @@ class Alive(TorchDispatchMode):
             if storage._cdata not in before and storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self._now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata)
+                weakref.finalize(storage, self._freed, storage._cdata)
         self.peak = max(self.peak, self._now)
         return result
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self._now -= self._sizes.pop(key)
 
 
 class _Saved:
-    """Bytes of the storages that autograd keeps, each once, until it is told to stop."""
+    """Counts the bytes of the storages that autograd saves, each once, until `stop` is called."""
 
     def __init__(self, policy: Any) -> None:
         self.bytes = 0
@@ -125,7 +130,7 @@ class _Saved:
 
 
 class _Loss:
-    """Minus the log-probabilities of what was selected; a ratio would do nothing to memory or operations."""
+    """Minus the log-probabilities of the selected tokens; a ratio would change neither memory nor operations."""
 
     before_return: Any = None
 
@@ -141,7 +146,7 @@ def policy_parameters(policy: Any) -> list[Tensor]:
 
 
 def _optimizer_tensors(policy: Any) -> Iterator[Tensor]:
-    """The weights that the optimizer changes, fp32 or the model's own, and its moments."""
+    """Yield the weights that the optimizer updates, fp32 or the model's own, and its moments."""
     yield from policy_parameters(policy)
     for optimizer in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         inner = optimizer.optimizer
@@ -183,7 +188,7 @@ def _samples(lengths: list[int], vocab: int, prompt: int = 8) -> list[Any]:
 
 
 def _counter() -> FlopCounterMode:
-    """Torch's, which does not know the CPU's attention and products that add in place."""
+    """Return torch's counter, extended by the CPU's attention and by products that add in place."""
 
     def attention(query: Any, key: Any, value: Any, *unused: Any, out_shape: Any = None, **more: Any) -> int:
         batch, heads, queries, size = query
@@ -207,7 +212,7 @@ def _counter() -> FlopCounterMode:
 
 
 def _flops(counter: FlopCounterMode) -> dict[str, float]:
-    """Of products, and of attention without its causal mask."""
+    """Return the operations of products, and those of attention without its causal mask."""
     counts = counter.get_flop_counts()["Global"]
     attention = sum(count for operation, count in counts.items() if "attention" in str(operation))
     return {"products": float(sum(counts.values()) - attention), "attention": float(attention)}
