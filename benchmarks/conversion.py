@@ -1,19 +1,20 @@
-"""Converting a Hugging Face folder to a Megatron checkpoint and back: seconds and memory, beside mbridge, on a CPU.
+"""Time and memory of converting a Hugging Face folder to a Megatron checkpoint and back, compared with mbridge.
 
     OMP_NUM_THREADS=1 python benchmarks/conversion.py [--cases 0.1B 0.6B] [--rounds 2] [--json FILE]
 
-The models are random Qwen3 in bfloat16, in safetensors files of 1 GB. Both arms write a checkpoint in Megatron's format
-torch_dist from such a folder, and such a folder from that checkpoint. Ours is the code of the two tools. mbridge fills
-a model in memory and hands a model's weights out again; a checkpoint is made of it by Megatron's dist_checkpointing, as
-its users do. It is installed as benchmarks/requirements.txt says. It asks for Transformer Engine's layers, which need a
-GPU: here its configuration goes into Megatron's own layers, for which its table gets the names of two norms.
+The models are random Qwen3 models in bfloat16, in safetensors files of 1 GB, converted on a CPU. Both programs convert
+such a folder to a checkpoint in Megatron's format torch_dist, and that checkpoint back to a folder. "ours" is the code
+of the two tools. mbridge fills a model in memory and yields a model's weights; as its users do, the checkpoint is
+written and read by Megatron's dist_checkpointing. benchmarks/requirements.txt says how to install it. mbridge expects
+Transformer Engine's layers, which need a GPU: here its configuration is used with Megatron's own layers, and the names
+of two norms are added to its table.
 
-Every direction of every arm and round runs in a process of its own with one thread, and they take turns. GB are those
-of the folder's weights. "CPU s" is process time, with that of processes it starts, "s" the clock's, each the least of
-the rounds. "peak MB" is the most that the process ever had in memory, "libraries" that before the work. Below stands
-whether the folder that came back holds the weights of the first one bit by bit. The exit status is always 0.
+Each conversion runs in its own process with one thread, and the programs alternate. Results are per GB of weights. "CPU
+s" is process time including child processes, "s" is wall-clock time, both the minimum over the rounds. "peak MB" is the
+peak memory of the process, "libraries" the peak before the conversion. The last lines say whether the final folder
+holds the original weights, bit by bit. The exit status is always 0.
 
-Cases: 0.1B (8 layers of 1,024, vocabulary 32,768), 0.6B and 1.7B (Qwen3's), tiny (to see that it runs).
+Cases: 0.1B (8 layers of 1,024, vocabulary 32,768), 0.6B and 1.7B (Qwen3's), tiny (for a quick check).
 """
 
 import argparse
@@ -54,10 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["0.1B", "0.6B"], metavar="CASE")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", help="write the results to this file")
     options = parser.parse_args()
     if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds} measures nothing; give 1 or more")
+        parser.error(f"--rounds {options.rounds}: must be at least 1")
     os.environ["OMP_NUM_THREADS"] = "1"  # the processes inherit it
     results = []
     for case in options.cases:
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def run_case(case: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """Sizes of the model, and for each arm the figures of both directions, or ``why_not``."""
+    """Return sizes of the model, and for each program the results of both directions, or ``why_not``."""
     sizes = in_process(write_model, case, folder / "model")
     arms: dict[str, dict[str, Any]] = {arm: {direction: [] for direction in DIRECTIONS} for arm in ("ours", "mbridge")}
     for _ in range(rounds):
@@ -105,7 +106,7 @@ def summary(rounds: list[dict[str, float]], gb: float) -> dict[str, float]:
 
 
 def in_process(function: Any, *arguments: Any) -> Any:
-    """What a function returns in a fresh process."""
+    """Return the result of a function that is called in a fresh process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(there, function, arguments))
@@ -120,7 +121,7 @@ def in_process(function: Any, *arguments: Any) -> Any:
 
 
 def _answer(pipe: Connection, function: Any, arguments: Any) -> None:
-    warnings.simplefilter("ignore")  # megatron-core's, on what it does without a GPU
+    warnings.simplefilter("ignore")  # warnings of megatron-core about missing GPU libraries
     pipe.send(function(*arguments))
 
 
@@ -166,7 +167,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def convert(arm: str, direction: str, folder: Path) -> dict[str, Any]:
-    """The figures of one conversion, in this process."""
+    """Run one conversion in this process and return its results."""
     out = folder / arm
     try:
         work = (ours if arm == "ours" else mbridge)(direction, folder / "model", out)
@@ -184,18 +185,18 @@ def convert(arm: str, direction: str, folder: Path) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those that it started and that have ended."""
+    """Return the CPU time of this process and its reaped children."""
     return sum(os.times()[:4])
 
 
 def peak_mb() -> float:
-    """Of this process; getrusage knows also what its parent had."""
+    """Return the peak memory of this process; getrusage would include that of its parent."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert match
     return int(match[1]) / 1024
 
 
-# The arms: what is loaded before the clock starts, then the work -----------------------------------------------------
+# Programs: they load their libraries, yield, then convert ------------------------------------------------------------
 
 
 def ours(direction: str, model: Path, out: Path) -> Iterator[None]:
@@ -209,7 +210,7 @@ def ours(direction: str, model: Path, out: Path) -> Iterator[None]:
 
 
 def mbridge(direction: str, model: Path, out: Path) -> Iterator[None]:
-    """What is in ``FOLDER`` is found last, so it shadows nothing."""
+    """Convert with mbridge; ``FOLDER`` is last in the path, so that its packages shadow nothing."""
     sys.path.append(str(FOLDER))
     from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
@@ -264,15 +265,15 @@ def print_table(result: dict[str, Any]) -> None:
     for direction in DIRECTIONS:
         print(f"{direction:<24}{'mbridge ' + peer_version():>16}{'ours':>10}{'mbridge / ours':>16}")
         for key, label, digits in ROWS:
-            figures = [arms[arm][direction][key] if "same" in arms[arm] else None for arm in ("mbridge", "ours")]
-            cells = ["-" if figure is None else f"{figure:,.{digits}f}" for figure in figures]
-            ratio = f"{figures[0] / figures[1]:.2f}" if None not in figures and figures[1] else ""
+            results = [arms[arm][direction][key] if "same" in arms[arm] else None for arm in ("mbridge", "ours")]
+            cells = ["-" if value is None else f"{value:,.{digits}f}" for value in results]
+            ratio = f"{results[0] / results[1]:.2f}" if None not in results and results[1] else ""
             print(f"{label:<24}{cells[0]:>16}{cells[1]:>10}{ratio:>16}", flush=True)
     for arm, row in arms.items():
         if "why_not" in row:
             print(f"{arm} did not run: {row['why_not']}")
         else:
-            print(f"{arm}: {'the same weights came back' if row['same'] else 'NOT the weights that went in came back'}")
+            print(f"{arm}: {'the weights are unchanged' if row['same'] else 'the weights are NOT unchanged'}")
 
 
 def peer_version() -> str:

@@ -1,6 +1,6 @@
-"""Runs that are killed at any moment, terminated, or out of disk: what was saved stays whole, and nothing is lost.
+"""Runs that are killed at any moment, terminated, or out of disk space: checkpoints stay complete, and nothing is lost.
 
-Lives are forked from one process that has imported everything, so that one of them lasts a second or two.
+Processes of a run are forked from one that has imported everything, so that each lasts a second or two.
 """
 
 import json
@@ -25,11 +25,11 @@ from megatron_rlvr.checkpoint.store import latest_checkpoint
 
 KILLS, STEPS = 50, 160
 
-# Forks lives of the run until one ends by itself, and kills each of the first KILLS at a moment of its own: some while
-# they begin, some at any time after their first new step, some while a checkpoint is being written; none after more
-# than two steps, so that a quick machine has steps left for all kills. Prints a line for each: status, whether a
-# checkpoint was being written, and the step that the next life will go on from.
-LIVES = """
+# Forks processes of the run until one ends by itself, and kills each of the first KILLS at a random moment: some while
+# they start, some at any time after their first new step, some while a checkpoint is being written; none after more
+# than two steps, so that a fast machine has steps left for all kills. Prints a line for each: status, whether a
+# checkpoint was being written, and the checkpoint from which the next process will resume.
+FORKED_RUNS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import megatron_rlvr.startup.assembly
@@ -45,8 +45,8 @@ def content(path):
 
 
 while True:
-    life = os.fork()
-    if not life:
+    child = os.fork()
+    if not child:
         os.setpgid(0, 0)
         os.dup2(os.open(config + ".out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
@@ -63,21 +63,21 @@ while True:
     before, ended, saving = content(latest), 0, False
     if kills:
         while kind != "early" and content(latest) == before and not ended:
-            ended, status = os.waitpid(life, os.WNOHANG)
+            ended, status = os.waitpid(child, os.WNOHANG)
             time.sleep(0.002)
         first = content(latest)
         deadline = time.monotonic() + pause * (1.0 if kind == "early" else 0.3)
         while not ended and (kind == "early" or content(latest) == first):
             if time.monotonic() >= deadline if kind != "saving" else any((folder / "checkpoints").glob("*.incomplete")):
                 break
-            ended, status = os.waitpid(life, os.WNOHANG)
+            ended, status = os.waitpid(child, os.WNOHANG)
             time.sleep(0.002)
         if not ended:
-            os.kill(life, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             saving = any((folder / "checkpoints").glob("step_*.*"))
             kills -= 1
     if not ended:
-        _, status = os.waitpid(life, 0)
+        _, status = os.waitpid(child, 0)
     print(json.dumps([os.waitstatus_to_exitcode(status), saving, content(latest).decode().strip()]), flush=True)
     if not os.WIFSIGNALED(status):
         break
@@ -94,7 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(place: Path, name: str, *, steps: int, tensor: int = 1, **run: Any) -> Path:
-    """Steps as quick as they get: one optimizer step on a few responses of two tokens."""
+    """Write settings of a run with very fast steps: one optimizer step on a few responses of two tokens."""
     values = tiny.settings_for(
         place / "model",
         place / "problems.jsonl",
@@ -110,10 +110,10 @@ def config(place: Path, name: str, *, steps: int, tensor: int = 1, **run: Any) -
     return tiny.write_settings(place / f"{name}.yaml", values)
 
 
-def lives(place: Path, name: str, kills: int) -> list[list[Any]]:
-    """[status, whether it was saving, the last checkpoint] of each life of a run."""
+def run_with_kills(place: Path, name: str, kills: int) -> list[list[Any]]:
+    """Return [status, whether it was saving, latest checkpoint] of each process of a run."""
     done = subprocess.run(
-        [sys.executable, "-c", LIVES, str(place / f"{name}.yaml"), str(place / name), str(kills)],
+        [sys.executable, "-c", FORKED_RUNS, str(place / f"{name}.yaml"), str(place / name), str(kills)],
         cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -121,18 +121,18 @@ def lives(place: Path, name: str, kills: int) -> list[list[Any]]:
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl, of which the last line may just be being written."""
-    whole = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in whole if line.endswith("\n")]
+    """Return the lines of metrics.jsonl; the last one may be incomplete while it is written, and is left out then."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in text if line.endswith("\n")]
 
 
-def test_fifty_kills_cost_nothing_but_time(place: Path) -> None:
-    config(place, "whole", steps=STEPS, save_every=0)
+def test_fifty_kills_lose_nothing_but_time(place: Path) -> None:
+    config(place, "uninterrupted", steps=STEPS, save_every=0)
     config(place, "killed", steps=STEPS)
-    (ending,) = lives(place, "whole", 0)
-    assert ending[0] == 0, (place / "whole.yaml.out").read_text()
+    (ending,) = run_with_kills(place, "uninterrupted", 0)
+    assert ending[0] == 0, (place / "uninterrupted.yaml.out").read_text()
     began = time.monotonic()
-    killed = lives(place, "killed", KILLS)
+    killed = run_with_kills(place, "killed", KILLS)
     seconds = time.monotonic() - began
     config_path = str(place / "killed.yaml")
     assert [p.pid for p in psutil.process_iter(["cmdline"]) if config_path in (p.info["cmdline"] or [])] == []
@@ -144,11 +144,11 @@ def test_fifty_kills_cost_nothing_but_time(place: Path) -> None:
     assert any(saving for _, saving, _ in killed)
 
     assert [line["step"] for line in lines(place / "killed")] == list(range(1, STEPS + 1))
-    for found, wanted in zip(lines(place / "killed"), lines(place / "whole"), strict=True):
+    for found, wanted in zip(lines(place / "killed"), lines(place / "uninterrupted"), strict=True):
         for key in wanted:
             if not key.startswith(("time/", "rollout/tokens_per_second")):
                 assert found[key] == wanted[key], (wanted["step"], key)
-    found, wanted = (load_file(place / name / "hf" / "model.safetensors") for name in ("killed", "whole"))
+    found, wanted = (load_file(place / name / "hf" / "model.safetensors") for name in ("killed", "uninterrupted"))
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
     assert sorted(path.name for path in (place / "killed" / "checkpoints").iterdir()) == [
         "latest", "settings.json", f"step_{STEPS - 1:06d}", f"step_{STEPS:06d}",
@@ -165,7 +165,7 @@ class Terminated:
 def terminate(
     config: Path, folder: Path, ranks: int, *, signals: int = 1, gap: float = 0.0, before: Callable[[], None] = int
 ) -> Terminated:
-    """Sends SIGTERM to each rank, at different moments, once there are two steps, after a call of ``before``."""
+    """Call ``before`` after two steps, then send SIGTERM to each rank, at different moments, and wait for the end."""
     with config.with_suffix(".stdout").open("w+") as out:
         trainer = psutil.Popen(
             tiny.command(config, ranks=ranks), cwd=config.parent, env=tiny.environment([config.parent]),
@@ -192,7 +192,7 @@ def terminate(
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_sigterm_saves_and_ends_well(ranks: int, place: Path) -> None:
+def test_sigterm_saves_and_exits_with_status_0(ranks: int, place: Path) -> None:
     name = f"terminated {ranks}"
     folder = place / name
     ending = terminate(config(place, name, steps=10**5, save_every=0), folder, ranks, signals=2)
@@ -201,8 +201,8 @@ def test_sigterm_saves_and_ends_well(ranks: int, place: Path) -> None:
     last = latest_checkpoint(folder / "checkpoints")
     assert last is not None
     assert [line["step"] for line in lines(folder)] == list(range(1, last.step + 1))
-    told = f"stopped by SIGTERM after step {last.step}, which is saved; the same command goes on from there"
-    assert ending.stdout.splitlines().count(told) == 1
+    message = f"stopped by SIGTERM after step {last.step}, which is saved; the same command resumes from there"
+    assert ending.stdout.splitlines().count(message) == 1
     assert not (folder / "summary.json").exists()
 
 
@@ -213,7 +213,7 @@ import time
 FLAG = os.path.join(os.path.dirname(__file__), "hang")
 
 
-def when_told(prompt, response):
+def while_flag_exists(prompt, response):
     while os.path.exists(FLAG):
         open(FLAG + ".seen", "w").close()
         time.sleep(0.05)
@@ -222,18 +222,18 @@ def when_told(prompt, response):
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_a_step_that_does_not_end_in_time_is_given_up(ranks: int, place: Path) -> None:
+def test_a_step_that_does_not_finish_in_time_is_abandoned(ranks: int, place: Path) -> None:
     name = f"endless {ranks}"
     folder, flag, seen = place / name, place / "hang", place / "hang.seen"
     (place / "hanging.py").write_text(HANGS, encoding="utf-8")
     path = config(place, name, steps=10**5, save_every=1, grace_seconds=2.0)
     settings = yaml.safe_load(path.read_text())
-    settings["reward"] |= {"function": "hanging:when_told", "timeout_seconds": 600.0}
+    settings["reward"] |= {"function": "hanging:while_flag_exists", "timeout_seconds": 600.0}
     tiny.write_settings(path, settings)
 
     def hang() -> None:
         flag.touch()
-        wait_for(seen.exists, 60)  # the step of this answer does not end any more
+        wait_for(seen.exists, 60)  # the step of this response cannot finish any more
 
     try:
         ending = terminate(path, folder, ranks, before=hang)
@@ -244,30 +244,33 @@ def test_a_step_that_does_not_end_in_time_is_given_up(ranks: int, place: Path) -
     assert 1.5 < ending.seconds < 40
     last = latest_checkpoint(folder / "checkpoints")
     assert last is not None
-    told = (
-        f"stopped by SIGTERM in step {last.step + 1}, which did not end within run.grace_seconds 2; the same command "
-        f"goes on after step {last.step}"
+    message = (
+        f"stopped by SIGTERM in step {last.step + 1}, which did not end within run.grace_seconds=2; the same command "
+        f"resumes after step {last.step}"
     )
-    assert ending.stdout.splitlines().count(told) == 1, ending.stdout
+    assert ending.stdout.splitlines().count(message) == 1, ending.stdout
     assert "Traceback" not in ending.stdout
     assert [line["step"] for line in lines(folder)] == list(range(1, last.step + 1))
 
 
 @pytest.mark.parametrize(("ranks", "full", "room"), [(0, 0, 20_000), (2, 1, 20_000), (2, 0, 500), (2, 1, 0)])
-def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(ranks: int, full: int, room: int, place: Path) -> None:
+def test_a_full_disk_keeps_earlier_checkpoints_and_the_message_says_what_to_do(
+    ranks: int, full: int, room: int, place: Path
+) -> None:
     name = f"full {ranks} {full} {room}"
-    # In the background, or not.
+    # With several ranks, checkpoints are written in the background.
     run, folder = config(place, name, steps=3, tensor=max(1, ranks), async_save=ranks > 0), place / name
-    # The disk of one rank fills up between two checkpoints: its files may not be as long as they would be.
+    # The disk of one rank becomes full between two checkpoints: the size of its files is limited to simulate that.
     text = f"""
 import os, resource
-from megatron_rlvr import checkpoints, train
-save = checkpoints.Checkpoints.save
+from megatron_rlvr import train
+from megatron_rlvr.checkpoint.store import Checkpoints
+save = Checkpoints.save
 def limited(self, step, state, policy):
     if step == 3 and os.environ.get("RANK", "0") == "{full}":
         resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
     save(self, step, state, policy)
-checkpoints.Checkpoints.save = limited
+Checkpoints.save = limited
 train.main([{str(run)!r}])
 """
     program = place / f"{name}.py"
@@ -279,15 +282,15 @@ train.main([{str(run)!r}])
     )  # fmt: skip
     assert done.returncode == 1
     root = folder / "checkpoints"
-    told = [line for line in done.stderr.splitlines() if line.startswith("megatron_rlvr: ")]
-    assert 1 <= len(told) <= max(1, ranks), done.stderr  # a rank that the launcher has not ended in 10 s tells it, too
+    messages = [line for line in done.stderr.splitlines() if line.startswith("megatron_rlvr: ")]
+    assert 1 <= len(messages) <= max(1, ranks), done.stderr  # a rank that still runs after 10 s prints it as well
     wanted = f"megatron_rlvr: the checkpoint of step 3 could not be written to {root}, where [0-9.]+ GB are free [(]"
-    assert all(re.match(wanted, line) for line in told)
-    assert all(line.endswith("make room, and the same command goes on after step 2") for line in told)
-    assert ranks or "Traceback" not in done.stderr  # the launcher has one of its own
-    assert "signals.Stopped" not in done.stderr  # the launcher ends the rank that waits to see if another tells it
+    assert all(re.match(wanted, line) for line in messages)
+    assert all(line.endswith("make room, and the same command resumes after step 2") for line in messages)
+    assert ranks or "Traceback" not in done.stderr  # the launcher prints one of its own
+    assert "signals.Stopped" not in done.stderr  # the launcher ends a rank that waits for another to print it
     assert sorted(path.name for path in root.iterdir()) == ["latest", "settings.json", "step_000001", "step_000002"]
     config(place, name, steps=3)  # in any layout
-    (ending,) = lives(place, name, 0)
+    (ending,) = run_with_kills(place, name, 0)
     assert ending == [0, False, "step_000003"]
     assert [line["step"] for line in lines(folder)] == [1, 2, 3]

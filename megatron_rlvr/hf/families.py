@@ -1,21 +1,22 @@
-"""Model families: how a Hugging Face model is written as a megatron-core one. Adding a family is adding a table.
+"""Model families: the correspondence of Hugging Face models to megatron-core ones. A new family is a new table.
 
-A family is two things one can read: the fields of Megatron's TransformerConfig computed from the Hugging Face config,
-and a table of names. A row of the table says which layers have a Megatron parameter, which Hugging Face tensors make it
-up, of which shapes, and how:
+A family consists of two things: fields of Megatron's TransformerConfig computed from the Hugging Face config, and a
+table of names. A row of the table says which layers have a Megatron parameter, which Hugging Face tensors form it, of
+which shapes, and how they are arranged:
 
     whole      one tensor, the same on every tensor-parallel rank
-    vocab      one tensor [V, H], rows padded and split over ranks
-    column     one tensor [out, in], split along out
-    row        one tensor [out, in], split along in
-    qkv        query, key, value [.., H] (or biases), interleaved by key-value group, split by group
-    gate_up    gate and up [F, H], each split along F, gate above up on every rank
+    vocab      one tensor [V, H], rows padded and sharded over ranks
+    column     one tensor [out, in], sharded along out
+    row        one tensor [out, in], sharded along in
+    qkv        query, key, value [.., H] (or biases), interleaved by key-value group, sharded by group
+    gate_up    gate and up [F, H], each sharded along F, gate above up on every rank
 
-Layers are dense (one feed-forward network) or sparse (a router and experts). Experts are the exception to the splits: a
-rank holds some of them, and those whole.
+Layers are dense (one feed-forward network) or MoE layers (a router and experts). Experts are not sharded over
+tensor-parallel ranks: an expert-parallel rank holds some of the experts, and each of those unsharded.
 
-Names are those of our layers. Transformer Engine's differ in two norms, which it holds in the linear layer behind them;
-checkpoints have these names whichever layers wrote them, and all experts of a layer as one tensor.
+Names are those of the project's layers. Transformer Engine's differ in two norms, which it holds in the linear layer
+that follows them; checkpoints have Transformer Engine's names whichever layers wrote them, and hold all experts of a
+layer as one tensor.
 
 Shapes: V vocabulary, H hidden, D head, Q queries of all heads, K keys of all key-value groups, F feed-forward,
 E experts, M feed-forward of an expert.
@@ -33,30 +34,38 @@ Layout = Literal["whole", "vocab", "column", "row", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter; ``{layer}`` and ``{expert}`` stand for numbers over the whole model, from 0."""
+    """One Megatron parameter.
+
+    Attributes:
+        megatron: Name in Megatron. ``{layer}`` and ``{expert}`` are placeholders for numbers over the whole model.
+        hugging_face: Names of the Hugging Face tensors that form the parameter.
+        layout: Arrangement of these tensors (see the module).
+        shapes: Shapes of the Hugging Face tensors, one letter per dimension: ``QH`` is [Q, H].
+        layers: Layers that have the parameter.
+        in_checkpoint: Name in checkpoints, or "" if it is ``megatron``. All experts of a layer share one name.
+        expert: Index of the expert in the tensor of that name; None for a parameter that is not an expert's.
+    """
 
     megatron: str
     hugging_face: tuple[str, ...]
     layout: Layout
     shapes: tuple[str, ...]
-    """Of the Hugging Face tensors, a letter a dimension: ``QH`` is [Q, H]."""
-    layers: Literal["all", "dense", "sparse"] = "all"
+    layers: Literal["all", "dense", "moe"] = "all"
     in_checkpoint: str = ""
-    """Its name there, or that of the tensor whose part ``expert`` it is; "" where it is no other."""
     expert: int | None = None
 
     @property
     def of_expert(self) -> bool:
-        """Whether it is a parameter of one expert, which no other rank of the replica holds a part of."""
+        """True for a parameter of one expert, which is not sharded within a data-parallel replica."""
         return ".local_experts." in self.megatron
 
     @property
     def key(self) -> str:
-        """Its name in checkpoints."""
+        """Name in checkpoints."""
         return self.in_checkpoint or self.megatron
 
     def at(self, layer: int, expert: int | None = None) -> "Row":
-        """The row with its numbers filled in."""
+        """Return the row with its placeholders filled in."""
         megatron, key, *names = (
             name.format(layer=layer, expert=expert) for name in (self.megatron, self.in_checkpoint, *self.hugging_face)
         )
@@ -65,17 +74,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its Hugging Face ``model_type``, its table, and what only some families have."""
+    """One architecture.
+
+    Attributes:
+        model_type: ``model_type`` in ``config.json``.
+        architecture: Name of the Hugging Face class.
+        rows: Table of the parameters.
+        qk_layernorm: True if queries and keys are normalized.
+        qkv_bias: True if queries, keys and values have biases.
+        moe: True if layers may have experts.
+    """
 
     model_type: str
     architecture: str
     rows: tuple[Row, ...]
     qk_layernorm: bool = False
-    """Queries and keys are normed."""
     qkv_bias: bool = False
-    """Queries, keys and values have biases."""
-    sparse: bool = False
-    """Layers may have experts."""
+    moe: bool = False
 
 
 _LAYER = "model.layers.{layer}."
@@ -131,15 +146,15 @@ _EXPERT_ROWS = (
         (_LAYER + "post_attention_layernorm.weight",),
         "whole",
         ("H",),
-        "sparse",
+        "moe",
     ),
-    Row(_DECODER + "mlp.router.weight", (_LAYER + "mlp.gate.weight",), "whole", ("EH",), "sparse"),
+    Row(_DECODER + "mlp.router.weight", (_LAYER + "mlp.gate.weight",), "whole", ("EH",), "moe"),
     Row(
         _LOCAL_EXPERT + "linear_fc1.weight",
         (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
         "gate_up",
         ("MH", "MH"),
-        "sparse",
+        "moe",
         in_checkpoint=_ALL_EXPERTS + "linear_fc1.weight",
     ),
     Row(
@@ -147,7 +162,7 @@ _EXPERT_ROWS = (
         (_EXPERT + "down_proj.weight",),
         "row",
         ("HM",),
-        "sparse",
+        "moe",
         in_checkpoint=_ALL_EXPERTS + "linear_fc2.weight",
     ),
 )
@@ -163,12 +178,12 @@ FAMILIES: Mapping[str, Family] = {
             "Qwen3MoeForCausalLM",
             (*_COMMON_ROWS, *_QK_NORM_ROWS, *_EXPERT_ROWS),
             qk_layernorm=True,
-            sparse=True,
+            moe=True,
         ),
     )
 }
 
-# {name in a layer of Transformer Engine's: in one of ours}, of the norms that it holds elsewhere.
+# {name of a norm in a layer of Transformer Engine: name in a layer of the project}, for norms held in linear layers.
 NORMS_IN_LINEARS = {
     row.in_checkpoint.removeprefix(_DECODER): row.megatron.removeprefix(_DECODER)
     for row in _COMMON_ROWS
@@ -177,74 +192,80 @@ NORMS_IN_LINEARS = {
 
 _VOCAB_MULTIPLE = 128
 
-# Megatron knows these constants of Llama 3's rotary embedding by heart; every Llama 3.1, 3.2 and 3.3 has them.
+# Megatron has these constants of Llama 3's rotary embedding built in; every Llama 3.1, 3.2 and 3.3 uses them.
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 class ModelError(InputError):
-    """A model folder that cannot be used; the message is one sentence for the user."""
+    """A model folder that cannot be used."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face ``config.json``, or ModelError naming those that are known."""
+    """Return the family of a Hugging Face ``config.json``.
+
+    Raises:
+        ModelError: If the model type is not supported, with the names of those that are.
+    """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        raise ModelError(f"model_type {model_type!r} has no table; known families are {', '.join(sorted(FAMILIES))}")
+        raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 
 def transformer_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig that follow from a Hugging Face ``config.json``."""
+    """Return the fields of Megatron's TransformerConfig that follow from a Hugging Face ``config.json``.
+
+    Raises:
+        ModelError: If the model has a feature that is not supported.
+    """
     family = family_of(config)
     _refuse_unsupported(config)
     heads, groups, size = attention_sizes(config)
     return {
-        "num_layers": _whole_number(config, "num_hidden_layers"),
-        "hidden_size": _whole_number(config, "hidden_size"),
-        "ffn_hidden_size": _whole_number(config, "intermediate_size"),
+        "num_layers": _positive_int(config, "num_hidden_layers"),
+        "hidden_size": _positive_int(config, "hidden_size"),
+        "ffn_hidden_size": _positive_int(config, "intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": groups,
         "kv_channels": size,
         "layernorm_epsilon": config["rms_norm_eps"],
         "qk_layernorm": family.qk_layernorm,
         "add_qkv_bias": family.qkv_bias,
-        **(_expert_fields(config) if family.sparse else {}),
+        **(_expert_fields(config) if family.moe else {}),
     }
 
 
 def attention_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Query heads, key-value groups, and the size of a head; older configs leave the last two out."""
-    heads = _whole_number(config, "num_attention_heads")
-    groups = heads if config.get("num_key_value_heads") is None else _whole_number(config, "num_key_value_heads")
+    """Return the numbers of query heads and key-value groups, and the head size; older configs omit the last two."""
+    heads = _positive_int(config, "num_attention_heads")
+    groups = heads if config.get("num_key_value_heads") is None else _positive_int(config, "num_key_value_heads")
     if config.get("head_dim") is not None:
-        return heads, groups, _whole_number(config, "head_dim")
-    return heads, groups, _whole_number(config, "hidden_size") // heads
+        return heads, groups, _positive_int(config, "head_dim")
+    return heads, groups, _positive_int(config, "hidden_size") // heads
 
 
 def _expert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    experts, chosen = expert_count(config), _whole_number(config, "num_experts_per_tok")
-    sparse, share = sparse_layers(config), bool(config.get("norm_topk_prob", False))
-    if chosen > experts:
-        raise ModelError(
-            f"num_experts_per_tok {chosen} is more than the {experts} experts; copy the model's own config"
-        )
-    if chosen == 1 and share:
+    experts, top_k = expert_count(config), _positive_int(config, "num_experts_per_tok")
+    moe, normalized = moe_layers(config), bool(config.get("norm_topk_prob", False))
+    if top_k > experts:
+        raise ModelError(f"num_experts_per_tok {top_k} is more than the {experts} experts; copy the model's own config")
+    if top_k == 1 and normalized:
         raise ModelError(
             "num_experts_per_tok 1 with norm_topk_prob weighs every expert 1, and its router cannot learn; use a model "
-            "that chooses several"
+            "with several experts per token"
         )
-    if not any(sparse):
+    if not any(moe):
         raise ModelError("no layer has experts by decoder_sparse_step and mlp_only_layers; convert it to a dense model")
     return {
         "num_moe_experts": experts,
-        "moe_ffn_hidden_size": _whole_number(config, "moe_intermediate_size"),
-        "moe_layer_freq": [int(layer) for layer in sparse],
-        "moe_router_topk": chosen,
+        "moe_ffn_hidden_size": _positive_int(config, "moe_intermediate_size"),
+        "moe_layer_freq": [int(layer) for layer in moe],
+        "moe_router_topk": top_k,
         "moe_router_dtype": "fp32",
-        # The chosen experts' share of the softmax over all (norm_topk_prob) is the softmax over the chosen.
-        "moe_router_pre_softmax": not share,
-        # The policy is trained as it is: a term that balances experts, or a limit that drops tokens, would make it
-        # another one than the rollout engine samples from, and a gradient would depend on the tokens beside it.
+        # The softmax over all experts, normalized over the top k (norm_topk_prob), is the softmax over the top k.
+        "moe_router_pre_softmax": not normalized,
+        # No load-balancing loss and no capacity limit: the policy would differ from the model that the rollout engine
+        # samples from, and the gradient of a token would depend on the other tokens of its micro-batch.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_z_loss_coeff": None,
@@ -255,47 +276,54 @@ def _expert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expert_count(config: Mapping[str, Any]) -> int:
-    """Experts of a sparse layer, 0 in a dense model (transformers 4 and 5 write it under different names)."""
-    if not family_of(config).sparse:
+    """Return the number of experts of an MoE layer, or 0 for a dense model.
+
+    transformers 4 and 5 write it under different names.
+    """
+    if not family_of(config).moe:
         return 0
-    return _whole_number(config, "num_experts" if "num_experts" in config else "num_local_experts")
+    return _positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts")
 
 
-def sparse_layers(config: Mapping[str, Any]) -> list[bool]:
-    """For each layer whether it has experts."""
-    step = _whole_number(config, "decoder_sparse_step") if config.get("decoder_sparse_step") is not None else 1
+def moe_layers(config: Mapping[str, Any]) -> list[bool]:
+    """Return for each layer whether it has experts."""
+    step = _positive_int(config, "decoder_sparse_step") if config.get("decoder_sparse_step") is not None else 1
     dense = config.get("mlp_only_layers") or ()
     return [
-        family_of(config).sparse and layer not in dense and (layer + 1) % step == 0
+        family_of(config).moe and layer not in dense and (layer + 1) % step == 0
         for layer in range(config["num_hidden_layers"])
     ]
 
 
 def rows_of(config: Mapping[str, Any], expert_ranks: int = 1) -> Iterator[Sequence[Row]]:
-    """All parameters of a model in a fixed order, numbers filled in; a tied output layer has none.
+    """Yield a tuple of rows for each parameter of a rank, in a fixed order, with placeholders filled in.
 
-    Each comes alone, but for those of experts: with them come their like on the other expert ranks, in rank order. Of E
-    experts rank r of n holds those from r E / n to before (r + 1) E / n.
+    The tuple has one row, except for parameters of experts: then it has one row per expert-parallel rank, in rank
+    order. Of E experts, rank r of n holds those from r E / n to before (r + 1) E / n. A tied output layer has no row.
+
+    Args:
+        config: The model's ``config.json``.
+        expert_ranks: Expert-parallel size; with 1, every parameter of the model has a tuple of its own.
     """
-    sparse, here = sparse_layers(config), expert_count(config) // expert_ranks
+    moe, local_experts = moe_layers(config), expert_count(config) // expert_ranks
     for row in family_of(config).rows:
         if row.megatron == "output_layer.weight" and tied(config):
             continue
         if "{layer}" not in row.megatron:
             yield (row,)
             continue
-        for layer, is_sparse in enumerate(sparse):
-            if row.layers != "all" and (row.layers == "sparse") != is_sparse:
+        for layer, is_moe in enumerate(moe):
+            if row.layers != "all" and (row.layers == "moe") != is_moe:
                 continue
             if not row.of_expert:
                 yield (row.at(layer),)
                 continue
-            for expert in range(here):
-                yield tuple(row.at(layer, rank * here + expert) for rank in range(expert_ranks))
+            for expert in range(local_experts):
+                yield tuple(row.at(layer, rank * local_experts + expert) for rank in range(expert_ranks))
 
 
 def tensor_shapes(row: Row, config: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Shapes of a row's Hugging Face tensors."""
+    """Return the shapes of a row's Hugging Face tensors."""
     heads, groups, size = attention_sizes(config)
     sizes = {"D": size, "Q": heads * size, "K": groups * size}
     keys = {"V": "vocab_size", "H": "hidden_size", "F": "intermediate_size", "M": "moe_intermediate_size"}
@@ -309,7 +337,7 @@ def parameter_count(config: Mapping[str, Any]) -> int:
 
 
 def padded_vocab_size(vocab: int, tensor: int) -> int:
-    """Rows of the embedding over all ``tensor`` ranks of a tensor-parallel group, with Megatron's padding.
+    """Return the number of rows of the embedding over all ``tensor`` tensor-parallel ranks, with Megatron's padding.
 
     Megatron pads the vocabulary so that every tensor-parallel rank holds the same number of rows, a multiple of 128,
     which suits the matrix products of GPUs.
@@ -319,18 +347,18 @@ def padded_vocab_size(vocab: int, tensor: int) -> int:
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """Base period of the rotary embedding (transformers 4 and 5 keep it in different places)."""
+    """Return the base of the rotary embedding's periods; transformers 4 and 5 keep it in different places."""
     return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
 def rope_scaling_factor(config: Mapping[str, Any]) -> float | None:
-    """By how much Llama 3 stretches the slow turns of its rotary embedding; None where they are left as they are."""
+    """Return the factor by which Llama 3 scales the long periods of its rotary embedding; None if it does not."""
     rope = _rope(config)
     return float(rope["factor"]) if _rope_type(rope) == "llama3" else None
 
 
 def tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output layer shares the input embedding's weight."""
+    """Return whether the output layer shares the input embedding's weight."""
     return bool(config.get("tie_word_embeddings", False))
 
 
@@ -347,13 +375,13 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     known = [family.architecture for family in FAMILIES.values()]
     architecture = (config.get("architectures") or known)[0]
     if architecture not in known:
-        raise ModelError(f"architecture {architecture!r} is not supported; known are {', '.join(known)}")
+        raise ModelError(f"architecture {architecture!r} is not supported; supported are {', '.join(known)}")
     if _rope_type(rope) not in ("default", "llama3"):
         raise ModelError(f"rope type {_rope_type(rope)!r} is not supported; use a model with default or llama3")
     if _rope_type(rope) == "llama3":
         _refuse_other_llama3(rope)
     for key, only, remedy in (
-        ("partial_rotary_factor", 1, "use a model that turns whole heads"),
+        ("partial_rotary_factor", 1, "use a model that rotates whole heads"),
         ("attention_bias", False, "use a model without it"),
         ("mlp_bias", False, "use a model without it"),
     ):
@@ -361,10 +389,10 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         if value is not None and value != only:
             raise ModelError(f"{key} {value!r} is not supported; {remedy}")
     if config.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"activation {config['hidden_act']!r} is not supported; known is silu")
+        raise ModelError(f"activation {config['hidden_act']!r} is not supported; use a model with silu")
     if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ModelError("sliding-window attention is not supported; use a model whose layers attend to all tokens")
-    _whole_number(config, "vocab_size")
+    _positive_int(config, "vocab_size")
     if not isinstance(config.get("rms_norm_eps"), float | int):
         raise ModelError("rms_norm_eps of config.json is missing or not a number; copy the model's own")
 
@@ -375,12 +403,12 @@ def _refuse_other_llama3(rope: Mapping[str, Any]) -> None:
             raise ModelError(f"{key} {rope.get(key)!r} of rope type llama3 is not supported; it is {only} in Llama 3")
     if not isinstance(rope.get("factor"), float | int) or rope["factor"] < 1:
         raise ModelError(
-            f"factor {rope.get('factor')!r} of rope type llama3 is not a number from 1; copy the model's own"
+            f"factor {rope.get('factor')!r} of rope type llama3 is not a number of at least 1; copy the model's own"
         )
 
 
-def _whole_number(config: Mapping[str, Any], key: str) -> int:
+def _positive_int(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
-        raise ModelError(f"{key} of config.json is {value!r}, not a whole number above 0; copy the model's own")
+        raise ModelError(f"{key} of config.json is {value!r}, not an integer above 0; copy the model's own")
     return value

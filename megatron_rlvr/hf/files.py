@@ -1,4 +1,4 @@
-"""What a Hugging Face model folder holds, found out without reading a weight. Imports no torch."""
+"""Configuration and file names of a Hugging Face model folder, read without a weight. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,11 @@ SINGLE = "model.safetensors"
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """``config.json`` of a model folder; ModelError says what is missing."""
+    """Return ``config.json`` of a model folder.
+
+    Raises:
+        ModelError: If it does not exist or is not a JSON object.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
@@ -25,7 +29,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a model folder, checked to exist."""
+    """Return the safetensors files of a model folder.
+
+    Raises:
+        ModelError: If there are none, or one that the index names does not exist.
+    """
     folder = Path(folder)
     index = folder / INDEX
     if index.is_file():

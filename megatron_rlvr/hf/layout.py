@@ -1,9 +1,9 @@
-"""One parameter between its Hugging Face tensors and its tensor-parallel shards, both ways.
+"""Conversion of one parameter between its Hugging Face tensors and its tensor-parallel shards.
 
-``merge`` turns the Hugging Face tensors of a table row into Megatron's full parameter, ``shard`` cuts one rank's part,
-``unshard`` and ``unmerge`` go back. All four only move elements, so a round trip is exact in any dtype.
+    Hugging Face tensors  -- merge -->  Megatron's full parameter  -- shard -->  shard of one rank
+                         <- unmerge --                            <- unshard --  shards of all ranks
 
-Shapes: H hidden, g key-value groups, q query heads in a group, d head size, F feed-forward size, V vocabulary.
+All four functions only move elements, so a round trip is exact in any dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,15 @@ from megatron_rlvr.hf.families import Layout, attention_sizes
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that decide how tensors are interleaved and padded."""
+    """Sizes that determine how tensors are interleaved and padded.
+
+    Attributes:
+        groups: Number of key-value groups.
+        heads_per_group: Number of query heads in a group.
+        head_size: Size of a head.
+        vocab: Size of the vocabulary.
+        padded_vocab: Size of the vocabulary with Megatron's padding.
+    """
 
     groups: int
     heads_per_group: int
@@ -28,14 +36,14 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], padded_vocab: int | None = None) -> "Geometry":
-        """From a Hugging Face ``config.json``; the vocabulary is not padded where no size is given."""
+        """Return the sizes in a Hugging Face ``config.json``; without ``padded_vocab`` the vocabulary is not padded."""
         heads, groups, size = attention_sizes(config)
         vocab = config["vocab_size"]
         return cls(groups, heads // groups, size, vocab, vocab if padded_vocab is None else padded_vocab)
 
 
 def merge(layout: Layout, tensors: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    """Megatron's full parameter from the Hugging Face tensors of its row."""
+    """Return Megatron's full parameter, made of the Hugging Face tensors of its row."""
     if layout == "qkv":
         groups, rest = geometry.groups, tensors[0].shape[1:]
         return torch.cat([t.reshape(groups, -1, *rest) for t in tensors], dim=1).reshape(-1, *rest)
@@ -50,7 +58,7 @@ def merge(layout: Layout, tensors: Sequence[Tensor], geometry: Geometry) -> Tens
 
 
 def unmerge(layout: Layout, full: Tensor, geometry: Geometry) -> list[Tensor]:
-    """The Hugging Face tensors of a row from Megatron's full parameter."""
+    """Return the Hugging Face tensors of a row, made of Megatron's full parameter."""
     if layout == "qkv":
         rest, d, q = full.shape[1:], geometry.head_size, geometry.heads_per_group
         parts = full.reshape(geometry.groups, (q + 2) * d, *rest).split([q * d, d, d], dim=1)
@@ -63,7 +71,7 @@ def unmerge(layout: Layout, full: Tensor, geometry: Geometry) -> list[Tensor]:
 
 
 def shard(layout: Layout, full: Tensor, rank: int, size: int) -> Tensor:
-    """Tensor-parallel rank ``rank``'s part of a full parameter."""
+    """Return the shard of a full parameter that tensor-parallel rank ``rank`` of ``size`` holds."""
     if size == 1 or layout == "whole":
         return full
     if layout == "row":
@@ -74,7 +82,12 @@ def shard(layout: Layout, full: Tensor, rank: int, size: int) -> Tensor:
 
 
 def unshard(layout: Layout, parts: Tensor) -> Tensor:
-    """The full parameter from the parts of all tensor-parallel ranks [ranks, *part]; without a copy where it can be."""
+    """Return the full parameter from the shards of all tensor-parallel ranks, without a copy if possible.
+
+    Args:
+        layout: Layout of the parameter.
+        parts: [ranks, *shard] shards in rank order.
+    """
     if len(parts) == 1 or layout == "whole":
         return parts[0]
     if layout == "row":

@@ -227,7 +227,7 @@ class _WeightFile:
         path.write_bytes(bytes(8 + _HEADER_BYTES))
 
     def has_room(self, name: str, tensor: torch.Tensor, file_bytes: int) -> bool:
-        """Return whether the file has at most ``file_bytes`` with this tensor added; any tensor fits into an empty file."""
+        """Return whether the file has at most ``file_bytes`` with this tensor too; an empty file has room for any."""
         header = self._header_bytes + len(json.dumps({name: self._entry(tensor)}))
         return not self.tensors or (self.size + tensor.nbytes <= file_bytes and header <= _HEADER_BYTES)
 

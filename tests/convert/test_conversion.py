@@ -1,4 +1,4 @@
-"""The two tools as a user runs them: there and back, what they refuse, a full disk, and how much memory they take."""
+"""The two conversion tools as a user runs them: round trips, refusals, a full disk, memory."""
 
 import json
 import re
@@ -25,7 +25,7 @@ NORM = "model.layers.1.self_attn.q_norm.weight"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A Hugging Face folder in several files, with a tokenizer and settings of generation."""
+    """Write a Hugging Face folder with several weight files, a tokenizer and generation settings."""
     folder = tiny.write_model(tmp_path_factory.mktemp("models") / "model", chat_template=tiny.TEMPLATE)
     weights = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
@@ -40,7 +40,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory) -> Path:
-    """The model, converted."""
+    """Convert the model to a checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoints") / "checkpoint"
     to_megatron(model, folder)
     return folder
@@ -51,7 +51,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def run_tool(*arguments: str | Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
-    """``largest_file``: in bytes, beyond which writing fails as on a full disk."""
+    """Run a tool; writing a file beyond ``largest_file`` bytes fails as on a full disk."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # type: ignore[type-var]
@@ -68,7 +68,7 @@ def run_tool(*arguments: str | Path, largest_file: int | None = None) -> subproc
     )
 
 
-def test_the_tools_go_there_and_back_carry_everything_along_and_compare_logits(model, tmp_path):
+def test_a_round_trip_keeps_weights_and_other_files_and_verifies_logits(model, tmp_path):
     there = run_tool(TO_MEGATRON, model, tmp_path / "checkpoint", "--tensor", "2", "--pipeline", "2", "--verify")
     assert there.returncode == 0, there.stderr
     back = run_tool(TO_HUGGING_FACE, tmp_path / "checkpoint", tmp_path / "back", "--shard-size", "3e-5", "--verify")
@@ -91,7 +91,7 @@ def test_the_tools_go_there_and_back_carry_everything_along_and_compare_logits(m
 
 
 def with_weights(changes: dict[str, torch.Tensor | None], **settings: Any) -> Callable[[Path], None]:
-    """Spoils a model folder: tensors and entries of config.json changed, added, or (None) left out."""
+    """Return a function that changes, adds or (None) removes tensors and entries of config.json in a folder."""
 
     def spoil(folder: Path) -> None:
         weights = weights_of(folder) | changes
@@ -112,7 +112,7 @@ def with_config(**settings: Any) -> Callable[[Path], None]:
 
 
 def with_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
-    """Spoils a folder: one file has other bytes, or (None) is gone."""
+    """Return a function that changes the content of one file in a folder, or (None) removes it."""
 
     def spoil(folder: Path) -> None:
         content = change((folder / name).read_bytes())
@@ -121,7 +121,7 @@ def with_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[P
     return spoil
 
 
-def gone(content: bytes) -> None:
+def removed(content: bytes) -> None:
     return None
 
 
@@ -143,49 +143,49 @@ SECOND = "model-00002-of-00002.safetensors"
         ("lacks model.layers.2.input_layernorm.weight", with_config(num_hidden_layers=3)),
         ("lm_head.weight is not model.embed_tokens.weight", with_config(tie_word_embeddings=True)),
         ("architecture 'Qwen3ForTokenClassification'", with_config(architectures=["Qwen3ForTokenClassification"])),
-        ("model_type 'mamba' has no table", with_config(model_type="mamba")),
+        ("model_type 'mamba' is not supported", with_config(model_type="mamba")),
         ("vocab_size of config.json is None", with_config(vocab_size=None)),
         ("holds no JSON object", with_file("config.json", lambda content: b"[]")),
-        ("holds no config.json", with_file("config.json", gone)),
-        (f"lacks {SECOND}, which", with_file(SECOND, gone)),
+        ("holds no config.json", with_file("config.json", removed)),
+        (f"lacks {SECOND}, which", with_file(SECOND, removed)),
         (f"{SECOND} cannot be read", with_file(SECOND, shortened)),
         (f"{SECOND} cannot be read", with_file(SECOND, lambda content: b"")),
-        (f"{NORM} is of type I64; known are", with_weights({NORM: torch.ones(8, dtype=torch.int64)})),
+        (f"{NORM} is of type I64; supported are", with_weights({NORM: torch.ones(8, dtype=torch.int64)})),
     ],
 )
-def test_a_folder_that_is_no_whole_model_is_refused_by_name_and_nothing_is_written(model, message, spoil, tmp_path):
+def test_an_incomplete_model_is_refused_with_the_name_at_fault_and_nothing_is_written(model, message, spoil, tmp_path):
     shutil.copytree(model, tmp_path / "spoiled")
     spoil(tmp_path / "spoiled")
-    with pytest.raises(ModelError, match=re.escape(message)) as told:
+    with pytest.raises(ModelError, match=re.escape(message)) as raised:
         to_megatron(tmp_path / "spoiled", tmp_path / "out")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled"]
 
 
 @pytest.mark.parametrize(
     ("message", "spoil"),
     [
-        ("lacks metadata.json", with_file("metadata.json", gone)),
-        ("lacks .metadata; give the folder of a checkpoint", with_file(".metadata", gone)),
+        ("lacks metadata.json", with_file("metadata.json", removed)),
+        ("lacks .metadata; give the folder of a checkpoint", with_file(".metadata", removed)),
         ("cannot be read", with_file(".metadata", shortened)),
         ("of format 'zarr'", with_file("metadata.json", lambda content: b'{"sharded_backend": "zarr"}')),
-        ("lacks __0_0.distcp, which", with_file("__0_0.distcp", gone)),
+        ("lacks __0_0.distcp, which", with_file("__0_0.distcp", removed)),
         ("bytes; copy the checkpoint again", with_file("__0_0.distcp", shortened)),
-        ("hugging_face holds no config.json", with_file("hugging_face/config.json", gone)),
+        ("hugging_face holds no config.json", with_file("hugging_face/config.json", removed)),
         ("lacks decoder.layers.2.mlp.linear_fc1.layer_norm_weight", with_config(num_hidden_layers=3)),
         ("holds decoder.layers.1.", with_config(num_hidden_layers=1)),
         ("linear_fc2.weight [32, 64] does not fit [32, 32]", with_config(intermediate_size=32)),
         ("word_embeddings.weight [320, 32] does not fit [321, 32]", with_config(vocab_size=321)),
     ],
 )
-def test_a_folder_that_is_no_whole_checkpoint_is_refused_by_name_and_nothing_is_written(
+def test_an_incomplete_checkpoint_is_refused_with_the_name_at_fault_and_nothing_is_written(
     checkpoint, message, spoil, tmp_path
 ):
     shutil.copytree(checkpoint, tmp_path / "spoiled")
     spoil(tmp_path / "spoiled")
-    with pytest.raises(ModelError, match=re.escape(message)) as told:
+    with pytest.raises(ModelError, match=re.escape(message)) as raised:
         to_hugging_face(tmp_path / "spoiled", tmp_path / "out")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled"]
 
 
@@ -199,8 +199,8 @@ def test_a_tied_model_may_hold_its_embedding_twice(model, tmp_path):
     assert weights_of(tmp_path / "back").keys() == wanted.keys()
 
 
-def test_what_else_is_in_a_checkpoint_stays_there(model, tmp_path, monkeypatch):
-    """Such as an optimizer's tensors."""
+def test_other_tensors_of_a_checkpoint_are_ignored(model, tmp_path, monkeypatch):
+    """Others are, for example, those of an optimizer."""
     from megatron_rlvr.checkpoint.files import CheckpointWriter
     from megatron_rlvr.hf.families import Row
 
@@ -216,18 +216,18 @@ def test_what_else_is_in_a_checkpoint_stays_there(model, tmp_path, monkeypatch):
     assert weights_of(tmp_path / "back").keys() == weights_of(model).keys()
 
 
-def test_a_layout_that_the_model_cannot_have_is_refused(model):
+def test_a_layout_that_does_not_fit_the_model_is_refused(model):
     check_layout(model, tensor=2, pipeline=2, expert=1)
     for sizes, message in (
-        ((4, 1, 1), "2 key-value heads of .* do not divide by --tensor 4"),
-        ((1, 3, 1), "2 layers of .* do not divide by --pipeline 3"),
-        ((1, 1, 2), "--expert 2 does nothing with .*, a dense model"),
+        ((4, 1, 1), "2 key-value heads of .* are not divisible by --tensor 4"),
+        ((1, 3, 1), "2 layers of .* are not divisible by --pipeline 3"),
+        ((1, 1, 2), "--expert 2 has no effect on .*, a dense model"),
     ):
         with pytest.raises(ModelError, match=message):
             check_layout(model, *sizes)
 
 
-def test_a_folder_in_use_is_refused_and_left_alone(model, checkpoint, tmp_path):
+def test_an_existing_folder_is_refused_and_unchanged(model, checkpoint, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -242,8 +242,8 @@ def test_a_folder_in_use_is_refused_and_left_alone(model, checkpoint, tmp_path):
     to_megatron(model, tmp_path / "empty")
 
 
-def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path):
-    """8 TiB of zeros that take no room themselves."""
+def test_too_little_disk_space_is_refused_before_anything_is_written(tmp_path):
+    """The model is a sparse file of 8 TiB."""
     vocab, folder = 2**36, tmp_path / "vast"
     tiny.write_model(folder, tie_word_embeddings=True)
     weights = {n: t for n, t in weights_of(folder).items() if n != "model.embed_tokens.weight"}
@@ -263,7 +263,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["vast"]
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(model, checkpoint, tmp_path):
+def test_a_disk_that_fills_up_is_reported_in_one_line_and_nothing_is_left(model, checkpoint, tmp_path):
     for tool, source in ((TO_MEGATRON, model), (TO_HUGGING_FACE, checkpoint)):
         done = run_tool(tool, source, tmp_path / "out", largest_file=60_000)
         assert done.returncode == 2
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(model, checkpoint, 
 
 @pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json"])
 def test_a_small_file_that_cannot_be_written_is_an_error_of_the_disk(name, model, tmp_path, monkeypatch):
-    """The disk may be full just when all of the weights are written."""
+    """The disk may become full just after all weights are written."""
     from megatron_rlvr.checkpoint.files import CheckpointWriter
 
     finish = CheckpointWriter.finish
@@ -292,7 +292,7 @@ def test_a_small_file_that_cannot_be_written_is_an_error_of_the_disk(name, model
 def test_wrong_arguments_are_one_line(model, tmp_path):
     for arguments, message in (
         ((TO_MEGATRON, tmp_path / "none", tmp_path / "out"), "holds no config.json"),
-        ((TO_MEGATRON, model, tmp_path / "out", "--tensor", "4"), "do not divide by --tensor 4"),
+        ((TO_MEGATRON, model, tmp_path / "out", "--tensor", "4"), "are not divisible by --tensor 4"),
         ((TO_HUGGING_FACE, model, tmp_path / "out"), "holds no config.json"),
     ):
         done = run_tool(*arguments)
@@ -327,7 +327,7 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path):
     assert done.returncode == 0, done.stderr
     there, back = map(float, done.stdout.split())
     assert total > 24 * largest
-    assert largest < there <= back < 4 * largest + 32 < total / 3, done.stdout  # malloc keeps what was freed
+    assert largest < there <= back < 4 * largest + 32 < total / 3, done.stdout  # malloc keeps freed memory
 
 
 def test_the_benchmark_gets_the_weights_back_and_a_missing_mbridge_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""What Megatron is told about a model, against transformers' own reading of the same configuration."""
+"""Megatron's fields and the tables of names, against transformers' own reading of the same configuration."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,11 @@ from megatron_rlvr.hf.families import (
     ModelError,
     Row,
     expert_count,
+    moe_layers,
+    padded_vocab_size,
     rope_scaling_factor,
     rope_theta,
     rows_of,
-    sparse_layers,
     tensor_shapes,
     tied,
     transformer_fields,
@@ -65,6 +66,14 @@ def test_the_rotary_base_is_found_where_transformers_4_and_5_keep_it():
     assert rope_theta({}) == 1e4
 
 
+@pytest.mark.parametrize(
+    ("vocab", "tensor", "padded"),
+    [(1, 1, 128), (128, 1, 128), (129, 1, 256), (151_936, 1, 151_936), (151_936, 8, 152_576), (151_936, 2, 152_064)],
+)
+def test_the_vocabulary_is_padded_to_a_multiple_of_128_rows_on_every_rank(vocab, tensor, padded):
+    assert padded_vocab_size(vocab, tensor) == padded
+
+
 def test_tied_embeddings_are_the_configurations():
     assert tied(config(tie_word_embeddings=True))
     assert not tied(config(tie_word_embeddings=False))
@@ -74,7 +83,7 @@ def test_tied_embeddings_are_the_configurations():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' has no table; known families are"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),
@@ -82,14 +91,14 @@ def test_tied_embeddings_are_the_configurations():
         ({"architectures": ["Qwen3ForTokenClassification"]}, "architecture 'Qwen3ForTokenClassification' is not"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"hidden_size": None}, "hidden_size of config.json is None, not a whole number above 0"),
+        ({"hidden_size": None}, "hidden_size of config.json is None, not an integer above 0"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads of config.json is '2'"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps of config.json is missing or not a number"),
         ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
     ],
 )
-def test_a_model_that_would_be_computed_wrongly_is_refused(changes, message):
+def test_unsupported_features_are_refused(changes, message):
     with pytest.raises(ModelError, match=message):
         transformer_fields(config() | changes)
 
@@ -121,7 +130,7 @@ LLAMA_3_1_8B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 128256,
 }
-"""As the hub has it; so is the next."""
+"""Copied from the hub."""
 QWEN2_5_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "hidden_act": "silu",
@@ -168,7 +177,7 @@ def test_the_fields_of_qwen2_and_llama_are_the_configurations():
     }
 
 
-def test_the_stretch_of_llama_3_is_found_where_transformers_4_and_5_keep_it():
+def test_the_rope_factor_of_llama_3_is_found_where_transformers_4_and_5_keep_it():
     newer = {"rope_parameters": {"rope_theta": 5e5} | LLAMA_3_1_8B["rope_scaling"]}
     assert rope_scaling_factor(LLAMA_3_1_8B) == rope_scaling_factor(newer) == 8.0
     assert rope_scaling_factor(QWEN2_5_7B) is None
@@ -193,12 +202,12 @@ def test_the_stretch_of_llama_3_is_found_where_transformers_4_and_5_keep_it():
         ),
     ],
 )
-def test_a_llama_that_would_be_computed_wrongly_is_refused(changes, message):
+def test_unsupported_features_of_llama_are_refused(changes, message):
     with pytest.raises(ModelError, match=message):
         transformer_fields(LLAMA_3_1_8B | changes)
 
 
-# Sparse layers ------------------------------------------------------------------------------------------------------
+# MoE layers ---------------------------------------------------------------------------------------------------------
 
 QWEN3_30B_A3B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -228,8 +237,8 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-"""As the hub has it."""
-SPARSE_SHAPE: dict[str, Any] = SHAPE | {
+"""Copied from the hub."""
+MOE_SHAPE: dict[str, Any] = SHAPE | {
     "num_hidden_layers": 5,
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -237,9 +246,9 @@ SPARSE_SHAPE: dict[str, Any] = SHAPE | {
 }
 
 
-def sparse_config(**changes):
+def moe_config(**changes):
     """config.json of a model with experts, as transformers writes it."""
-    return Qwen3MoeConfig(**(SPARSE_SHAPE | changes)).to_dict()
+    return Qwen3MoeConfig(**(MOE_SHAPE | changes)).to_dict()
 
 
 def test_the_fields_of_a_model_with_experts_are_the_configurations():
@@ -272,8 +281,8 @@ def test_the_fields_of_a_model_with_experts_are_the_configurations():
 
 def test_the_number_of_experts_is_found_where_transformers_4_and_5_keep_it():
     assert expert_count(QWEN3_30B_A3B) == 128
-    assert expert_count(sparse_config()) == 4
-    assert "num_experts" not in sparse_config(), "the other name"
+    assert expert_count(moe_config()) == 4
+    assert "num_experts" not in moe_config(), "it has the other name"
     assert expert_count(config()) == 0
 
 
@@ -286,15 +295,15 @@ def test_the_number_of_experts_is_found_where_transformers_4_and_5_keep_it():
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [0, 1, 2, 4]),
     ],
 )
-def test_layers_have_experts_where_transformers_gives_them_some(changes, dense):
+def test_the_same_layers_as_in_transformers_have_experts(changes, dense):
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        layers = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SPARSE_SHAPE, **changes)).model.layers
+        layers = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**MOE_SHAPE, **changes)).model.layers
     assert [n for n, layer in enumerate(layers) if not hasattr(layer.mlp, "experts")] == dense
-    assert [n for n, sparse in enumerate(sparse_layers(sparse_config(**changes))) if not sparse] == dense
-    assert transformer_fields(sparse_config(**changes))["moe_layer_freq"] == [int(n not in dense) for n in range(5)]
+    assert [n for n, is_moe in enumerate(moe_layers(moe_config(**changes))) if not is_moe] == dense
+    assert transformer_fields(moe_config(**changes))["moe_layer_freq"] == [int(n not in dense) for n in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +311,7 @@ def test_layers_have_experts_where_transformers_gives_them_some(changes, dense):
     [
         ({"num_experts_per_tok": 129}, "num_experts_per_tok 129 is more than the 128 experts"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok 1 with norm_topk_prob weighs every expert 1"),
-        ({"num_experts_per_tok": None}, "num_experts_per_tok of config.json is None, not a whole number above 0"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok of config.json is None, not an integer above 0"),
         ({"num_experts": "128"}, "num_experts of config.json is '128'"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size of config.json is 0"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step of config.json is 0"),
@@ -311,7 +320,7 @@ def test_layers_have_experts_where_transformers_gives_them_some(changes, dense):
         ({"attention_bias": True}, "attention_bias True is not supported"),
     ],
 )
-def test_a_model_whose_experts_would_be_computed_wrongly_is_refused(changes, message):
+def test_unsupported_experts_are_refused(changes, message):
     with pytest.raises(ModelError, match=message):
         transformer_fields(QWEN3_30B_A3B | changes)
 
@@ -324,8 +333,8 @@ def test_a_model_whose_experts_would_be_computed_wrongly_is_refused(changes, mes
     [
         Qwen3Config(**SHAPE, tie_word_embeddings=False),
         Qwen3Config(**SHAPE, tie_word_embeddings=True),
-        Qwen3MoeConfig(**SPARSE_SHAPE),
-        Qwen3MoeConfig(**SPARSE_SHAPE, mlp_only_layers=[2], decoder_sparse_step=2),
+        Qwen3MoeConfig(**MOE_SHAPE),
+        Qwen3MoeConfig(**MOE_SHAPE, mlp_only_layers=[2], decoder_sparse_step=2),
         Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, tie_word_embeddings=False),
         Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, tie_word_embeddings=True),
         LlamaConfig(**SHAPE, tie_word_embeddings=False),
@@ -348,9 +357,9 @@ def test_every_tensor_of_a_model_folder_has_exactly_one_row(made, tmp_path):
     assert sorted(ours) == theirs
 
 
-def test_rows_of_experts_come_with_their_like_on_the_other_expert_ranks():
-    one = [row for (row,) in rows_of(sparse_config())]
-    two = list(rows_of(sparse_config(), 2))
+def test_rows_of_experts_are_yielded_together_with_those_of_the_other_expert_ranks():
+    one = [row for (row,) in rows_of(moe_config())]
+    two = list(rows_of(moe_config(), 2))
     assert sorted(row.megatron for rows in two for row in rows) == sorted(row.megatron for row in one)
     assert [rows for rows in two if len(rows) == 1] == [(row,) for row in one if not row.of_expert]
     together = [

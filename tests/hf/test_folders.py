@@ -1,4 +1,4 @@
-"""Model folders on disk: read and written as safetensors itself does it, and never half there."""
+"""Model folders on disk: read and written as by safetensors itself, and complete or not there at all."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ TENSORS = {f"layer.{i}.weight": torch.full((10, i + 1), float(i), dtype=torch.fl
 
 @pytest.fixture
 def source(tmp_path):
-    """A folder as it is downloaded: weights of several kinds, configuration, tokenizer."""
+    """Write a folder as it is downloaded: weights of several kinds, configuration, tokenizer."""
     folder = tmp_path / "source"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "merges.txt", "README.md"):
@@ -42,7 +42,7 @@ def assert_holds(folder, tensors):
         assert torch.equal(read, tensor)
 
 
-def test_an_export_is_one_file_with_everything_that_is_not_weights(source, tmp_path):
+def test_an_export_is_one_weight_file_and_a_copy_of_all_other_files(source, tmp_path):
     target = tmp_path / "export"
     write_folder(target, source, TENSORS.items())
     names = {path.name for path in target.iterdir()}
@@ -52,7 +52,7 @@ def test_an_export_is_one_file_with_everything_that_is_not_weights(source, tmp_p
     assert_holds(target, TENSORS)
 
 
-def test_a_large_export_is_cut_into_files_that_an_index_names(source, tmp_path):
+def test_a_large_export_has_several_weight_files_and_an_index(source, tmp_path):
     limit = 250
     target = tmp_path / "export"
     write_folder(target, source, TENSORS.items(), file_bytes=limit)
@@ -77,11 +77,11 @@ def broken_halfway(tensors):
         yield item
 
 
-def test_an_export_that_fails_midway_leaves_what_was_there(source, tmp_path):
+def test_an_export_that_fails_midway_leaves_the_old_folder_unchanged(source, tmp_path):
     target = tmp_path / "export"
     with pytest.raises(RuntimeError, match="a rank died"):
         write_folder(target, source, broken_halfway(TENSORS), file_bytes=100)
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}, "no folder rather than half a folder"
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}, "no folder rather than an incomplete one"
     write_folder(target, source, TENSORS.items())
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     changed = {name: tensor + 1 for name, tensor in TENSORS.items()}
@@ -93,7 +93,7 @@ def test_an_export_that_fails_midway_leaves_what_was_there(source, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source", "export"}, "nothing is left beside it"
 
 
-def test_an_export_replaces_all_of_the_folder_that_was_there(source, tmp_path):
+def test_an_export_replaces_the_whole_old_folder(source, tmp_path):
     target = tmp_path / "export"
     write_folder(target, source, TENSORS.items(), file_bytes=100)
     write_folder(target, source, [("half", TENSORS["half"])])
@@ -112,7 +112,7 @@ def test_no_file_has_more_tensors_than_its_header_has_room_for(source, tmp_path,
     assert_holds(tmp_path / "export", tensors)
 
 
-def test_files_can_be_added_before_the_folder_gets_its_name(source, tmp_path):
+def test_files_can_be_added_before_the_folder_is_renamed(source, tmp_path):
     target = tmp_path / "export"
 
     def another_tokenizer(folder):
@@ -124,7 +124,7 @@ def test_files_can_be_added_before_the_folder_gets_its_name(source, tmp_path):
     assert (target / "tokenizer.json").read_text() == "another"
 
 
-def test_what_is_wrong_with_a_folder_is_said_by_name(tmp_path):
+def test_errors_name_the_missing_or_damaged_file(tmp_path):
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3",\n oops}')
@@ -144,23 +144,23 @@ def test_what_is_wrong_with_a_folder_is_said_by_name(tmp_path):
     assert_holds(tmp_path, {"a": torch.zeros(2), "b": torch.ones(2)})
 
 
-def test_every_tensor_that_is_missing_is_named_in_a_few_words():
+def test_missing_tensors_are_all_named_in_a_short_list():
     layers = {f"model.layers.{i}.{part}.weight": (1,) for i in range(28) for part in ("self_attn.q_proj", "mlp.gate")}
     experts = {f"model.layers.{i}.mlp.experts.{j}.up_proj.weight": (1,) for i in range(28) for j in range(16)}
     whole = layers | experts | {"lm_head.weight": (1,)}
     dice = np.random.default_rng(0)
     for share in (0.0, 0.05, 0.5, 0.95, 1.0):
         missing = {name for name in whole if dice.random() <= share} | {"lm_head.weight"}
-        with pytest.raises(ModelError) as told:
+        with pytest.raises(ModelError) as raised:
             check_tensors({name: shape for name, shape in whole.items() if name not in missing}, whole, "folder")
-        listed = str(told.value).removeprefix("folder lacks ").partition(";")[0]
+        listed = str(raised.value).removeprefix("folder lacks ").partition(";")[0]
         assert sorted(name for entry in listed.split(", ") for name in spelled_out(entry)) == sorted(missing)
     expected = "lm_head.weight, model.layers.0-27.mlp.experts.0-15.up_proj.weight, model.layers.0-27.mlp.gate.weight"
     assert listed == f"{expected}, model.layers.0-27.self_attn.q_proj.weight"
 
 
 def spelled_out(entry: str) -> list[str]:
-    """The names that an entry of a list stands for."""
+    """Return the names that an entry of the list stands for."""
     choices = []
     for part in entry.split("."):
         runs = [run.split("-") for run in part.split(",")] if part[0].isdigit() else []

@@ -1,4 +1,4 @@
-"""Where every row of a Hugging Face tensor lands among tensor-parallel ranks, and that nothing is lost on the way.
+"""Sharding of Hugging Face tensors over tensor-parallel ranks: every row reaches its rank, and none is lost.
 
 Rows carry labels: 1000 + row for the first tensor of a table row, 2000 + row for the second, and so on.
 """
@@ -29,7 +29,7 @@ def labels(layout: str) -> list[torch.Tensor]:
 
 
 def matrices(layout: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Random matrices with a NaN and an infinity, which must travel as well."""
+    """Return random matrices with a NaN and an infinity, which must be kept."""
     random = torch.Generator().manual_seed(len(layout))
     tensors = [torch.randn(rows, HIDDEN, generator=random).to(dtype) for rows in ROWS[layout]]
     tensors[0][0, :2] = torch.tensor([torch.nan, torch.inf])
@@ -46,7 +46,7 @@ def test_a_round_trip_through_shards_is_exact(layout, size):
         parts = [shard(layout, full, rank, size) for rank in range(size)]
         assert len({part.shape for part in parts}) == 1
         if layout != "whole":
-            assert parts[0].numel() * size == full.numel(), "no rank holds what another does"
+            assert parts[0].numel() * size == full.numel(), "no two ranks may hold the same element"
         gathered = unshard(layout, torch.stack(parts))
         assert gathered.dtype == dtype
         back = unmerge(layout, gathered, shape)
@@ -56,7 +56,7 @@ def test_a_round_trip_through_shards_is_exact(layout, size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_biases_travel_as_matrices_do(size):
+def test_biases_are_sharded_as_matrices_are(size):
     for layout in ("qkv", "gate_up", "column", "vocab", "whole"):
         full = merge(layout, labels(layout), geometry(size))
         parts = [shard(layout, full, rank, size) for rank in range(size)]
@@ -77,7 +77,7 @@ def test_a_rank_holds_the_queries_key_and_value_of_its_groups_together():
         assert shard("qkv", full, rank, size).tolist() == expected
 
 
-def test_a_rank_holds_its_part_of_the_gate_above_its_part_of_up():
+def test_a_rank_holds_its_shard_of_the_gate_above_its_shard_of_up():
     full = merge("gate_up", labels("gate_up"), geometry(4))
     assert shard("gate_up", full, 1, 4).tolist() == [1003, 1004, 1005, 2003, 2004, 2005]
 

@@ -16,7 +16,8 @@ from policy_runs import Layout, norms_built_into_linears, policy_of
 from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.checkpoint.files import CheckpointReader
-from megatron_rlvr.convert.conversion import to_hugging_face, to_megatron, verify
+from megatron_rlvr.convert.conversion import to_hugging_face, to_megatron
+from megatron_rlvr.convert.verification import verify
 from megatron_rlvr.hf.families import ModelError, rows_of, transformer_fields
 from megatron_rlvr.hf.files import read_config
 
