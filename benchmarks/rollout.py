@@ -47,7 +47,8 @@ from megatron_rlvr.config import ParallelSettings, RewardSettings, RolloutSettin
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.prompts import FilePrompts, PromptSet
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks
-from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
+from megatron_rlvr.engines.sglang.connect import connect
+from megatron_rlvr.engines.sglang.engine import SglangEngine
 from megatron_rlvr.engines.sglang.launcher.process import ServerProcess, ServerProgram
 from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
@@ -114,11 +115,11 @@ def served(model: Path, log: Path) -> Iterator[str]:
         while not server.is_healthy():
             assert server.process is not None
             if server.process.poll() is not None:
-                sys.exit(f"the server ended:\n{server.log_end(20)}")
+                sys.exit(f"the server ended:\n{server.log_tail(20)}")
             time.sleep(0.5)
         yield program.url
     finally:
-        server.clear_away()
+        server.kill()
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -148,13 +149,13 @@ class Client:
             max_inflight=inflight,
         )
         self.config = json.loads((model / "config.json").read_text())
-        self.pool = connect(self.settings, self.ranks, self.config, longest=1024)
+        self.pool = connect(self.settings, self.ranks, self.config, max_sequence_tokens=1024)
         self.engine = SglangEngine(
             self.pool,
             TensorSync(self.pool, self.ranks, 2**26),
             stop_token_ids=STOPS,
             vocab_size=VOCABULARY,
-            longest=1024,
+            max_sequence_tokens=1024,
         )
         self.weights = dict(AutoModelForCausalLM.from_pretrained(model).state_dict())
         self.engine.update_weights(self.weights.items(), version=0)
@@ -162,12 +163,17 @@ class Client:
     def collect(self, prompts: list[Prompt]) -> Any:
         """A step on all prompts."""
         collector = AsynchronousCollector(
-            sampler=Sampler(self.engine, Numbers(), self.graders, RewardSettings(), leaders_only=True),  # type: ignore[arg-type]
+            sampler=Sampler(
+                self.engine,
+                Numbers(),  # type: ignore[arg-type]
+                self.graders,
+                RewardSettings(overlong_buffer=0),
+                leaders_only=True,
+            ),
             cursor=PromptCursor(PromptSet(prompts, (FilePrompts("set", 0, len(prompts), 1.0, 0),)), 0, False),
             ranks=self.ranks,
-            rollout=self.settings,
-            reward=RewardSettings(overlong_buffer=0),
-            prompts=len(prompts),
+            settings=self.settings,
+            groups_per_batch=len(prompts),
             seed=0,
             store=dist.HashStore(),
             sync=lambda: None,
@@ -252,7 +258,7 @@ def sync_figures(url: str, model: Path, folder: Path, rounds: int) -> dict[str, 
     """Seconds and megabytes of each method; bytes are those of the weights."""
     ranks = one_rank()
     settings = RolloutSettings(engine="sglang", servers=[url])
-    pool = connect(settings, ranks, json.loads((model / "config.json").read_text()), longest=1024)
+    pool = connect(settings, ranks, json.loads((model / "config.json").read_text()), max_sequence_tokens=1024)
     assert pool is not None
     weights = dict(AutoModelForCausalLM.from_pretrained(model).state_dict())
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
@@ -263,16 +269,16 @@ def sync_figures(url: str, model: Path, folder: Path, rounds: int) -> dict[str, 
         "tensor": TensorSync(pool, ranks, 2**25),
     }
     for name, sync in methods.items():
-        engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, longest=1024)
+        engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, max_sequence_tokens=1024)
         seconds = []
         for version in range(rounds + 1):  # the first joins groups
             start = time.perf_counter()
             engine.update_weights(weights.items(), version)
             seconds.append(time.perf_counter() - start)
         found[name] = {"seconds": min(seconds[1:]), "first_seconds": seconds[0], "megabytes": size / 1e6}
-        sent = getattr(sync, "sent", None)
-        if sent is not None:
-            found[name]["largest_bucket_megabytes"] = sent.largest_bucket / 1e6
+        last_push = getattr(sync, "last_push", None)
+        if last_push is not None:
+            found[name]["largest_bucket_megabytes"] = last_push.largest_bucket / 1e6
         sync.close()
     pool.close()
     return found
@@ -283,9 +289,9 @@ def long_responses(url: str, model: Path, length: int) -> dict[str, float]:
     """Two responses of ``length`` tokens, cut and gone on with under other weights, against transformers."""
     config = json.loads((model / "config.json").read_text())
     settings = RolloutSettings(engine="sglang", servers=[url])
-    pool = connect(settings, one_rank(), config, longest=length + 32)
+    pool = connect(settings, one_rank(), config, max_sequence_tokens=length + 32)
     sync = TensorSync(pool, one_rank(), 2**26)
-    engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, longest=length + 32)
+    engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, max_sequence_tokens=length + 32)
     models = [AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa").eval() for _ in range(2)]
     for parameter in models[1].parameters():
         parameter.mul_(1.02)

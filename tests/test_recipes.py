@@ -109,8 +109,8 @@ def test_dapo_is_freed_of_repeats_and_instructions_and_framed_as_in_the_paper(tm
     done = prepare(source, "--out", "new/dapo.jsonl", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        "new/dapo.jsonl: 4 problems from 301 rows, 297 repeats left out; DAPO's instructions removed from 300 rows; 1 "
-        "problems are there with different answers, and stay so\n"
+        "new/dapo.jsonl: 4 problems from 301 rows, 297 repeated rows omitted; DAPO's instructions removed from 300 "
+        "rows; problems with more than one answer, all kept: 1\n"
     )
     asked = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n\nAssistant:\n"
     lines = (tmp_path / "new/dapo.jsonl").read_text(encoding="utf-8").split("\n")
@@ -166,8 +166,8 @@ def test_what_is_prepared_is_what_the_policy_reads_and_the_reward_grades(data: P
     ("arguments", "part"),
     [
         (["none.parquet"], "none.parquet is not a file; check the path"),
-        (["good.jsonl", "--frame", "Solve: {question}"], "--frame 'Solve: {question}' has no {problem} in it"),
-        (["chat.jsonl"], "chat/1 is a conversation of 2 turns"),
+        (["good.jsonl", "--frame", "Solve: {question}"], "--frame='Solve: {question}': no {problem} in it"),
+        (["chat.jsonl"], "chat/1 has 2 chat messages"),
         (["good.jsonl", "bad.jsonl"], "bad.jsonl, line 1: no column prompt"),
     ],
 )
@@ -448,7 +448,7 @@ def test_the_shared_node_is_launched_with_the_recipes_model_and_servers(checkout
     command: list[str | Path] = [EXAMPLES / "qwen3_8b/run.sh", "forking_29k"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--servers 2 x --tensor 4 needs 8 GPUs and this machine shows 0" in done.stderr
+    assert "--servers 2 x --tensor 4 needs 8 GPUs and this machine has 0 visible" in done.stderr
     shutil.rmtree(folder / "runs")
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert "runs/qwen3_8b/forking_20k/hf is no model" in done.stderr

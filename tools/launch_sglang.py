@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
-"""Starts the SGLang servers of this machine, and stops them with the run that they are for.
+"""Start SGLang servers on this machine, supervise them, and stop them with the run that uses them.
 
-    python tools/launch_sglang.py MODEL                                   a server for each GPU
+    python tools/launch_sglang.py MODEL                                   one server per GPU
     python tools/launch_sglang.py MODEL --tensor 4 --servers 2            two servers of four GPUs each
-    python tools/launch_sglang.py MODEL --device cpu --servers 1          for tests, without a GPU; dense models
-    python tools/launch_sglang.py MODEL -- --context-length 32768         everything after -- is for SGLang
+    python tools/launch_sglang.py MODEL --device cpu --servers 1          without a GPU, for tests; dense models only
+    python tools/launch_sglang.py MODEL -- --context-length 32768         flags after -- are passed to SGLang
     python tools/launch_sglang.py MODEL --then torchrun --nproc-per-node 8 -m megatron_rlvr.train CONFIG.yaml \\
         --rollout.engine sglang --rollout.servers {servers}
 
-It says which servers are ready, prints the settings that name them, and stays. DIR/servers/PORT.log is what a server
-says; DIR/servers.json names URLs and process ids while the servers are ready. They are stopped, and nothing of them is
-left, when this program gets SIGINT, SIGTERM or SIGHUP (a second one does not wait for them), when its parent ends
-(unless it was started by nohup), when the process of --until-pid ends, or when COMMAND does. COMMAND begins when all
-servers are ready. It gets ROLLOUT_SERVERS=URL,URL in its environment, and {servers} in its arguments becomes
-[URL, URL]. Signals are handed on to it, and its exit status is returned.
+The program reports which servers are ready, prints the settings that name them, and keeps running. The output of each
+server is in DIR/servers/PORT.log (DIR is --run-dir). DIR/servers.json names the URLs and process ids as soon as all
+servers are ready, and is removed at the end.
 
-Exit status: COMMAND's; 0 after the end of the parent or of --until-pid; 128 + n after signal n; 1 if a server ends
-before all are ready, or the last one afterwards; 2 and one line where something is wrong from the start.
+The servers and all their processes are stopped when this program gets SIGINT, SIGTERM or SIGHUP (a second signal kills
+them at once), when its parent process exits (unless started by nohup), when the process of --until-pid exits, or when
+COMMAND exits. COMMAND starts once all servers are ready. It gets ROLLOUT_SERVERS=URL,URL in its environment, {servers}
+in its arguments becomes [URL, URL], and signals are forwarded to it.
+
+Exit status: the status of COMMAND; 0 after the exit of the parent or of --until-pid; 128 + n after signal n; 1 if a
+server exits before all are ready, or the last one afterwards; 2 and one line on stderr if the input is wrong.
 """
 
 import argparse
@@ -30,8 +32,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_rlvr.engines.sglang.launcher.launch import Launch
-from megatron_rlvr.engines.sglang.launcher.process import ServerProgram, birth
+from megatron_rlvr.engines.sglang.launcher.launch import Launcher
+from megatron_rlvr.engines.sglang.launcher.process import ServerProgram, start_time
 
 _MEMORY_SHARE, _COLOCATED_SHARE = 0.85, 0.5
 
@@ -42,16 +44,16 @@ def main() -> int:
     parser = _parser()
     options = parser.parse_args(words)
     if then is not None and not then:
-        parser.error("--then is the last flag; write a command after it")
+        parser.error("--then: no command follows; write a command after it")
     if then and options.until_pid is not None:
-        parser.error("--until-pid and --then both say when to stop the servers; drop one")
-    if options.until_pid is not None and birth(options.until_pid) is None:
-        parser.error(f"--until-pid {options.until_pid} does not run; give the id of a process that does")
+        parser.error("--until-pid and --then both define when the servers are stopped; drop one")
+    if options.until_pid is not None and start_time(options.until_pid) is None:
+        parser.error(f"--until-pid {options.until_pid}: no such process is running; give the id of one that is")
     try:
         programs = _programs(options, flags or [])
     except ValueError as error:
         parser.error(str(error))
-    launch = Launch(
+    launcher = Launcher(
         programs,
         record=options.run_dir / "servers.json",
         say=_say,
@@ -59,7 +61,7 @@ def main() -> int:
         until_pid=options.until_pid,
         then=then or [],
     )
-    return launch.run()
+    return launcher.run()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,53 +76,65 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="Hugging Face folder")
-    add("--servers", type=int, metavar="N", help="how many (default: as many as the GPUs allow; 1 on a CPU)")
-    add("--device", choices=("gpu", "cpu"), default="gpu", help="default gpu")
-    add("--tensor", type=int, default=1, metavar="N", help="GPUs a server, over which it shards the model (default 1)")
-    add("--port", type=int, default=30000, metavar="N", help="of the first; the next ones follow (default 30000)")
-    add("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 to serve other machines (default 127.0.0.1)")
-    shares = f"{_MEMORY_SHARE}, or {_COLOCATED_SHARE} with --colocated, beside which the trainer's own must fit"
-    add("--memory-share", type=float, metavar="X", help=f"of a GPU's memory (default {shares})")
-    add("--colocated", action="store_true", help="for rollout.colocated: servers can give their memory to training")
-    add("--python", type=Path, default=Path(sys.executable), help="of the environment of SGLang (default: this one)")
-    add("--run-dir", type=Path, default=Path("runs/sglang"), metavar="DIR", help="default runs/sglang")
-    add("--restart", action="store_true", help="start a server again that ends after it was ready")
-    add("--until-pid", type=int, metavar="PID", help="stop the servers when this process ends")
+    add("--servers", type=int, metavar="N", help="number of servers (default: as many as the GPUs allow; 1 on a CPU)")
+    add("--device", choices=("gpu", "cpu"), default="gpu", help="where servers run (default gpu)")
+    add("--tensor", type=int, default=1, metavar="N", help="GPUs per server, its tensor-parallel size (default 1)")
+    add(
+        "--port",
+        type=int,
+        default=30000,
+        metavar="N",
+        help="port of the first server; the others count up (default 30000)",
+    )
+    add("--host", default="127.0.0.1", help="listening address; 0.0.0.0 to serve other machines (default 127.0.0.1)")
+    shares = f"{_MEMORY_SHARE}, or {_COLOCATED_SHARE} with --colocated, where the trainer needs the rest"
+    add(
+        "--memory-share",
+        type=float,
+        metavar="X",
+        help=f"fraction of each GPU's memory for its server (default {shares})",
+    )
+    add("--colocated", action="store_true", help="for rollout.colocated: servers can release their memory for training")
+    add("--python", type=Path, default=Path(sys.executable), help="Python that has SGLang (default: this one)")
+    add(
+        "--run-dir", type=Path, default=Path("runs/sglang"), metavar="DIR", help="folder for logs (default runs/sglang)"
+    )
+    add("--restart", action="store_true", help="restart a server that exits after it was ready (exponential backoff)")
+    add("--until-pid", type=int, metavar="PID", help="stop the servers when this process exits")
     return parser
 
 
 def _split(words: Sequence[str], mark: str) -> tuple[list[str], list[str] | None]:
-    """What stands before ``mark``, and what after it; None without the mark."""
+    """Return the words before and after the first ``mark``; the latter are None if there is no mark."""
     before = list(words)
     if mark not in before:
         return before, None
-    place = before.index(mark)
-    return before[:place], before[place + 1 :]
+    index = before.index(mark)
+    return before[:index], before[index + 1 :]
 
 
 def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerProgram]:
-    """The servers to start. ValueError, one sentence, if that cannot be done."""
+    """Return the servers to start. Raises ValueError with a message of one line if the input is wrong."""
     model = options.model.absolute()
     if not (model / "config.json").is_file():
-        raise ValueError(f"{options.model} is no model (it holds no config.json); give a Hugging Face folder")
+        raise ValueError(f"{options.model} is no model (it has no config.json); give a Hugging Face folder")
     if options.tensor < 1 or (options.servers is not None and options.servers < 1):
-        raise ValueError(f"--servers {options.servers} and --tensor {options.tensor} are at least 1")
+        raise ValueError(f"--servers {options.servers} --tensor {options.tensor}: both must be at least 1")
     if options.device == "cpu" and options.memory_share is not None:
-        raise ValueError(f"--memory-share {options.memory_share} does nothing with --device cpu; drop it")
+        raise ValueError(f"--memory-share {options.memory_share} has no effect with --device cpu; drop it")
     if options.memory_share is not None and not 0 < options.memory_share < 1:
-        raise ValueError(f"--memory-share {options.memory_share} is not a share; give a number between 0 and 1")
+        raise ValueError(f"--memory-share {options.memory_share} is not a fraction; give a number between 0 and 1")
     python = shutil.which(options.python)
     if python is None or subprocess.run([python, "-c", _HAS_SGLANG], capture_output=True).returncode:
         raise ValueError(f"--python {options.python} cannot import sglang; give the python of an environment that can")
-    gpus = _gpus() if options.device == "gpu" else []
-    places = _places(gpus, options) if options.device == "gpu" else [{}] * (options.servers or 1)
-    ports = range(options.port, options.port + len(places))
+    visible = _visible_gpus(_gpus(), options) if options.device == "gpu" else [{}] * (options.servers or 1)
+    ports = range(options.port, options.port + len(visible))
     for port in ports:
         _check_free(options.host, port)
     share = options.memory_share or (_COLOCATED_SHARE if options.colocated else _MEMORY_SHARE)
     extra = [] if options.device == "cpu" else ["--mem-fraction-static", str(share)]
     if options.colocated:
-        # There is no memory to give back on a CPU; by its counts a server tells what it has released.
+        # The trainer reads from a server's metrics whether its memory is released. On a CPU there is none to release.
         extra += ["--enable-metrics"] if options.device == "cpu" else ["--enable-metrics", "--enable-memory-saver"]
     return [
         ServerProgram(
@@ -131,11 +145,11 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
             host=options.host,
             device=options.device,
             tensor=options.tensor,
-            name=socket.gethostname() if options.host == "0.0.0.0" else "",
+            public_host=socket.gethostname() if options.host == "0.0.0.0" else "",
             flags=[*extra, *flags],
-            environment=place,
+            extra_environment=gpus,
         )
-        for port, place in zip(ports, places, strict=True)
+        for port, gpus in zip(ports, visible, strict=True)
     ]
 
 
@@ -143,7 +157,7 @@ _HAS_SGLANG = "import importlib.util as i, sys; sys.exit(i.find_spec('sglang') i
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs that servers may use."""
+    """Return the names of the GPUs that servers may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()]
@@ -154,13 +168,13 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
-def _places(gpus: Sequence[str], options: argparse.Namespace) -> list[dict[str, str]]:
-    """For each server the variable that shows it its GPUs alone."""
+def _visible_gpus(gpus: Sequence[str], options: argparse.Namespace) -> list[dict[str, str]]:
+    """Distribute the GPUs: return for each server the environment variable that makes only its own GPUs visible."""
     servers = options.servers or max(1, len(gpus) // options.tensor)
     if servers * options.tensor > len(gpus):
         raise ValueError(
             f"--servers {servers} x --tensor {options.tensor} needs {servers * options.tensor} GPUs and this machine "
-            f"shows {len(gpus)}; lower one of them, or use --device cpu"
+            f"has {len(gpus)} visible; lower one of them, or use --device cpu"
         )
     slices = [gpus[i * options.tensor : (i + 1) * options.tensor] for i in range(servers)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in slices]
@@ -176,7 +190,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _say(text: str) -> None:
-    # A terminal that is gone is no reason to leave servers behind.
+    # A closed terminal must not end this program before it has stopped the servers.
     with contextlib.suppress(OSError):
         print(text, flush=True)
 

@@ -1,7 +1,7 @@
-"""The launcher's promises: what it refuses, when it is ready, what it stops with, and that nothing is left of a server.
+"""Tests of the server launcher: wrong input, readiness, reasons to stop, and that no process of a server remains.
 
-What a server may do wrong is done by a stand-in that starts in a moment; the real one shows that nothing is left of it.
-Processes are found by a variable of their environment, not as the launcher finds them.
+The faults of a server are simulated by a stand-in that starts within a second; real servers are used only to test that
+none of their processes remain. Processes are found by an environment variable, not by the launcher's own method.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ TOOL = tiny.CHECKOUT / "tools" / "launch_sglang.py"
 _SECONDS = 60
 _REAL_SECONDS = 480
 
-# Its child does not notice that it is gone.
+# The stand-in's child does not notice when its parent exits.
 STAND_IN = """
 import http.server, json, os, signal, subprocess, sys, time
 port, does = int(sys.argv[sys.argv.index("--port") + 1]), sys.argv[-1]
@@ -37,7 +37,7 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 if does == "--die" or (does == "--die-second" and port % 2):
     sys.exit("no memory for the model")
 if does == "--deaf":
-    signal.signal(signal.SIGTERM, lambda *_: print("told to end", flush=True))
+    signal.signal(signal.SIGTERM, lambda *_: print("asked to exit", flush=True))
 
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = _SECONDS)
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that run; one that waits for init to bury it does not."""
+    """The processes that run; one that has exited and was not reaped yet does not."""
     found = []
     for process in processes:
         try:
@@ -71,7 +71,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 class Launcher:
-    """The tool in a process of its own. What it starts, it marks."""
+    """The tool in a process of its own; an environment variable marks it and everything that it starts."""
 
     def __init__(self, folder: Path, model: Path, python_path: str | None) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ class Launcher:
 
     @staticmethod
     def _free_ports() -> int:
-        """The first, an even one, of three."""
+        """The first of three consecutive free ports; it is even."""
         while True:
             port = free_port() // 2 * 2
             try:
@@ -106,7 +106,7 @@ class Launcher:
     def start(self, *flags: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
         with self.output.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
-                # With signals as on a terminal: whoever runs the tests in the background may ignore some.
+                # Signals as on a terminal: a shell that runs the tests in the background lets them ignore some.
                 ["env", "--default-signal=HUP,INT", *prefix, *self.command(*flags)],
                 env=self._environment | variables,
                 stdout=output,
@@ -130,7 +130,7 @@ class Launcher:
         return self.process.wait(timeout=seconds)
 
     def left(self) -> list[psutil.Process]:
-        """What runs of all that was started."""
+        """All marked processes that still run."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -142,7 +142,7 @@ class Launcher:
 
     def close(self) -> None:
         for process in self.left():
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended since it was listed
+            with contextlib.suppress(psutil.NoSuchProcess):  # exited since it was listed
                 process.kill()
         if self.process is not None:
             self.process.wait()
@@ -150,7 +150,7 @@ class Launcher:
 
 @pytest.fixture
 def launcher(tmp_path: Path, model: Path) -> Iterator[Launcher]:
-    """Starts stand-ins."""
+    """A launcher of stand-ins."""
     package = tmp_path / "python" / "sglang"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -162,14 +162,14 @@ def launcher(tmp_path: Path, model: Path) -> Iterator[Launcher]:
 
 @pytest.fixture
 def real_launcher(tmp_path: Path, model: Path) -> Iterator[Launcher]:
-    """Starts real servers."""
+    """A launcher of real servers."""
     started = Launcher(tmp_path, model, None)
     yield started
     started.close()
 
 
 CPU = ("--device", "cpu")
-# Its own warm-up gives up after two minutes, which a busy machine may take.
+# SGLang's own warm-up fails after two minutes, and a busy machine may need that long.
 SMALL = ("--dtype", "float32", "--max-total-tokens", "8192", "--skip-server-warmup")
 
 
@@ -178,14 +178,14 @@ SMALL = ("--dtype", "float32", "--max-total-tokens", "8192", "--skip-server-warm
     [
         (("--device", "tpu"), ["--device", "tpu"]),
         (("--servers", "0", *CPU), ["--servers 0", "at least 1"]),
-        (("--servers", "2", "--tensor", "2"), ["needs 4 GPUs and this machine shows 3", "lower one of them"]),
-        (("--tensor", "4"), ["needs 4 GPUs and this machine shows 3"]),
-        ((*CPU, "--memory-share", "0.5"), ["--memory-share 0.5 does nothing with --device cpu"]),
-        (("--memory-share", "85"), ["--memory-share 85.0 is not a share"]),
+        (("--servers", "2", "--tensor", "2"), ["needs 4 GPUs and this machine has 3 visible", "lower one of them"]),
+        (("--tensor", "4"), ["needs 4 GPUs and this machine has 3 visible"]),
+        ((*CPU, "--memory-share", "0.5"), ["--memory-share 0.5 has no effect with --device cpu"]),
+        (("--memory-share", "85"), ["--memory-share 85.0 is not a fraction"]),
         ((*CPU, "--python", "/no/python"), ["--python /no/python cannot import sglang"]),
         ((*CPU, "--python", "/bin/false"), ["--python /bin/false cannot import sglang"]),
         ((*CPU, "--port", "70000"), ["--port 70000 cannot be used"]),
-        ((*CPU, "--until-pid", "99999999"), ["--until-pid 99999999 does not run"]),
+        ((*CPU, "--until-pid", "99999999"), ["--until-pid 99999999: no such process is running"]),
         ((*CPU, "--until-pid", "1", "--then", "true"), ["--until-pid and --then", "drop one"]),
         ((*CPU, "--then"), ["write a command after it"]),
         ((*CPU, "--restart=yes"), ["--restart"]),
@@ -209,10 +209,10 @@ def test_a_folder_without_a_model_and_a_port_in_use_are_wrong_input(launcher: La
     launcher._model = tmp_path
     launcher.start(*CPU)
     assert launcher.status() == 2
-    assert "holds no config.json" in launcher.said()
+    assert "has no config.json" in launcher.said()
 
 
-def test_gpus_are_dealt_out_and_flags_are_handed_on(launcher: Launcher):
+def test_gpus_are_distributed_and_flags_are_passed_to_sglang(launcher: Launcher):
     flags = ("--tensor", "2", "--colocated", "--memory-share", "0.5", "--", "--context-length", "4096")
     launcher.start(*flags, "--then", "true", CUDA_VISIBLE_DEVICES="GPU-a,5,7,9,11")
     assert launcher.status() == 0, launcher.said()
@@ -235,7 +235,7 @@ def test_a_server_leaves_room_for_the_trainer_that_shares_its_gpus(launcher: Lau
     assert f'"--mem-fraction-static", "{share}"' in log.read_text(encoding="utf-8")
 
 
-def test_a_command_runs_between_ready_and_the_end_and_its_status_is_returned(launcher: Launcher):
+def test_a_command_runs_while_the_servers_are_ready_and_its_status_is_returned(launcher: Launcher):
     program = """
 import json, os, sys, urllib.request
 urls = os.environ["ROLLOUT_SERVERS"].split(",")
@@ -258,16 +258,16 @@ sys.exit(37)
     assert not launcher.record.exists()
 
 
-def test_a_server_that_dies_at_the_start_is_shown_and_ends_the_others(launcher: Launcher):
+def test_a_server_that_exits_before_it_is_ready_is_reported_and_stops_the_others(launcher: Launcher):
     launcher.start(*CPU, "--servers", "2", "--restart", "--", "--die-second")
     assert launcher.status() == 1
-    assert f"http://127.0.0.1:{launcher.port + 1} ended with status 1" in launcher.said()
+    assert f"http://127.0.0.1:{launcher.port + 1} exited with status 1" in launcher.said()
     assert "no memory for the model" in launcher.said()
     assert launcher.left() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_everything(launcher: Launcher, number: signal.Signals):
+def test_a_signal_stops_everything(launcher: Launcher, number: signal.Signals):
     process = launcher.start(*CPU)
     launcher.ready()
     process.send_signal(number)
@@ -276,22 +276,22 @@ def test_a_signal_ends_everything(launcher: Launcher, number: signal.Signals):
     assert not launcher.record.exists()
 
 
-def test_a_second_signal_does_not_wait_for_a_server_that_does_not_listen(launcher: Launcher):
+def test_a_second_signal_kills_a_server_that_ignores_the_first(launcher: Launcher):
     process = launcher.start(*CPU, "--", "--deaf")
     launcher.ready()
     process.terminate()
     log = launcher.folder / "run" / "servers" / f"{launcher.port}.log"
-    wait_for(lambda: "told to end" in log.read_text(encoding="utf-8"), "order to the server")
+    wait_for(lambda: "asked to exit" in log.read_text(encoding="utf-8"), "SIGTERM at the server")
     time.sleep(1)
-    assert process.poll() is None, "the server gets its time"
+    assert process.poll() is None, "the server has 30 s to exit"
     start = time.monotonic()
     process.terminate()
     assert launcher.status() == 128 + signal.SIGTERM
-    assert time.monotonic() - start < 20, "its time is 30 s"
+    assert time.monotonic() - start < 20, "the second signal must not wait for the 30 s"
     assert launcher.left() == []
 
 
-def test_a_command_gets_the_first_signal_with_its_servers_still_there_and_a_second_one_kills_it(launcher: Launcher):
+def test_a_command_gets_the_first_signal_while_its_servers_run_and_a_second_one_kills_it(launcher: Launcher):
     program = """
 import os, signal, sys, time, urllib.request
 def save(number, frame):
@@ -318,7 +318,7 @@ while True:
         assert launcher.left() == []
 
 
-def test_the_servers_end_with_the_process_that_they_are_for(launcher: Launcher):
+def test_the_servers_stop_when_the_process_of_until_pid_exits(launcher: Launcher):
     trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         launcher.start(*CPU, "--until-pid", str(trainer.pid))
@@ -327,13 +327,13 @@ def test_the_servers_end_with_the_process_that_they_are_for(launcher: Launcher):
         assert launcher.process is not None
         assert launcher.process.poll() is None
     finally:
-        trainer.kill()  # and nobody has buried it yet
+        trainer.kill()  # and it is not reaped before the launcher exits
     assert launcher.status() == 0
     trainer.wait()
     assert launcher.left() == []
 
 
-# Starts what it is told to, says its process id, and waits to be killed.
+# Starts the command in its arguments, prints its process id, and waits to be killed.
 PARENT = """
 import subprocess, sys, time
 print("pid", subprocess.Popen(sys.argv[1:]).pid, flush=True)
@@ -342,7 +342,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_the_servers_end_with_the_launchers_parent_unless_it_runs_under_nohup(launcher: Launcher, nohup: bool):
+def test_the_servers_stop_when_the_launchers_parent_exits_unless_it_runs_under_nohup(launcher: Launcher, nohup: bool):
     parent = launcher.start(*CPU, prefix=(sys.executable, "-c", PARENT, *(["nohup"] if nohup else [])))
     started = launcher.ready()["launcher"]
     parent.kill()
@@ -355,7 +355,7 @@ def test_the_servers_end_with_the_launchers_parent_unless_it_runs_under_nohup(la
     assert not launcher.record.exists()
 
 
-def test_a_server_that_dies_later_leaves_nothing_and_is_started_again_if_asked(launcher: Launcher):
+def test_a_ready_server_that_exits_leaves_no_process_and_is_restarted_with_the_flag(launcher: Launcher):
     for restart in (False, True):
         process = launcher.start(*CPU, *(["--restart"] if restart else []))
         before = launcher.ready()
@@ -366,20 +366,20 @@ def test_a_server_that_dies_later_leaves_nothing_and_is_started_again_if_asked(l
         if not restart:
             assert launcher.status() == 1
         else:
-            # The record names the dead one until the launcher has noticed.
+            # The record names the old process until the launcher has noticed its exit.
             wait_for(lambda: set(launcher.ready()["pids"]).isdisjoint([*before["pids"], None]), "restart")  # noqa: B023
             urllib.request.urlopen(before["urls"][0] + "/health").close()
-            assert "is started again in 1 s" in launcher.said()
+            assert "will be restarted in 1 s" in launcher.said()
             process.terminate()
             assert launcher.status() == 128 + signal.SIGTERM
-        assert "ended with status 3" in launcher.said()
+        assert "exited with status 3" in launcher.said()
         assert launcher.left() == []
 
 
 def test_a_kill_of_the_launcher_reaches_server_and_command(launcher: Launcher):
     program = """
 import signal, sys, time
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(print("told", flush=True)))
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(print("got SIGTERM", flush=True)))
 print("working", flush=True)
 while True:
     time.sleep(0.1)
@@ -388,18 +388,18 @@ while True:
     server = psutil.Process(launcher.ready()["pids"][0])
     wait_for(lambda: "working" in launcher.said(), "command")
     process.kill()
-    wait_for(lambda: "told" in launcher.said() and alive([server]) == [], "end")
+    wait_for(lambda: "got SIGTERM" in launcher.said() and alive([server]) == [], "end")
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A real server's processes, some of which overwrite their environment."""
+    """All processes of a real server; they cannot be found by the mark, because some overwrite their environment."""
     root = psutil.Process(pid)
     found = [root, *root.children(recursive=True)]
     assert {process.name() for process in found} >= {"sglang::scheduler", "sglang::detokenizer"}
     return found
 
 
-def test_a_real_server_samples_for_a_command_and_is_gone_with_it(real_launcher: Launcher):
+def test_a_real_server_samples_for_a_command_and_exits_with_it(real_launcher: Launcher):
     program = """
 import json, os, time, urllib.request
 body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
@@ -419,7 +419,7 @@ while not os.path.exists("seen"):
     assert real_launcher.left() == []
 
 
-def test_nothing_of_a_real_server_is_left_by_a_crash_of_it_nor_of_the_launcher(real_launcher: Launcher):
+def test_no_process_of_a_real_server_remains_after_a_crash_of_it_or_of_the_launcher(real_launcher: Launcher):
     flags = ("--python", str(installed()), "--restart", "--", *SMALL)
     process = real_launcher.start(*CPU, *flags)
     before = real_launcher.ready(_REAL_SECONDS)["pids"][0]

@@ -20,7 +20,8 @@ import psutil
 import tiny
 from fake_server import free_port
 
-from megatron_rlvr.engines.sglang.launcher.process import ServerProgram, dies_with_parent
+from megatron_rlvr.child_process import ends_with_parent
+from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 
 # 40 s on two idle cores; both start at once, and the machine may be busy.
 _START_SECONDS = 480
@@ -74,7 +75,7 @@ class RealServer:
             flags=[*_FLAGS, *self._flags],
         )
         # Not the checkout on PYTHONPATH: its tests/sglang would hide the package of that name.
-        environment = {key: value for key, value in program.variables.items() if key != "PYTHONPATH"}
+        environment = {key: value for key, value in program.environment.items() if key != "PYTHONPATH"}
         with self._log.open("ab") as log:
             self._process = psutil.Popen(
                 program.command,
@@ -83,7 +84,7 @@ class RealServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=dies_with_parent(signal.SIGKILL),
+                preexec_fn=ends_with_parent(signal.SIGKILL),
             )
 
     def wait(self) -> None:

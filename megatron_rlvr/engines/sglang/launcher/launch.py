@@ -1,6 +1,7 @@
-"""Starting SGLang servers and looking after them, until whatever they were started for is over.
+"""Supervisor of SGLang servers on one machine: starts them, restarts them, and stops them with the run they serve.
 
-One thread does everything, by looking around a few times a second; see rollout.server_process for why.
+One thread does everything, by polling a few times a second, because servers must be started by the main thread
+(`launcher.process` says why).
 """
 
 import json
@@ -16,28 +17,29 @@ from megatron_rlvr.child_process import ends_with_parent
 from megatron_rlvr.engines.sglang.launcher.process import (
     ServerProcess,
     ServerProgram,
-    birth,
     kill_session,
+    start_time,
 )
 
-_LOOK_SECONDS = 0.25
-_TELL_SECONDS = 10.0
+_POLL_SECONDS = 0.25
+_REPORT_SECONDS = 10.0
 _GRACE_SECONDS = 30.0
 _LOG_LINES = 15
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Launch:
-    """Servers, and what they are there for.
+class Launcher:
+    """Servers, and the command or process that ends them.
 
     Args:
-        programs: the servers.
-        record: file that names the servers' URLs and process ids while they are ready; gone at the end.
-        say: takes one line for people.
-        restart: starts a server again that ends after it was ready.
-        until_pid: process with which the servers end.
-        then: command to run when all are ready, with which they end. It gets ROLLOUT_SERVERS=URL,URL, and ``{servers}``
-            in its arguments becomes ``[URL, URL]``.
+        programs: Servers to start.
+        record: JSON file that names the launcher's process id and the servers' URLs and process ids. It exists from the
+            moment all servers are ready until the launcher ends.
+        say: Prints a message for people.
+        restart: True to restart a server that exits after it was ready, with exponential backoff.
+        until_pid: Process id; the servers are stopped when this process exits.
+        then: Command to run once all servers are ready; they are stopped when it exits. It gets
+            ROLLOUT_SERVERS=URL,URL in its environment, and ``{servers}`` in its arguments becomes ``[URL, URL]``.
     """
 
     def __init__(
@@ -54,89 +56,91 @@ class Launch:
         self._record = record
         self._say = say
         self._restart = restart
-        self._until = None if until_pid is None else (until_pid, birth(until_pid))
+        self._until = None if until_pid is None else (until_pid, start_time(until_pid))
         self._then = list(then)
-        # Under nohup it is meant to outlive its parent.
+        # Under nohup, which ignores SIGHUP, the launcher is meant to outlive its parent.
         self._parent = None if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else os.getppid()
         self._signals: list[int] = []
         self._command: subprocess.Popen[bytes] | None = None
-        self._asked = 0
+        self._stop_requests = 0
 
     def run(self) -> int:
-        """Returns the exit status when all that it has started is gone.
+        """Start the servers and supervise them; return the exit status once everything it started has exited.
 
-        That is the command's, 0 after the end of the parent or of ``until_pid``, 128 + n after signal n, and 1 if a
-        server ends before all are ready, or the last one afterwards.
+        Returns:
+            The status of the command; 0 after the parent or ``until_pid`` exited; 128 + n after signal n; 1 if a server
+            exits before all are ready, or the last one afterwards.
         """
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, frame: self._signals.append(number))
         try:
-            status = self._get_ready()
-            return self._serve() if status is None else status
+            status = self._start_servers()
+            return self._supervise() if status is None else status
         finally:
-            self._end()
+            self._shut_down()
 
-    def _get_ready(self) -> int | None:
-        """Returns None once every server can sample, else why not as an exit status."""
-        start = told = time.monotonic()
+    def _start_servers(self) -> int | None:
+        """Return None once every server can sample, or the exit status if they never will."""
+        start = reported = time.monotonic()
         self._record.unlink(missing_ok=True)
         for server in self._servers:
             server.start()
         while waiting := [server for server in self._servers if not server.ready]:
-            status = self._why_to_stop()
+            status = self._stop_status()
             if status is not None:
                 return status
-            if not all(self._look_after(server) for server in waiting):
+            if not all(self._check(server) for server in waiting):
                 return 1
-            if waiting and time.monotonic() - told > _TELL_SECONDS:
-                told = time.monotonic()
+            if waiting and time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
                 ready = sum(server.ready for server in self._servers)
-                last = (waiting[0].log_end(1) or "nothing yet")[:100]
+                last = (waiting[0].log_tail(1) or "nothing yet")[:100]
                 self._say(
-                    f"{told - start:4.0f} s: {ready} of {len(self._servers)} servers are ready; "
-                    f"{waiting[0].program.url} says: {last}"
+                    f"{reported - start:4.0f} s: {ready} of {len(self._servers)} servers are ready; "
+                    f"last line of {waiting[0].program.url}: {last}"
                 )
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         self._say(
-            f"all are ready; in the settings file, or as flags:\nrollout: {{engine: sglang, servers: {self._urls}}}"
+            "all servers are ready; use them by these lines of the settings file, or by these flags:\n"
+            f"rollout: {{engine: sglang, servers: {self._urls}}}"
         )
         self._say(f"--rollout.engine sglang --rollout.servers '{self._urls}'")
         return None
 
-    def _serve(self) -> int:
-        """Returns the exit status when it is over; servers are looked after until then."""
+    def _supervise(self) -> int:
+        """Run the command, if there is one, and check the servers until it is time to stop; return the exit status."""
         if self._then:
             self._start_command()
         while True:
             if self._command is not None and (status := self._command.poll()) is not None:
                 return status if status >= 0 else 128 - status
-            reason = self._why_to_stop()
-            if reason is not None and self._command is None:
-                return reason
-            if reason is not None:
+            status_to_stop = self._stop_status()
+            if status_to_stop is not None and self._command is None:
+                return status_to_stop
+            if status_to_stop is not None:
                 self._stop_command()
-            alive = [self._look_after(server) for server in self._servers]
+            alive = [self._check(server) for server in self._servers]
             if not any(alive) and self._command is None:
                 return 1
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
-    def _why_to_stop(self) -> int | None:
-        """The exit status to stop with, or None."""
+    def _stop_status(self) -> int | None:
+        """Return the exit status if a signal or the exit of a process requests a stop, else None."""
         if self._signals:
             return 128 + self._signals[0]
         if self._parent is not None and os.getppid() != self._parent:
             return 0
-        if self._until is not None and birth(self._until[0]) != self._until[1]:
+        if self._until is not None and start_time(self._until[0]) != self._until[1]:
             return 0
         return None
 
-    def _look_after(self, server: ServerProcess) -> bool:
-        """Whether the server runs, or will run again."""
+    def _check(self, server: ServerProcess) -> bool:
+        """Update the state of a server; return whether it runs, or will be restarted."""
         if server.process is None:
-            if server.start_again is not None and time.monotonic() >= server.start_again:
+            if server.restart_at is not None and time.monotonic() >= server.restart_at:
                 server.start()
-            return server.process is not None or server.start_again is not None
+            return server.process is not None or server.restart_at is not None
         status = server.process.poll()
         if status is None:
             if not server.ready and server.is_healthy():
@@ -148,42 +152,42 @@ class Launch:
                 self._write_record()
             return True
         self._say(
-            f"{server.program.url} ended with status {status} after {server.age:.0f} s; the end of "
-            f"{server.program.log}:\n{server.log_end(_LOG_LINES)}"
+            f"{server.program.url} exited with status {status} after {server.age:.0f} s; the end of "
+            f"{server.program.log}:\n{server.log_tail(_LOG_LINES)}"
         )
-        server.clear_away()
-        # One that never worked would not the next time either.
+        server.kill()
+        # A server that was never ready would fail the next time as well.
         if self._restart and server.was_ready:
-            pause = server.put_off()
-            self._say(f"{server.program.url} is started again in {pause:.0f} s")
+            pause = server.schedule_restart()
+            self._say(f"{server.program.url} will be restarted in {pause:.0f} s")
         self._write_record()
-        return server.start_again is not None
+        return server.restart_at is not None
 
     def _start_command(self) -> None:
         urls = [server.program.url for server in self._servers]
         command = [word.replace("{servers}", self._urls) for word in self._then]
         environment = dict(os.environ) | {"ROLLOUT_SERVERS": ",".join(urls)}
-        # In a session of its own a Ctrl-C reaches it once, by way of this process.
+        # A session of its own, so that Ctrl-C reaches it once, forwarded by this process.
         self._command = subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=ends_with_parent(signal.SIGTERM)
         )
 
     def _stop_command(self) -> None:
-        """Hands the first signal on, so that the command can finish what it must; the second one kills it."""
+        """Forward the first signal, so that the command can save and exit by itself; the second signal kills it."""
         assert self._command is not None
-        asked = max(1, len(self._signals))
-        if asked > self._asked == 0:
+        requests = max(1, len(self._signals))
+        if requests > self._stop_requests == 0:
             self._command.send_signal(self._signals[0] if self._signals else signal.SIGTERM)
-        elif asked > self._asked:
+        elif requests > self._stop_requests:
             kill_session(self._command.pid)
-        self._asked = asked
+        self._stop_requests = requests
 
     @property
     def _urls(self) -> str:
         return "[" + ", ".join(server.program.url for server in self._servers) + "]"
 
     def _write_record(self) -> None:
-        """Once all servers have been ready; whole at any moment."""
+        """Write the record once all servers have been ready. Readers never see a partial file."""
         if not all(server.was_ready for server in self._servers):
             return
         record = {
@@ -193,8 +197,8 @@ class Launch:
         }
         atomic.write_text(self._record, json.dumps(record) + "\n")
 
-    def _end(self) -> None:
-        """Ends everything: first by asking, and at the latest after 30 s, or a second signal, by force."""
+    def _shut_down(self) -> None:
+        """Stop everything: servers get SIGTERM, and SIGKILL after 30 s or a second signal to this process."""
         if self._command is not None:
             kill_session(self._command.pid)
             self._command.wait()
@@ -207,6 +211,6 @@ class Launch:
             in_time = time.monotonic() - start < _GRACE_SECONDS and len(self._signals) < 2
             for server in running:
                 if server.process is not None and not (in_time and server.process.poll() is None):
-                    server.clear_away()
-            time.sleep(_LOOK_SECONDS)
+                    server.kill()
+            time.sleep(_POLL_SECONDS)
         self._record.unlink(missing_ok=True)
