@@ -1,7 +1,7 @@
-# make quickstart   installs, then trains a tiny Qwen3 to reason on two CPU cores
-# make test         installs, then runs lint, type check and all tests
-# make cluster      runs the tests on a Slurm of two loopback nodes and on three network namespaces (part of `make test`)
-# make container    builds the CPU image with buildah and runs `make test` in it (root; an hour)
+# make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
+# make test         install, then run lint, type check and all tests
+# make cluster      run the tests on Slurm (two loopback nodes) and on three network namespaces (part of `make test`)
+# make container    build the CPU image with buildah and run `make test` in it (needs root; takes an hour)
 VENV ?= .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
@@ -14,11 +14,11 @@ install:
 quickstart: install
 	$(RUN)/python examples/quickstart/quickstart.py
 
-# Where they cannot be installed, the tests that need them say so by name.
+# If the packages cannot be installed, the tests that need them are skipped and listed by name.
 packages:
 	@tools/install_cluster_packages.sh || true
 
-# Beside each other: tests that mostly wait, for servers, jobs and networks, and tests that compute.
+# Two processes in parallel: tests that mostly wait for servers, Slurm jobs and networks, and tests that compute.
 test: lint packages
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going waiting computing
 

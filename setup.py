@@ -1,14 +1,25 @@
-"""Packaging: what the trainer needs at run time, and the extras for GPUs, servers and logging."""
+"""Packaging: the trainer's run-time dependencies, and extras for GPUs, servers and logging."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+
+def version() -> str:
+    """Read ``__version__`` from the source of the package, which a build cannot always import."""
+    source = (HERE / "megatron_rlvr" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("megatron_rlvr/__init__.py has no __version__; restore the line")
+    return found[1]
+
+
 setup(
     name="megatron_rlvr",
-    version="0.1.0",
+    version=version(),
     description="Reinforcement learning with verifiable rewards on megatron-core, on forking tokens only",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -31,7 +42,9 @@ setup(
         "psutil>=5.9",  # megatron-core imports it without declaring it
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "apex"],
+        # NVIDIA's apex is built from source, as in NVIDIA's PyTorch images: the package of that name on PyPI is another
+        # program. Without it only megatron.gradient_accumulation_fusion is unavailable.
+        "gpu": ["transformer-engine[pytorch]"],
         "sglang": ["sglang", "sglang-router"],
         "wandb": ["wandb"],
     },

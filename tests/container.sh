@@ -4,13 +4,14 @@
 #   tests/container.sh                          build, then `make test` in the container: lint, type check and all tests
 #   tests/container.sh --tests "tests/algo -x"  build, then pytest with these arguments
 #
-#   --base IMAGE       build on this image, not on a Debian that debootstrap makes
-#   --mirror URL       of that Debian; by default the one that this machine installs from
-#   --storage FOLDER   keep images in FOLDER (a base that is there already is used); by default nothing stays
+#   --base IMAGE       build on this image instead of a Debian that debootstrap creates
+#   --mirror URL       mirror for that Debian; by default the one from which this machine installs
+#   --storage FOLDER   keep images in FOLDER, and use a base image that it contains; by default no image is kept
 #
-# Packages come from where this machine gets them: pip's settings, the certificates and local indexes that they name,
-# and apt's proxies are mounted into the build, and a mark in each proves that no layer has kept it.
-# Needs root, 30 GB of disk, and Debian's buildah and debootstrap, which it installs. Ends at the first failure.
+# Packages are installed from the sources of this machine: pip's settings, the certificates and local indexes that they
+# name, and apt's proxies are mounted into the build. Each of these files contains a random mark, by which the program
+# checks that no layer contains it. Needs root, 30 GB of disk, and Debian's buildah and debootstrap, which it installs.
+# Stops at the first failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly image=localhost/megatron_rlvr:cpu debian=bookworm gigabytes=30
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
         --base | --mirror | --storage | --tests)
             [ -n "${2:-}" ] || die "$1 needs a value; see --help" 2
             declare "${1#--}=$2"; shift 2 ;;
-        *) die "$1 is no flag of this program; see --help" 2 ;;
+        *) die "$1 is an unknown flag; see --help" 2 ;;
     esac
 done
 
@@ -32,7 +33,7 @@ done
 missing=()
 for program in buildah debootstrap; do command -v "$program" >/dev/null || missing+=("$program"); done
 if [ ${#missing[@]} -gt 0 ]; then
-    command -v apt-get >/dev/null || die "${missing[*]} missing; install what has this name on your system" 2
+    command -v apt-get >/dev/null || die "${missing[*]} missing; install the packages of this name" 2
     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
 fi
 
@@ -52,16 +53,16 @@ trap clean EXIT
 free=$(df --output=avail -BG "$images" | tail -1 | tr -dc 0-9)
 [ "$free" -ge "$gigabytes" ] || die "$images has $free GB free and needs $gigabytes; name a larger disk by --storage"
 
-step() { # step NAME COMMAND ...: runs it, and says how long it took
+step() { # step NAME COMMAND ...: runs the command, and prints how long it took
     current=$1 started=$SECONDS
     shift
     echo "== $current"
-    "$@" # not in a condition, where bash would go on after a failure inside
+    "$@" # not in a condition, in which bash would continue after a failure inside the function
     echo "== $current: done in $((SECONDS - started)) s"
     current=''
 }
 
-make_base() { # a Debian with nothing but its own package manager
+make_base() { # creates image $1: a Debian with its package manager only
     local container folder site
     site=${mirror:-$(apt-get indextargets --format '$(SITE)' "Codename: $debian" 2>/dev/null | head -1)}
     container=$(buildah from scratch)
@@ -72,13 +73,13 @@ make_base() { # a Debian with nothing but its own package manager
     buildah commit --quiet --rm "$container" "$1" >/dev/null
 }
 
-pip_settings() { # pip's settings on this machine, environment variables before files, as one file
+pip_settings() { # prints pip's settings on this machine as one file; environment variables take precedence over files
     printf '[global]\n'
     python3 -m pip config list 2>/dev/null |
         sed -n "s/^\(:env:\|global\|install\)\.\([a-z-]*\)='\(.*\)'$/\2 = \3/p" | awk '!seen[$1]++'
 }
 
-local_indexes() { # folders on this disk that pip's settings in file $1 name; an index links to what lies beside it
+local_indexes() { # prints the folders on this disk that pip's settings in file $1 name; for an index, its parent folder
     sed -n 's/^\(index-url\|extra-index-url\|find-links\) = //p' "$1" | tr ' ' '\n' |
         sed -n 's#^\(file://\)\{0,1\}\(/.*\)#\2#p' | sed 's#/simple/*$##' | sort -u
 }
@@ -101,27 +102,28 @@ build() {
         --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 }
 
-keeps_no_secret() { # neither the files of any layer nor the settings and history of any image hold the mark
+keeps_no_secret() { # succeeds if no file of any layer, and no settings or history of any image, contain the mark
     local found
     found=$(LC_ALL=C grep --recursive --files-with-matches --fixed-strings --devices=skip "$1" "$images" || true)
-    [ -z "$found" ] || { echo "what was passed to the build is in: $found"; return 1; }
+    [ -z "$found" ] || { echo "a file that was mounted into the build is in: $found"; return 1; }
 }
 
 run_tests() {
     local container files
-    files=$(ulimit -H -n) # of itself a container gets 1024, which a set of ranks uses up
+    files=$(ulimit -H -n) # the default in a container is 1024 open files, which one set of ranks exceeds
     container=$(buildah from --ulimit "nofile=$files:$files" "$image")
-    # A name that the container can resolve: torchrun's ranks meet at the name of their machine. And signals as they are
-    # on a terminal: whoever runs this program in the background ignores some, and so would what the tests start.
+    # The host name must be one that the container can resolve: torchrun's ranks connect to the name of their machine.
+    # Signals are as on a terminal: a shell that runs this program in the background ignores some, which processes
+    # started by the tests would inherit.
     buildah run --isolation chroot --hostname localhost "$container" -- env --default-signal=HUP,INT \
         sh -c "${tests:+OMP_NUM_THREADS=1 python -m pytest -q }${tests:-make test}"
 }
 
 if [ -z "$base" ]; then
     base=localhost/debian:$debian
-    buildah inspect --type image "$base" >/dev/null 2>&1 || step "a Debian to build on" make_base "$base"
+    buildah inspect --type image "$base" >/dev/null 2>&1 || step "base image" make_base "$base"
 fi
 mark="mark-$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')"
 step "build" build "$mark"
-step "no layer keeps what the build was given" keeps_no_secret "$mark"
+step "no layer contains the mounted files" keeps_no_secret "$mark"
 step "tests in the container" run_tests

@@ -1,24 +1,29 @@
-"""What the container is made of, without making it: the files that a build is given, and the program that builds it.
+"""Tests of the container that need no build: the build context, the Dockerfile, and the program that builds it.
 
 tests/container.sh builds the container and runs all tests in it.
 """
 
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
 import tiny
 
+import megatron_rlvr
+
 IGNORE = tiny.CHECKOUT / ".dockerignore"
 DOCKERFILE = tiny.CHECKOUT / "Dockerfile"
 PROGRAM = tiny.CHECKOUT / "tests" / "container.sh"
+VERSION_FILE = "megatron_rlvr/__init__.py"
 
-MADE_OR_SECRET = [
+GENERATED_OR_SECRET = [
     ".git/config",
     ".venv/bin/python",
     ".venv-other/bin/python",
@@ -47,54 +52,54 @@ MADE_OR_SECRET = [
     "model/model.safetensors",
     "tests/model.safetensors",
 ]
-MOST_MEGABYTES = 20
+MAX_MEGABYTES = 20
 
 
 def in_context(path: str) -> bool:
-    """Whether a build is given the file ``path`` of the checkout, by Docker's rules.
+    """Whether the build context includes the file ``path`` of the checkout, by Docker's rules.
 
-    The last line that fits the file or a folder above it decides.
+    The last line that matches the file or a folder above it decides.
     """
-    whole_and_above = [path, *map(str, list(PurePosixPath(path).parents)[:-1])]
+    path_and_parents = [path, *map(str, list(PurePosixPath(path).parents)[:-1])]
     inside = True
-    for keeps, pattern in rules():
-        if any(pattern.fullmatch(name) for name in whole_and_above):
-            inside = keeps
+    for includes, pattern in rules():
+        if any(pattern.fullmatch(name) for name in path_and_parents):
+            inside = includes
     return inside
 
 
 @cache
 def rules() -> list[tuple[bool, re.Pattern[str]]]:
-    """(whether it puts files back, pattern) of each line."""
+    """(True if the line includes files, pattern) of each line."""
     lines = (line.strip() for line in IGNORE.read_text(encoding="utf-8").splitlines())
     return [(line.startswith("!"), _pattern(line.removeprefix("!"))) for line in lines if line and line[0] != "#"]
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
-    meaning = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    regexes = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob.strip("/"))
-    return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
+    return re.compile("".join(regexes.get(part, re.escape(part)) for part in parts))
 
 
-def test_what_is_made_and_what_is_secret_stays_out():
-    assert [path for path in MADE_OR_SECRET if in_context(path)] == []
+def test_generated_files_and_secrets_are_not_in_the_build_context():
+    assert [path for path in GENERATED_OR_SECRET if in_context(path)] == []
 
 
-@pytest.mark.skipif(not (tiny.CHECKOUT / ".git").exists(), reason="needs a git checkout, to know the project's files")
-def test_all_files_of_the_project_go_in_and_they_are_small():
+@pytest.mark.skipif(not (tiny.CHECKOUT / ".git").exists(), reason="needs a git checkout to list the project's files")
+def test_all_files_of_the_project_are_in_the_build_context_and_small():
     command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
     listed = subprocess.run(command, cwd=tiny.CHECKOUT, capture_output=True, text=True, check=True).stdout
     files = [name for name in listed.split("\0") if (tiny.CHECKOUT / name).is_file()]
     assert "Makefile" in files
     assert [name for name in files if not in_context(name)] == []
-    assert sum((tiny.CHECKOUT / name).stat().st_size for name in files) < MOST_MEGABYTES * 2**20
+    assert sum((tiny.CHECKOUT / name).stat().st_size for name in files) < MAX_MEGABYTES * 2**20
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("buildah") is None, reason="needs root and buildah")
-def test_buildah_reads_the_rules_as_these_tests_do(tmp_path):
+def test_buildah_applies_the_rules_as_these_tests_do(tmp_path):
     context = tmp_path / "context"
     kept = ["Makefile", "setup.py", "docs/a.md", "tests/multi_rank/test_head.py", "megatron_rlvr/policy/build.py"]
-    for name in kept + MADE_OR_SECRET:
+    for name in kept + GENERATED_OR_SECRET:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         (context / name).touch()
     shutil.copy(IGNORE, context)
@@ -112,7 +117,7 @@ def test_buildah_reads_the_rules_as_these_tests_do(tmp_path):
     assert all(map(in_context, found))
 
 
-def test_what_the_dockerfile_copies_is_there_and_the_code_comes_last():
+def test_files_that_the_dockerfile_copies_exist_and_the_code_is_copied_last():
     lines = DOCKERFILE.read_text(encoding="utf-8").splitlines()
     copies = [shlex.split(line)[1:-1] for line in lines if line.startswith("COPY ")]
     *early, last = ([word for word in words if not word.startswith("--")] for words in copies)
@@ -120,42 +125,75 @@ def test_what_the_dockerfile_copies_is_there_and_the_code_comes_last():
     for source in (source for sources in early for source in sources):
         assert (tiny.CHECKOUT / source).exists()
         assert in_context(source)
-        assert source.split("/")[0] not in ("megatron_rlvr", "tests", "examples", "README.md", ".")
+        if source != VERSION_FILE:
+            assert source.split("/")[0] not in ("megatron_rlvr", "tests", "examples", "README.md", ".")
+
+
+def test_the_file_with_the_version_has_no_code_that_could_change_the_early_layers():
+    source = (tiny.CHECKOUT / VERSION_FILE).read_text(encoding="utf-8")
+    docstring, version = ast.parse(source).body
+    assert isinstance(docstring, ast.Expr)
+    # In this form tests/container.sh reads it.
+    assert ast.get_source_segment(source, version) == f'__version__ = "{megatron_rlvr.__version__}"'
+
+
+def test_the_package_is_installed_with_the_version_in_its_source():
+    command = [sys.executable, "setup.py", "--version"]
+    printed = subprocess.run(command, cwd=tiny.CHECKOUT, capture_output=True, text=True, check=True).stdout
+    assert printed.split()[-1] == megatron_rlvr.__version__
 
 
 def commands(pattern: str) -> list[str]:
-    """The parts of the Dockerfile that fit."""
+    """The parts of the Dockerfile that match."""
     found = re.findall(pattern, DOCKERFILE.read_text(encoding="utf-8"))
     assert found
     return found
 
 
 def output_of(program: str, name: str = "sh") -> str:
-    """What ``program`` prints when bash runs it in the checkout with ``name`` as its $0."""
+    """Output of ``program``, run by bash in the checkout with ``name`` as its $0."""
     words = ["bash", "-euc", program, name]
     return subprocess.run(words, cwd=tiny.CHECKOUT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_stamp_of_the_gpu_image_is_the_one_that_the_install_program_looks_for():
+def test_the_stamp_of_the_gpu_image_is_the_one_that_the_install_program_expects():
     install = tiny.CHECKOUT / "tools" / "install.sh"
     (wanted,) = (line for line in install.read_text(encoding="utf-8").splitlines() if line.startswith("wanted="))
     (stamp,) = commands(r"(cat .*\| cksum) >")
     assert output_of(stamp) == output_of(f'root=.; {wanted}; echo "$wanted"', name="tools/install.sh") != ""
 
 
+def pins(path: str) -> list[str]:
+    """The lines of a requirements file, without comments."""
+    lines = (tiny.CHECKOUT / "tools" / path).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
 def test_servers_on_gpus_are_those_that_the_tests_run_against():
-    cpu = (tiny.CHECKOUT / "tools" / "install_sglang_cpu.sh").read_text(encoding="utf-8")
-    cpu += (tiny.CHECKOUT / "tools" / "sglang_cpu" / "requirements.txt").read_text(encoding="utf-8")
-    pins = (tiny.CHECKOUT / "tools" / "sglang_gpu" / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    gpu = dict(pin.split("==") for pin in pins if not pin.startswith("#"))
-    for name in ("sglang", "sglang-router", "transformers"):
-        assert re.findall(rf"(?m)(?:^|\s){name}==?([\w.]+)$", cpu) == [gpu[name]]
+    """Both get the versions in tools/sglang.txt, and pin none of these packages themselves."""
+    versions = dict(pin.split("==") for pin in pins("sglang.txt"))
+    assert versions.keys() == {"sglang", "sglang-router", "transformers"}
+    for device in ("cpu", "gpu"):
+        included, *others = pins(f"sglang_{device}/requirements.txt")
+        assert included == "--requirement ../sglang.txt"
+        assert versions.keys().isdisjoint(pin.split("==")[0] for pin in others)
+    installer = (tiny.CHECKOUT / "tools" / "install_sglang_cpu.sh").read_text(encoding="utf-8")
+    assert re.findall(r"(?:sglang|sglang-router|transformers)==?[\d$]", installer) == []
 
 
-def test_the_program_is_valid_and_says_in_a_line_what_it_does_not_know():
+def test_the_newest_sglang_that_the_preflight_accepts_is_the_one_that_the_tests_run_against():
+    """The package cannot read tools/sglang.txt where it is installed, and a page cannot read either."""
+    from megatron_rlvr.preflight.servers import TESTED_SGLANG  # imports torch, which no other test here needs
+
+    oldest, newest = (".".join(map(str, version)) for version in TESTED_SGLANG)
+    assert f"sglang=={newest}" in pins("sglang.txt")
+    assert f"SGLang {oldest} to {newest}" in (tiny.CHECKOUT / "docs" / "preflight.md").read_text(encoding="utf-8")
+
+
+def test_the_program_is_valid_and_refuses_unknown_arguments_in_one_line():
     subprocess.run(["bash", "-n", str(PROGRAM)], check=True)
-    told = subprocess.run([str(PROGRAM), "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(flag in told for flag in ("--base", "--mirror", "--storage", "--tests"))
+    printed = subprocess.run([str(PROGRAM), "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(flag in printed for flag in ("--base", "--mirror", "--storage", "--tests"))
     for words in (["--nonsense"], ["--tests"]):
         refused = subprocess.run([str(PROGRAM), *words], capture_output=True, text=True, check=False)
         assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes the CPU environment: install.sh VENV
-# A virtual environment with pinned dependencies and this package, editable. Nothing is done when it is up to date.
+# Installs the CPU environment: install.sh VENV
+#
+# VENV becomes a virtual environment with the pinned dependencies and this package, editable. Does nothing if VENV is up
+# to date.
 set -euo pipefail
 venv=$1
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,7 +43,7 @@ echo "installing into $venv (a few minutes the first time)"
 rm -rf "$venv"
 "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-# Everything after this line must keep the CPU build: another torch brings gigabytes of CUDA.
+# The steps below must keep the CPU build of torch: the default build depends on gigabytes of CUDA packages.
 pip install --quiet "torch==$torch+cpu" 2>/dev/null ||
     pip install --quiet "torch==$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
     pip install --quiet "torch==$torch"

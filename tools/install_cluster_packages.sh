@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs what tests/cluster needs on Debian or Ubuntu: Slurm, which runs on loopback there, and network namespaces.
-# Nothing is done where all of it is there. 15 s, 45 MB. No service is started: the tests start daemons of their own.
+# Installs the packages for tests/cluster on Debian or Ubuntu: Slurm, which the tests run on loopback, and the tools for
+# network namespaces. Does nothing if all are installed. Takes 15 s and 45 MB. Starts no service: the tests start their
+# own daemons.
 set -euo pipefail
 
 missing=()
@@ -15,12 +16,12 @@ need pgrep procps
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "install_cluster_packages.sh: ${missing[*]} missing, and this needs root and apt-get; install them by hand" >&2
+    echo "install_cluster_packages.sh: ${missing[*]} missing; run this as root with apt-get, or install them by hand" >&2
     exit 1
 fi
 echo "installing ${missing[*]}"
 policy=/usr/sbin/policy-rc.d
-if [ ! -e "$policy" ]; then # packages ask it whether to start their services
+if [ ! -e "$policy" ]; then # packages query this program before they start a service
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod +x "$policy"
     trap 'rm -f "$policy"' EXIT

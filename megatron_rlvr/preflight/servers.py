@@ -1,79 +1,78 @@
-"""The servers of `rollout.servers`: there, right, and reachable from every rank that talks to them."""
+"""Check of `rollout.servers`: running, with the run's model, and reachable from every rank that sends requests."""
 
 from megatron_rlvr.config import SettingsError
-from megatron_rlvr.engines.sglang.client import Server, ServerFault
-from megatron_rlvr.engines.sglang.engine import connect
-from megatron_rlvr.engines.sglang.pool import faults
-from megatron_rlvr.preflight.context import Site
-from megatron_rlvr.preflight.machines import within
-from megatron_rlvr.preflight.results import Finding, from_sentence, some
+from megatron_rlvr.engines.sglang.client import Server, ServerError
+from megatron_rlvr.engines.sglang.connect import connect
+from megatron_rlvr.engines.sglang.pool import ServerPool, failures_in
+from megatron_rlvr.preflight.context import PreflightContext
+from megatron_rlvr.preflight.machines import version_in_range
+from megatron_rlvr.preflight.results import CheckResult, failure, first_few
 
-# A run waits for servers that are starting; here they are to be there.
-_MOST_PATIENCE_SECONDS = 60.0
-_QUICK_SECONDS = 20.0
-# docs/rollouts.md
-_TESTED = (0, 5, 21), (0, 5, 23)
+# A run waits for servers that are starting; the preflight expects them to be up.
+_MAX_PATIENCE_SECONDS = 60.0
+_INFO_TIMEOUT_SECONDS = 20.0
+# Oldest and newest version of SGLang; docs/rollouts.md. Tests run against the newest (tools/sglang.txt).
+TESTED_SGLANG = (0, 5, 21), (0, 5, 23)
 
 
-def check_servers(site: Site) -> Finding:
-    """Each serves the run's model, takes its lengths, and answers whoever leads a replica."""
-    settings = site.resolved.settings
-    rollout = settings.rollout
+def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | None]:
+    """Check that each server has the run's model and context length, and answers the leader of every replica.
+
+    Returns: the result, and on leaders the connections to the servers; None if there are none, or no usable ones.
+    """
+    settings = context.resolved.settings
+    rollout, longest = settings.rollout, settings.max_sequence_tokens
     if rollout.engine == "embedded":
-        return Finding("servers", "passed", "none: rollout.engine is embedded")
-    patience = min(rollout.server_timeout_seconds, _MOST_PATIENCE_SECONDS)
-    longest = settings.data.max_prompt_tokens + rollout.max_response_tokens
+        return CheckResult("servers", "passed", "none: rollout.engine is embedded"), None
+    patience = min(rollout.server_timeout_seconds, _MAX_PATIENCE_SECONDS)
     try:
-        site.pool = connect(
+        pool = connect(
             rollout.model_copy(update={"server_timeout_seconds": patience}),
-            site.ranks,
-            site.resolved.hf_config,
-            longest=longest,
+            context.ranks,
+            context.resolved.hf_config,
+            max_sequence_tokens=longest,
         )
-    except SettingsError as error:  # on every rank
-        return from_sentence("servers", str(error))
-    if site.pool is not None:
-        site.resources.callback(site.pool.close)
-    told = site.gather(faults(site.pool.everywhere(Server.check_health)) if site.pool else {})
-    for rank, unreached in enumerate(told):
+    except SettingsError as error:  # raised on every rank
+        return failure("servers", str(error)), None
+    if pool is not None:
+        context.resources.callback(pool.close)
+    unreached_by_rank = context.gather(failures_in(pool.everywhere(Server.check_health)) if pool else {})
+    for rank, unreached in enumerate(unreached_by_rank):
         for url, reason in unreached.items():
-            return Finding(
-                "servers",
-                "failed",
-                f"rank {rank} does not reach {url}: {reason}",
-                "give the server an address and a port that every host of the trainer reaches (--host 0.0.0.0)",
-            )
-    versions = site.gather(_versions(site))[0]
-    kinds = sorted(set(versions.values()))
-    found = f"{len(versions)} of this model with room for {longest} tokens, sglang {', '.join(kinds)}: "
-    found += some(list(versions))
-    untested = [version for version in kinds if not within(version, *_TESTED)]
+            problem = f"rank {rank} does not reach {url}: {reason}"
+            remedy = "give the server an address and a port that every host of the trainer reaches (--host 0.0.0.0)"
+            return CheckResult("servers", "failed", problem, remedy), pool
+    versions = context.gather(_versions(pool) if context.ranks.is_main else {})[0]
+    distinct = sorted(set(versions.values()))
+    message = (
+        f"{len(versions)} with the run's model and at least {longest} tokens of context, SGLang "
+        f"{', '.join(distinct)}: {first_few(list(versions))}"
+    )
+    untested = [version for version in distinct if not version_in_range(version, *TESTED_SGLANG)]
     if untested:
-        return Finding(
-            "servers",
-            "warned",
-            found,
-            f"sglang {', '.join(untested)} is not tested: take 0.5.21 to 0.5.23, or look at the first gap closely",
-        )
-    return Finding("servers", "passed", found)
+        oldest, newest = (".".join(map(str, version)) for version in TESTED_SGLANG)
+        remedy = f"SGLang {', '.join(untested)} is not tested: use {oldest} to {newest}, or check the result of mismatch"
+        return CheckResult("servers", "warned", message, remedy), pool
+    return CheckResult("servers", "passed", message), pool
 
 
-def _versions(site: Site) -> dict[str, str]:
-    """{URL: version of its program}, on the main rank; "unknown" where it does not say."""
-    if site.pool is None or not site.ranks.is_main:
-        return {}
+def _versions(pool: ServerPool | None) -> dict[str, str]:
+    """Return {URL: version of SGLang}, "unknown" if the server does not report it."""
 
     async def version(server: Server) -> str:
-        return str((await server.call("GET", "/server_info", _QUICK_SECONDS)).get("version", "unknown"))
+        return str((await server.call("GET", "/server_info", _INFO_TIMEOUT_SECONDS)).get("version", "unknown"))
 
-    answers = site.pool.everywhere(version)
-    return {url: "unknown" if isinstance(answer, ServerFault) else answer for url, answer in answers.items()}
+    answers = pool.everywhere(version) if pool is not None else {}
+    return {url: "unknown" if isinstance(answer, ServerError) else answer for url, answer in answers.items()}
 
 
-def weights_on_servers(site: Site) -> dict[str, str]:
-    """{URL: what the server calls the weights that it holds}, on every rank; "unknown" where it does not answer."""
+def weight_versions(context: PreflightContext, pool: ServerPool | None) -> dict[str, str]:
+    """Return {URL: name of the weights that the server holds} on every rank; "unknown" if it does not answer.
+
+    A collective over the world.
+    """
     here: dict[str, str] = {}
-    if site.pool is not None and site.ranks.is_main:
-        answers = site.pool.everywhere(Server.weight_version)
-        here = {url: "unknown" if isinstance(answer, ServerFault) else str(answer) for url, answer in answers.items()}
-    return site.gather(here)[0]
+    if pool is not None and context.ranks.is_main:
+        answers = pool.everywhere(Server.weight_version)
+        here = {url: "unknown" if isinstance(answer, ServerError) else str(answer) for url, answer in answers.items()}
+    return context.gather(here)[0]

@@ -1,6 +1,6 @@
-"""Stands for SGLang's kernel package, which has no build for a plain CPU: any name can be imported, none can be called.
+"""Stand-in for SGLang's kernel package, which has no CPU build: any name can be imported, and none can be called.
 
-A dense model on the torch_native attention back end imports its names and never calls one.
+A dense model with the torch_native attention backend imports names of the package and never calls one.
 """
 
 from typing import Any, NoReturn

@@ -1,4 +1,4 @@
-# Declares the operators that torchvision's __init__ looks up: its compiled ones need the CUDA build of torch.
+# Declares the operators that torchvision's __init__ looks up. The compiled operators need the CUDA build of torch.
 import torch
 
 _declared_for_cpu = torch.library.Library("torchvision", "FRAGMENT")
