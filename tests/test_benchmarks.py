@@ -1,6 +1,6 @@
-"""The benchmarks themselves: every method answers the same question rightly, wrong ones are found, metrics are real.
+"""Tests of the benchmarks: all methods compute the same values, wrong ones are detected, metrics are correct.
 
-Shapes are tiny, so nothing is said about speed here.
+Shapes are tiny, so that these tests show nothing about speed.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="p
 
 
 def measured(names: list[str], group: Any) -> dict[str, dict[str, Any]]:
-    """Runs on a rank."""
+    """Measures the methods; runs on a rank."""
     return {name: head.measure(name, SHAPE, "float32", 0.2, group) for name in names}
 
 
 def measured_with_a_fault(group: Any) -> dict[str, Any]:
-    """Runs on a rank: mode A whose loss forgets the last selected row."""
+    """Measures mode A with a loss that omits the last selected row; runs on a rank."""
     mode_a = head.METHODS["a"].load()
 
     def faulty(inputs: Any) -> Any:
@@ -60,7 +60,7 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @LINUX
-def test_every_method_that_runs_has_the_values_and_gradients_of_float64_and_the_others_say_why_not():
+def test_every_method_has_the_values_and_gradients_of_float64_or_reports_why_it_did_not_run():
     (rows,) = head.on_ranks(1, measured, OURS + OTHERS)
     assert all("why_not" not in rows[name] for name in OURS + ["megatron"])
     for name, row in rows.items():
@@ -77,7 +77,7 @@ def test_every_method_that_runs_has_the_values_and_gradients_of_float64_and_the_
 
 
 @LINUX
-def test_methods_that_can_share_the_vocabulary_agree_on_two_ranks():
+def test_methods_that_can_shard_the_vocabulary_agree_on_two_ranks():
     for rows in head.on_ranks(2, measured, ["a", "b", "dense", "megatron", "naive"]):
         assert "no tensor-parallel form" in rows.pop("naive")["why_not"]
         assert all(row["agrees"] for row in rows.values())
@@ -85,7 +85,7 @@ def test_methods_that_can_share_the_vocabulary_agree_on_two_ranks():
 
 
 @LINUX
-def test_a_wrong_gradient_is_found():
+def test_a_wrong_gradient_is_detected():
     (row,) = head.on_ranks(1, measured_with_a_fault)
     assert not row["agrees"]
     assert row["errors"]["logp"] < 1e-4
@@ -107,7 +107,7 @@ def test_the_program_prints_a_table_and_writes_its_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("shape", ["4096,1024", "4096,1024,7", "a,b,c"])
-def test_a_shape_that_is_none_is_refused(shape):
+def test_a_malformed_shape_is_refused(shape):
     done = run_program("benchmarks/head.py", "--shape", shape)
     assert done.returncode == 2
     assert shape in done.stderr
@@ -131,17 +131,17 @@ def test_bars_hold_up_to_their_limit_and_need_their_metrics():
 
 
 @LINUX
-def test_a_peak_is_what_was_added_even_if_it_was_freed_and_not_what_was_there():
-    there = torch.ones(200 * 2**18)[: 40 * 2**18].clone()  # an earlier, higher peak
+def test_a_peak_counts_added_memory_even_if_freed_and_not_what_existed_before():
+    existing = torch.ones(200 * 2**18)[: 40 * 2**18].clone()  # an earlier, higher peak
     with head.peak_of_process() as peak:
-        passing = torch.ones(64 * 2**18)
-        del passing
+        temporary = torch.ones(64 * 2**18)
+        del temporary
         remaining = torch.ones(16 * 2**18)
-    assert 60 <= peak[0] / 2**20 <= 75  # pages of libraries come and go
-    assert len(there) > len(remaining)
+    assert 60 <= peak[0] / 2**20 <= 75  # the resident pages of libraries vary
+    assert len(existing) > len(remaining)
 
 
-def test_a_peer_that_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
+def test_a_missing_peer_is_reported_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("build/peers")])
     for load in (peers.load_trl, peers.load_liger):
@@ -178,7 +178,7 @@ def test_the_wrong_share_of_a_mask_counts_kept_tokens_that_should_not_be():
     assert numerics.wrong_share(truth, truth) == (0.0, 1)
     assert numerics.wrong_share(truth.flip(0), truth) == (1.0, 1)
     swapped = truth.clone()
-    swapped[[7, 8]] = truth[[8, 7]]  # of the two kept, 9 stays and 7 comes in for 8
+    swapped[[7, 8]] = truth[[8, 7]]  # of the two kept tokens, 9 stays and 7 replaces 8
     assert numerics.wrong_share(swapped, truth) == (0.5, 1)
     assert numerics.wrong_share(torch.ones(10).double(), truth)[1] == 10
 
@@ -201,7 +201,7 @@ def test_the_step_on_long_responses_grows_by_less_than_its_logits(tmp_path):
     assert "memory grows by" in finished.stdout
 
 
-def test_a_step_of_each_arm_does_the_work_that_was_asked_for_and_a_missing_trl_is_named(tmp_path):
+def test_a_step_of_each_arm_does_the_requested_work_and_a_missing_trl_is_reported(tmp_path):
     arguments = ("--cases", "tiny", "--rounds", "1", "--json", str(tmp_path / "metrics.json"))
     done = run_program("benchmarks/step.py", *arguments)
     assert done.returncode == 0, done.stderr
@@ -221,7 +221,7 @@ def test_a_step_of_each_arm_does_the_work_that_was_asked_for_and_a_missing_trl_i
     assert result["arms"]["ours"]["selected"] == 2 * 7  # the top fifth of each half's 32 tokens, rounded up
 
 
-def test_an_arm_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
+def test_an_arm_that_is_not_installed_is_reported_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("build/peers")])
     here, there = multiprocessing.Pipe()
@@ -250,7 +250,7 @@ def test_seconds_of_an_arm_are_the_least_of_the_steps_after_the_first():
 
 
 @pytest.mark.parametrize(
-    ("figure", "value", "complaint"),
+    ("metric", "value", "complaint"),
     [
         ("tokens", 63, "trl sampled 63 tokens"),
         ("updates", 1, "trl took 1 optimizer steps"),
@@ -258,14 +258,14 @@ def test_seconds_of_an_arm_are_the_least_of_the_steps_after_the_first():
         ("first", {"entropy": 4.1}, "mean entropies of the first rollouts are 4.100, 4.000 nats"),
     ],
 )
-def test_work_that_differs_is_named(figure, value, complaint):
+def test_an_arm_that_does_different_work_is_reported(metric, value, complaint):
     row: dict[str, Any] = {"tokens": 64, "updates": 2, "selected": 14, "first": {"entropy": 4.0}}
     case = workload.CASES["tiny"]
     assert step.differences(case, {"trl": row, "ours": row}) == []
     assert step.differences(case, {"trl": {"why_not": "absent"}, "ours": row}) == []
-    assert step.differences(case, {"trl": row | {figure: value}, "ours": row}) == [complaint]
+    assert step.differences(case, {"trl": row | {metric: value}, "ours": row}) == [complaint]
 
 
-def test_half_of_a_group_is_right_even_if_all_are_alike():
+def test_half_of_a_group_is_correct_even_if_all_completions_are_equal():
     assert workload.half_right([[9], [1, 9], [2, 3], [30]]) == [0.0, 1.0, 0.0, 1.0]
     assert sum(workload.half_right([[5, 5]] * 8)) == 4

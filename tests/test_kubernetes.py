@@ -1,4 +1,4 @@
-"""The manifests in examples/kubernetes: valid by the published schemas, in accord with each other and the recipe."""
+"""Tests of the manifests in examples/kubernetes: valid by the published schemas, consistent with the recipe."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from megatron_rlvr.config.loading import load_settings
 
 FOLDER = tiny.CHECKOUT / "examples/kubernetes"
 FILES = sorted(FOLDER.glob("*.yaml"))
-# The oldest version that has all fields in use, and those that clusters run today.
+# The oldest version that has all fields in use, and versions that clusters run today.
 VERSIONS = ("1.29", "1.31", "1.34")
 
 
@@ -43,7 +43,7 @@ def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def expanded(container: dict[str, Any]) -> list[str]:
-    """A container's arguments as Kubernetes hands them over: $(NAME) is a variable of its environment."""
+    """A container's arguments as Kubernetes passes them, with $(NAME) replaced by the variable of its environment."""
     values = {
         name: value
         for source in container.get("envFrom", [])
@@ -53,7 +53,7 @@ def expanded(container: dict[str, Any]) -> list[str]:
 
 
 def in_checkout(path: str) -> Path:
-    """A file of the image, where the checkout is in /opt/megatron_rlvr."""
+    """The file of this checkout for a path in the image, in which the checkout is /opt/megatron_rlvr."""
     return tiny.CHECKOUT / Path(path).relative_to("/opt/megatron_rlvr")
 
 
@@ -83,7 +83,7 @@ def test_the_job_starts_the_recipe_with_its_ranks_and_servers() -> None:
     assert in_checkout(trainer["command"][0]) == FOLDER / "train.sh"
     settings = load_settings(in_checkout(recipe), flags)
     assert settings.run.dir == run_dir
-    # The same is checked before, for the same ranks.
+    # The init container checks the same settings, for the same number of ranks.
     check = job["template"]["spec"]["initContainers"][0]
     assert expanded(check) == [recipe, "--check", "--run.dir", run_dir, *flags]
     gpus = trainer["resources"]["limits"]["nvidia.com/gpu"]
@@ -96,7 +96,7 @@ def test_the_job_starts_the_recipe_with_its_ranks_and_servers() -> None:
         int(data["NODES"]),
         int(data["GPUS_PER_NODE"]),
     )
-    # Servers by the names that a StatefulSet gives its pods, each with the recipe's model.
+    # The servers have the names that a StatefulSet gives its pods, and load the recipe's model.
     name, port = servers["metadata"]["name"], the("Service", "rlvr-servers")["spec"]["ports"][0]["port"]
     replicas = servers["spec"]["replicas"]
     assert settings.rollout.servers == [f"http://{name}-{i}.{name}:{port}" for i in range(replicas)]
@@ -123,7 +123,7 @@ def test_pods_find_each_other() -> None:
         spec = the("Service", name)["spec"]
         assert spec["selector"] == labels
         assert spec["clusterIP"] == "None"
-        assert spec["publishNotReadyAddresses"]  # neither a rank that begins nor a server that is paused is ready
+        assert spec["publishNotReadyAddresses"]  # neither a rank that starts nor a server that is paused is ready
     assert servers["selector"]["matchLabels"] == servers["template"]["metadata"]["labels"]
     policy = the("NetworkPolicy", "rlvr-servers")["spec"]
     assert policy["podSelector"]["matchLabels"] == servers["template"]["metadata"]["labels"]
@@ -131,12 +131,12 @@ def test_pods_find_each_other() -> None:
     assert admitted == job["spec"]["template"]["metadata"]["labels"]
 
 
-def test_a_pod_that_fails_is_replaced_and_wrong_input_is_not_tried_again() -> None:
-    """What the API server demands beyond the schema, and what the trainer's statuses mean."""
+def test_a_pod_that_fails_is_replaced_and_wrong_input_fails_the_job() -> None:
+    """Rules of the API server that are not in the schema, and reactions to the trainer's exit statuses."""
     job = the("Job", "rlvr-training")["spec"]
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy needs it
-    assert job["podReplacementPolicy"] == "Failed"  # as well
+    assert job["podReplacementPolicy"] == "Failed"  # podFailurePolicy needs this too
     names = {container["name"] for container in containers(job["template"])}
     rules = job["podFailurePolicy"]["rules"]
     on_status = {rule["onExitCodes"]["containerName"]: rule for rule in rules if "onExitCodes" in rule}
@@ -146,7 +146,7 @@ def test_a_pod_that_fails_is_replaced_and_wrong_input_is_not_tried_again() -> No
         assert (rule["action"], rule["onExitCodes"]) == ("FailJob", wanted)
     others = [rule for rule in rules if "onExitCodes" not in rule]
     assert others == [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-    # A pod leaves a node that does not answer when the node has been missed, 50 s by default, and these are over.
+    # A pod is evicted from an unreachable node after the node was missed (50 s by default) and these seconds are over.
     lost = [t for t in pod["tolerations"] if t["key"].startswith("node.kubernetes.io/")]
     assert {t["key"].split("/")[1]: t["tolerationSeconds"] for t in lost} == {"unreachable": 20, "not-ready": 20}
     recipe = in_checkout(the("ConfigMap", "rlvr-training")["data"]["RECIPE"])
@@ -165,7 +165,7 @@ def test_volumes_are_declared_and_shared_memory_is_memory() -> None:
         assert the("PersistentVolumeClaim", claim)["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_nobody_is_root_and_nothing_is_secret() -> None:
+def test_no_container_runs_as_root_and_no_manifest_contains_a_secret() -> None:
     assert not [d for d in documents() if d["kind"] == "Secret"]
     for pod in pods():
         context = pod["spec"]["securityContext"]
@@ -183,12 +183,12 @@ def test_nobody_is_root_and_nothing_is_secret() -> None:
             assert not [name for name in names if re.search("TOKEN|SECRET|PASSWORD|KEY|CREDENTIAL", name)]
 
 
-# What a pod runs -----------------------------------------------------------------------------------------------------
+# The program of a pod --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts train.sh beside a launcher that does what the test says."""
+    """Starts train.sh with a launcher whose commands the test gives."""
     for folder in ("kubernetes", "cluster"):
         (tmp_path / folder).mkdir()
     script = tmp_path / "kubernetes/train.sh"
@@ -197,7 +197,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started = []
 
     def call(*lines: str, seconds: int = 60, **variables: str) -> subprocess.Popen[str]:
-        """``seconds``: how long a summary is awaited."""
+        """``seconds``: time for which train.sh waits for a summary."""
         script.write_text((FOLDER / "train.sh").read_text().replace("{1..60}", f"{{1..{seconds}}}"))
         launcher.write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
         launcher.chmod(0o755)
@@ -230,7 +230,7 @@ def test_the_status_of_a_node_that_failed_is_kept(start: Start) -> None:
 
 
 def test_a_node_that_saved_and_stopped_does_not_look_finished(start: Start) -> None:
-    """SIGTERM reaches the launcher, which ends with 0; the pod must be replaced, so its status is another."""
+    """SIGTERM reaches the launcher, which exits with 0; the status must differ, so that the pod is replaced."""
     process = start("trap 'echo saved; exit 0' TERM", "echo ready", "while true; do sleep 0.1; done", seconds=1)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -249,13 +249,13 @@ def test_other_nodes_wait_for_node_0(start: Start) -> None:
             waiting.wait(timeout=1)
         node_0.listen()
         assert waiting.wait(timeout=20) == 7
-    gone = start("exit 7", NODE_RANK="1", **address)
-    wait_for(lambda: catches(gone.pid, signal.SIGTERM))
-    gone.terminate()
-    assert gone.wait(timeout=20) == 143
+    stopped = start("exit 7", NODE_RANK="1", **address)
+    wait_for(lambda: catches(stopped.pid, signal.SIGTERM))
+    stopped.terminate()
+    assert stopped.wait(timeout=20) == 143
 
 
 def catches(pid: int, signum: int) -> bool:
-    """Whether a process has a handler of the signal, as Linux says."""
+    """Whether a process has a handler of the signal, from /proc."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(status["SigCgt"], 16) >> (signum - 1) & 1)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Qwen3-14B under Slurm: submits a job of 2 nodes that train and 2 that hold SGLang servers.
+# Qwen3-14B under Slurm: submits a job of 2 training nodes and 2 nodes with SGLang servers.
 #
-#   examples/qwen3_14b/run.sh RECIPE [--section.key VALUE ...]     RECIPE: forking_20k, then forking_29k; the baseline
-#                                                                  beside each: all_tokens_20k, all_tokens_29k
-#   examples/qwen3_14b/run.sh RECIPE --check [...]                 reads everything, prints the plan; needs no GPU
+#   examples/qwen3_14b/run.sh RECIPE [--section.key VALUE ...]     RECIPE: forking_20k, then forking_29k; their
+#                                                                  baselines: all_tokens_20k, all_tokens_29k
+#   examples/qwen3_14b/run.sh RECIPE --check [...]                 checks settings and files, prints the plan; no GPU
 #
-# In the root of the checkout, which holds models/, data/ and runs/ (../README.md), and which all nodes see under this
-# path. Submitted again, it goes on at the last checkpoint. SBATCH_PARTITION, SBATCH_ACCOUNT and the like choose where it
-# runs, and what ../cluster/slurm.sbatch reads from the environment is handed on (SERVER_PYTHON, say). Without Slurm:
-# ../cluster/README.md and ../kubernetes.
+# Run it in the root of the checkout, which contains models/, data/ and runs/ (../README.md) and which all nodes see
+# under the same path. A job that is submitted again resumes from the last checkpoint. SBATCH_PARTITION, SBATCH_ACCOUNT
+# and so on select where it runs. The variables that ../cluster/slurm.sbatch reads, such as SERVER_PYTHON, are passed
+# on. Without Slurm, see ../cluster/README.md and ../kubernetes.
 set -euo pipefail
 MODEL=qwen3_14b
 RANKS=16

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Qwen3-8B on the 8 GPUs of this machine: starts the SGLang servers, trains beside them, and stops them with the run.
+# Qwen3-8B on the 8 GPUs of this machine: starts SGLang servers, trains on the same GPUs, and stops the servers at the
+# end.
 #
-#   examples/qwen3_8b/run.sh RECIPE [--section.key VALUE ...]     RECIPE: forking_20k, then forking_29k; the baseline
-#                                                                 beside each: all_tokens_20k, all_tokens_29k
-#   examples/qwen3_8b/run.sh RECIPE --check [...]                 reads everything, prints the plan; needs no GPU
+#   examples/qwen3_8b/run.sh RECIPE [--section.key VALUE ...]     RECIPE: forking_20k, then forking_29k; their
+#                                                                 baselines: all_tokens_20k, all_tokens_29k
+#   examples/qwen3_8b/run.sh RECIPE --check [...]                 checks settings and files, prints the plan; no GPU
 #
-# In the root of the checkout, which holds models/, data/ and runs/ (../README.md). Started again, it goes on at the last
-# checkpoint.
+# Run it in the root of the checkout, which contains models/, data/ and runs/ (../README.md). The same command resumes
+# from the last checkpoint.
 #
-#   SERVER_PYTHON   python of the environment that has SGLang, where it is not the trainer's
+#   SERVER_PYTHON   Python that has SGLang, if it is not the trainer's
 set -euo pipefail
 MODEL=qwen3_8b
 RANKS=8
 SERVERS=2 SERVER_TENSOR=4
-# Of each GPU, for weights and cache of its server; the trainer's own memory must fit beside it.
+# Fraction of each GPU's memory for the weights and the KV cache of its server; the trainer's memory must fit in the
+# rest.
 SERVER_SHARE=0.5
 
 . "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"

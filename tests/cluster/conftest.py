@@ -1,4 +1,4 @@
-"""What tests of launchers share."""
+"""Fixtures for tests of the launchers."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from cluster_runs import Run
 
 @pytest.fixture(scope="module")
 def new_run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Callable[..., Run]]:
-    """Makes runs on the tiny model, whose half of responses are right."""
+    """Creates runs on the tiny model, with a reward by which half of the responses are correct."""
     place = tmp_path_factory.mktemp("cluster")
     (place / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
     tiny.write_gsm8k(place / "problems.jsonl")

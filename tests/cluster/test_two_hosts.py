@@ -1,6 +1,6 @@
-"""A run of two hosts with addresses of their own, and servers on a third, whose cables are pulled.
+"""Tests of a run on two hosts, with a server on a third, whose network cables are pulled.
 
-What a host knows of the others it knows by the network: each has a log folder of its own here.
+Each host has an address and a log folder of its own, so that hosts learn about each other by the network only.
 """
 
 import os
@@ -27,10 +27,10 @@ LAUNCHER = tiny.CHECKOUT / "examples" / "cluster" / "torchrun.sh"
 FIRST, SECOND, SERVERS = range(3)
 START_SECONDS = 600
 CUT_SECONDS = 20
-# run.timeout_minutes: Megatron's groups know whole minutes. TCP sends what it lost in the cut 26 s after its beginning.
+# run.timeout_minutes, which is an int for Megatron's groups. TCP resends the lost data 26 s after the start of a cut.
 TIMEOUT_SECONDS = 60
 EXIT_SECONDS = 5
-# Beyond both: for launchers to look, and for what they have started to end.
+# Further time for the launchers to notice, and for their processes to exit.
 GRACE_SECONDS = 60
 
 
@@ -89,12 +89,12 @@ class TwoHosts:
         return started(self.hosts.command(SERVERS, *command), self.log(SERVERS), cwd=self.run.home, env=environment)
 
     def said(self) -> str:
-        """What all hosts have said, for a test that fails."""
+        """The last output of all hosts, for the message of a failed test."""
         texts = [log.read_text(errors="replace")[-5000:] for log in map(self.log, range(3)) if log.exists()]
         return "\n----\n".join(texts)
 
     def wait(self, condition: Callable[[], bool], seconds: float, *launchers: subprocess.Popen[bytes]) -> None:
-        """Returns when ``condition`` is met, before a launcher ends."""
+        """Returns when ``condition`` is met; fails if a launcher exits before."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"too late\n{self.said()}"
@@ -102,7 +102,7 @@ class TwoHosts:
             time.sleep(0.1)
 
 
-def test_a_cable_may_be_out_for_20_s_and_ends_both_hosts_with_a_line_each_if_it_stays_out(
+def test_a_run_survives_a_cut_of_20_s_and_both_hosts_end_with_a_reason_after_a_longer_one(
     hosts: Hosts, new_run: Callable[..., Run]
 ) -> None:
     server = {"engine": "sglang", "servers": [f"http://{hosts.address(SERVERS)}:30000"]}
@@ -115,18 +115,18 @@ def test_a_cable_may_be_out_for_20_s_and_ends_both_hosts_with_a_line_each_if_it_
     two = TwoHosts(hosts, run)
     with ExitStack() as launchers:
         serving = launchers.enter_context(two.serve(30000))
-        # A rank that waits for another, which waits for servers, waits no longer than run.timeout_minutes either.
+        # A rank waits at most run.timeout_minutes for another, even if that one waits for servers: start them first.
         two.wait((run.place / "servers" / "servers.json").exists, START_SECONDS, serving)
         first, second = (launchers.enter_context(two.train(host)) for host in (FIRST, SECOND))
         two.wait(lambda: len(run.lines()) >= 2, START_SECONDS, first, second)
         hosts.cut(SECOND)
         done = len(run.lines())
         time.sleep(CUT_SECONDS)
-        assert len(run.lines()) <= done + 1, "no step is done by one of two"
+        assert len(run.lines()) <= done + 1, "one of two ranks cannot finish a step"
         hosts.mend(SECOND)
         mended, done = time.monotonic(), len(run.lines())
         two.wait(lambda: len(run.lines()) >= done + 3, TIMEOUT_SECONDS, first, second)
-        print(f"3 steps {time.monotonic() - mended:.1f} s after the cable was in again")
+        print(f"3 steps {time.monotonic() - mended:.1f} s after the cable was plugged in again")
 
         hosts.cut(SECOND)
         cut = time.monotonic()
@@ -134,7 +134,7 @@ def test_a_cable_may_be_out_for_20_s_and_ends_both_hosts_with_a_line_each_if_it_
             assert launcher.wait(timeout=TIMEOUT_SECONDS + EXIT_SECONDS + GRACE_SECONDS) != 0
             reason = run.place / f"{run.name}_logs_{host}" / f"node_{host}.reason"
             (line,) = reason.read_text(encoding="utf-8").splitlines()
-            # The other rank's silence or, if it was waited for in a collective, that one's own failure.
+            # The reason is the other rank's missing heartbeat, or the failure of a collective that was waiting for it.
             assert re.search(f"rank {1 - host} has given no sign of life for 1 min|Error: ", line), line
             print(f"host {host} ended after {time.monotonic() - cut:.1f} s: {line}")
         hosts.mend(SECOND)

@@ -1,4 +1,4 @@
-"""Small runs that launchers start, and the processes that belong to them."""
+"""Small runs for tests of launchers, and the processes that belong to a run."""
 
 import contextlib
 import json
@@ -15,13 +15,13 @@ import yaml
 from megatron_rlvr.checkpoint.store import latest_checkpoint
 
 QUICKSTART = tiny.CHECKOUT / "examples" / "quickstart"
-# Their own warm-up gives up after two minutes, which a busy machine may take.
+# SGLang's own warm-up fails after two minutes, and a busy machine may need that long.
 SERVER_FLAGS = "--device cpu -- --dtype float32 --max-total-tokens 8192 --skip-server-warmup --log-level warning"
 
 
 @dataclass
 class Run:
-    """A run of two ranks, or of one on servers, in a folder of its own."""
+    """A run in a folder of its own: two ranks, or one rank with servers."""
 
     place: Path
     name: str
@@ -36,7 +36,7 @@ class Run:
         return self.place / self.name
 
     def write(self, steps: int) -> None:
-        """Its settings, with an end that may change between its lives."""
+        """Writes the settings. The number of steps may change when the run is started again."""
         values = tiny.settings_for(
             self.place / "model",
             self.place / "problems.jsonl",
@@ -51,13 +51,13 @@ class Run:
         tiny.write_settings(self.config, values)
 
     def lines(self) -> list[dict[str, float]]:
-        """metrics.jsonl; none before the first step."""
+        """The complete lines of metrics.jsonl; none before the first step."""
         path = self.folder / "metrics.jsonl"
-        whole = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in whole if line.endswith("\n")]
+        text = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in text if line.endswith("\n")]
 
     def metrics(self) -> list[dict[str, float]]:
-        """The lines without what measures time."""
+        """The lines without metrics that measure time."""
         measured = ("time/", "rollout/tokens_per_second")
         return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in self.lines()]
 
@@ -68,31 +68,31 @@ class Run:
 
     @property
     def home(self) -> Path:
-        """The folder that it is started in, as are all processes of it and no others."""
+        """The working directory of all processes of this run, and of no others."""
         folder = self.place / f"{self.name}_home"
         folder.mkdir(exist_ok=True)
         return folder
 
     def processes(self) -> list[psutil.Process]:
-        """Whatever runs of it: launchers, ranks, graders, servers."""
+        """All running processes of this run: launchers, ranks, graders, servers."""
         return [process for process in psutil.process_iter() if _folder(process) == str(self.home)]
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Its ranks by number."""
+        """{rank: its process}."""
         found: dict[int, psutil.Process] = {}
-        # What a rank has just forked looks like it, and is younger. psutil knows when since it has listed them.
+        # A process that a rank has just forked has the same command line, and is younger. psutil has cached the times.
         for process in sorted(self.processes(), key=psutil.Process.create_time):
-            with contextlib.suppress(psutil.NoSuchProcess, KeyError):  # one that has ended since it was listed
+            with contextlib.suppress(psutil.NoSuchProcess, KeyError):  # exited since it was listed
                 if process.cmdline()[1:3] == ["-m", "megatron_rlvr.train"]:
                     found.setdefault(int(process.environ()["RANK"]), process)
         return found
 
 
 class QuickstartRun(Run):
-    """The quickstart's settings and problems, on a base model of its making that has read a twentieth as much."""
+    """The quickstart's settings and problems, with a base model trained on a twentieth of the sequences."""
 
     def prepare(self) -> None:
-        """Makes both; half a minute."""
+        """Creates the base model and the problems; takes half a minute."""
         make_base = [str(QUICKSTART / "make_base.py"), str(self._base), "--sequences", "1500"]
         program = "import sys, toy_data, pathlib; toy_data.write_data(pathlib.Path(sys.argv[1]), held_out=1)"
         for words in (["-m", "torch.distributed.run", "--standalone", *make_base], ["-c", program, str(self._data)]):
@@ -104,7 +104,7 @@ class QuickstartRun(Run):
         values["run"] |= {"dir": str(self.folder), "steps": steps, "overwrite": False}
         values["model"]["path"] = str(self._base)
         values["data"]["train"] = str(self._data / "train.jsonl")
-        values["optimizer"]["learning_rate"] = 5e-4  # which YAML 1.1 takes for a text
+        values["optimizer"]["learning_rate"] = 5e-4  # a str in YAML 1.1, as it is written there
         del values["evaluate"]
         for section, changes in self.sections.items():
             values[section] = values.get(section, {}) | changes

@@ -1,6 +1,6 @@
-"""Hosts on one machine: network namespaces with an address each, on a switch of their own. Their links can be cut.
+"""Simulated hosts on one machine: network namespaces on a common switch, with links that can be cut.
 
-They have a loopback and `eth0`, see no network but this one, and share the machine's files.
+Each host has an address, a loopback and `eth0`. It reaches no other network, and shares the machine's files.
 """
 
 import os
@@ -12,7 +12,7 @@ _NETWORK = "10.77.0"
 
 
 def missing() -> str | None:
-    """What this machine lacks, in words."""
+    """The reason why this machine cannot simulate hosts, or None."""
     if shutil.which("ip") is None:
         return "ip is missing: tools/install_cluster_packages.sh installs iproute2 on Debian"
     if os.getuid() != 0:
@@ -26,7 +26,7 @@ def missing() -> str | None:
 
 
 class Hosts:
-    """So many hosts and a switch; use as a context manager."""
+    """A number of hosts and a switch; use as a context manager."""
 
     def __init__(self, count: int) -> None:
         self._id = secrets.token_hex(3)
@@ -46,28 +46,28 @@ class Hosts:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Interfaces go with their namespaces, once no process is left in these."""
+        """Deletes the namespaces; the kernel deletes their interfaces once no process is left in them."""
         for name in (*map(self.name, range(self._count)), self._switch):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
     def name(self, host: int) -> str:
-        """Of the host's namespace."""
+        """Name of the host's namespace."""
         return f"rlvr-{self._id}-{host}"
 
     def address(self, host: int) -> str:
-        """Of the host, for the others."""
+        """Address by which the other hosts reach this one."""
         return f"{_NETWORK}.{host + 1}"
 
     def command(self, host: int, *words: str) -> list[str]:
-        """A command that runs ``words`` on a host."""
+        """The command line that runs ``words`` on a host."""
         return ["ip", "netns", "exec", self.name(host), *words]
 
     def cut(self, host: int) -> None:
-        """Pulls the host's cable, at the switch."""
+        """Cuts the host's link, at the switch."""
         self._ip("-n", self._switch, "link", "set", f"port{host}", "down")
 
     def mend(self, host: int) -> None:
-        """Plugs it in again."""
+        """Restores the host's link."""
         self._ip("-n", self._switch, "link", "set", f"port{host}", "up")
 
     def _plug_in(self, host: int) -> None:

@@ -1,8 +1,8 @@
-"""A Slurm cluster on this machine: one slurmctld and two slurmd, each a node, and a munged of their own.
+"""A Slurm cluster on this machine: one slurmctld, two slurmd (one per node), and a munged of its own.
 
-Nothing is shared with a Slurm that the machine may have: ports, key, socket and folders are this cluster's. Processes
-are tracked by their group (proctrack/pgid), which needs nothing of the machine. On a real cluster it is cgroups, where
-SIGTERM reaches a step's first process alone; here it reaches the whole group.
+Ports, key, socket and folders belong to this cluster; nothing is shared with a Slurm that the machine may have.
+Processes are tracked by process group (proctrack/pgid), which needs no privileges on the machine. Real clusters use
+cgroups, where SIGTERM reaches only the first process of a step; here it reaches the whole group.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from fake_server import free_port
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "pgrep")
 _SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _START_SECONDS = 60
-# After SIGTERM; and before a job that was put in line again may start.
+# Time from SIGTERM to SIGKILL; time before a requeued job may start.
 KILL_WAIT_SECONDS, CREDENTIAL_SECONDS = 60, 5
 NODES = {"n1": 2, "n2": 1}
-"""CPUs of each: unlike, so that what fits the first node need not fit the others."""
+"""{node: number of its CPUs}. They differ, so that a request that fits the first node may not fit the other."""
 
 
 def missing() -> str | None:
-    """What this machine lacks, in words."""
+    """The reason why this machine cannot run the cluster, or None."""
     programs = [name for name in _PROGRAMS if shutil.which(name, path=_SEARCH) is None]
     if programs:
         return f"{', '.join(programs)} missing: tools/install_cluster_packages.sh installs Slurm on Debian"
@@ -36,7 +36,7 @@ def missing() -> str | None:
 
 
 class LoopbackSlurm:
-    """The cluster; use as a context manager. ``folder`` holds all that it writes."""
+    """The cluster; use as a context manager. All its files are in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class LoopbackSlurm:
         (self.folder / "slurm.conf").write_text(self._configuration(), encoding="utf-8")
         try:
             files = [f"--{what}-file={self.folder}/munged.{what}" for what in ("pid", "log", "seed")]
-            # --force: this folder is not as open to others as munged likes.
+            # --force: munged would refuse the permissions of this folder.
             self._start("munged", "--force", f"--key-file={key}", f"--socket={self.folder}/munge", *files)
             self._start("slurmctld")
             for node in NODES:
@@ -74,7 +74,7 @@ class LoopbackSlurm:
             process.kill()
 
     def ask(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
-        """What a command of Slurm's prints."""
+        """The output of a Slurm command."""
         environment = self.environment | variables
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -84,28 +84,28 @@ class LoopbackSlurm:
         return done.stdout
 
     def submit(self, *command: str, cwd: Path, log: Path, **variables: str) -> int:
-        """The id of a batch job on all nodes; each variable is in its environment."""
+        """Submits a batch job on all nodes, with the variables in its environment; returns its id."""
         flags = ("--parsable", f"--nodes={len(NODES)}", f"--output={log}")
         printed = self.ask("sbatch", *flags, *command, cwd=cwd, **variables)
         return int(printed.split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:
-        """What Slurm knows of a job, such as JobState, ExitCode and Restarts."""
+        """Slurm's record of a job, with keys such as JobState, ExitCode and Restarts."""
         return dict(re.findall(r"(\w+)=(\S+)", self.ask("scontrol", "--oneliner", "show", "job", str(job))))
 
     def cancel(self) -> None:
-        """Ends all jobs that are left, at once."""
+        """Cancels all jobs and waits until they have ended."""
         if jobs := self.ask("squeue", "--noheader", "--format=%A").split():
             self.ask("scancel", *jobs)
             self.wait_until(lambda: not self.ask("squeue", "--noheader"), 2 * KILL_WAIT_SECONDS, "end of all jobs")
 
     def logs(self) -> str:
-        """The ends of the daemons' logs, for a test that fails."""
+        """The ends of the daemons' logs, for the message of a failed test."""
         logs = sorted(self.folder.glob("*.log"))
         return "".join(f"\n---- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
 
     def wait_until(self, condition: object, seconds: float, what: str) -> None:
-        """Returns when ``condition`` is met; AssertionError if it is not in time."""
+        """Returns when ``condition`` is met; raises AssertionError if it is not met in time."""
         assert callable(condition)
         deadline = time.monotonic() + seconds
         while not condition():
@@ -149,7 +149,7 @@ KillWait={KILL_WAIT_SECONDS}
         )
 
     def _start(self, program: str, *arguments: str) -> None:
-        """Starts a daemon, which goes to the background by itself."""
+        """Starts a daemon, which puts itself into the background."""
         path = shutil.which(program, path=_SEARCH)
         assert path is not None
         with (self.folder / f"{program}.start.log").open("ab") as log:
