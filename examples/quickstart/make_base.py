@@ -1,14 +1,16 @@
-"""Makes the quickstart's base model: a tiny Qwen3 that has read about the task but chooses badly at its forks.
+"""Train the quickstart's base model: a tiny Qwen3 that knows the text of the task but often errs at its forks.
 
     torchrun --nproc-per-node 2 examples/quickstart/make_base.py runs/quickstart/base_model
 
-Random weights are trained with plain next-token loss through the same Megatron policy that reinforcement learning
-uses: the loss is one function over log-probabilities, and every response token is selected.
+A model with random weights is trained with next-token loss, using the same Megatron policy as reinforcement learning:
+the loss is a function of log-probabilities, and every response token is selected.
 """
 
 import argparse
+import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +35,25 @@ LEARNING_RATE = 3e-3
 
 
 def next_token_loss(logp: torch.Tensor, tokens: SelectedTokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Negative log-likelihood: a PolicyLoss that looks at log-probabilities only."""
+    """Negative log-likelihood: a PolicyLoss that uses log-probabilities only."""
     return -logp.sum(), {}
 
 
+@contextmanager
+def random_model(folder: Path, ranks: Ranks) -> Iterator[Path]:
+    """Yield ``folder`` with a random model, on every rank; the main rank writes it and removes it at the end."""
+    try:
+        if ranks.is_main:
+            write_random_model(folder)
+        torch.distributed.barrier()
+        yield folder
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_random_model(folder: Path) -> None:
-    """A random Qwen3 of 371 thousand parameters with the task's tokenizer."""
+    """Write a Qwen3 of 371 thousand parameters with random weights, and the task's tokenizer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -58,14 +73,14 @@ def write_random_model(folder: Path) -> None:
     )
     model = Qwen3ForCausalLM(config)
     for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # what each layer adds to the residual stream
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # outputs to the residual stream
             weight.data /= (2 * config.num_hidden_layers) ** 0.5
     model.save_pretrained(folder)
     write_tokenizer(folder)
 
 
 def batches(seed: int, sequences: int) -> Iterator[list[TrainingSequence]]:
-    """The warm-up stream in steps of up to TOKENS_PER_STEP tokens."""
+    """Yield the sequences of the warm-up in batches of up to TOKENS_PER_STEP tokens, one per training step."""
     batch: list[TrainingSequence] = []
     size = 0
     for prompt, response in warm_up_stream(seed, sequences):
@@ -80,27 +95,23 @@ def batches(seed: int, sequences: int) -> Iterator[list[TrainingSequence]]:
 
 
 def train(policy: Policy, ranks: Ranks, steps: list[list[TrainingSequence]]) -> float:
-    """Takes all steps; returns the mean loss of the last hundred."""
+    """Train for one step per batch and return the mean loss of the last hundred steps."""
     losses: list[float] = []
     packing = policy.packing(TOKENS_PER_STEP)
-    for batch in track(steps, description="warming up the base model", disable=not ranks.is_main):
+    for batch in track(steps, description="training the base model", disable=not ranks.is_main):
         owned = distribute([sequence.input_length for sequence in batch], ranks.data_size, packing)
         micro_batch = packing.pack([batch[i] for i in owned[ranks.data_rank]])
-        everything = torch.ones(len(micro_batch.rows), dtype=torch.bool)
+        all_tokens = torch.ones(len(micro_batch.rows), dtype=torch.bool)
         count = sum(len(sequence.response_ids) for sequence in batch)
         policy.start_step()
-        figures = policy.train_step([micro_batch], [everything], [micro_batch.rollout_logp], next_token_loss, count)
-        losses.append(figures["loss"])
+        metrics = policy.train_step([micro_batch], [all_tokens], [micro_batch.rollout_logp], next_token_loss, count)
+        losses.append(metrics["loss"])
     return sum(losses[-100:]) / len(losses[-100:])
 
 
 def main(target: Path, sequences: int) -> None:
-    start = target.with_name(target.name + ".random")
     parallel = ParallelSettings()
     ranks = initialize_ranks(parallel, timeout_minutes=10)
-    if ranks.is_main:
-        write_random_model(start)
-    torch.distributed.barrier()
     steps = list(batches(seed=0, sequences=sequences))
     optimizer = OptimizerSettings(
         learning_rate=LEARNING_RATE,
@@ -111,17 +122,18 @@ def main(target: Path, sequences: int) -> None:
         weight_decay=0.01,
         beta2=0.98,
     )
-    policy = Policy(ModelSettings(path=str(start), dtype="float32"), parallel, ranks, optimizer=optimizer)
-    loss = train(policy, ranks, steps)
-    export_policy(policy, target)
+    with random_model(target.with_name(target.name + ".random"), ranks) as start:
+        policy = Policy(ModelSettings(path=str(start), dtype="float32"), parallel, ranks, optimizer=optimizer)
+        loss = train(policy, ranks, steps)
+        export_policy(policy, target)  # copies the configuration and the tokenizer of ``start``
     if ranks.is_main:
-        print(f"base model in {target}: next-token loss {loss:.3f} after {len(steps)} steps")
+        print(f"wrote the base model to {target}: next-token loss {loss:.3f} after {len(steps)} training steps")
     process_group.shut_down()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Makes the quickstart's base model.")
-    parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
-    parser.add_argument("--sequences", type=int, default=28_000, help="sequences to read")
+    parser = argparse.ArgumentParser(description="Train the quickstart's base model.")
+    parser.add_argument("folder", type=Path, help="Hugging Face folder to write the model to")
+    parser.add_argument("--sequences", type=int, default=28_000, help="number of training sequences")
     arguments = parser.parse_args()
     main(arguments.folder, arguments.sequences)

@@ -1,8 +1,8 @@
-"""The quickstart: makes a base model and data, trains by reinforcement learning, checks the export with transformers.
+"""Quickstart: train a base model, improve it by reinforcement learning, and evaluate the export with transformers.
 
     python examples/quickstart/quickstart.py        (or: make quickstart)
 
-Everything lands in runs/quickstart. A second run reuses the base model.
+All output is written to runs/quickstart. A second run reuses the base model.
 """
 
 import argparse
@@ -20,13 +20,16 @@ from toy_data import write_data
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
-SAMPLES = 8
+COMPLETIONS_PER_PROBLEM = 8
 MAX_RESPONSE_TOKENS = 110
 console = Console(highlight=False)
 
 
 def torchrun(*arguments: str) -> None:
-    """Runs a program on PROCESSES ranks of one thread each: spinning threads on busy cores are ten times slower."""
+    """Run a program on PROCESSES ranks and exit if it fails.
+
+    Each rank has one thread: more threads than cores wait for each other by spinning, which is ten times slower.
+    """
     console.print(f"[bold]torchrun --nproc-per-node {PROCESSES} {' '.join(arguments)}[/bold]", soft_wrap=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), *arguments]
@@ -36,7 +39,7 @@ def torchrun(*arguments: str) -> None:
 
 
 def accuracy_of_export(folder: Path, problems: list[dict[str, Any]]) -> float:
-    """Accuracy of a model folder by transformers alone: its loader, its tokenizer, its `generate`."""
+    """Return the accuracy of a Hugging Face model, loaded and sampled by transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,40 +60,41 @@ def accuracy_of_export(folder: Path, problems: list[dict[str, Any]]) -> float:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            num_return_sequences=SAMPLES,
+            num_return_sequences=COMPLETIONS_PER_PROBLEM,
             max_new_tokens=MAX_RESPONSE_TOKENS,
         )
         texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in enumerate(texts):
-            problem = part[i // SAMPLES]
-            prompt = Prompt(problem["id"], inputs["input_ids"][i // SAMPLES].numpy(), problem["answer"], "quickstart")
+            number = i // COMPLETIONS_PER_PROBLEM
+            problem = part[number]
+            prompt = Prompt(problem["id"], inputs["input_ids"][number].numpy(), problem["answer"], "quickstart")
             correct += math_reward(prompt, text)
-    return correct / (len(problems) * SAMPLES)
+    return correct / (len(problems) * COMPLETIONS_PER_PROBLEM)
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     table = Table(title="quickstart")
-    table.add_column("what", no_wrap=True)
+    table.add_column("result", no_wrap=True)
     table.add_column("value", justify="right", overflow="fold")
-    for what, value in (
+    for name, value in (
         ("accuracy of the base model", f"{summary['accuracy_before']:.3f}"),
         ("accuracy after training", f"{summary['accuracy_after']:.3f}"),
         ("accuracy of the export in transformers", f"{summary['accuracy_reloaded']:.3f}"),
         ("training steps", str(summary["steps"])),
-        ("seconds", f"{summary['seconds']:.0f}"),
+        ("total seconds", f"{summary['seconds']:.0f}"),
         ("exported model", summary["export"]),
-        ("metrics", str(folder / "metrics.jsonl")),
+        ("metrics of each step", str(folder / "metrics.jsonl")),
     ):
-        table.add_row(what, value)
+        table.add_row(name, value)
     console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes a base model, trains it by reinforcement learning, checks it.")
-    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything lands")
-    parser.add_argument("--sequences", type=int, default=28_000, help="sequences that the base model reads")
-    parser.add_argument("--steps", type=int, default=40, help="training steps")
-    parser.add_argument("--problems", type=int, default=150, help="held-out problems")
+    parser = argparse.ArgumentParser(description="Train a base model, then improve it by reinforcement learning.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="folder for all output")
+    parser.add_argument("--sequences", type=int, default=28_000, help="training sequences of the base model")
+    parser.add_argument("--steps", type=int, default=40, help="reinforcement learning steps")
+    parser.add_argument("--problems", type=int, default=150, help="held-out problems for evaluation")
     options = parser.parse_args()
 
     started = time.perf_counter()
@@ -99,7 +103,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_data(data, held_out=options.problems)
     if (base / "model.safetensors").is_file():
-        console.print(f"reusing the base model in {base}")
+        console.print(f"reusing the base model in {base}", soft_wrap=True)
     else:
         torchrun(str(HERE / "make_base.py"), str(base), "--sequences", str(options.sequences))
     torchrun(
@@ -108,7 +112,7 @@ def main() -> None:
         *("--data.train", str(data / "train.jsonl"), "--evaluate.sets", str(data / "held_out.jsonl")),
     )
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    console.print("repeating the evaluation with transformers on the exported model")
+    console.print("evaluating the exported model with transformers")
     lines = (data / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     summary["accuracy_reloaded"] = accuracy_of_export(Path(summary["export"]), [json.loads(line) for line in lines])
     summary["seconds"] = round(time.perf_counter() - started, 1)

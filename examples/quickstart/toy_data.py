@@ -1,10 +1,10 @@
-"""What is read of the quickstart's task: the warm-up that makes the base model, and the problems in files.
+"""Data of the quickstart's task: training sequences for the base model (the warm-up), and problem files.
 
-The warm-up is mostly traces, flawless ones before the author's. Drills are mixed in: sums, so that the arithmetic is
-known, and events told in a given order, so that a plan can be followed. One problem in ten is reserved: the warm-up
-and train.jsonl never hold it, held_out.jsonl and hard.jsonl hold nothing else.
+The warm-up is mostly traces, first flawless ones, then the author's. Drills are mixed in: sums, which teach arithmetic,
+and events copied in a given order, which teach following a plan. One problem in ten is reserved for evaluation: the
+warm-up and train.jsonl never contain it, held_out.jsonl and hard.jsonl contain only such problems.
 
-All of it is drawn with ``random.Random`` seeded by strings: the same on every machine, whatever the process layout.
+All data is drawn with ``random.Random`` seeded by strings, so it is the same on every machine and in every layout.
 """
 
 import json
@@ -19,7 +19,7 @@ from toy_tokenizer import EOS_ID, LARGEST_NUMBER, encode
 
 
 def arithmetic_drill(rng: random.Random) -> tuple[str, str]:
-    """A sheet of eight sums as (prompt, response), with the numbers that traces use: "7 + 5 ." -> "7 + 5 = 12 ."."""
+    """Return eight sums as (prompt, response), with the numbers that traces use: "7 + 5 ." -> "7 + 5 = 12 ."."""
     questions: list[str] = []
     solutions: list[str] = []
     while len(questions) < 8:
@@ -38,9 +38,9 @@ def arithmetic_drill(rng: random.Random) -> tuple[str, str]:
 
 
 def copy_drill(rng: random.Random) -> tuple[str, str]:
-    """A problem and the order to tell its events in, "forward :" or "back :", with the events as the response.
+    """Return (prompt, response): a problem with "forward :" or "back :", and its events in that order.
 
-    Half of the problems are of the hard length, so that the hard set is not the first text of that length to be read.
+    Half of the problems have the length of hard ones, so that the model has seen text of the hard set's length.
     """
     problem = _sample_in_part(rng, reserved=False, hard=rng.random() < 0.5)
     order = rng.choice(("forward", "back"))
@@ -50,7 +50,13 @@ def copy_drill(rng: random.Random) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stretch of the warm-up: its share of all sequences and what they are drawn from; the rest are traces."""
+    """Stage of the warm-up.
+
+    Attributes:
+        share: Fraction of all sequences that belong to the stage.
+        arithmetic_drills, copy_drills: Fractions of the stage's sequences that are drills; the others are traces.
+        habits: Habits of the traces' author.
+    """
 
     share: float
     arithmetic_drills: float
@@ -58,9 +64,9 @@ class Stage:
     habits: Habits
 
 
-# Flawless traces teach what follows from what; imitating the author from the start leaves the arithmetic unlearned. A
-# third of the first stage is sums: reinforcement learning repairs forks, and what then still goes wrong is arithmetic
-# that the base model never knew.
+# Flawless traces first, because a model that imitates the author from the start does not learn the arithmetic. A third
+# of the first stage is sums: reinforcement learning corrects the forks, and the errors that remain after it are in
+# arithmetic that the base model never learned.
 WARM_UP = (
     Stage(share=0.65, arithmetic_drills=0.35, copy_drills=0.15, habits=FLAWLESS),
     Stage(share=0.35, arithmetic_drills=0.08, copy_drills=0.05, habits=AUTHOR),
@@ -68,7 +74,7 @@ WARM_UP = (
 
 
 def warm_up_stream(seed: int, sequences: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Training examples for the base model, stage by stage, without any problem kept for evaluation.
+    """Yield training sequences for the base model, stage by stage, without any problem reserved for evaluation.
 
     Yields: ``sequences`` pairs of prompt ids [P] and response ids [T], int32; the response ends with the end token.
     """
@@ -93,10 +99,12 @@ def _sample_example(rng: random.Random, stage: Stage) -> tuple[str, str]:
 def write_data(
     folder: str | Path, *, train: int = 4000, held_out: int = 150, hard: int = 150, seed: int = 0
 ) -> dict[str, Path]:
-    """Writes train.jsonl, held_out.jsonl and hard.jsonl, one problem a line: id, prompt, answer, source.
+    """Write train.jsonl, held_out.jsonl and hard.jsonl, one problem per line: id, prompt, answer, source.
 
     Args:
-        train, held_out, hard: how many problems. Those of the last two are kept out of the warm-up of any seed.
+        folder: Folder of the files.
+        train, held_out, hard: Numbers of problems. Those of the last two are in no warm-up, whatever its seed.
+        seed: Seed of the problems.
 
     Returns: the path of each file by its source. No problem occurs twice, within a file or across files.
     """

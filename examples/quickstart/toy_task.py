@@ -1,4 +1,4 @@
-r"""The quickstart's task: word problems whose chain of thought has forks, and an author who often errs at them.
+r"""Task of the quickstart: word problems whose chain of thought has forks, and an author who often errs at them.
 
     problem := NAME has (n | some) ITEM . a pack has s . { DAY VERB (k packs | n singles) . }
                (how many now ? | now has x . how many at first ?)
@@ -7,12 +7,12 @@ r"""The quickstart's task: word problems whose chain of thought has forks, and a
                (add : x + m | take : x - m) (= y . | , let us guess . end)
     end     := (so | thus | hence) the answer is \boxed{ y }
 
-The decisive forks are the plan, the operation, whether to multiply and whether to wait; connectives are harmless forks.
-Everything else follows from the words before it. Only forks go wrong, arithmetic never does: where a result would leave
-0..40 it has no word, and the author gives up and guesses. So the only way to a right answer is to choose well, and a
-model that imitates the author knows the words but not the choices, which is what is left for reinforcement learning.
+The decisive forks are the plan, the operation, whether to multiply and whether to wait; the choice of a connective does
+not matter. All other words follow from the words before them. The author errs at forks only, never in arithmetic: a
+result outside 0..40 has no word, so the author gives up and guesses. A correct answer therefore requires correct
+choices. A model that imitates the author knows the words but not the choices; reinforcement learning teaches those.
 
-All text is drawn from the ``random.Random`` that is passed in; toy_data.py makes files and a training stream of it.
+All text is drawn with the ``random.Random`` argument; toy_data.py makes files and training sequences from it.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ PACK_SIZES = (3, 4)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened on one day: ``count`` packs or singles, gained or lost by the verb."""
+    """Event of one day: ``count`` packs or singles, gained or lost according to the verb."""
 
     day: str
     verb: str
@@ -42,7 +42,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem: the text tells ``given``, the question asks for ``answer``."""
+    """Word problem: the text states ``given``, the question asks for ``answer``."""
 
     name: str
     item: str
@@ -53,7 +53,7 @@ class Problem:
 
     @property
     def totals(self) -> list[int]:
-        """[events + 1] what there is at first and after each event."""
+        """Amounts at first and after each event, [events + 1]."""
         totals = [self.start]
         for event in self.events:
             amount = event.count * (self.pack_size if event.unit == "packs" else 1)
@@ -77,16 +77,16 @@ class Problem:
 
     @property
     def is_reserved(self) -> bool:
-        """Whether the problem is kept for evaluation: by a hash, so that no list has to be passed around.
+        """True if the problem is reserved for evaluation, decided by a hash, so that no list of problems is needed.
 
-        The name and the item stay out of it: the same sum told of another person is the same problem.
+        The hash ignores the name and the item: the same sum about another person is the same problem.
         """
         sum_text = self.text.removeprefix(self.name).replace(self.item, "")
         return hashlib.sha256(sum_text.encode()).digest()[0] < 26  # one in ten
 
 
 def sample_problem(rng: random.Random, hard: bool = False) -> Problem:
-    """One problem, of 2 or 3 events with at most one of packs; if ``hard``, of 4 with at most two of packs."""
+    """Draw a problem of 2 or 3 events, at most one of packs; if ``hard``, of 4 events, at most two of packs."""
     event_count = 4 if hard else rng.choice((2, 3))
     while True:
         pack_events = rng.sample(range(event_count), rng.randint(0, 2 if hard else 1))
@@ -111,7 +111,16 @@ def sample_problem(rng: random.Random, hard: bool = False) -> Problem:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """The probability of the right choice at each fork, and of guessing and of waiting."""
+    """Probabilities of an author's choices: the correct one at each fork, a guess, and a wait after each step.
+
+    Attributes:
+        plan_forward, plan_back: Correct plan where the plan should be forward, or back.
+        operation, operation_back: Correct operation when going forward, or back.
+        times: Multiplication where it is needed.
+        guess: A guess without any step.
+        wait_after_incorrect, wait_after_correct: A wait after an incorrect step, or after a correct one.
+        redo: Correct operation in the step after a wait.
+    """
 
     plan_forward: float = 0.70
     plan_back: float = 0.50
@@ -119,8 +128,8 @@ class Habits:
     operation_back: float = 0.75
     times: float = 0.65
     guess: float = 0.06
-    wait_after_wrong: float = 0.35
-    wait_after_right: float = 0.05
+    wait_after_incorrect: float = 0.35
+    wait_after_correct: float = 0.05
     redo: float = 0.95
 
 
@@ -132,40 +141,40 @@ FLAWLESS = Habits(
     operation_back=1.0,
     times=1.0,
     guess=0.0,
-    wait_after_wrong=1.0,
-    wait_after_right=0.0,
+    wait_after_incorrect=1.0,
+    wait_after_correct=0.0,
     redo=1.0,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A chain of thought and the number it ends in."""
+    """Chain of thought and its final answer."""
 
     text: str
     answer: int
 
 
 def write_trace(rng: random.Random, problem: Problem, habits: Habits) -> Trace:
-    """Solves the problem as an author of these habits would, in the words of the grammar above.
+    """Solve the problem as an author with these habits would, in the grammar of the module docstring.
 
-    A step is right when both its operation and its multiplication are; it is checked at most once. A redo that fails
-    takes the wrong operation. Operations are judged by the plan that was chosen, be it the right one or not.
+    A step is correct if both its operation and its multiplication are; it is redone at most once. A failed redo has
+    the incorrect operation. Operations are judged by the chosen plan, whether that is correct or not.
     """
     if rng.random() < habits.guess:
         return _give_up(rng, [])
-    plan_is_right = rng.random() < (habits.plan_back if problem.backwards else habits.plan_forward)
-    back = problem.backwards == plan_is_right
+    plan_is_correct = rng.random() < (habits.plan_back if problem.backwards else habits.plan_forward)
+    back = problem.backwards == plan_is_correct
     operation_habit = habits.operation_back if back else habits.operation
     total = problem.given
     parts = [f"let us go {'back' if back else 'forward'} , start with {total} ."]
     for event in reversed(problem.events) if back else problem.events:
-        operation_is_right = rng.random() < operation_habit
-        times_is_right = event.unit == "singles" or rng.random() < habits.times
-        text, after = _write_step(rng, problem, event, back, total, operation_is_right, times_is_right)
+        operation_is_correct = rng.random() < operation_habit
+        times_is_correct = event.unit == "singles" or rng.random() < habits.times
+        text, after = _write_step(rng, problem, event, back, total, operation_is_correct, times_is_correct)
         parts.append(text)
-        step_is_right = operation_is_right and times_is_right
-        wait = habits.wait_after_right if step_is_right else habits.wait_after_wrong
+        step_is_correct = operation_is_correct and times_is_correct
+        wait = habits.wait_after_correct if step_is_correct else habits.wait_after_incorrect
         if after is not None and rng.random() < wait:
             text, after = _write_step(rng, problem, event, back, total, rng.random() < habits.redo, True)
             parts.append(f"wait , {text}")
@@ -176,17 +185,26 @@ def write_trace(rng: random.Random, problem: Problem, habits: Habits) -> Trace:
 
 
 def _write_step(
-    rng: random.Random, problem: Problem, event: Event, back: bool, total: int, operation_right: bool, times_right: bool
+    rng: random.Random,
+    problem: Problem,
+    event: Event,
+    back: bool,
+    total: int,
+    operation_is_correct: bool,
+    times_is_correct: bool,
 ) -> tuple[str, int | None]:
-    """The step's words and the total after it; None, and a step that stops at its sum, if that leaves 0..40."""
+    """Return the words of a step and the total after it.
+
+    A total outside 0..40 has no word: the step then stops before its result, and the returned total is None.
+    """
     amount = event.count
     words = [f"{rng.choice(STEP_CONNECTIVES)} {event.text} ,"]
     if back:
         words.append("undo it ,")
-    if event.unit == "packs" and times_right:
+    if event.unit == "packs" and times_is_correct:
         amount = event.count * problem.pack_size
         words.append(f"times : {event.count} * {problem.pack_size} = {amount} ,")
-    adds = ((event.verb in GAINS) != back) == operation_right
+    adds = ((event.verb in GAINS) != back) == operation_is_correct
     after = total + amount if adds else total - amount
     words.append(f"add : {total} + {amount}" if adds else f"take : {total} - {amount}")
     if not 0 <= after <= LARGEST_NUMBER:
@@ -204,23 +222,23 @@ def _finish(rng: random.Random, parts: list[str], answer: int) -> Trace:
 
 
 class Fork(NamedTuple):
-    """A choice in a trace: ``position`` counts words from 0; ``right`` is None where every choice is as good."""
+    """Choice in a trace; ``position`` counts words from 0, ``correct`` is None if every choice is equally good."""
 
     kind: Literal["plan", "operation", "times", "wait", "connective"]
     position: int
-    right: bool | None
+    correct: bool | None
 
 
 def read_forks(problem: Problem, trace_text: str) -> list[Fork]:
-    """The forks of a trace in order, an author's or a model's; words that fit no fork are passed over.
+    """Return the forks of a trace, written by the author or a model, in order; other words are ignored.
 
-    An operation is judged by the plan and the verb the trace itself names, a multiplication by its unit, a wait by the
-    step before it. A forgotten multiplication stands at the operation that was written in its place. A guess is a
-    plan only where a plan belongs, not where the author gives up.
+    An operation is judged by the plan and the verb in the trace itself, a multiplication by its unit, a wait by the
+    step before it. A missing multiplication is reported at the position of the operation that replaces it. A guess
+    counts as a plan only at the start of the trace, not where the author gives up.
     """
     words = trace_text.split()
     forks: list[Fork] = []
-    back, verb, unit, multiplied, step_is_right = False, "", "", False, True
+    back, verb, unit, multiplied, step_is_correct = False, "", "", False, True
     for position, word in enumerate(words):
         if word in ("forward", "back", "guess") and position <= 3:
             back = word == "back"
@@ -233,11 +251,11 @@ def read_forks(problem: Problem, trace_text: str) -> list[Fork]:
             multiplied = True
             forks.append(Fork("times", position, unit == "packs"))
         elif word in ("add", "take"):
-            operation_is_right = (word == "add") == ((verb in GAINS) != back)
+            operation_is_correct = (word == "add") == ((verb in GAINS) != back)
             if unit == "packs" and not multiplied:
                 forks.append(Fork("times", position, False))
-            forks.append(Fork("operation", position, operation_is_right))
-            step_is_right = operation_is_right and multiplied == (unit == "packs")
+            forks.append(Fork("operation", position, operation_is_correct))
+            step_is_correct = operation_is_correct and multiplied == (unit == "packs")
         elif word == "wait":
-            forks.append(Fork("wait", position, not step_is_right))
+            forks.append(Fork("wait", position, not step_is_correct))
     return forks

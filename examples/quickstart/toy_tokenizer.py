@@ -1,7 +1,7 @@
-"""The 111 words of the quickstart's task, as token ids and as a Hugging Face tokenizer folder.
+"""Tokenizer of the quickstart's task: 111 words, as token ids and as a Hugging Face tokenizer folder.
 
-Text is words separated by single blanks and a token is a word, so position t of a response is its word t. ``encode``
-needs only the standard library: data is written without importing transformers.
+Text consists of words separated by single spaces and each word is a token, so token t of a response is its word t.
+``encode`` needs only the standard library, so that data can be written without importing transformers.
 """
 
 from pathlib import Path
@@ -32,14 +32,14 @@ PAD_ID, EOS_ID = _ID_OF[PAD], _ID_OF[EOS]
 
 
 def encode(text: str) -> list[int]:
-    """The token ids of blank-separated words; KeyError for a word outside the vocabulary."""
+    """Return the token ids of space-separated words; KeyError for a word outside the vocabulary."""
     return [_ID_OF[word] for word in text.split()]
 
 
 def write_tokenizer(folder: str | Path) -> None:
-    """Writes a tokenizer that ``AutoTokenizer.from_pretrained(folder)`` reads, with the ids of ``encode``.
+    """Write a tokenizer that ``AutoTokenizer.from_pretrained(folder)`` loads, with the ids of ``encode``.
 
-    It has an end and a padding token and no chat template: a prompt is the problem as it stands.
+    The tokenizer has an end and a padding token, but no chat template: a prompt is the text of the problem.
     """
     # Imported here because transformers takes seconds to import, and only this function needs it.
     from tokenizers import Tokenizer
@@ -48,12 +48,12 @@ def write_tokenizer(folder: str | Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel(_ID_OF, unk_token=UNKNOWN))
-    words.pre_tokenizer = WhitespaceSplit()  # no decoder: decoding then joins the words with blanks
+    words.pre_tokenizer = WhitespaceSplit()  # without a decoder, decoding joins the words with spaces
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,  # "now ?" must not come back as "now?"
+        clean_up_tokenization_spaces=False,  # "now ?" must not be decoded as "now?"
     )
     tokenizer.save_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""The quickstart's program in small: what it writes, and when it makes a base model."""
+"""Tests of the quickstart program at small size: the files it writes, and when it trains a base model."""
 
 import importlib
 import json
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_rlvr.startup.run_folder import RUN_FILES
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "quickstart" / "quickstart.py"
 
@@ -27,7 +29,7 @@ def run_quickstart(folder: Path) -> str:
     return finished.stdout
 
 
-def test_the_quickstart_trains_exports_and_checks_the_export(tmp_path):
+def test_the_quickstart_trains_exports_and_evaluates_the_export(tmp_path):
     output = run_quickstart(tmp_path)
     assert "accuracy of the export in transformers" in output
 
@@ -39,6 +41,8 @@ def test_the_quickstart_trains_exports_and_checks_the_export(tmp_path):
     assert (Path(summary["export"]) / "model.safetensors").is_file()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2]
+    others = {path.name for path in tmp_path.iterdir()} - set(RUN_FILES)
+    assert others == {"base_model", "data", "config.yaml"}, "nothing remains of the random model behind base_model"
 
 
 def test_a_second_run_reuses_the_base_model(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The quickstart's task, judged by what its text says: problems are parsed and simulated here."""
+"""Tests of the quickstart's task from its text alone: problems are parsed and simulated here."""
 
 import json
 import random
@@ -44,10 +44,10 @@ SUM = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 
 @pytest.fixture(autouse=True)
 def no_test_samples_forever() -> Iterator[None]:
-    """Problems are drawn until one fits: code that rejects them all must fail a test, not hang it."""
+    """Limit the computing time of a test: code that rejects every drawn problem must fail the test, not hang it."""
 
     def stop(signum: int, frame: object) -> None:
-        raise TimeoutError("the test computed for 60 s; is there a loop that rejects whatever it draws?")
+        raise TimeoutError("the test computed for 60 s; check for a loop that rejects everything it draws")
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, 60)
@@ -76,18 +76,18 @@ def draw(count: int, hard: bool = False, seed: int = 0) -> list[Problem]:
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_the_text_alone_keeps_every_constraint_and_leads_to_the_answer(hard: bool):
+def test_the_text_satisfies_every_constraint_and_determines_the_answer(hard: bool):
     backwards = 0
     for problem in draw(4000, hard):
-        told, events = parse(problem.text)
-        size = int(told["size"])
-        if told["stock"] == "some":
+        stated, events = parse(problem.text)
+        size = int(stated["size"])
+        if stated["stock"] == "some":
             backwards += 1
-            fitting = [start for start in range(60) if totals_from(start, events, size)[-1] == int(told["shown"])]
+            fitting = [start for start in range(60) if totals_from(start, events, size)[-1] == int(stated["shown"])]
             (start,) = fitting
             answer = start
         else:
-            start = int(told["stock"])
+            start = int(stated["stock"])
             answer = totals_from(start, events, size)[-1]
         assert problem.answer == answer
         assert 3 <= start <= 18
@@ -101,11 +101,11 @@ def test_the_text_alone_keeps_every_constraint_and_leads_to_the_answer(hard: boo
     assert abs(backwards / 4000 - 0.5) < 0.03
 
 
-def test_every_value_the_constraints_allow_occurs():
+def test_every_value_that_the_constraints_allow_occurs():
     problems = draw(4000)
     parsed = [parse(problem.text) for problem in problems]
     assert {problem.start for problem in problems} == set(range(3, 19))
-    assert {told["size"] for told, _ in parsed} == {"3", "4"}
+    assert {stated["size"] for stated, _ in parsed} == {"3", "4"}
     assert {count for _, events in parsed for *_, count, unit in events if unit == "singles"} == {1, 2, 3, 4, 5}
     assert {count for _, events in parsed for *_, count, unit in events if unit == "packs"} == {2, 3}
     assert {len(events) for _, events in parsed} == {2, 3}
@@ -117,32 +117,32 @@ def test_every_value_the_constraints_allow_occurs():
     assert len(words & set(SIGN)) == 6
 
 
-def test_the_author_is_right_as_often_as_specified_and_within_the_length_cap():
+def test_the_author_is_correct_as_often_as_specified_and_within_the_length_cap():
     rng = random.Random(1)
-    right, solved, lengths = [], [], []
+    correct, solved, lengths = [], [], []
     for problem in draw(5000, seed=1):
         traces = [write_trace(rng, problem, AUTHOR) for _ in range(8)]
         hits = [trace.answer == problem.answer for trace in traces]
-        right += hits
+        correct += hits
         solved.append(any(hits))
         lengths += [len(encode(trace.text)) + 1 for trace in traces]
-    assert abs(np.mean(right) - 0.36) < 0.03
+    assert abs(np.mean(correct) - 0.36) < 0.03
     assert abs(np.mean(solved) - 0.95) < 0.03
     assert np.mean(np.array(lengths) <= 110) >= 0.99
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_a_flawless_trace_is_always_right_and_never_waits(hard: bool):
+def test_a_flawless_trace_is_always_correct_and_never_waits(hard: bool):
     rng = random.Random(2)
     for problem in draw(2000, hard, seed=2):
         trace = write_trace(rng, problem, FLAWLESS)
         assert trace.answer == problem.answer
         assert "wait" not in trace.text
-        assert all(fork.right is not False for fork in read_forks(problem, trace.text))
+        assert all(fork.correct is not False for fork in read_forks(problem, trace.text))
 
 
 @pytest.mark.parametrize("habits", [AUTHOR, FLAWLESS])
-def test_traces_keep_the_grammar_and_their_arithmetic_is_true(habits: toy_task.Habits):
+def test_traces_follow_the_grammar_and_their_arithmetic_is_correct(habits: toy_task.Habits):
     rng = random.Random(3)
     operate = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     for problem in draw(2000, seed=3) + draw(1000, hard=True, seed=3):
@@ -151,8 +151,8 @@ def test_traces_keep_the_grammar_and_their_arithmetic_is_true(habits: toy_task.H
         encode(trace.text)
         for left, sign, right, result in SUM.findall(trace.text):
             assert operate[sign](int(left), int(right)) == int(result)
-        told = [f"{day} {verb} {count} {unit}" for day, verb, count, unit in parse(problem.text)[1]]
-        assert all(event in told for event in re.findall(EVENT, trace.text))
+        stated = [f"{day} {verb} {count} {unit}" for day, verb, count, unit in parse(problem.text)[1]]
+        assert all(event in stated for event in re.findall(EVENT, trace.text))
         assert trace.text.endswith(rf"\boxed{{ {trace.answer} }}")
         for left, sign, right in re.findall(r"(\d+) ([-+]) (\d+) ,", trace.text):
             assert not 0 <= operate[sign](int(left), int(right)) <= 40
@@ -160,7 +160,7 @@ def test_traces_keep_the_grammar_and_their_arithmetic_is_true(habits: toy_task.H
             assert int(list(re.finditer(STEP, trace.text))[-1]["total"]) == trace.answer
 
 
-def test_each_step_goes_on_from_the_total_before_and_a_redo_from_the_same_one():
+def test_each_step_starts_from_the_previous_total_and_a_redo_from_the_same_one():
     rng = random.Random(4)
     for problem in draw(2000, seed=4):
         text = write_trace(rng, problem, AUTHOR).text
@@ -176,7 +176,7 @@ PROBLEM_BY_HAND = Problem(
 )
 
 
-def test_forks_of_traces_read_by_hand():
+def test_the_forks_of_traces_equal_those_read_by_hand():
     assert PROBLEM_BY_HAND.text == (
         "Ann has some pens . a pack has 3 . Monday buys 2 packs . Friday sells 4 singles . "
         "now has 12 . how many at first ?"
@@ -200,14 +200,14 @@ def test_forks_of_traces_read_by_hand():
     ]
     words = text.split()
     forks = read_forks(PROBLEM_BY_HAND, text)
-    assert [(fork.kind, words[fork.position], fork.right) for fork in forks] == expected
+    assert [(fork.kind, words[fork.position], fork.correct) for fork in forks] == expected
     assert [fork.position for fork in forks] == sorted(fork.position for fork in forks)
 
     text = (
         "let us go forward , start with 12 . as Monday buys 2 packs , times : 2 * 3 = 6 , add : 12 + 6 = 18 . "
         r"wait , because Friday sells 4 singles , take : 12 - 40 , let us guess . hence the answer is \boxed{ 3 }"
     )
-    assert [(fork.kind, fork.right) for fork in read_forks(PROBLEM_BY_HAND, text)] == [
+    assert [(fork.kind, fork.correct) for fork in read_forks(PROBLEM_BY_HAND, text)] == [
         ("plan", False),
         ("connective", None),
         ("times", True),
@@ -223,33 +223,34 @@ def test_forks_of_traces_read_by_hand():
 
 
 @pytest.mark.parametrize("text", ["", "since", "add add wait = as Monday", "times : so } since Friday sells"])
-def test_reading_forks_survives_words_in_disorder(text: str):
+def test_words_in_any_order_can_be_read_for_forks(text: str):
     assert all(0 <= fork.position < len(text.split()) for fork in read_forks(PROBLEM_BY_HAND, text))
 
 
-def test_the_forks_read_from_traces_show_the_habits_they_were_written_with():
+def test_the_forks_read_from_traces_have_the_frequencies_of_the_author_s_habits():
     rng = random.Random(5)
-    right: dict[str, list[bool]] = {}
+    correct: dict[str, list[bool]] = {}
     waited: dict[bool, list[bool]] = {True: [], False: []}
     for problem in draw(6000, seed=5):
         text = write_trace(rng, problem, AUTHOR).text
         guessed = text.startswith("let us guess")
-        right.setdefault("guess", []).append(guessed)
+        correct.setdefault("guess", []).append(guessed)
         if guessed:
             continue
         plan, *forks = read_forks(problem, text)
-        right.setdefault(f"plan {problem.backwards}", []).append(bool(plan.right))
+        correct.setdefault(f"plan {problem.backwards}", []).append(bool(plan.correct))
         order = "back" if " go back " in text else "forward"
         step: list[Fork] = []
         redo = False
         for fork, after in pairwise(forks):
             if fork.kind in ("times", "operation") and not redo:
-                right.setdefault("times" if fork.kind == "times" else f"operation {order}", []).append(bool(fork.right))
+                kind = "times" if fork.kind == "times" else f"operation {order}"
+                correct.setdefault(kind, []).append(bool(fork.correct))
                 step.append(fork)
             dead_end = " , let us guess" in text and not any(later.position > after.position for later in forks)
             if fork.kind == "operation":
                 if not redo and not dead_end:
-                    waited[all(fork.right for fork in step)].append(after.kind == "wait")
+                    waited[all(fork.correct for fork in step)].append(after.kind == "wait")
                 redo = after.kind == "wait"
                 step = []
     expected = {
@@ -260,12 +261,12 @@ def test_the_forks_read_from_traces_show_the_habits_they_were_written_with():
         "operation back": 0.75,
         "times": 0.65,
     }
-    assert {kind: np.mean(right[kind]) for kind in expected} == pytest.approx(expected, abs=0.03)
+    assert {kind: np.mean(correct[kind]) for kind in expected} == pytest.approx(expected, abs=0.03)
     assert np.mean(waited[False]) == pytest.approx(0.35, abs=0.03)
     assert np.mean(waited[True]) == pytest.approx(0.05, abs=0.01)
 
 
-def test_the_drills_are_true_and_copy_what_the_problem_says():
+def test_the_drills_have_correct_sums_and_copy_the_events_of_the_problem():
     rng = random.Random(6)
     event_counts = set()
     operate = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -276,9 +277,9 @@ def test_the_drills_are_true_and_copy_what_the_problem_says():
         assert all(operate[sign](int(left), int(right)) == int(result) for left, sign, right, result in sums)
         prompt, response = toy_data.copy_drill(rng)
         text, order = prompt.rsplit(" ", 2)[:2]
-        told = re.findall(EVENT, text)
-        assert re.findall(EVENT, response) == (told if order == "forward" else told[::-1])
-        event_counts.add(len(told))
+        stated = re.findall(EVENT, text)
+        assert re.findall(EVENT, response) == (stated if order == "forward" else stated[::-1])
+        event_counts.add(len(stated))
     assert event_counts == {2, 3, 4}
 
 
@@ -302,7 +303,7 @@ def folder_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tokenizer_folder_round_trips_every_text(folder_with_tokenizer: Path, beside_a_model: bool):
     from transformers import AutoTokenizer
 
-    if beside_a_model:  # a checkpoint's folder: the model's type must not bring in another tokenizer
+    if beside_a_model:  # as in a model's folder: its model type must not select another tokenizer
         (folder_with_tokenizer / "config.json").write_text('{"model_type": "qwen3"}')
     tokenizer = AutoTokenizer.from_pretrained(folder_with_tokenizer)
     assert len(tokenizer) == 111
@@ -351,10 +352,10 @@ def test_the_warm_up_has_its_stages_and_proportions():
     assert shares[1] == pytest.approx({"trace": 0.87, "copy": 0.05, "arithmetic": 0.08}, abs=0.03)
 
 
-def test_no_problem_kept_for_evaluation_is_trained_on_even_told_of_another_person(
+def test_no_problem_reserved_for_evaluation_is_trained_on_even_about_another_person(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # A world of 60 sums, told of every person: whatever is not kept apart on purpose is bound to meet.
+    # Only 60 sums, about any person: sets that are not separated on purpose are certain to overlap.
     pool = draw(60, seed=9)
 
     def sample_from_pool(rng: random.Random, hard: bool = False) -> Problem:
@@ -381,7 +382,7 @@ def without_name_and_item(text: str) -> str:
     return " ".join(words[1:3] + words[4:])
 
 
-def test_the_warm_up_depends_on_the_seed_alone():
+def test_the_warm_up_depends_on_the_seed_only():
     def stream(seed: int) -> list[tuple[list[int], list[int]]]:
         return [(prompt.tolist(), response.tolist()) for prompt, response in islice(warm_up_stream(seed, 60), 60)]
 
@@ -389,7 +390,7 @@ def test_the_warm_up_depends_on_the_seed_alone():
     assert stream(3) != stream(4)
 
 
-def test_data_files_have_their_rows_and_are_the_same_for_the_same_seed(tmp_path: Path):
+def test_data_files_have_valid_rows_and_depend_on_the_seed_only(tmp_path: Path):
     first = write_data(tmp_path / "first", train=300, held_out=40, hard=30, seed=1)
     again = write_data(tmp_path / "again", train=300, held_out=40, hard=30, seed=1)
     other = write_data(tmp_path / "other", train=300, held_out=40, hard=30, seed=2)
@@ -402,10 +403,10 @@ def test_data_files_have_their_rows_and_are_the_same_for_the_same_seed(tmp_path:
         for row in rows:
             assert set(row) == {"id", "prompt", "answer", "source"}
             assert row["source"] == source
-            told, events = parse(row["prompt"])
-            start = int(row["answer"]) if told["shown"] else int(told["stock"])
-            end = totals_from(start, events, int(told["size"]))[-1]
-            assert end == int(told["shown"] or row["answer"])
+            stated, events = parse(row["prompt"])
+            start = int(row["answer"]) if stated["shown"] else int(stated["stock"])
+            end = totals_from(start, events, int(stated["size"]))[-1]
+            assert end == int(stated["shown"] or row["answer"])
             assert (len(events) == 4) == (source == "hard")
             ids.append(row["id"])
             prompts.append(row["prompt"])
