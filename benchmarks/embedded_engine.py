@@ -1,10 +1,10 @@
-"""Tokens per CPU second of the embedded engine, beside transformers' own ``generate``, in one run.
+"""Throughput of the embedded engine and of transformers' ``generate``, in tokens per CPU second.
 
-    OMP_NUM_THREADS=1 python benchmarks/embedded_engine.py [--prompts 12 --samples 8 --rounds 5] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/embedded_engine.py [--prompts 12 --group-size 8 --rounds 5] [--json FILE]
 
 Both sample the same requests from the same random model (the quickstart's shape) at temperature 1, up to 110 tokens,
-with one stop token. They take turns; each figure is the best of its rounds, in process time, because other work on the
-machine only ever adds to a time. ``generate`` works on rows that have ended until the longest row ends.
+with one stop token. They alternate, and each result is the best of its rounds, in process time, because other work on
+the machine can only make a round slower. ``generate`` computes finished rows until the longest row has finished.
 """
 
 import argparse
@@ -48,12 +48,12 @@ def make_model() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def make_requests(prompts: int, samples: int) -> list[CompletionRequest]:
+def make_requests(prompts: int, group_size: int) -> list[CompletionRequest]:
     rng = np.random.default_rng(0)
     texts = [
         Prompt(str(i), rng.integers(2, 111, rng.integers(32, 48)).astype(np.int32), "", "") for i in range(prompts)
     ]
-    return [CompletionRequest(prompt, n, 1000 * i + n) for i, prompt in enumerate(texts) for n in range(samples)]
+    return [CompletionRequest(prompt, n, 1000 * i + n) for i, prompt in enumerate(texts) for n in range(group_size)]
 
 
 def by_engine(engine: EmbeddedEngine, requests: list[CompletionRequest]) -> int:
@@ -61,7 +61,7 @@ def by_engine(engine: EmbeddedEngine, requests: list[CompletionRequest]) -> int:
 
 
 def by_generate(model: torch.nn.Module, requests: list[CompletionRequest]) -> int:
-    """The same requests in one left-padded batch; tokens after a row's stop token do not count."""
+    """Sample the requests in one left-padded batch and return the number of tokens up to each row's stop token."""
     longest = max(len(request.prompt.token_ids) for request in requests)
     rows = [np.pad(r.prompt.token_ids, (longest - len(r.prompt.token_ids), 0)) for r in requests]
     inputs = torch.from_numpy(np.stack(rows)).long()
@@ -85,10 +85,10 @@ def tokens_per_cpu_second(work: Callable[[], int]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--prompts", type=int, default=12, help="number of prompts")
+    parser.add_argument("--group-size", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, of which the best counts")
+    parser.add_argument("--json", help="write the results to this file")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def main() -> None:
         pad_token_id=PAD,  # type: ignore[arg-type]
     )
     engine.update_weights(model.state_dict().items(), version=0)
-    requests = make_requests(options.prompts, options.samples)
+    requests = make_requests(options.prompts, options.group_size)
     arms = {
         "embedded engine": lambda: by_engine(engine, requests),
         "transformers generate": lambda: by_generate(model, requests),
