@@ -1,4 +1,4 @@
-"""A process group of this process and the ranks of one SGLang server, apart from the trainer's own world."""
+"""A process group of this process and the ranks of one SGLang server, separate from the trainer's own world."""
 
 import contextlib
 import os
@@ -13,23 +13,26 @@ import torch.distributed
 from megatron_rlvr.distributed.accelerator import has_gpu
 
 WATCHDOG_OFF = "TORCH_NCCL_BLOCKING_WAIT"
-_LEAVE_SECONDS = 10.0
-_leaving: list[threading.Thread] = []
-"""Threads that end connections with servers."""
+"""Environment variable that, set to 1 while an NCCL group is created, leaves it without a watchdog."""
+
+_CLOSE_SECONDS = 10.0
+_closing: list[threading.Thread] = []
+"""Threads that abort the connections of closed groups."""
 
 
 def wait_for_closing() -> None:
-    """Gives the connections that are being ended some seconds to end."""
-    deadline = time.monotonic() + _LEAVE_SECONDS
-    for thread in list(_leaving):
+    """Wait until the connections of closed groups have ended, at most for some seconds."""
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    for thread in list(_closing):
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _NoWatchdog:
-    """While any thread is in it, NCCL groups get no watchdog: whoever waits for their work learns how it went.
+    """Context in which NCCL groups are created without a watchdog; any number of threads may be in it at once.
 
-    The watchdog would end this process when a server dies or hangs. Torch reads the variable as it makes a group, and
-    not again. Threads are not kept apart by a lock: one may be waiting for its server in there.
+    The watchdog would end this process when a server dies or hangs. Without it, the thread that waits for an operation
+    gets its error. Torch reads the variable when it creates a group, and not again. There is no lock that lets in only
+    one thread, because one may be waiting there for its server.
     """
 
     def __init__(self) -> None:
@@ -59,14 +62,14 @@ _no_watchdog = _NoWatchdog()
 
 
 class ServerGroup:
-    """This process and the ranks of one server, apart from the world: what the one broadcasts the others receive.
+    """A process group of this process and the ranks of one server, to which this process broadcasts.
 
-    A server finds this process by the store at ``port``, where both make the group of torch's own parts, in the same
-    way: SGLang with its init_custom_process_group, of which `join` is the other end.
+    The server finds this process through the store at `port`. Both sides create the group from the same parts of torch
+    in the same way; `join` is the counterpart of SGLang's init_custom_process_group.
 
     Args:
-        name: of the group, which is the server's name for it too.
-        server_ranks: of the server; this process is rank 0, before them.
+        name: Name of the group, on the server too.
+        server_ranks: Number of the server's ranks; this process is rank 0, before them.
     """
 
     def __init__(self, name: str, server_ranks: int) -> None:
@@ -75,17 +78,21 @@ class ServerGroup:
         self.backend = "nccl" if has_gpu() else "gloo"
         self._group: torch.distributed.ProcessGroup | None = None
         self._closed = False
-        # Port 0 is any that is free; the store listens on all addresses.
+        # Port 0 takes any free port; the store listens on all addresses.
         self._store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
     @property
     def port(self) -> int:
+        """Port of the store."""
         return self._store.port
 
     def join(self, timeout_seconds: float) -> None:
-        """Returns when the server has joined as well, on NCCL as soon as it can. RuntimeError if it does not in time.
+        """Join the group; return when the server has joined as well (with NCCL: without waiting for it).
 
-        May run in any thread; what is closed meanwhile stays closed.
+        May run in any thread. A group that is closed meanwhile stays closed.
+
+        Raises:
+            RuntimeError: The server does not join in time.
         """
         c10d = torch.distributed.distributed_c10d
         timeout = timedelta(seconds=timeout_seconds)
@@ -106,20 +113,24 @@ class ServerGroup:
             self.close()
 
     def broadcast(self, data: torch.Tensor, timeout_seconds: float) -> None:
-        """Returns when all of ``data`` is sent, and may be overwritten. RuntimeError if it is not in time."""
-        group = self._group  # held until the end: who drops it last waits for what it still does
+        """Send ``data`` to the server; return when it may be overwritten.
+
+        Raises:
+            RuntimeError: The data is not sent in time.
+        """
+        group = self._group  # keep a reference: the thread that drops the last one waits for unfinished operations
         assert group is not None
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=timeout_seconds)
-        # Given a time to wait, NCCL's too blocks this thread until the work is done.
+        # With a timeout, NCCL's wait also blocks this thread until the operation has finished.
         group.broadcast([data], options).wait(options.timeout)
 
     def close(self) -> None:
-        """Leaves the group at once, which frees its name.
+        """Leave the group at once, which frees its name.
 
-        A broadcast that is stuck ends by itself at its timeout, and its connections with it. NCCL's are aborted in a
-        thread, for which only `wait_for_closing` waits, and only for a while.
+        A broadcast that hangs ends at its timeout, and its connections with it. NCCL connections are aborted in a
+        thread, for which only `wait_for_closing` waits, and only for some seconds.
         """
         self._closed = True
         group, self._group = self._group, None
@@ -128,18 +139,24 @@ class ServerGroup:
         if self.backend != "nccl":
             torch.distributed.destroy_process_group(group)
             return
-        _forget(group)
-        thread = threading.Thread(target=_break_off, args=(group,), name="leaving", daemon=True)
+        _unregister(group)
+        thread = threading.Thread(target=_abort, args=(group,), name="closing", daemon=True)
         thread.start()
-        _leaving[:] = [each for each in (*_leaving, thread) if each.is_alive()]
+        _closing[:] = [each for each in (*_closing, thread) if each.is_alive()]
 
 
-def _forget(group: torch.distributed.ProcessGroup) -> None:
-    """Strikes a group off torch's books, as torch does when it has ended one: no end of all groups waits for it."""
+def _unregister(group: torch.distributed.ProcessGroup) -> None:
+    """Remove a group from torch's registries, as torch does after destroying one, so that its shutdown skips it."""
     c10d = torch.distributed.distributed_c10d
     world: Any = c10d._world
-    for book in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_coalesce_state):
-        book.pop(group, None)
+    for registry in (
+        world.pg_map,
+        world.pg_names,
+        world.pg_group_ranks,
+        world.pg_backend_config,
+        world.pg_coalesce_state,
+    ):
+        registry.pop(group, None)
     tag = world.pg_to_tag.pop(group, None)
     for each in {tag, ""}:
         if group in world.tags_to_pg.get(each, ()):
@@ -147,7 +164,7 @@ def _forget(group: torch.distributed.ProcessGroup) -> None:
     c10d._unregister_process_group(group.group_name)
 
 
-def _break_off(group: torch.distributed.ProcessGroup) -> None:
-    """Ends a group without waiting for its work; an older torch can only shut it down."""
-    with contextlib.suppress(RuntimeError):  # its server is given up as it is
+def _abort(group: torch.distributed.ProcessGroup) -> None:
+    """End a group without waiting for its operations; an older torch can only shut it down."""
+    with contextlib.suppress(RuntimeError):  # the server is given up in any case
         getattr(group, "abort", group.shutdown)()

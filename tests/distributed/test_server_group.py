@@ -1,4 +1,4 @@
-"""A group with a server is made without NCCL's watchdog, and leaving it keeps nobody waiting."""
+"""Tests of groups with a server: they are created without NCCL's watchdog, and closing one never blocks."""
 
 import os
 import threading
@@ -10,12 +10,12 @@ import torch
 
 from megatron_rlvr.distributed import process_group, server_group
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the groups of these tests are gloo's")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tests expect gloo groups")
 
 
 @pytest.fixture
 def group_of_one() -> Iterator[Callable[[str], server_group.ServerGroup]]:
-    """Makes groups with no server, which join at once."""
+    """Factory of groups without a server, which join at once."""
     made = []
 
     def make(name: str) -> server_group.ServerGroup:
@@ -28,23 +28,23 @@ def group_of_one() -> Iterator[Callable[[str], server_group.ServerGroup]]:
     process_group.shut_down()
 
 
-def names_of_groups() -> list[str]:
+def group_names() -> list[str]:
     return list(torch.distributed.distributed_c10d._world.pg_names.values())
 
 
 @pytest.mark.parametrize("before", [None, "0"])
-def test_groups_with_servers_are_made_without_a_watchdog_and_others_as_ever(before, group_of_one, monkeypatch):
+def test_only_groups_with_servers_are_created_without_a_watchdog(before, group_of_one, monkeypatch):
     variable = "TORCH_NCCL_BLOCKING_WAIT"
     monkeypatch.delenv(variable, raising=False)
     if before is not None:
         monkeypatch.setenv(variable, before)
     c10d = torch.distributed.distributed_c10d
-    make, found, within, second_is_out = c10d._new_process_group_helper, {}, threading.Event(), threading.Event()
+    make, found, within, second_has_joined = c10d._new_process_group_helper, {}, threading.Event(), threading.Event()
 
     def slowly(*arguments: Any, group_name: str, **options: Any) -> Any:
         if group_name == "first":
             within.set()
-            assert second_is_out.wait(60)
+            assert second_has_joined.wait(60)
         found[group_name] = os.environ.get(variable)
         return make(*arguments, group_name=group_name, **options)
 
@@ -53,7 +53,7 @@ def test_groups_with_servers_are_made_without_a_watchdog_and_others_as_ever(befo
     first.start()
     assert within.wait(60)
     group_of_one("second").join(60.0)
-    second_is_out.set()
+    second_has_joined.set()
     first.join()
     assert found == {"first": "1", "second": "1"}
     assert os.environ.get(variable) == before
@@ -62,19 +62,19 @@ def test_groups_with_servers_are_made_without_a_watchdog_and_others_as_ever(befo
     assert os.environ.get(variable) == before
 
 
-def test_a_group_on_the_cpu_is_left_as_torch_has_it(group_of_one, monkeypatch):
+def test_closing_a_group_on_the_cpu_destroys_it(group_of_one, monkeypatch):
     destroy, ended = torch.distributed.destroy_process_group, []
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: ended.append(destroy(group)))
     group = group_of_one("server")
     group.join(60.0)
     group.broadcast(torch.ones(3), 60.0)
-    assert names_of_groups() == ["server"]
+    assert group_names() == ["server"]
     group.close()
     group.close()
-    assert (ended, names_of_groups()) == ([None], [])
+    assert (ended, group_names()) == ([None], [])
 
 
-def test_a_connection_of_a_gpu_that_does_not_end_holds_nobody_up(group_of_one, monkeypatch):
+def test_an_nccl_connection_that_does_not_end_blocks_no_other_thread(group_of_one, monkeypatch):
     stuck, ended = threading.Event(), []
 
     def abort(group: Any) -> None:
@@ -82,26 +82,28 @@ def test_a_connection_of_a_gpu_that_does_not_end_holds_nobody_up(group_of_one, m
         ended.append(threading.current_thread())
 
     monkeypatch.setattr(torch.distributed.ProcessGroup, "abort", abort)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: pytest.fail("it would wait"))
-    monkeypatch.setattr(server_group, "_LEAVE_SECONDS", 60.0)
-    books = vars_of_world()
-    for _ in range(2):  # the same server is joined anew while what was is not over
+    monkeypatch.setattr(
+        torch.distributed, "destroy_process_group", lambda group: pytest.fail("destroying the group would wait")
+    )
+    monkeypatch.setattr(server_group, "_CLOSE_SECONDS", 60.0)
+    registered = registry_sizes()
+    for _ in range(2):  # the group with the same server is created again while the old one is still being aborted
         group = group_of_one("server")
         group.join(60.0)
-        assert names_of_groups() == ["server"]
+        assert group_names() == ["server"]
         group.backend = "nccl"
         group.close()
-        assert names_of_groups() == []
+        assert group_names() == []
     assert ended == []
-    assert vars_of_world() == books, "torch would end it once more with the world"
+    assert registry_sizes() == registered, "torch would destroy it a second time with the world"
     stuck.set()
     process_group.shut_down()
     assert len(ended) == 2
     assert threading.current_thread() not in ended
 
 
-def vars_of_world() -> dict[str, int]:
-    """How many groups torch's books hold."""
+def registry_sizes() -> dict[str, int]:
+    """Number of groups in each of torch's registries."""
     world = torch.distributed.distributed_c10d._world
     names = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag")
     in_tags = sum(map(len, world.tags_to_pg.values()))

@@ -80,18 +80,28 @@ def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[.
     from sync_runs import sync_by
 
     from megatron_rlvr.config import RolloutSettings
-    from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
+    from megatron_rlvr.engines.sglang.connect import connect
+    from megatron_rlvr.engines.sglang.engine import SglangEngine
     from megatron_rlvr.hf.files import read_config
 
     engines = []
 
-    def make(urls: list[str], stop: tuple[int, ...] = (2,), longest: int = 512, **settings: Any) -> SglangEngine:
+    def make(
+        urls: list[str], stop: tuple[int, ...] = (2,), max_sequence_tokens: int = 512, **settings: Any
+    ) -> SglangEngine:
         config = read_config(model) | settings.pop("config", {})
         way = {"method": settings.pop("method", "disk"), "bucket_bytes": settings.pop("bucket_bytes", 2**20)}
         rollout = RolloutSettings(engine="sglang", servers=urls, **settings)
-        pool = connect(rollout, one_rank, config, longest=longest)
+        pool = connect(rollout, one_rank, config, max_sequence_tokens=max_sequence_tokens)
         sync = sync_by(**way, folder=tmp_path / "sync", source=model, pool=pool, ranks=one_rank)
-        engine = SglangEngine(pool, sync, stop_token_ids=stop, vocab_size=config["vocab_size"], longest=longest)
+        engine = SglangEngine(
+            pool,
+            sync,
+            stop_token_ids=stop,
+            vocab_size=config["vocab_size"],
+            max_sequence_tokens=max_sequence_tokens,
+            colocated=rollout.colocated,
+        )
         engines.append(engine)
         return engine
 

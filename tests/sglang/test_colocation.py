@@ -16,11 +16,12 @@ import tiny
 import torch
 from fake_server import FakeServer, FakeSharing
 from real_servers import RealServer
-from test_server_faults import CONFIG, SAMPLING, check, no_weights, requests, taken_out, wait_for
+from test_server_faults import CONFIG, SAMPLING, check, no_weights, removals, requests, wait_for
 
 from megatron_rlvr.engines.sglang import colocation
-from megatron_rlvr.engines.sglang.client import Refused, Server, UnusableServer
+from megatron_rlvr.engines.sglang.client import RequestRefusedError, Server, UnhealthyServerError
 from megatron_rlvr.engines.sglang.colocation import RELEASED, Missing, missing_memory
+from megatron_rlvr.engines.sglang.membership import ServerState
 
 T = TypeVar("T")
 PROMPT = [5, 77, 201, 34, 150]
@@ -34,10 +35,10 @@ from megatron_rlvr.engines.sglang import colocation
 from megatron_rlvr.engines.sglang.client import Server
 
 class Stepped(Server):
-    async def _send(self, method, path, timeout_seconds, body=None):
+    async def send(self, method, path, timeout_seconds, body=None):
         print(path, flush=True)
         sys.stdin.readline()
-        return await super()._send(method, path, timeout_seconds, body)
+        return await super().send(method, path, timeout_seconds, body)
 
 async def step(url, folder):
     async with aiohttp.ClientSession() as session:
@@ -70,8 +71,8 @@ async def sample(server: Server, count: int) -> dict[str, Any]:
 async def busy(server: Server) -> bool:
     """Only an idle server empties its cache."""
     try:
-        await server._send("POST", "/flush_cache", SECONDS, {})
-    except Refused:
+        await server.send("POST", "/flush_cache", SECONDS, {})
+    except RequestRefusedError:
         return True
     return False
 
@@ -86,7 +87,7 @@ def greedy(model: Any, count: int) -> list[int]:
 
 async def orders(server: Server) -> tuple[int, int]:
     """Releases and resumptions that it has answered."""
-    text = await server._send("GET", "/metrics", SECONDS)
+    text = await server.send("GET", "/metrics", SECONDS)
     lines = [line for line in text.splitlines() if "http_responses_total" in line and "_memory_occupation" in line]
     counts = [sum(float(line.split()[-1]) for line in lines if verb in line) for verb in ("/release_", "/resume_")]
     return int(counts[0]), int(counts[1])
@@ -236,7 +237,7 @@ def test_what_is_not_due_is_not_ordered(servers: list[RealServer]) -> None:
 
 def test_memory_that_another_program_released_is_left_alone(servers: list[RealServer]) -> None:
     async def order(server: Server, verb: str, tags: str) -> None:
-        await server._send("POST", f"/{verb}_memory_occupation", SECONDS, {"tags": list(tags)})
+        await server.send("POST", f"/{verb}_memory_occupation", SECONDS, {"tags": list(tags)})
 
     async def conversation(server: Server) -> None:
         # Tags of no memory: only the count tells of them.
@@ -244,7 +245,7 @@ def test_memory_that_another_program_released_is_left_alone(servers: list[RealSe
         await order(server, "resume", "a")
         before = await orders(server)
         for verb in (colocation.release, colocation.resume_weights, colocation.resume_all):
-            with pytest.raises(UnusableServer, match="released by another program"):
+            with pytest.raises(UnhealthyServerError, match="released by another program"):
                 await verb(server)
         assert await orders(server) == before
         await order(server, "release", "abc")
@@ -266,7 +267,7 @@ def test_a_server_that_was_started_again_has_all_of_its_memory(servers: list[Rea
 def test_a_server_that_does_not_count_is_refused() -> None:
     fake = FakeServer()
     try:
-        with pytest.raises(UnusableServer, match="start it with --enable-metrics"):
+        with pytest.raises(UnhealthyServerError, match="start it with --enable-metrics"):
             talk(fake.url, colocation.release)
         assert fake.calls == ["/metrics"]
     finally:
@@ -289,7 +290,7 @@ def sharing() -> Iterator[list[FakeSharing]]:
 def engine(request: Any, sharing: list[FakeSharing], engine_on: Callable[..., Any]) -> Any:
     """A colocated engine on both, which have weights and memory."""
     made = colocated(engine_on, sharing, method=request.param)
-    made._pool.watch_seconds = 0.1
+    made.pool.membership.health_check_seconds = 0.1
     made.update_weights(no_weights(), 0)
     return made
 
@@ -297,13 +298,12 @@ def engine(request: Any, sharing: list[FakeSharing], engine_on: Callable[..., An
 def colocated(engine_on: Callable[..., Any], servers: list[FakeSharing], **settings: Any) -> Any:
     urls = [server.url for server in servers]
     made = engine_on(urls, stop=(), config=CONFIG, colocated=True, server_timeout_seconds=60.0, **settings)
-    made._colocated = True
     return made
 
 
 def check_all_sample(engine: Any, servers: list[FakeSharing]) -> None:
     """From the weights of version 1, all servers."""
-    assert sorted(engine._pool.usable) == sorted(server.url for server in servers)
+    assert sorted(engine.pool.in_rotation) == sorted(server.url for server in servers)
     assert all(not server.missing and not server.paused for server in servers)
     for server in servers:
         server.seen.clear()
@@ -317,7 +317,7 @@ def test_a_server_that_is_out_when_its_memory_is_taken_comes_back_with_the_next_
 ) -> None:
     sharing[0].healthy = False
     with engine.open(SAMPLING):
-        wait_for(lambda: engine._pool.usable == [sharing[1].url])
+        wait_for(lambda: engine.pool.in_rotation == [sharing[1].url])
     sharing[0].healthy = True
     engine.release_memory()
     assert all(server.missing and server.paused for server in sharing)
@@ -331,15 +331,15 @@ def test_a_server_that_dies_without_its_memory_is_not_taken_back_before_a_sync_g
     engine.release_memory()
     sharing[0].stop()
     engine.update_weights(no_weights(), 1)
-    assert engine._pool.usable == [sharing[1].url]
+    assert engine.pool.in_rotation == [sharing[1].url]
     sharing[0].start()
     asked = requests(10)
     with engine.open(SAMPLING) as stream:
-        wait_for(lambda: engine._pool._members[0].lacks_weights)
+        wait_for(lambda: engine.pool.status()[0].state is ServerState.NEEDS_WEIGHTS)
         stream.submit(asked)
         check(asked, [stream.get()[1] for _ in asked])
     assert sharing[0].seen == []
-    assert "is back" not in caplog.text
+    assert "is re-admitted" not in caplog.text
     engine.release_memory()
     engine.update_weights(no_weights(), 1)
     check_all_sample(engine, sharing)
@@ -354,9 +354,9 @@ def test_a_server_that_cannot_have_its_memory_back_is_given_no_weights(
     sharing[0].refusals, sharing[0].calls = refusals, []
     engine.update_weights(no_weights(), 1)
     assert not [path for path in sharing[0].calls if "weights_from" in path or path == "/begin_weight_update"]
-    assert engine._pool.usable == [sharing[1].url]
-    (line,) = taken_out(caplog)
-    assert f"server {sharing[0].url} is taken out" in line
+    assert engine.pool.in_rotation == [sharing[1].url]
+    (line,) = removals(caplog)
+    assert f"server {sharing[0].url} is removed from rotation" in line
     assert "did not release or resume ('weights',)" in line
     engine.release_memory()
     engine.update_weights(no_weights(), 1)

@@ -133,9 +133,9 @@ def test_what_would_kill_or_confuse_a_server_is_refused_before_it_is_sent(server
     engine.update_weights(weights_of(reference), version=0)
     for token_ids in ([5, 320], [-1], []):
         prompt = Prompt("set/bad", np.array(token_ids, dtype=np.int32), "", "set")
-        with pytest.raises(EngineError, match="set/bad is empty or holds a token id outside the vocabulary of 320"):
+        with pytest.raises(EngineError, match="set/bad is empty or has a token id outside the vocabulary of 320"):
             list(engine.generate(requests(2) + requests_for(prompt, 1, 0, "test"), sampling(4)))
-    with pytest.raises(EngineError, match=r"has 4 \+ 509 tokens, more than the agreed 512"):
+    with pytest.raises(EngineError, match=r"has 4 \+ 509 tokens, more than the maximum of 512"):
         list(engine.generate(requests(1), sampling(509)))
     assert len(list(engine.generate(requests(2), sampling(4)))) == 2
 
@@ -145,8 +145,8 @@ def test_another_vocabulary_is_found_out_before_weights_are_sent(servers, engine
 
     with pytest.raises(SettingsError, match=r"serves another model \(vocabulary 320, not 352\)"):
         engine_on([servers[0].url], config={"vocab_size": 352})
-    with pytest.raises(SettingsError, match="takes 512 tokens, less than"):
-        engine_on([servers[0].url], longest=513)
+    with pytest.raises(SettingsError, match="context length of 512 tokens is below"):
+        engine_on([servers[0].url], max_sequence_tokens=513)
 
 
 def test_an_abort_is_answered_at_once_and_gone_on_with_to_the_token(servers, engine_on, reference):
@@ -242,7 +242,7 @@ def test_a_server_that_dies_costs_its_requests_in_flight_and_comes_back_with_the
 ):
     engine = engine_on([server.url for server in servers], max_inflight=8)
     engine.update_weights(weights_of(reference), version=3)
-    engine._pool.watch_seconds = 0.5
+    engine.pool.membership.health_check_seconds = 0.5
     asked = requests(96)
     answers = engine.generate(asked, sampling(100))
     completions = [next(answers)]
@@ -253,14 +253,14 @@ def test_a_server_that_dies_costs_its_requests_in_flight_and_comes_back_with_the
         expected = greedy(reference, request, 100)
         expected = expected[: expected.index(2) + 1] if 2 in expected else expected
         assert completion.token_ids.tolist() == expected
-    out = [record.getMessage() for record in caplog.records if "is taken out" in record.getMessage()]
+    out = [record.getMessage() for record in caplog.records if "is removed from rotation" in record.getMessage()]
     assert len(out) == 1
-    assert out[0].startswith(f"server {servers[1].url} is taken out")
-    assert engine._pool.usable == [servers[0].url]
+    assert out[0].startswith(f"server {servers[1].url} is removed from rotation")
+    assert engine.pool.in_rotation == [servers[0].url]
     servers[1].start()
     servers[1].wait()
-    with engine._pool.open():
-        wait_for(lambda: len(engine._pool.usable) == 2, seconds=60)
+    with engine.pool.open():
+        wait_for(lambda: len(engine.pool.in_rotation) == 2, seconds=60)
     servers[0].kill()
     again = in_order(asked[:8], engine.generate(asked[:8], sampling(100)))
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in found[:8]]

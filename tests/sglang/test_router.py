@@ -14,9 +14,10 @@ from fake_server import free_port
 from real_servers import RealServer, installed
 
 from megatron_rlvr.engines.sglang import router as router_module
-from megatron_rlvr.engines.sglang.client import ServerFault
+from megatron_rlvr.engines.sglang.client import ServerError
+from megatron_rlvr.engines.sglang.connect import expand
 from megatron_rlvr.engines.sglang.pool import ServerPool
-from megatron_rlvr.engines.sglang.router import expand, workers_of
+from megatron_rlvr.engines.sglang.router import workers_of
 
 _START_SECONDS = 120
 
@@ -49,7 +50,7 @@ def router(tmp_path: Path) -> Iterator[Callable[..., str]]:
         process.wait()
 
 
-def ask(urls: list[str], patience: float = 30.0) -> dict[str, list[str] | ServerFault | None]:
+def ask(urls: list[str], patience: float = 30.0) -> dict[str, list[str] | ServerError | None]:
     pool = ServerPool(urls, max_inflight=1, retries=0, patience_seconds=patience)
     try:
         return pool.everywhere(partial(workers_of, patience_seconds=patience))
@@ -71,7 +72,10 @@ def test_workers_that_come_late_are_waited_for(servers: list[RealServer], router
     url = router()
     answers = ask([url], patience=1.0)
     (problem,) = expand(answers)[1]
-    assert f"rollout.servers {url} cannot be used (it is a router that has no workers; add some to it)" in problem
+    assert (
+        f"rollout.servers={url}: the server cannot be used (the server is a router without workers; add some to it)"
+        in problem
+    )
     body = f'{{"url": "{servers[0].url}"}}'.encode()
     headers = {"Content-Type": "application/json"}
     urllib.request.urlopen(urllib.request.Request(f"{url}/workers", body, headers), timeout=10).close()
@@ -83,12 +87,12 @@ def test_what_does_not_answer_is_named_and_the_others_are_kept(servers: list[Rea
     urls, problems = expand(ask([gone, servers[0].url], patience=0.5))
     assert urls == [servers[0].url]
     assert len(problems) == 1
-    assert problems[0].startswith(f"rollout.servers {gone} cannot be used (/workers: ")
-    assert problems[0].endswith("start it, or drop it from the list")
+    assert problems[0].startswith(f"rollout.servers={gone}: the server cannot be used (/workers: ")
+    assert problems[0].endswith("start it, or remove it from the list")
 
 
 def test_a_router_that_is_starting_is_asked_until_it_has_all_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "_ASK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(router_module, "_POLL_SECONDS", 0.01)
     looks = iter([0, 1, 1, 1, 2, 2, 2, 2, 3])  # workers at each look
 
     class Router:
@@ -112,5 +116,5 @@ def test_workers_that_cannot_be_asked_alone_are_refused(worker: dict[str, str]) 
         async def call(self, method: str, path: str, timeout_seconds: float) -> object:
             return {"workers": [{"url": "http://b:1", "worker_type": "regular"}, worker]}
 
-    with pytest.raises(ServerFault, match="cannot be asked alone; route to whole servers"):
+    with pytest.raises(ServerError, match="cannot be used alone; route to whole servers"):
         asyncio.run(workers_of(cast(Any, Router()), 0))

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from scripted import Layout, joined_process_group, on_ranks, ranks_of
 from waiting import wait_for
 
 from megatron_rlvr.config import SettingsError
+from megatron_rlvr.engines.sglang.membership import ServerState
 from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.sampler import requests_for
 from megatron_rlvr.types import CompletionRequest, Prompt
@@ -50,7 +52,7 @@ def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
 
 
 def ready(engine: Any) -> Any:
-    engine._pool.watch_seconds = 0.1
+    engine.pool.membership.health_check_seconds = 0.1
     return engine
 
 
@@ -65,8 +67,12 @@ def check(asked: list[CompletionRequest], completions: list[Any]) -> None:
         assert (completion.finish_reason, completion.weight_versions.tolist()) == ("length", [1] * LENGTH)
 
 
-def taken_out(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "taken out" in r.getMessage()]
+def removals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.levelno == logging.WARNING and "removed from rotation" in r.getMessage()
+    ]
 
 
 def spoiled(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -116,23 +122,23 @@ NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "few logprobs": (spoiled(output_token_logprobs=[[-0.5, 1, None]]), "log-probabilities of other tokens"),
     "empty": (spoiled(output_ids=[]), "0 tokens"),
     "too long": (spoiled(output_ids=[1] * 6), "6 tokens, not 1 to 5"),
-    "too short": (shortened, "4 tokens was ended by 'length'"),
+    "too short": (shortened, "4 tokens has finish reason 'length'"),
     "outside the vocabulary": (lambda answer: with_token(answer, VOCABULARY), "token id 50, outside"),
     "negative": (lambda answer: with_token(answer, -1), "token id -1, outside"),
     "text": (lambda answer: with_token(answer, "x"), "token id 'x', outside"),
     "NaN": (lambda answer: with_token(answer, 3, float("nan")), "log-probability nan"),
     "impossible": (lambda answer: with_token(answer, 3, 0.5), "log-probability 0.5"),
     "null": (lambda answer: with_token(answer, 3, None), "log-probability None"),
-    "half a span": (spanned((None, 3)), "does not tell the weights"),
+    "half a span": (spanned((None, 3)), "does not give the weights"),
     "a span of others": (spanned((None, 3), ("x", 5)), "sampled from weights x, which are not of this run"),
-    "given up": (cut_in_half, "gave the request up: Abort"),
+    "given up": (cut_in_half, "aborted the request: Abort"),
     "other weights": (spoiled(weight_version="1"), "sampled from weights 1, which are not of this run"),
     "stopped by text": (
         spoiled(finish_reason={"type": "stop", "matched": "NaN happened"}),
         "stopped by 'NaN happened' and ends with [",
     ),
-    "no reason to end": (spoiled(finish_reason=None), "lacks tokens, log-probabilities or a reason to end"),
-    "a word for a reason": (spoiled(finish_reason="length"), "lacks tokens, log-probabilities or a reason to end"),
+    "no reason to end": (spoiled(finish_reason=None), "lacks tokens, log-probabilities or a finish reason"),
+    "a word for a reason": (spoiled(finish_reason="length"), "lacks tokens, log-probabilities or a finish reason"),
 }
 
 
@@ -141,13 +147,13 @@ def test_nonsense_takes_the_server_out_with_one_line_and_its_requests_go_to_the_
     name: str, fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     fakes[0].spoil, reason = NONSENSE[name]
-    engine._pool.watch_seconds = 600.0  # its health, which is good, does not bring it back
+    engine.pool.membership.health_check_seconds = 600.0  # its health, which is good, does not bring it back
     asked = requests(20)
     check(asked, list(engine.generate(asked, SAMPLING)))
-    (line,) = taken_out(caplog)
-    assert line.startswith(f"server {fakes[0].url} is taken out")
+    (line,) = removals(caplog)
+    assert line.startswith(f"server {fakes[0].url} is removed from rotation")
     assert reason in line
-    assert engine._pool.usable == [fakes[1].url]
+    assert engine.pool.in_rotation == [fakes[1].url]
 
 
 def test_a_hanging_server_is_noticed_by_its_health_long_before_its_requests_time_out(
@@ -161,13 +167,13 @@ def test_a_hanging_server_is_noticed_by_its_health_long_before_its_requests_time
     start = time.monotonic()
     check(asked, list(engine.generate(asked, SAMPLING)))
     assert time.monotonic() - start < 60, "none can have timed out"
-    assert "/health answered 503" in taken_out(caplog)[0]
+    assert "/health answered 503" in removals(caplog)[0]
     assert len(fakes[0].seen) == 5, "the freest server gets a request"
 
 
 def test_a_request_that_times_out_goes_elsewhere(fakes: list[FakeServer], engine: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_rlvr.engines.sglang.engine._SECONDS_A_REQUEST", 3.0)
-    monkeypatch.setattr("megatron_rlvr.engines.sglang.engine._SECONDS_A_TOKEN", 0.01)
+    monkeypatch.setattr("megatron_rlvr.engines.sglang.completions._SECONDS_PER_REQUEST", 3.0)
+    monkeypatch.setattr("megatron_rlvr.engines.sglang.completions._SECONDS_PER_TOKEN", 0.01)
     fakes[0].spoil = lambda answer: None
     asked = requests(10)
     check(asked, list(engine.generate(asked, SAMPLING)))
@@ -187,11 +193,11 @@ def test_a_server_that_dies_and_returns_with_other_weights_gets_these_again(
     label = fakes[0].version
     fakes[0].version, fakes[0].loaded, fakes[0].delay = "default", [], 0.05
     fakes[0].start()
-    wait_for(lambda: len(engine._pool.usable) == 2)
+    wait_for(lambda: len(engine.pool.in_rotation) == 2)
     sent = len(fakes[0].seen)
     completions += answers
     check(asked, completions)
-    assert len(taken_out(caplog)) == 1
+    assert len(removals(caplog)) == 1
     assert fakes[0].version == label
     assert len(fakes[0].loaded) == 1
     more = requests(10)
@@ -214,19 +220,19 @@ def test_a_single_failure_costs_a_retry_and_a_row_of_them_the_server(
     fakes[0].spoil = fail_twice
     asked = requests(20)
     check(asked, list(engine.generate(asked, SAMPLING)))
-    assert taken_out(caplog) == []
+    assert removals(caplog) == []
     fakes[0].spoil = lambda answer: fault
     fakes[0].healthy = False
     check(asked, list(engine.generate(asked, SAMPLING)))
-    assert len(taken_out(caplog)) == 1
+    assert len(removals(caplog)) == 1
 
 
 def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[FakeServer], engine: Any):
-    engine._pool.patience_seconds = 2.0
+    engine.pool.patience_seconds = 2.0
     for fake in fakes:
         fake.stop()
     start = time.monotonic()
-    with pytest.raises(EngineError, match=r"no server could be used for 2 s .rollout.server_timeout_seconds.") as error:
+    with pytest.raises(EngineError, match=r"rollout.server_timeout_seconds=2: no server was healthy for 2 s") as error:
         list(engine.generate(requests(20), SAMPLING))
     assert 2 <= time.monotonic() - start < 30
     assert all(fake.url in str(error.value) for fake in fakes)
@@ -239,7 +245,7 @@ def test_servers_that_return_in_time_go_on_where_they_were(fakes: list[FakeServe
         fake.stop()
 
     def return_once_missed() -> None:
-        wait_for(lambda: not engine._pool.usable)
+        wait_for(lambda: not engine.pool.in_rotation)
         fakes[1].start()
 
     returning = threading.Thread(target=return_once_missed)
@@ -253,9 +259,9 @@ def test_servers_that_return_in_time_go_on_where_they_were(fakes: list[FakeServe
 def test_a_request_that_fails_everywhere_ends_the_run_with_its_reason(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.spoil = lambda answer: 500 if answer["output_ids"][0] == 3 else answer
-    with pytest.raises(EngineError, match=r"sample 0 of prompt set/2 failed 4 times, .* /generate answered 500"):
+    with pytest.raises(EngineError, match=r"completion 0 of prompt set/2 failed 4 times, .* /generate answered 500"):
         list(engine.generate(requests(8), SAMPLING))
-    assert all(not member.running for member in engine._pool._members), "nothing is left in flight"
+    assert all(server.requests_running == 0 for server in engine.pool.status()), "nothing is left in flight"
     for fake in fakes:
         fake.spoil = lambda answer: 400
     with pytest.raises(EngineError, match="is refused by"):
@@ -309,11 +315,11 @@ def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
     fakes[0].loads = False
     for _ in range(2):
         engine.update_weights(no_weights(), version=1)
-    (line,) = taken_out(caplog)
+    (line,) = removals(caplog)
     assert "did not load weights" in line
     assert "disk on fire" in line
     assert fakes[0].calls[-2:] == ["/update_weights_from_disk", "/continue_generation"]
-    engine._pool.watch_seconds = 600.0  # its health does not bring it back
+    engine.pool.membership.health_check_seconds = 600.0  # its health does not bring it back
     asked = requests(6)
     check(asked, list(engine.generate(asked, SAMPLING)))
     assert len(fakes[1].seen) == 6
@@ -322,7 +328,7 @@ def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
         engine.update_weights(no_weights(), version=2)
     fakes[0].loads = fakes[1].loads = True
     engine.update_weights(no_weights(), version=1)
-    assert len(engine._pool.usable) == 2
+    assert len(engine.pool.in_rotation) == 2
 
 
 def test_a_server_that_has_new_weights_already_is_not_doubted_while_another_is_still_loading_them(
@@ -342,7 +348,7 @@ def test_a_server_that_has_new_weights_already_is_not_doubted_while_another_is_s
             answered.set()
             changing.join()
     assert {version for completion in found for version in completion.weight_versions.tolist()} == {1, 2}
-    assert taken_out(caplog) == []
+    assert removals(caplog) == []
     assert len(fakes[0].seen) + len(fakes[1].seen) == len(asked)
 
 
@@ -354,8 +360,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_after_the_weights_are_exhau
             taken.append(i)
             yield f"weight.{i}", torch.zeros(1)
 
-    engine._sync._source = engine._sync._source / "missing"
-    with pytest.raises(EngineError, match=r"cannot be written to sync\.dir"):
+    engine.weight_sync._source = engine.weight_sync._source / "missing"
+    with pytest.raises(EngineError, match=r"sync\.dir=.*: weights .* cannot be written"):
         engine.update_weights(weights(), version=2)
     assert taken == [0, 1, 2, 3, 4], "other ranks wait in the collectives that make them"
 
@@ -369,8 +375,8 @@ def test_each_server_that_cannot_be_used_has_a_line_before_the_run(
         engine_on([fake.url for fake in fakes], config=CONFIG, server_timeout_seconds=0.5)
     lines = [str(error.value), *(r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)]
     assert len(lines) == 2
-    assert f"{fakes[1].url} cannot be used" in lines[0]
-    assert f"{fakes[0].url} serves another model (model_type llama, not qwen3" in lines[1]
+    assert f"rollout.servers={fakes[1].url}: the server cannot be used" in lines[0]
+    assert f"rollout.servers={fakes[0].url}: the server serves another model (model_type llama, not qwen3" in lines[1]
     fakes[1].start()
 
 
@@ -380,7 +386,7 @@ def test_a_dropped_iterator_leaves_nothing_behind_and_close_ends_the_thread(fake
     answers = engine.generate(requests(40), SAMPLING)
     next(answers)
     answers.close()
-    assert all(not member.running for member in engine._pool._members)
+    assert all(server.requests_running == 0 for server in engine.pool.status())
     asked = requests(4)
     check(asked, list(engine.generate(asked, SAMPLING)))
     engine.close()
@@ -399,7 +405,7 @@ def test_an_abort_gives_what_there_is_and_it_is_gone_on_with(fakes: list[FakeSer
         begun = {request.prompt.id: completion for request, completion in stream.abort()}
     assert len(begun) == 40
     assert all(c.finish_reason == "abort" and len(c.token_ids) == 2 for c in begun.values())
-    assert all(not member.running for member in engine._pool._members)
+    assert all(server.requests_running == 0 for server in engine.pool.status())
     for fake in fakes:
         fake.delay = 0.0
         fake.seen.clear()
@@ -437,7 +443,7 @@ def test_an_abort_waits_for_servers_that_are_paused(fakes: list[FakeServer], eng
     for fake in fakes:
         fake.delay = 60.0
     with engine.open(SAMPLING) as stream:
-        with engine._pool.changing_weights():
+        with engine.pool.pushing_weights():
             stream.submit(requests(10))
             wait_for(lambda: sum(fake._now for fake in fakes) == 10)
             answers: list[Any] = []
@@ -484,10 +490,8 @@ def test_two_streams_have_their_own_answers(fakes: list[FakeServer], engine: Any
 def test_servers_that_come_back_without_weights_want_them_where_only_a_sync_can_give_them(
     fakes: list[FakeServer], engine: Any
 ):
-    from dataclasses import replace as changed
-
-    engine._pool._weights = changed(engine._pool._weights, load=None, by_sync_only=True)
-    engine._pool.patience_seconds = 60.0
+    engine.pool.weights_pushed(replace(engine.pool.membership.expected, load=None, by_sync_only=True), {})
+    engine.pool.patience_seconds = 60.0
     for fake in fakes:
         fake.version = "default"
     with pytest.raises(WeightsMissingError, match="no server holds the current weights"):
@@ -499,7 +503,7 @@ def test_a_server_that_gets_its_weights_back_while_they_change_ends_up_with_the_
 ):
     with engine.open(SAMPLING):
         fakes[0].healthy = False
-        wait_for(lambda: fakes[0].url not in engine._pool.usable)
+        wait_for(lambda: fakes[0].url not in engine.pool.in_rotation)
         fakes[0].version, fakes[0].loaded, fakes[0].load_delay = "default", [], 1.0
         fakes[0].healthy = True
         wait_for(lambda: fakes[0].loaded)
@@ -507,24 +511,25 @@ def test_a_server_that_gets_its_weights_back_while_they_change_ends_up_with_the_
         engine.update_weights(no_weights(), version=2)
         assert len(fakes[0].loaded) == 2
         wait_for(lambda: not fakes[0].loading)
-        assert [fake.version for fake in fakes] == [engine._pool._weights.label] * 2
-        assert len(engine._pool.usable) == 2
+        assert [fake.version for fake in fakes] == [engine.pool.membership.expected.label] * 2
+        assert len(engine.pool.in_rotation) == 2
 
 
 def test_a_server_that_lacked_weights_and_is_gone_is_no_reason_for_a_sync(fakes: list[FakeServer], engine: Any):
-    from dataclasses import replace as changed
+    engine.pool.weights_pushed(replace(engine.pool.membership.expected, load=None, by_sync_only=True), {})
 
-    engine._pool._weights = changed(engine._pool._weights, load=None, by_sync_only=True)
-    lacking = engine._pool._members[0]
+    def state() -> ServerState:
+        return engine.pool.status()[0].state
+
     with engine.open(SAMPLING) as stream:
         fakes[0].healthy, fakes[0].version = False, "default"
-        wait_for(lambda: not lacking.usable)
+        wait_for(lambda: state() is ServerState.UNHEALTHY)
         fakes[0].healthy = True
-        wait_for(lambda: lacking.lacks_weights)
+        wait_for(lambda: state() is ServerState.NEEDS_WEIGHTS)
         fakes[0].healthy = False
-        wait_for(lambda: not lacking.lacks_weights)
+        wait_for(lambda: state() is ServerState.UNHEALTHY)
         fakes[1].healthy = False
-        wait_for(lambda: not engine._pool.usable)
+        wait_for(lambda: not engine.pool.in_rotation)
         asked = requests(4)
         stream.submit(asked)
         assert stream.get(2.0) is None, "it waits for the other, which has the weights"
@@ -538,7 +543,8 @@ def test_a_server_that_lacked_weights_and_is_gone_is_no_reason_for_a_sync(fakes:
 def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: float) -> tuple[int, int, str | None]:
     """(requests asked for, completions, error) of this rank, which has every prompt of its replica."""
     from megatron_rlvr.config import RewardSettings, RolloutSettings
-    from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
+    from megatron_rlvr.engines.sglang.connect import connect
+    from megatron_rlvr.engines.sglang.engine import SglangEngine
     from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
     from megatron_rlvr.rollout.sampler import Sampler
 
@@ -546,12 +552,12 @@ def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: fl
         ranks = ranks_of(layout)
         settings = RolloutSettings(engine="sglang", servers=urls, server_timeout_seconds=patience, max_inflight=6)
         config = CONFIG | {"model_type": "qwen3"}
-        pool = connect(settings, ranks, config, longest=64)
+        pool = connect(settings, ranks, config, max_sequence_tokens=64)
         sync = DiskSync(folder / "sync", folder / "model", pool, ranks)
-        engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, longest=64)
+        engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, max_sequence_tokens=64)
         engine.update_weights(no_weights(), version=1)
         sampler = Sampler(engine, None, None, RewardSettings(), leaders_only=True)  # type: ignore[arg-type]
-        mine = sampler.part_of(requests(40)[ranks.data_rank :: ranks.data_size], ranks)
+        mine = sampler.share_of(requests(40)[ranks.data_rank :: ranks.data_size], ranks)
         completions, failure = [], None
         try:
             completions = list(engine.generate(mine, SAMPLING))
@@ -595,7 +601,7 @@ def announced_on_ranks(layout: Layout, folder: Any) -> bool:
 
         if not ranks.is_main:
             sync.announce = learn_late
-        return (folder / sync._label(3)).exists()
+        return (folder / sync._announce_label(3)).exists()
 
 
 def test_no_rank_goes_on_before_all_know_what_new_weights_are_called(tmp_path: Any):

@@ -33,6 +33,7 @@ from waiting import wait_for
 from megatron_rlvr.checkpoint.store import latest_checkpoint
 from megatron_rlvr.config import RewardSettings, RolloutSettings, SettingsError
 from megatron_rlvr.data.tokenizer import load_tokenizer
+from megatron_rlvr.engines.sglang.membership import ServerState
 from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.sampler import request_seed
 from megatron_rlvr.types import Completion, CompletionRequest, Prompt
@@ -71,14 +72,15 @@ class Steps:
         self.syncs = 0
         self.step = 0
         self.judged: list[tuple[str, int]] = []
-        sampler = Sampler(engine, PlainTokenizer(), graders, RewardSettings(), leaders_only=True)  # type: ignore[arg-type]
-        judge = sampler.judge
+        reward = RewardSettings(overlong_buffer=0)
+        sampler = Sampler(engine, PlainTokenizer(), graders, reward, leaders_only=True)  # type: ignore[arg-type]
+        submit = sampler.submit_to_graders
 
         def note(prompt: Prompt, completion: Completion) -> Any:
             self.judged.append((prompt.id, completion.index))
-            return judge(prompt, completion)
+            return submit(prompt, completion)
 
-        sampler.judge = note  # type: ignore[method-assign]
+        sampler.submit_to_graders = note  # type: ignore[method-assign]
         settings = RolloutSettings(
             engine="sglang",
             servers=["http://localhost:1"],
@@ -91,9 +93,8 @@ class Steps:
             sampler=sampler,
             cursor=PromptCursor(PromptSet(prompts_of([0.5] * 200), (FilePrompts("set", 0, 200, 1.0, 0),)), 0, True),
             ranks=ranks,
-            rollout=settings,
-            reward=RewardSettings(overlong_buffer=0),
-            prompts=PROMPTS,
+            settings=settings,
+            groups_per_batch=PROMPTS,
             seed=0,
             store=dist.PrefixStore(str(id(self)), dist.HashStore()),
             sync=self.sync,
@@ -107,11 +108,11 @@ class Steps:
     def take(self, fault: Callable[[], None] = lambda: None) -> None:
         """One step, with ``fault`` at the answer that would be the eighth; the batch is checked."""
         self.step += 1
-        answers, job = 0, self.engine.job
+        answers, encode = 0, self.engine.codec.encode
         due, over = threading.Event(), threading.Event()
 
         def striking(*arguments: Any) -> Any:
-            made = job(*arguments)
+            made = encode(*arguments)
             read = made.read
 
             def strike(answer: Any) -> Any:
@@ -132,11 +133,11 @@ class Steps:
                 fault()
                 over.set()
 
-        self.engine.job = striking
+        self.engine.codec.encode = striking
         try:
             rollout = self.collector.collect(self.step, on_finished)
         finally:
-            self.engine.job = job
+            self.engine.codec.encode = encode
         assert answers >= SAMPLES
         assert rollout.size == PROMPTS
         assert len(rollout.groups) == PROMPTS
@@ -160,7 +161,7 @@ def steps_on(engine_on: Any, one_rank: Any, graders: Any, reference: Any, tmp_pa
 
     def make(servers: list[RealServer], length: int = LENGTH, **settings: Any) -> Steps:
         engine = engine_on([server.url for server in servers], stop=(2,), max_inflight=24, **settings)
-        engine._pool.watch_seconds = 1.0
+        engine.pool.membership.health_check_seconds = 1.0
         made.append(Steps(engine, one_rank, graders, reference, tmp_path / "graded", length))
         return made[-1]
 
@@ -169,17 +170,17 @@ def steps_on(engine_on: Any, one_rank: Any, graders: Any, reference: Any, tmp_pa
         steps.collector.close()
 
 
-def taken_out(caplog: pytest.LogCaptureFixture, server: RealServer) -> list[str]:
+def removals(caplog: pytest.LogCaptureFixture, server: RealServer) -> list[str]:
     lines = [record.getMessage() for record in caplog.records]
-    return [line for line in lines if line.startswith(f"server {server.url} is taken out")]
+    return [line for line in lines if line.startswith(f"server {server.url} is removed from rotation")]
 
 
 def usable_within(steps: Steps, count: int, seconds: float) -> None:
-    pool = steps.engine._pool
+    pool = steps.engine.pool
     deadline = time.monotonic() + seconds
     with pool.open():
-        while len(pool.usable) < count:
-            assert time.monotonic() < deadline, pool.usable
+        while len(pool.in_rotation) < count:
+            assert time.monotonic() < deadline, pool.in_rotation
             time.sleep(0.1)
 
 
@@ -188,13 +189,13 @@ def test_one_of_two_is_killed_and_comes_back_with_other_weights_which_it_is_rid_
 ):
     steps = steps_on(servers)
     steps.take(servers[1].kill)
-    assert len(taken_out(caplog, servers[1])) == 1
-    assert steps.engine._pool.usable == [servers[0].url]
+    assert len(removals(caplog, servers[1])) == 1
+    assert steps.engine.pool.in_rotation == [servers[0].url]
     servers[1].restart(other_weights)
     steps.take()
     usable_within(steps, 2, 90)
     steps.take()
-    assert len(taken_out(caplog, servers[1])) == 1
+    assert len(removals(caplog, servers[1])) == 1
 
 
 def test_one_of_two_is_frozen_for_30_seconds(servers: list[RealServer], steps_on: Any):
@@ -224,37 +225,38 @@ def test_all_are_gone_and_come_back_with_other_weights(
             server.start()
 
     steps.take(restart_both)
-    pool = steps.engine._pool
-    assert version_at(pool.usable[0]) == pool._weights.label, "started anew they have other weights, of another name"
+    pool = steps.engine.pool
+    assert version_at(pool.in_rotation[0]) == pool.membership.expected.label, (
+        "started anew they have other weights, of another name"
+    )
     assert steps.syncs == (1 if method == "disk" else 2), "a folder outlasts the servers, a broadcast does not"
-    assert all(len(taken_out(caplog, server)) >= 1 for server in servers)
+    assert all(len(removals(caplog, server)) >= 1 for server in servers)
 
 
 def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
     servers: list[RealServer], steps_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     steps = steps_on(servers, length=450)
-    pool = steps.engine._pool
+    pool = steps.engine.pool
     patience = pool.patience_seconds
-    settled, keep = [], steps.collector._keep
-    # Some of them may have one grade for all samples, and are not kept.
-    monkeypatch.setattr(
-        steps.collector, "_keep", lambda groups, all_of_them: settled.extend(groups) or keep(groups, all_of_them)
-    )
+    buffer = steps.collector._buffer
+    finished, add = [], buffer.add
+    # Some of them may have one grade for all completions, and are not kept.
+    monkeypatch.setattr(buffer, "add", lambda groups: finished.extend(groups) or add(groups))
 
     def kill_both() -> None:
         pool.patience_seconds = 3.0  # for this alone: it is also what servers have to load weights in
         for server in servers:
             server.kill()
 
-    with pytest.raises(EngineError, match=r"no server could be used for 3 s") as caught:
+    with pytest.raises(EngineError, match=r"no server was healthy for 3 s") as caught:
         steps.take(kill_both)
     assert all(server.url in str(caught.value) for server in servers)
     assert "\n" not in str(caught.value)
     graded = len((tmp_path / "graded").read_text().splitlines())
     assert graded >= SAMPLES
-    assert sum(len(group.graded) for group in steps.collector._begun) + SAMPLES * len(settled) == graded
-    assert steps.collector._kept == [group for group in settled if group.group.informative]
+    assert sum(len(group.graded) for group in buffer.in_progress) + SAMPLES * len(finished) == graded
+    assert buffer.ready == [group for group in finished if group.group.informative]
     for server in servers:
         server.start()
     for server in servers:
@@ -301,8 +303,8 @@ def test_a_port_that_answers_garbage(
 
         steps.take(replace)
         steps.take()
-        assert len(taken_out(caplog, servers[1])) == 1
-        with pytest.raises(SettingsError, match=f"rollout.servers {servers[1].url} cannot be used"):
+        assert len(removals(caplog, servers[1])) == 1
+        with pytest.raises(SettingsError, match=f"rollout.servers={servers[1].url}: the server cannot be used"):
             engine_on([server.url for server in servers], server_timeout_seconds=2.0)
 
 
@@ -321,10 +323,10 @@ def test_a_server_without_memory_for_all_its_requests_takes_turns(steps_on: Any,
         small.wait()
         steps = steps_on([small])
         retractions: list[int] = []
-        job = steps.engine.job
+        encode = steps.engine.codec.encode
 
         def spying(*arguments: Any) -> Any:
-            made = job(*arguments)
+            made = encode(*arguments)
             read = made.read
 
             def note(answer: Any) -> Any:
@@ -334,7 +336,7 @@ def test_a_server_without_memory_for_all_its_requests_takes_turns(steps_on: Any,
             made.read = note
             return made
 
-        steps.engine.job = spying
+        steps.engine.codec.encode = spying
         steps.take()
         assert sum(retractions) > 0, "or it had memory enough"
     finally:
@@ -411,16 +413,16 @@ def went_on_in_the_middle(folder: Path, config: Path, model: Path) -> None:
     assert last is not None
     assert last.number == 1, "the signal came while it sampled"
     state = last.state()["collector"]
-    begun = [part for group in state["begun"] for part in group.partial.values()]
-    assert begun
-    assert all(len(part.token_ids) for part in begun)
+    partial = [part for group in state["in_progress"] for part in group.partial.values()]
+    assert partial
+    assert all(len(part.token_ids) for part in partial)
     for path in last.folder.glob("*.distcp"):
         assert path.samefile(last.folder.with_name(f"step_{last.step:06d}") / path.name), "written once"
     again = tiny.run_train(config, f"--run.steps={last.step + 1}", cwd=config.parent)
     assert again.returncode == 0, again.stderr
     sampled = read_lines(folder / "rollouts" / f"step_{last.step + 1:06d}.jsonl")
     tokenizer = load_tokenizer(str(model))
-    texts = [tokenizer.decode(part.token_ids.tolist()[:20]) for part in begun]
+    texts = [tokenizer.decode(part.token_ids.tolist()[:20]) for part in partial]
     assert [text for text in texts if any(line["response"].startswith(text) for line in sampled)], "it began anew"
     steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
     assert steps == list(range(1, last.step + 2))
@@ -528,15 +530,15 @@ def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_samp
     assert ended.returncode == 1, said
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("megatron_rlvr: ")]
-    assert "no server could be used for 15 s (rollout.server_timeout_seconds)" in line
+    assert "rollout.server_timeout_seconds=15: no server was healthy for 15 s (" in line
     assert fake.url in line
 
     last = latest_checkpoint(folder / "checkpoints")
     assert last is not None
     assert last.step == 1
     state = last.state()["collector"]
-    held = [(g.order, c) for g in state["kept"] for c in g.group.completions]
-    held += [(group.order, c) for group in state["begun"] for c, _ in group.graded.values()]
+    held = [(g.order, c) for g in state["ready"] for c in g.group.completions]
+    held += [(group.order, c) for group in state["in_progress"] for c, _ in group.graded.values()]
     assert len(held) == samples + 1
     fake.spoil, fake.healthy = lambda answer: answer, True
     fake.seen.clear()
@@ -553,24 +555,28 @@ def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_samp
 def test_servers_that_nobody_gives_their_weights_get_a_sync_when_patience_is_over(fake: FakeServer, engine_on: Any):
     engine = engine_on([fake.url])
     engine.update_weights(iter({"weight": torch.zeros(1)}.items()), version=0)
-    pool = engine._pool
-    pool.watch_seconds = 0.1
-    pool._weights = replace(pool._weights, load=None)  # as on a rank that leaves this to another
-    (member,) = pool._members
+    pool = engine.pool
+    pool.membership.health_check_seconds = 0.1
+    pool.weights_pushed(replace(pool.membership.expected, load=None), {})  # as on a rank that leaves this to another
+
+    def state() -> ServerState:
+        (server,) = pool.status()
+        return server.state
+
     with engine.open(sampling(16)) as stream:
         fake.healthy, fake.version = False, "default"
-        wait_for(lambda: not member.usable, 60)
+        wait_for(lambda: state() is ServerState.UNHEALTHY, 60)
         fake.healthy = True
-        wait_for(lambda: member.lacks_weights, 60)
+        wait_for(lambda: state() is ServerState.NEEDS_WEIGHTS, 60)
         stream.submit(requests(1))
         assert stream.get(1.0) is None, "the other may still give it the weights"
-        fake.version = pool._weights.label
+        fake.version = pool.membership.expected.label
         assert stream.get(60.0) is not None
-        assert not member.lacks_weights
+        assert state() is ServerState.HEALTHY
         fake.healthy, fake.version = False, "default"
-        wait_for(lambda: not member.usable, 60)
+        wait_for(lambda: state() is ServerState.UNHEALTHY, 60)
         fake.healthy = True
-        wait_for(lambda: member.lacks_weights, 60)
+        wait_for(lambda: state() is ServerState.NEEDS_WEIGHTS, 60)
         pool.patience_seconds = 0.5
         with pytest.raises(WeightsMissingError, match="no server holds the current weights"):
             stream.get(60.0)
@@ -583,15 +589,16 @@ def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> li
     from megatron_rlvr.config import RolloutSettings
     from megatron_rlvr.distributed import process_group
     from megatron_rlvr.engines.sglang import engine as sglang
+    from megatron_rlvr.engines.sglang.connect import connect
     from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
     from megatron_rlvr.hf.files import read_config
 
     with joined_process_group():
         ranks, config = ranks_of(layout), read_config(model)
-        pool = sglang.connect(RolloutSettings(engine="sglang", servers=[url]), ranks, config, longest=512)
+        pool = connect(RolloutSettings(engine="sglang", servers=[url]), ranks, config, max_sequence_tokens=512)
         sync = DiskSync(folder / "sync", model, pool, ranks)
         vocabulary = config["vocab_size"]
-        engine = sglang.SglangEngine(pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, longest=512)
+        engine = sglang.SglangEngine(pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, max_sequence_tokens=512)
         engine.update_weights(iter({"weight": torch.zeros(1)}.items()), version=0)
         store, on_all, missing = process_group.store(), sglang.raise_on_all_ranks, []
         for call in range(2):

@@ -51,7 +51,7 @@ def weights_of(model: Any, during: Callable[[], Any] = lambda: None) -> Iterator
 
 def check(engine: Any, model: Any, urls: list[str], version: int) -> None:
     """Servers, these and no others, sample from the model."""
-    assert sorted(engine._pool.usable) == sorted(urls)
+    assert sorted(engine.pool.in_rotation) == sorted(urls)
     asked = requests(8)
     for request, completion in zip(asked, in_order(asked, engine.generate(asked, sampling(12, 1.0))), strict=True):
         assert np.abs(completion.logprobs - logprobs_of(model, request, completion)).max() < TOLERANCE
@@ -109,11 +109,11 @@ def test_each_sync_replaces_all_weights_and_says_what_it_sent(method: str, serve
         model = scaled(reference, factor)
         engine.update_weights(weights_of(model), version)
         check(engine, model, urls, version)
-        sent = engine._sync.sent
+        sent = engine.weight_sync.last_push
         assert sent.bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
         assert sent.largest_bucket == model.get_input_embeddings().weight.nbytes > BUCKET_BYTES
         assert (sent.servers, sent.buckets > 4, sent.seconds > 0) == (2, True, True)
-        groups.append(dict(getattr(engine._sync, "_groups", {})))
+        groups.append(dict(getattr(engine.weight_sync, "groups", {})))
     assert groups[0] == groups[1] == groups[2], "made once"
 
 
@@ -173,7 +173,7 @@ def test_a_server_that_refuses_halfway_is_left_out_and_comes_back_with_the_next_
     model = scaled(reference, 0.9)
     engine.update_weights(weights_of(model, lambda: post(urls[1] + "/end_weight_update", {})), 1)
     check(engine, model, urls[:1], 1)
-    assert f"server {urls[1]} is taken out" in caplog.text
+    assert f"server {urls[1]} is removed from rotation" in caplog.text
     assert "must run between begin_weight_update() and end_weight_update()" in caplog.text
     assert version_at(urls[1]).endswith("-1-incomplete")
     engine.update_weights(weights_of(reference), 2)
@@ -185,8 +185,8 @@ def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str
     urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
     engine.update_weights(weights_of(reference), 0)
-    model, patience = scaled(reference, 0.9), engine._pool.patience_seconds
-    engine._pool.patience_seconds = 20.0  # for this alone: it bounds what all servers may take for each order
+    model, patience = scaled(reference, 0.9), engine.pool.patience_seconds
+    engine.pool.patience_seconds = 20.0  # for this alone: it bounds what all servers may take for each order
     start = time.monotonic()
     try:
         engine.update_weights(weights_of(model, servers[1].freeze), 1)
@@ -195,7 +195,7 @@ def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str
         check(engine, model, urls[:1], 1)
     finally:
         servers[1].thaw()
-        engine._pool.patience_seconds = patience
+        engine.pool.patience_seconds = patience
     servers[1].wait()
     assert version_at(urls[1]).endswith("-1-incomplete")
     model = scaled(reference, 1.1)
@@ -246,12 +246,12 @@ def test_a_server_that_was_restarted_joins_anew_and_one_that_dies_halfway_is_lef
     model = scaled(reference, 0.9)
     engine.update_weights(weights_of(model), 1)
     check(engine, model, urls, 1)
-    assert "taken out" not in caplog.text
+    assert "removed from rotation" not in caplog.text
     start = time.monotonic()
     engine.update_weights(weights_of(reference, servers[1].kill), 2)
     assert time.monotonic() - start < 30
     check(engine, reference, urls[:1], 2)
-    engine._sync.close()
+    engine.weight_sync.close()
     deadline = time.monotonic() + 20  # a broadcast would give up after 30 s
     while "weights" in [thread.name for thread in threading.enumerate()]:
         assert time.monotonic() < deadline, "a broadcast is left behind"

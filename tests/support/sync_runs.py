@@ -14,7 +14,7 @@ from megatron_rlvr.rollout.sampler import requests_for
 from megatron_rlvr.types import Prompt
 
 RESPONSE = 16
-LONGEST = 64
+MAX_SEQUENCE_TOKENS = 64
 PROMPTS = 6
 
 
@@ -71,15 +71,15 @@ def trained_and_synced(
 def _train(policy: Any) -> None:
     import torch
 
-    from megatron_rlvr.algo.loss import DapoLoss
     from megatron_rlvr.config import LossSettings
+    from megatron_rlvr.startup.assembly import make_loss
 
     groups = make_groups(2, policy.hf_config["vocab_size"], seed=0)
     (mini,) = mini_batches_of(policy, groups, 10_000, len(groups))
     logp = policy.score(mini.micro_batches).logp
     policy.start_step()
     masks = [torch.ones_like(part, dtype=torch.bool) for part in logp]
-    metrics = policy.train_step(mini.micro_batches, masks, logp, DapoLoss(LossSettings()), mini.response_tokens)
+    metrics = policy.train_step(mini.micro_batches, masks, logp, make_loss(LossSettings()), mini.response_tokens)
     assert metrics["skipped"] == 0
 
 
@@ -90,15 +90,18 @@ def _sampled(
     import torch.distributed as dist
 
     from megatron_rlvr.config import RolloutSettings
-    from megatron_rlvr.engines.sglang.engine import SglangEngine, connect
+    from megatron_rlvr.engines.sglang.connect import connect
+    from megatron_rlvr.engines.sglang.engine import SglangEngine
 
     settings = RolloutSettings(engine="sglang", servers=urls)
-    pool = connect(settings, policy.ranks, policy.hf_config, longest=LONGEST)
+    pool = connect(settings, policy.ranks, policy.hf_config, max_sequence_tokens=MAX_SEQUENCE_TOKENS)
     sync = sync_by(
         method, folder=folder, source=policy.folder, pool=pool, ranks=policy.ranks, bucket_bytes=bucket_bytes
     )
     vocabulary = policy.hf_config["vocab_size"]
-    engine = SglangEngine(pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, longest=LONGEST)
+    engine = SglangEngine(
+        pool, sync, stop_token_ids=(2,), vocab_size=vocabulary, max_sequence_tokens=MAX_SEQUENCE_TOKENS
+    )
     try:
         engine.update_weights(policy.export_weights(), version)
         dice = np.random.default_rng(version)

@@ -1,8 +1,8 @@
-"""Weights in buckets: many small tensors as one flat piece of memory, which is the only extra memory of a sync.
+"""Buckets of weights: many small tensors in one flat buffer, which is the only extra memory of a weight sync.
 
-Tensors lie in a bucket one behind the other, without gaps: the receiver finds them by their types and shapes alone, and
-can look at the bytes as numbers only where a tensor begins at a multiple of its numbers' size. A tensor that would not
-begins the next bucket.
+Tensors follow each other in a bucket without gaps: the receiver finds them by their dtypes and shapes alone, and can
+view the bytes as numbers only where a tensor begins at a multiple of its element size. A tensor that would not begin at
+such a place begins the next bucket.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,10 +13,13 @@ import torch
 
 @dataclass
 class Bucket:
-    """Whole tensors and their bytes.
+    """Tensors and their bytes.
 
     Attributes:
         data: [bytes] uint8, all tensors in this order.
+        names: Name of each tensor.
+        dtypes: Dtype of each tensor.
+        shapes: Shape of each tensor.
     """
 
     data: torch.Tensor
@@ -30,29 +33,29 @@ class Bucket:
 
 
 def buckets(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], most_bytes: int, device: torch.device
+    named_tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int, device: torch.device
 ) -> Iterator[Bucket]:
-    """Copies tensors into buckets of at most ``most_bytes`` on ``device``.
+    """Copy tensors into buckets of at most ``max_bytes`` on ``device``.
 
-    All buckets share their memory: one must be done with before the next is asked for. A tensor that is larger than a
-    bucket is one by itself, in its own memory where that is possible.
+    All buckets share one buffer, so a bucket must be used up before the next one is requested. A tensor larger than a
+    bucket becomes a bucket of its own, in its own memory if possible.
     """
-    memory = torch.empty(most_bytes, dtype=torch.uint8, device=device)
-    bucket = Bucket(memory[:0])
+    buffer = torch.empty(max_bytes, dtype=torch.uint8, device=device)
+    bucket = Bucket(buffer[:0])
     for name, tensor in named_tensors:
         size = tensor.numel() * tensor.element_size()
         start = bucket.bytes
-        if bucket.names and (start + size > most_bytes or start % tensor.element_size()):
+        if bucket.names and (start + size > max_bytes or start % tensor.element_size()):
             yield bucket
-            bucket, start = Bucket(memory[:0]), 0
-        if size > most_bytes:
+            bucket, start = Bucket(buffer[:0]), 0
+        if size > max_bytes:
             bucket.data = tensor.detach().to(device).contiguous().view(-1).view(torch.uint8)
         else:
-            memory[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-            bucket.data = memory[: start + size]
+            buffer[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            bucket.data = buffer[: start + size]
         bucket.names.append(name)
         bucket.dtypes.append(tensor.dtype)
         bucket.shapes.append(tensor.shape)
-        del tensor  # or it would be held while the next is gathered
+        del tensor  # free it before the next one is gathered
     if bucket.names:
         yield bucket

@@ -1,0 +1,135 @@
+"""Connecting to the servers of a run: routers are replaced by their workers, and every server is checked."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rlvr.config import RolloutSettings, SettingsError
+from megatron_rlvr.distributed.collectives import raise_on_all_ranks
+from megatron_rlvr.distributed.ranks import Ranks
+from megatron_rlvr.engines.sglang import colocation
+from megatron_rlvr.engines.sglang.client import Server, ServerError, ServerInfo
+from megatron_rlvr.engines.sglang.pool import ServerPool
+from megatron_rlvr.engines.sglang.router import workers_of
+
+logger = logging.getLogger(__name__)
+
+
+def connect(
+    settings: RolloutSettings, ranks: Ranks, hf_config: Mapping[str, Any], *, max_sequence_tokens: int
+) -> ServerPool | None:
+    """Connect the leader of each data-parallel replica to the servers; a collective over the world.
+
+    Args:
+        settings: Settings of the rollout, with the servers' URLs.
+        ranks: Ranks of the run.
+        hf_config: config.json of the model.
+        max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
+
+    Returns:
+        The pool of a leader; None on other ranks.
+
+    Raises:
+        SettingsError: On every rank, if a server does not answer or serves another model. The problem of each further
+            server is logged.
+    """
+
+    def pool_of(urls: Sequence[str]) -> ServerPool:
+        return ServerPool(
+            urls,
+            max_inflight=math.ceil(settings.max_inflight / ranks.data_size),
+            retries=settings.retries,
+            patience_seconds=settings.server_timeout_seconds,
+        )
+
+    urls: list[str] = []
+    problems: list[str] = []
+    if ranks.is_main:
+        with closing(pool_of(settings.servers)) as pool_of_settings:
+            find_workers = partial(workers_of, patience_seconds=pool_of_settings.patience_seconds)
+            urls, problems = expand(pool_of_settings.everywhere(find_workers))
+    found: list[list[str]] = [urls]
+    dist.broadcast_object_list(found, src=0)
+    pool = pool_of(found[0]) if ranks.replica_rank == 0 else None
+    if ranks.is_main and pool is not None:
+        problems += _problems(pool, hf_config, max_sequence_tokens, colocated=settings.colocated)
+        for problem in problems[1:]:
+            logger.error(problem)
+    try:
+        raise_on_all_ranks(SettingsError(problems[0]) if problems else None)
+    except SettingsError:
+        if pool is not None:
+            pool.close()
+        raise
+    return pool
+
+
+def expand(answers: Mapping[str, list[str] | ServerError | None]) -> tuple[list[str], list[str]]:
+    """Return the URLs of all servers, and one sentence for each problem.
+
+    Args:
+        answers: {URL of `rollout.servers`: result of `workers_of`}.
+
+    Returns:
+        Every URL once, in order, each router replaced by its workers; and the problems.
+    """
+    urls: dict[str, None] = {}
+    problems = []
+    for url, answer in answers.items():
+        if isinstance(answer, ServerError):
+            problems.append(_unusable(url, answer))
+        else:
+            urls |= dict.fromkeys([url] if answer is None else answer)
+    return list(urls), problems
+
+
+def _problems(
+    pool: ServerPool, hf_config: Mapping[str, Any], max_sequence_tokens: int, *, colocated: bool
+) -> list[str]:
+    """Return one sentence for each server that cannot be used. Waits for servers that are starting."""
+
+    async def ask(server: Server) -> ServerInfo:
+        if colocated:
+            await colocation.recover(server, pool.patience_seconds)
+        await server.wait_until_healthy(pool.patience_seconds)
+        return await server.info()
+
+    problems = []
+    for url, answer in pool.everywhere(ask).items():
+        if isinstance(answer, ServerError):
+            problems.append(_unusable(url, answer))
+        elif problem := _mismatch(answer, hf_config, max_sequence_tokens):
+            problems.append(f"rollout.servers={url}: {problem}")
+    return problems
+
+
+def _unusable(url: str, error: ServerError) -> str:
+    return f"rollout.servers={url}: the server cannot be used ({error}); start it, or remove it from the list"
+
+
+def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_tokens: int) -> str | None:
+    """Return why a server does not fit the run and what to do, or None."""
+    pairs = {
+        "model_type": (info.model_type, hf_config["model_type"]),
+        "architectures": (info.architectures, list(hf_config.get("architectures") or info.architectures)),
+        "vocabulary": (info.vocab_size, hf_config["vocab_size"]),
+    }
+    differing = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if differing:
+        return f"the server serves another model ({', '.join(differing)}); start it on model.path"
+    if info.context_length < max_sequence_tokens:
+        return (
+            f"the server's context length of {info.context_length} tokens is below data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {max_sequence_tokens}; start it with --context-length {max_sequence_tokens}"
+        )
+    if info.preferred_sampling_params:
+        return (
+            f"the server adds its own sampling parameters ({info.preferred_sampling_params}); start it without "
+            "--preferred-sampling-params"
+        )
+    return None
