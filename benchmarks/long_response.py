@@ -54,14 +54,14 @@ def measure(folder: str, length: int, sender: Any) -> None:
     import numpy as np
     import torch
 
-    from megatron_rlvr.algo.loss import make_loss
-    from megatron_rlvr.batching.batch import Sample
+    from megatron_rlvr.batching.batch import TrainingSequence
     from megatron_rlvr.batching.mini_batches import MiniBatch
     from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, Settings
     from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.learner import Learner
     from megatron_rlvr.policy.policy import Policy
+    from megatron_rlvr.startup.assembly import make_loss
 
     torch.set_num_threads(1)
     settings = Settings.model_validate(
@@ -79,9 +79,9 @@ def measure(folder: str, length: int, sender: Any) -> None:
     random = np.random.default_rng(0)
     packing = policy.packing(PROMPT + length)
 
-    def sample(number: int, tokens: int, advantage: float) -> Sample:
+    def sample(number: int, tokens: int, advantage: float) -> TrainingSequence:
         ids = random.integers(VOCAB, size=PROMPT + tokens).astype(np.int32)
-        return Sample(
+        return TrainingSequence(
             number, ids[:PROMPT], ids[PROMPT:], np.zeros(tokens, np.float32), advantage, np.zeros(tokens, np.int32)
         )
 

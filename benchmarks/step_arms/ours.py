@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from megatron_rlvr.algo.loss import make_loss
 from megatron_rlvr.batching.mini_batches import MiniBatch, build_mini_batches
 from megatron_rlvr.config import Settings
 from megatron_rlvr.distributed import accelerator, process_group
@@ -17,6 +16,7 @@ from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.learner import Learner
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.rollout.sampler import requests_for
+from megatron_rlvr.startup.assembly import make_loss
 from megatron_rlvr.types import Completion, Grade, Group, Prompt
 from step_arms import workload
 from step_arms.workload import Case, Stopwatch

@@ -1,20 +1,20 @@
-"""Log-probability and entropy of vocabulary-sharded logits, in tiles: the logits of a whole sequence never exist.
+"""Log-probability and entropy of vocabulary-sharded logits, tile by tile: whole logits are never materialized.
 
 With shifted logits d = z - max(z), where z = hidden @ weight^T / temperature:
 
     s = sum(exp d)    u = sum(exp(d) d)      log p_y = d_y - log s      H = log s - u / s
 
 Shifting before multiplying keeps H accurate for peaked tokens, where log-sum-exp minus E[z] loses every digit. The
-sums are folded tile by tile (`tiles`). Ranks that share the vocabulary exchange only these sums, and merge them in rank
+sums are folded tile by tile (`tiles`). Ranks that share the vocabulary exchange only these sums and merge them in rank
 order, so all of them get the same bits.
 
-The backward recomputes the tiles, for the rows whose upstream gradient is not zero only: tokens that are not selected,
+The backward recomputes the tiles, but only for rows whose upstream gradient is not zero: tokens that are not selected,
 have no advantage or are clipped cost nothing, and a value that overflowed in one of them cannot reach a gradient.
 
     dz = (g_logp (1[y] - p) - g_H p (log p + H)) / temperature      dhidden = dz W      dW = dz^T hidden
 
-Shapes: S rows of the whole sequence, n rows asked for, H hidden size, V real vocabulary, v this rank's columns of it.
-Why these forms, and what they are worth: docs/numerics.md.
+Shapes: S rows of the whole sequence, n requested rows, H hidden size, V real vocabulary size.
+docs/numerics.md derives these forms and measures their errors beside those of others.
 """
 
 import contextlib
@@ -29,8 +29,6 @@ from torch import Tensor
 
 from megatron_rlvr.algo import tiles
 from megatron_rlvr.algo.tile_shape import TILE_SHAPE
-
-# Rows and columns of a tile, by kind of device: 8 MiB in fp32 stay in the cache of a CPU core, 32 MiB in an H100's.
 
 
 def vocab_parallel_logp_entropy(
@@ -48,21 +46,23 @@ def vocab_parallel_logp_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, from hidden states and the output weight.
 
+    A collective over ``tp_group``, forward and backward. The gradient of ``hidden`` is complete on every rank (this
+    rank's shard under sequence parallel).
+
     Args:
         hidden: [S, H], the same on all ranks of ``tp_group``; under ``sequence_parallel`` this rank's [S / tp, H].
         weight: [V_padded / tp, H], this rank's rows of the output weight.
         targets: [S] int64 global token ids.
-        tp_group: ranks that share the vocabulary; None for this rank alone.
-        sequence_parallel: whether ``hidden`` is sharded along the sequence.
-        valid_vocab: real size of the vocabulary; columns beyond it are padding and never count. None: all are real.
-        temperature: the logits are divided by it (the temperature of sampling).
-        rows: [n] int64, the rows wanted, in 0 .. S-1; None for all. Only these cost anything.
-        entropy_grad: whether the entropy is differentiated; without it the second result is detached.
-        gradient_accumulation_fusion: whether the gradient of ``weight`` is added to its ``main_grad`` (Megatron's data
-            parallel wrapper makes it) at once; autograd then gets a placeholder, as Megatron's own layers do it.
+        tp_group: Ranks that share the vocabulary; None for this rank alone.
+        sequence_parallel: Whether ``hidden`` is sharded along the sequence.
+        valid_vocab: V; columns beyond it are padding and never count. None if all columns are real.
+        temperature: Sampling temperature, which divides the logits.
+        rows: [n] int64 in 0 .. S-1, the requested rows; None for all. Only these cost anything.
+        entropy_grad: Whether the entropy is differentiated; if not, the second result is detached.
+        gradient_accumulation_fusion: Add the gradient of ``weight`` to its ``main_grad`` (made by Megatron's
+            data-parallel wrapper) at once; autograd then gets a placeholder, as from Megatron's own layers.
 
     Returns: (log-probability, entropy), each [n] in nats, fp32 (fp64 for fp64 inputs), bitwise equal on all ranks.
-    The gradient of ``hidden`` is complete on every rank (this rank's shard under sequence parallel).
     """
     rank, size = (dist.get_rank(tp_group), dist.get_world_size(tp_group)) if tp_group is not None else (0, 1)
     real = valid_vocab if valid_vocab is not None else weight.shape[0] * size
@@ -81,7 +81,17 @@ def vocab_parallel_logp_entropy(
 
 @dataclass(frozen=True)
 class _Shard:
-    """This rank's part of the vocabulary, and how to compute with it; ``first`` is the global id of its column 0."""
+    """This rank's shard of the vocabulary and the arithmetic on it.
+
+    Attributes:
+        group: Ranks that share the vocabulary; None if this rank has all of it.
+        sequence_parallel: Whether hidden states are sharded along the sequence.
+        first: Global token id of this rank's column 0.
+        columns: Number of this rank's real columns, padding excluded.
+        scale: Factor of the logits, 1 / temperature.
+        dtype: Working precision, fp32 or fp64.
+        fuse: Whether the gradient of the weight is added to its ``main_grad``.
+    """
 
     group: dist.ProcessGroup | None
     sequence_parallel: bool
@@ -100,7 +110,7 @@ class _Shard:
         return z if self.scale == 1.0 else z.mul_(self.scale)
 
     def operand(self, x: Tensor) -> Tensor:
-        """What enters a product: as it is where the device accumulates low precision in fp32, else in fp32 or fp64."""
+        """Cast a factor of a product to the working precision on a CPU; a GPU accumulates bf16 in fp32 by itself."""
         return x if x.device.type != "cpu" else x.to(self.dtype)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -119,7 +129,7 @@ def _row_tiles(rows: int, device: torch.device) -> Iterator[slice]:
 
 
 def _kernels(device: torch.device) -> Any:
-    """Where the arithmetic of a tile is done: Triton's kernels on a device that has them, else plain torch."""
+    """Module with the arithmetic of a tile: Triton's kernels on a device that has them, else plain torch."""
     if device.type == "cpu" or importlib.util.find_spec("triton") is None:
         return tiles
     return importlib.import_module("megatron_rlvr.algo.tiles_triton")
@@ -144,24 +154,24 @@ class _Head(torch.autograd.Function):
         hidden, weight, targets_n, rows, log_sum_exp, entropy = ctx.saved_tensors
         shard: _Shard = ctx.shard
         grad_logp, grad_entropy = grads
-        live = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(1)  # NaN != 0, so it is not lost
-        into = _WeightGradient(weight, shard)
-        if not len(live):  # on all ranks of the group alike: upstream gradients are the same there
-            return torch.zeros_like(hidden), into.result(), None, None, None
-        wanted = live if rows is None else rows[live]
+        active = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(1)  # NaN != 0, so it is not lost
+        grad_weight = _WeightGradient(weight, shard)
+        if not len(active):  # alike on all ranks of the group, whose upstream gradients are equal
+            return torch.zeros_like(hidden), grad_weight.result(), None, None, None
+        requested = active if rows is None else rows[active]
         grad_hidden_n = _gradients(
-            _gather(hidden, wanted, shard),
+            _gather(hidden, requested, shard),
             weight,
-            targets_n[live],
-            (log_sum_exp[live], entropy[live], grad_logp[live] * shard.scale, grad_entropy[live] * shard.scale),
-            into,
+            targets_n[active],
+            (log_sum_exp[active], entropy[active], grad_logp[active] * shard.scale, grad_entropy[active] * shard.scale),
+            grad_weight,
             shard,
         )
-        return _scatter(grad_hidden_n, wanted, hidden, shard), into.result(), None, None, None
+        return _scatter(grad_hidden_n, requested, hidden, shard), grad_weight.result(), None, None, None
 
 
 def _statistics(hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Shard) -> tuple[Tensor, ...]:
-    """Maximum, s, u and the target's logit, each [n], over all columns of all ranks."""
+    """Return maximum, s, u and the target's logit, each [n], over all columns of all ranks."""
     stats = tiles.empty_statistics(len(hidden_n), shard.dtype, hidden_n.device)
     kernels = _kernels(hidden_n.device)
     for columns in shard.column_tiles(hidden_n.device):
@@ -181,20 +191,29 @@ def _gradients(
     hidden_n: Tensor,
     weight: Tensor,
     targets_n: Tensor,
-    of_rows: tuple[Tensor, Tensor, Tensor, Tensor],
-    into: "_WeightGradient",
+    row_vectors: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad_weight: "_WeightGradient",
     shard: _Shard,
 ) -> Tensor:
-    """This rank's part of dhidden, [n, H] in the working precision; that of dW goes ``into`` its place."""
+    """Return this rank's part of dhidden, [n, H] in the working precision; add that of dW to ``grad_weight``.
+
+    Args:
+        hidden_n: [n, H].
+        weight: This rank's rows of the output weight.
+        targets_n: [n] int64 global token ids.
+        row_vectors: log_sum_exp, entropy, grad_logp and grad_entropy, each [n].
+        grad_weight: Destination of dW.
+        shard: This rank's shard of the vocabulary.
+    """
     grad_hidden = torch.zeros(hidden_n.shape, dtype=shard.dtype, device=hidden_n.device)
-    with_entropy = bool((of_rows[3] != 0).any())
+    with_entropy = bool((row_vectors[3] != 0).any())
     kernels = _kernels(hidden_n.device)
     for columns in shard.column_tiles(hidden_n.device):
         weight_tile = shard.operand(weight[columns])
-        with into.tile(columns) as grad_weight_tile:
+        with grad_weight.tile(columns) as grad_weight_tile:
             for tile in _row_tiles(len(hidden_n), hidden_n.device):
                 hidden_tile = shard.operand(hidden_n[tile])
-                log_sum_exp, entropy, grad_logp, grad_entropy = (vector[tile] for vector in of_rows)
+                log_sum_exp, entropy, grad_logp, grad_entropy = (vector[tile] for vector in row_vectors)
                 dz = kernels.logits_gradient_(
                     shard.logits(hidden_tile, weight_tile),
                     targets_n[tile] - (shard.first + columns.start),
@@ -210,7 +229,7 @@ def _gradients(
 
 
 class _WeightGradient:
-    """Where dW goes: a tensor of its own, or the weight's ``main_grad``."""
+    """Destination of dW: a new tensor, or the weight's ``main_grad`` if fused."""
 
     def __init__(self, weight: Tensor, shard: _Shard) -> None:
         self._weight, self._shard = weight, shard
@@ -218,7 +237,7 @@ class _WeightGradient:
 
     @contextlib.contextmanager
     def tile(self, columns: slice) -> Iterator[Tensor]:
-        """Rows of dW to add to, in the working precision."""
+        """Yield the rows of dW that belong to ``columns``, in the working precision, to be added to."""
         out = self._out[columns]
         if out.dtype == self._shard.dtype:
             yield out
@@ -228,8 +247,11 @@ class _WeightGradient:
             out.copy_(sums.add_(out) if self._shard.fuse else sums)
 
     def result(self) -> Tensor:
-        """What autograd gets. After fusion it is a placeholder that Megatron's hook discards, unless the weight is also
-        the embedding of this stage (``zero_out_wgrad``): then both gradients meet there, and this one must be zero."""
+        """Return the gradient for autograd.
+
+        If fused, that is a placeholder, which Megatron's hook discards. If the weight is also the embedding of this
+        stage (``zero_out_wgrad``), autograd adds both gradients, so the placeholder must be zero.
+        """
         if not self._shard.fuse:
             return self._out
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -238,7 +260,7 @@ class _WeightGradient:
 
 
 def _gather(hidden: Tensor, rows: Tensor | None, shard: _Shard) -> Tensor:
-    """The wanted rows, [n, H]; where the sequence is sharded only these travel."""
+    """Return the requested rows, [n, H]; of a sharded sequence only these are communicated."""
     if not shard.sequence_parallel:
         return hidden if rows is None else hidden[rows]
     size = dist.get_world_size(shard.group)
@@ -246,48 +268,48 @@ def _gather(hidden: Tensor, rows: Tensor | None, shard: _Shard) -> Tensor:
         everything = hidden.new_empty(size * hidden.shape[0], hidden.shape[1])
         dist.all_gather_into_tensor(everything, hidden.contiguous(), group=shard.group)
         return everything
-    slots = _slots(rows, hidden.shape[0], shard)
-    sent = hidden.new_zeros(slots.height, hidden.shape[1])
-    sent[: len(slots.mine)] = hidden[slots.mine]
-    received = hidden.new_empty(size * slots.height, hidden.shape[1])
+    places = _row_places(rows, hidden.shape[0], shard)
+    sent = hidden.new_zeros(places.rows_per_rank, hidden.shape[1])
+    sent[: len(places.local_rows)] = hidden[places.local_rows]
+    received = hidden.new_empty(size * places.rows_per_rank, hidden.shape[1])
     dist.all_gather_into_tensor(received, sent, group=shard.group)
-    return received[slots.of_row]
+    return received[places.index]
 
 
 def _scatter(grad_n: Tensor, rows: Tensor, hidden: Tensor, shard: _Shard) -> Tensor:
-    """dhidden of this rank's sequence from every rank's part of the wanted rows [n, H]."""
+    """Return dhidden of this rank's part of the sequence, from every rank's part of the requested rows [n, H]."""
     grad_hidden = torch.zeros_like(hidden)
     if shard.sequence_parallel:
-        slots = _slots(rows, hidden.shape[0], shard)
-        parts = grad_n.new_zeros(dist.get_world_size(shard.group) * slots.height, hidden.shape[1])
-        parts[slots.of_row] = grad_n
-        received = grad_n.new_empty(slots.height, hidden.shape[1])
+        places = _row_places(rows, hidden.shape[0], shard)
+        parts = grad_n.new_zeros(dist.get_world_size(shard.group) * places.rows_per_rank, hidden.shape[1])
+        parts[places.index] = grad_n
+        received = grad_n.new_empty(places.rows_per_rank, hidden.shape[1])
         dist.reduce_scatter_tensor(received, parts, group=shard.group)
-        rows, grad_n = slots.mine, received[: len(slots.mine)]
+        rows, grad_n = places.local_rows, received[: len(places.local_rows)]
     elif shard.group is not None:
         dist.all_reduce(grad_n, group=shard.group)
     return grad_hidden.index_add_(0, rows, grad_n.to(hidden.dtype))
 
 
 @dataclass(frozen=True)
-class _Slots:
-    """Place of each wanted row in a buffer where every rank has as many slots as the rank with the most rows needs.
+class _RowPlaces:
+    """Places of the requested rows in a communication buffer that is padded to the same number of rows on every rank.
 
     Attributes:
-        height: slots of a rank, at least 1.
-        of_row: [n], the row's slot.
-        mine: wanted rows of this rank, counted from its first, in the order of their slots.
+        rows_per_rank: Most requested rows on any rank, at least 1.
+        index: [n], place of each requested row in the buffer of all ranks.
+        local_rows: Requested rows of this rank, counted from its first, in the order of their places.
     """
 
-    height: int
-    of_row: Tensor
-    mine: Tensor
+    rows_per_rank: int
+    index: Tensor
+    local_rows: Tensor
 
 
-def _slots(rows: Tensor, local_length: int, shard: _Shard) -> _Slots:
+def _row_places(rows: Tensor, local_length: int, shard: _Shard) -> _RowPlaces:
     rank, size = dist.get_rank(shard.group), dist.get_world_size(shard.group)
     owner = rows // local_length
     owned_by = owner.unsqueeze(1) == torch.arange(size, device=rows.device)
-    height = max(1, int(owned_by.sum(0).max()))
+    rows_per_rank = max(1, int(owned_by.sum(0).max()))
     place = owned_by.cumsum(0).gather(1, owner.unsqueeze(1)).squeeze(1) - 1
-    return _Slots(height, owner * height + place, rows[owner == rank] - rank * local_length)
+    return _RowPlaces(rows_per_rank, owner * rows_per_rank + place, rows[owner == rank] - rank * local_length)

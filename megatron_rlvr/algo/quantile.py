@@ -1,13 +1,15 @@
-"""The exact top fraction of values that are spread over ranks, with a tie policy that no sharding can change.
+"""Exact top fraction of values that are distributed over ranks, with a tie policy that no sharding can change.
 
 Of N values on all ranks, k = ceil(fraction * N) are kept: the largest ones, and among equals those of the smallest
-token id. The k-th is found by radix selection: values are read as 32-bit keys of the opposite order, and three rounds
-(11 + 11 + 10 bits) each count the keys by digit, sum the counts over the ranks, and go on with the candidates that
-share the digit in which the k-th lies. Where not all ties at the threshold fit, seven more rounds do the same with the
-token ids. What travels does not depend on N: 3 collectives and 41 KB a rank, or 10 and 90 KB with ties to split.
+token id. The k-th is found by radix selection: values are read as 32-bit keys of the opposite order, and three passes
+(11 + 11 + 10 bits) each count the keys by digit, sum the counts over the ranks, and continue with the candidates that
+share the digit of the k-th. If not all ties at the threshold fit, seven more passes do the same with the token ids. The
+traffic does not depend on N: 3 collectives and 41 KB a rank, or 10 and 90 KB with ties to split.
 
-Keys are made a block at a time and forgotten, so that beside the mask only the candidates take memory. Nothing but the
-counts, and the number of candidates left after a round, is waited for on an accelerator.
+Keys are made a block at a time and dropped, so besides the mask only the candidates take memory. On an accelerator the
+host waits for the counts and for the number of remaining candidates after a pass, and for nothing else.
+
+Shapes: n values or candidates of this rank, N values of all ranks.
 """
 
 import math
@@ -25,12 +27,16 @@ _VALUE_DIGITS = ((21, 11), (10, 11), (0, 10))
 _ID_DIGITS = ((60, 4), (50, 10), (40, 10), (30, 10), (20, 10), (10, 10), (0, 10))
 # NaN and infinity have all exponent bits set: 4 values of the first digit at either end, where nothing finite is.
 _NON_FINITE_DIGITS = 4
-# On a CPU the keys and digits of a block stay in the L2 cache; an accelerator takes everything at once.
+# On a CPU the keys and digits of a block of this size stay in the L2 cache; an accelerator takes everything at once.
 _CPU_BLOCK = 2**18
 
 
 class NonFiniteEntropyError(ValueError):
-    """An entropy is NaN or infinite; ``token_id`` is the smallest id of such a token on any rank."""
+    """An entropy is NaN or infinite.
+
+    Attributes:
+        token_id: Smallest id of such a token on any rank.
+    """
 
     def __init__(self, token_id: int) -> None:
         super().__init__(token_id)
@@ -42,15 +48,15 @@ class NonFiniteEntropyError(ValueError):
 
 @dataclass(frozen=True)
 class QuantileInfo:
-    """What was decided, the same on every rank.
+    """The decision and its cost, the same on every rank.
 
     Attributes:
-        threshold: the smallest kept value; inf where there is none to keep.
-        total: N, values on all ranks.
-        kept: k, values kept on all ranks.
-        ties: values equal to the threshold on all ranks.
-        collectives: how many it took.
-        bytes_sent: payload of these on a rank.
+        threshold: Smallest kept value; inf if there is none to keep.
+        total: N, number of values on all ranks.
+        kept: k, number of values kept on all ranks.
+        ties: Number of values on all ranks that equal the threshold.
+        collectives: Number of collectives.
+        bytes_sent: Payload of these collectives on one rank.
     """
 
     threshold: float
@@ -62,66 +68,67 @@ class QuantileInfo:
 
 
 def ceil_fraction(fraction: float, total: int) -> int:
-    """ceil(fraction * total), exact for a fraction as it is written: 0.2 means 1/5, not its binary neighbour."""
+    """Return ceil(fraction * total), exact for the fraction as written: 0.2 means 1/5, not its binary neighbour."""
     return math.ceil(Fraction(str(fraction)) * total)
 
 
 def global_top_fraction_mask(
     entropies: Tensor, fraction: float, *, token_ids: Tensor, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, QuantileInfo]:
-    """Marks the ceil(fraction * N) largest of the N values that all ranks of ``group`` hold.
+    """Mark the ceil(fraction * N) largest of the N values that all ranks of ``group`` hold. A collective.
 
     Args:
         entropies: [n] float32, finite, of any sign; n may differ per rank and be 0.
-        fraction: in (0, 1].
+        fraction: Share of the values to keep, in (0, 1].
         token_ids: [n] int64, unique over the group; ties go to the smallest.
-        group: ranks that share the values; None for this rank alone.
+        group: Ranks that share the values; None for this rank alone.
 
-    Returns: ([n] bool, the mask of this rank's values; what was decided).
+    Returns: ([n] bool, the mask of this rank's values; the decision).
     Raises: NonFiniteEntropyError on every rank, naming the token of a NaN or an infinity.
     """
     assert 0 < fraction <= 1, f"fraction {fraction} is not in (0, 1]"
-    wire = Wire(group)
+    reductions = _Reductions(group)
     entropies = entropies.float()
-    counts = wire.sum(_count(entropies, *_VALUE_DIGITS[0]))
+    counts = reductions.sum(_count(entropies, *_VALUE_DIGITS[0]))
     if counts[:_NON_FINITE_DIGITS].any() or counts[-_NON_FINITE_DIGITS:].any():
-        refuse_non_finite(entropies, token_ids, wire)
+        refuse_non_finite(entropies, token_ids, group)
     total = int(counts.sum())
     kept = ceil_fraction(fraction, total)
     if kept == 0:
         mask = torch.zeros_like(entropies, dtype=torch.bool)
-        return mask, QuantileInfo(math.inf, total, 0, 0, wire.calls, wire.bytes)
+        return mask, QuantileInfo(math.inf, total, 0, 0, reductions.calls, reductions.bytes)
 
-    key, wanted, ties = _kth_smallest(entropies, _VALUE_DIGITS, kept, wire, counts)
+    key, wanted, ties = _kth_smallest(entropies, _VALUE_DIGITS, kept, reductions, counts)
     threshold = _value_of(key)
     if wanted == ties:
         mask = entropies >= threshold
     else:
         mask, tied = entropies > threshold, (entropies == threshold).nonzero().flatten()
         ids = token_ids[tied]
-        last, _, _ = _kth_smallest(ids, _ID_DIGITS, wanted, wire)
+        last, _, _ = _kth_smallest(ids, _ID_DIGITS, wanted, reductions)
         mask[tied] = ids <= _id_of(last)
-    return mask, QuantileInfo(threshold, total, kept, ties, wire.calls, wire.bytes)
+    return mask, QuantileInfo(threshold, total, kept, ties, reductions.calls, reductions.bytes)
 
 
-def refuse_non_finite(entropies: Tensor, token_ids: Tensor, wire: "Wire") -> None:
-    """Raises on every rank if one of them holds an entropy that is not finite, so that none is left waiting.
+def refuse_non_finite(entropies: Tensor, token_ids: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank if one of them holds an entropy that is not finite, so that none is left waiting.
 
     Args:
         entropies: [n]; n may differ per rank and be 0.
         token_ids: [n] int64.
-        wire: to the ranks.
+        group: Ranks that call this together; None for this rank alone.
 
     Raises: NonFiniteEntropyError, naming the smallest token id at fault.
     """
-    nowhere = torch.iinfo(torch.int64).max
-    first = int(wire.min(torch.cat([token_ids[~entropies.isfinite()], token_ids.new_tensor([nowhere])]).min()))
-    if first != nowhere:
-        raise NonFiniteEntropyError(first)
+    no_id = torch.iinfo(torch.int64).max
+    first = torch.cat([token_ids[~entropies.isfinite()], token_ids.new_tensor([no_id])]).min()
+    first_of_all = int(_Reductions(group).min(first))
+    if first_of_all != no_id:
+        raise NonFiniteEntropyError(first_of_all)
 
 
-class Wire:
-    """Sums and minima over the ranks of ``group`` (None: this rank alone), and what they cost."""
+class _Reductions:
+    """Sums and minima over the ranks of ``group`` (None: this rank alone), and a count of their calls and bytes."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
@@ -142,31 +149,40 @@ class Wire:
 
 
 def _kth_smallest(
-    candidates: Tensor, places: Sequence[tuple[int, int]], wanted: int, wire: Wire, counts: Tensor | None = None
+    candidates: Tensor,
+    digits: Sequence[tuple[int, int]],
+    wanted: int,
+    reductions: _Reductions,
+    counts: Tensor | None = None,
 ) -> tuple[int, int, int]:
-    """The ``wanted``-th smallest key on all ranks, its place among its equals (from 1), and how many these are.
+    """Return the ``wanted``-th smallest key on all ranks, its place among its equals (from 1), and their number.
 
-    ``counts`` are those of the first digit, if the caller has them.
+    Args:
+        candidates: [n] values or ids.
+        digits: (shift, bits) of each digit of a key, the largest first.
+        wanted: Place of the key in ascending order, from 1.
+        reductions: Sums over the ranks.
+        counts: Counts of the first digit over all ranks, if the caller has them.
     """
-    # The candidates of each round lie at its front; on a CPU, what is never written takes no memory.
-    room = torch.empty_like(candidates)
+    # Each pass moves its remaining candidates to the front; on a CPU, pages that are never written take no memory.
+    buffer = torch.empty_like(candidates)
     key = 0
-    for shift, bits in places:
+    for shift, bits in digits:
         if counts is None:
-            counts = wire.sum(_count(candidates, shift, bits))
+            counts = reductions.sum(_count(candidates, shift, bits))
         running = counts.cumsum(0)
         digit = int(torch.searchsorted(running, wanted))
         equals = int(counts[digit])
         wanted -= int(running[digit]) - equals
         key |= digit << shift
         if shift > 0:
-            candidates, counts = _narrow(candidates, shift, bits, digit, room), None
+            candidates, counts = _narrow(candidates, shift, bits, digit, buffer), None
     return key, wanted, equals
 
 
 def _count(candidates: Tensor, shift: int, bits: int) -> Tensor:
-    """[2^bits] int64, how many keys of this rank have each digit."""
-    # Not torch.bincount, which is a quarter faster on a CPU but makes an accelerator wait twice for each call.
+    """Return [2^bits] int64, the number of this rank's keys that have each digit."""
+    # torch.bincount is a quarter faster on a CPU but makes the host wait for an accelerator twice in each call.
     counts = torch.zeros(2**bits, dtype=torch.int64, device=candidates.device)
     one = torch.ones_like(counts[:1])
     for block in _blocks(candidates):
@@ -174,14 +190,14 @@ def _count(candidates: Tensor, shift: int, bits: int) -> Tensor:
     return counts
 
 
-def _narrow(candidates: Tensor, shift: int, bits: int, digit: int, room: Tensor) -> Tensor:
-    """The candidates with this digit, moved to the front of ``room``, which may be where they are."""
+def _narrow(candidates: Tensor, shift: int, bits: int, digit: int, buffer: Tensor) -> Tensor:
+    """Return the candidates with this digit, moved to the front of ``buffer``, which may be where they are."""
     size = 0
     for block in _blocks(candidates):
         remaining = block[_digits(block, shift, bits) == digit]
-        room[size : size + len(remaining)] = remaining
+        buffer[size : size + len(remaining)] = remaining
         size += len(remaining)
-    return room[:size]
+    return buffer[:size]
 
 
 def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -194,9 +210,9 @@ def _digits(block: Tensor, shift: int, bits: int) -> Tensor:
 
 
 def _value_keys(values: Tensor) -> Tensor:
-    """[n] int32 that, read without sign, fall as the float32 values rise; -0.0 and 0.0 are one.
+    """[n] int32 keys that, read as unsigned, fall as the float32 values rise; -0.0 and 0.0 have the same key.
 
-    The bits of a negative number already do; those of a positive one are inverted below the sign.
+    The bits of a negative float already fall; those of a positive one are inverted below the sign.
     """
     bits = (values + 0.0).view(torch.int32)
     return bits ^ (~(bits >> 31) & 0x7FFFFFFF)
@@ -208,7 +224,7 @@ def _value_of(key: int) -> float:
 
 
 def _id_keys(ids: Tensor) -> Tensor:
-    """[n] int64 that, read without sign, rise with the ids."""
+    """[n] int64 keys that, read as unsigned, rise with the ids."""
     return ids ^ torch.iinfo(torch.int64).min
 
 

@@ -1,31 +1,35 @@
-"""Which response tokens carry the policy gradient: the forking tokens, or one of the paper's ablations.
+"""Selection of the response tokens that carry the policy gradient: the forking tokens, or one of the paper's ablations.
 
-``keep`` top takes the fraction with the highest entropy, bottom the lowest, random an arbitrary but reproducible set,
-all everything. ``scope`` says which tokens share a threshold, over all data-parallel ranks. Source: arXiv 2506.01939.
+``keep`` top takes the fraction of highest entropy, bottom that of lowest, random a reproducible random set, all every
+token. Tokens that are selected together share one threshold, over all data-parallel ranks. Source: arXiv 2506.01939.
+
+Shapes: R response tokens of a micro-batch, n tokens of any list.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlvr.algo.quantile import Wire, global_top_fraction_mask, refuse_non_finite
-from megatron_rlvr.config import SelectionSettings
+from megatron_rlvr.algo.quantile import global_top_fraction_mask, refuse_non_finite
+
+Keep = Literal["top", "bottom", "random", "all"]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Masks of a list of micro-batches, and the metrics that describe them, the same on every rank.
+    """Masks of a list of micro-batches, and statistics of the selection, the same on every rank.
 
     Attributes:
-        masks: [R] bool for each micro-batch.
-        total: response tokens of the scope, over all ranks.
-        kept: selected ones.
-        threshold: smallest entropy kept (largest, for bottom); None where entropies did not decide, or not once.
-        entropy_kept: sum of the entropies of selected tokens, over all ranks.
-        entropy_dropped: of the others.
+        masks: [R] bool for each micro-batch of this rank, True for selected tokens.
+        total: Number of tokens to select from, over all ranks.
+        kept: Number of selected tokens, over all ranks.
+        threshold: Smallest entropy kept (largest, with keep bottom); None if there is no single threshold.
+        entropy_kept: Sum of the selected tokens' entropies in nats, over all ranks.
+        entropy_dropped: Sum of the other tokens' entropies in nats, over all ranks.
     """
 
     masks: list[Tensor]
@@ -37,39 +41,47 @@ class Selection:
 
 
 def select(
-    settings: SelectionSettings,
     entropies: Sequence[Tensor],
     token_ids: Sequence[Tensor],
     *,
+    keep: Keep,
+    fraction: float,
+    per_micro_batch: bool,
     seed: int,
     group: dist.ProcessGroup | None,
 ) -> Selection:
-    """Selects tokens of a list of micro-batches, one threshold for all of them, or one each with scope micro_batch.
+    """Select ceil(fraction * total) tokens of a list of micro-batches on all ranks. A collective over ``group``.
 
     Args:
-        settings: what to keep.
         entropies: [R] float32 nats for each micro-batch of this rank.
-        token_ids: [R] int64 for each, unique over the group.
-        seed: of random selection; the same on every rank.
-        group: the data-parallel ranks.
+        token_ids: [R] int64 for each micro-batch, unique over the group; they break ties and drive random selection.
+        keep: Which tokens to select.
+        fraction: Share of the tokens to select, in (0, 1]; not used with keep all.
+        per_micro_batch: Select the fraction of each micro-batch by itself instead of sharing one threshold.
+        seed: Seed of random selection, the same on every rank.
+        group: Data-parallel ranks; None for this rank alone.
 
     Raises: NonFiniteEntropyError on every rank if one of them holds an entropy that is not finite.
     """
     sizes = [len(entropy) for entropy in entropies]
     flat = torch.cat([*entropies]) if entropies else torch.empty(0)
     ids = torch.cat([*token_ids]) if token_ids else torch.empty(0, dtype=torch.int64)
-    if settings.keep in ("random", "all") or settings.scope == "micro_batch":
-        # Entropies that no global threshold will look at: all ranks must still agree to stop.
-        refuse_non_finite(flat, ids, Wire(group))
-    if settings.keep == "all":
-        mask, threshold = torch.ones_like(flat, dtype=torch.bool), None
-    elif settings.scope == "micro_batch":
-        masks = [micro_batch_mask(settings, e, i, seed=seed) for e, i in zip(entropies, token_ids, strict=True)]
-        mask, threshold = (torch.cat(masks) if masks else torch.empty(0, dtype=torch.bool)), None
+    if keep in ("random", "all") or per_micro_batch:
+        # No global threshold reads these entropies, which would refuse them: all ranks must still agree to stop.
+        refuse_non_finite(flat, ids, group)
+    threshold = None
+    if keep == "all":
+        mask = torch.ones_like(flat, dtype=torch.bool)
+    elif per_micro_batch:
+        masks = [
+            micro_batch_mask(entropy, its_ids, keep=keep, fraction=fraction, seed=seed)
+            for entropy, its_ids in zip(entropies, token_ids, strict=True)
+        ]
+        mask = torch.cat(masks) if masks else torch.empty(0, dtype=torch.bool)
     else:
-        scores = selection_scores(settings, flat, ids, seed)
-        mask, info = global_top_fraction_mask(scores, settings.fraction, token_ids=ids, group=group)
-        threshold = {"top": info.threshold, "bottom": -info.threshold}.get(settings.keep)
+        scores = selection_scores(flat, ids, keep=keep, seed=seed)
+        mask, info = global_top_fraction_mask(scores, fraction, token_ids=ids, group=group)
+        threshold = {"top": info.threshold, "bottom": -info.threshold}.get(keep)
     sums = torch.tensor(
         [mask.numel(), mask.sum(), flat[mask].double().sum(), flat[~mask].double().sum()],
         dtype=torch.float64,
@@ -81,17 +93,37 @@ def select(
     return Selection(list(mask.split(sizes)), int(total), int(kept), threshold, entropy_kept, entropy_dropped)
 
 
-def micro_batch_mask(settings: SelectionSettings, entropy: Tensor, token_ids: Tensor, *, seed: int) -> Tensor:
-    """[R] bool for one micro-batch on its own."""
-    scores = selection_scores(settings, entropy, token_ids, seed)
-    return global_top_fraction_mask(scores, settings.fraction, token_ids=token_ids)[0]
+def micro_batch_mask(entropy: Tensor, token_ids: Tensor, *, keep: Keep, fraction: float, seed: int) -> Tensor:
+    """Select ceil(fraction * R) tokens of one micro-batch by itself.
+
+    Args:
+        entropy: [R] float32 nats.
+        token_ids: [R] int64, unique.
+        keep: Which tokens to select; not all.
+        fraction: Share of the tokens to select, in (0, 1].
+        seed: Seed of random selection.
+
+    Returns: [R] bool.
+    Raises: NonFiniteEntropyError for an entropy that is not finite (unless keep is random).
+    """
+    scores = selection_scores(entropy, token_ids, keep=keep, seed=seed)
+    return global_top_fraction_mask(scores, fraction, token_ids=token_ids)[0]
 
 
-def selection_scores(settings: SelectionSettings, entropy: Tensor, token_ids: Tensor, seed: int) -> Tensor:
-    """What the top fraction is taken of: the entropy, its negative, or noise that depends on the token id only."""
-    if settings.keep == "random":
+def selection_scores(entropy: Tensor, token_ids: Tensor, *, keep: Keep, seed: int) -> Tensor:
+    """Score by which the top fraction is taken: entropy, negative entropy, or noise that depends on the token id only.
+
+    Args:
+        entropy: [n] float32 nats.
+        token_ids: [n] int64.
+        keep: top, bottom or random.
+        seed: Seed of the noise.
+
+    Returns: [n] float32.
+    """
+    if keep == "random":
         return _noise(token_ids, seed)
-    return entropy if settings.keep == "top" else -entropy
+    return entropy if keep == "top" else -entropy
 
 
 def _noise(token_ids: Tensor, seed: int) -> Tensor:

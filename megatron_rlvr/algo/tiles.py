@@ -1,10 +1,10 @@
-"""What is done to one tile of logits while it is in cache, in plain torch: fold its statistics, or turn it into dz.
+"""Arithmetic of one tile of logits while it is in cache, in plain torch: fold its statistics, or turn it into dz.
 
-Statistics of a row over the columns seen so far: the maximum m, s = sum exp(z - m), u = sum (z - m) exp(z - m), and the
-target's logit. They start at `empty_statistics` and take tile after tile; when the maximum rises by -shift, what was
-summed before moves along: u <- (u + s shift) e^shift, s <- s e^shift.
+The statistics of a row over the columns seen so far are the maximum m, s = sum exp(z - m), u = sum (z - m) exp(z - m),
+and the target's logit. They start as `empty_statistics` and fold in tile after tile; when the maximum rises by -shift,
+the earlier sums are rescaled: u <- (u + s shift) e^shift, s <- s e^shift.
 
-`tiles_triton` holds the same two functions as GPU kernels. Shapes: n rows, c columns of a tile.
+`tiles_triton` has the same two functions as GPU kernels. Shapes: n rows, c columns of a tile.
 """
 
 from collections.abc import Sequence
@@ -12,59 +12,65 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# exp of it is 0 and so is its product with 0, which -inf would turn into NaN.
+# Stands in for -inf: its exp is 0 as well, but its product with 0 is 0, where that of -inf would be NaN.
 _FAR_BELOW = -1e30
 
 
 def empty_statistics(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[4, n]: maximum, s, u and target logit of no column at all."""
+    """Return [4, n]: maximum, s, u and target logit over no columns."""
     stats = torch.zeros(4, rows, dtype=dtype, device=device)
     stats[0] = torch.finfo(dtype).min
     return stats
 
 
 def fold_statistics_(stats: Tensor, z: Tensor, targets: Tensor) -> None:
-    """Takes a tile into the statistics of its rows; the tile is used up.
+    """Fold a tile into the statistics of its rows.
 
     Args:
         stats: [4, n], changed in place.
         z: [n, c] logits, overwritten.
-        targets: [n] int64, column of the target in this tile; outside 0 .. c-1 where another tile has it.
+        targets: [n] int64, column of the target in this tile; outside 0 .. c-1 if another tile has it.
     """
     maximum, total, weighted, target_logit = stats
     rows = torch.arange(len(targets), device=z.device)
     owned = (targets >= 0) & (targets < z.shape[1])
     target_logit += torch.where(owned, z[rows, targets.clamp(0, z.shape[1] - 1)], 0.0)
-    risen = torch.maximum(maximum, z.amax(1))
-    _move(total, weighted, maximum - risen)
-    maximum.copy_(risen)
-    d = z.sub_(risen.unsqueeze(1))
+    new_maximum = torch.maximum(maximum, z.amax(1))
+    _rescale_(total, weighted, maximum - new_maximum)
+    maximum.copy_(new_maximum)
+    d = z.sub_(new_maximum.unsqueeze(1))
     exp = d.exp()
     total += exp.sum(1)
     products = exp.mul_(d).sum(1)
-    if products.isnan().any():  # rare: 0 * -inf of a forbidden token; the product is taken again with care
+    if products.isnan().any():  # rare: 0 * -inf of a forbidden token; take the product again without -inf
         products = d.clamp_min_(_FAR_BELOW).exp().mul_(d).sum(1)
     weighted += products
 
 
 def merge_statistics(parts: Sequence[Tensor]) -> Tensor:
-    """[4, n] over all columns, from the ranks' [4, n] in rank order: every rank gets the same bits."""
+    """Merge the statistics of ranks that share the vocabulary; every rank gets the same bits.
+
+    Args:
+        parts: [4, n] of each rank, in rank order.
+
+    Returns: [4, n] over all columns.
+    """
     merged = parts[0].clone()
     maximum, total, weighted, target_logit = merged
     for part in parts[1:]:
-        risen = torch.maximum(maximum, part[0])
+        new_maximum = torch.maximum(maximum, part[0])
         other_total, other_weighted = part[1].clone(), part[2].clone()
-        _move(total, weighted, maximum - risen)
-        _move(other_total, other_weighted, part[0] - risen)
-        maximum.copy_(risen)
+        _rescale_(total, weighted, maximum - new_maximum)
+        _rescale_(other_total, other_weighted, part[0] - new_maximum)
+        maximum.copy_(new_maximum)
         total += other_total
         weighted += other_weighted
         target_logit += part[3]
     return merged
 
 
-def _move(total: Tensor, weighted: Tensor, shift: Tensor) -> None:
-    """Moves s and u, in place, to a maximum that is higher by -shift."""
+def _rescale_(total: Tensor, weighted: Tensor, shift: Tensor) -> None:
+    """Rescale s and u, in place, to a maximum that is higher by -shift."""
     shift = shift.clamp_min(_FAR_BELOW)
     scale = shift.exp()
     weighted.add_(total * shift).mul_(scale)
@@ -80,14 +86,16 @@ def logits_gradient_(
     grad_entropy: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dz = g_logp (1[y] - p) - g_H p (log p + H) of a tile, in place of its logits.
+    """Gradient of a tile's logits: dz = g_logp (1[y] - p) - g_H p (log p + H).
 
     Args:
         z: [n, c] logits, overwritten.
         targets: [n] int64, as in `fold_statistics_`.
-        log_sum_exp, entropy, grad_logp: [n] over all columns.
-        grad_entropy: [n]; None: the entropy has no gradient.
-        dtype: precision of the result.
+        log_sum_exp: [n], over all columns.
+        entropy: [n] nats, over all columns.
+        grad_logp: [n], g_logp.
+        grad_entropy: [n], g_H; None if the entropy has no gradient.
+        dtype: Data type of the result.
 
     Returns: [n, c].
     """

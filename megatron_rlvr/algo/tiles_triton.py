@@ -1,7 +1,7 @@
 """The two functions of `tiles` as Triton kernels: a tile of logits is read once, and dz is written once.
 
-The products stay with the library's matrix multiplication, which is faster than one fused into a kernel would be; what
-is left is bound by reading the tile, which stays in an H100's cache at 32 MiB.
+The matrix products are left to the library, which is faster than a product fused into a kernel would be. The remaining
+work is bound by reading the tile, which at 32 MiB stays in an H100's cache.
 """
 
 import torch
@@ -14,7 +14,7 @@ _COLUMNS_AT_ONCE = 2048
 
 
 def fold_statistics_(stats: Tensor, z: Tensor, targets: Tensor) -> None:
-    """`tiles.fold_statistics_`; the tile is left as it is."""
+    """`tiles.fold_statistics_` as a kernel; the tile is not overwritten."""
     rows, columns = z.shape
     _fold[(rows,)](stats, z, targets, columns, stats.stride(0), z.stride(0), BLOCK=_block(columns), num_warps=8)
 
@@ -28,7 +28,7 @@ def logits_gradient_(
     grad_entropy: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`tiles.logits_gradient_`; in place of the logits where they have the wanted precision."""
+    """`tiles.logits_gradient_` as a kernel; the logits are overwritten only if they already have ``dtype``."""
     rows, columns = z.shape
     out = z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
     block = _block(columns)
@@ -55,7 +55,7 @@ def _block(columns: int) -> int:
 
 @triton.jit
 def _fold(stats, z, targets, columns, stats_stride, row_stride, BLOCK: tl.constexpr):
-    """One program a row: its statistics are carried over blocks of columns."""
+    """One program per row, which carries the row's statistics over blocks of columns."""
     row = tl.program_id(0)
     maximum = tl.load(stats + row)
     total = tl.load(stats + stats_stride + row)
@@ -63,14 +63,14 @@ def _fold(stats, z, targets, columns, stats_stride, row_stride, BLOCK: tl.conste
     for start in range(0, columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         x = tl.load(z + row * row_stride + offsets, mask=offsets < columns, other=-float("inf"))
-        risen = tl.maximum(maximum, tl.max(x, 0))
-        shift = tl.maximum(maximum - risen, _FAR_BELOW)
+        new_maximum = tl.maximum(maximum, tl.max(x, 0))
+        shift = tl.maximum(maximum - new_maximum, _FAR_BELOW)
         scale = tl.exp(shift)
-        d = x - risen
+        d = x - new_maximum
         exp = tl.exp(d)
         weighted = (weighted + total * shift) * scale + tl.sum(tl.where(exp > 0, exp * d, 0.0), 0)
         total = total * scale + tl.sum(exp, 0)
-        maximum = risen
+        maximum = new_maximum
     tl.store(stats + row, maximum)
     tl.store(stats + stats_stride + row, total)
     tl.store(stats + 2 * stats_stride + row, weighted)
@@ -94,7 +94,7 @@ def _gradient(
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a block of columns of a row; ``out`` has the strides of ``z`` and may be it."""
+    """One program per row and block of columns; ``out`` has the strides of ``z`` and may be the same tensor."""
     row = tl.program_id(0)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns

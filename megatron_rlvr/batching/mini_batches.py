@@ -1,27 +1,34 @@
-"""From a step's groups to the mini-batches of every rank: advantages, spreading, exchange, packing.
+"""From a step's groups to the mini-batches of every rank: advantages, distribution over ranks, exchange, packing.
 
-Groups are held where they were sampled. Every rank learns the lengths of all sequences, decides alike who trains on
-which, and sends its own sequences there once.
+A group is held by the rank that sampled it. Every rank learns the lengths of all sequences, makes the same plan of who
+trains on which, and sends its sequences to their new ranks, once.
 """
 
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_rlvr.algo.advantage import group_advantages
-from megatron_rlvr.batching.batch import MicroBatch, Sample
-from megatron_rlvr.batching.packing import Packing, micro_batch_plan, spread
+from megatron_rlvr.batching.batch import MicroBatch, TrainingSequence
+from megatron_rlvr.batching.packing import Packing, distribute, plan_micro_batches
 from megatron_rlvr.types import Group
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What one optimizer step trains on: this rank's micro-batches, how they were packed, and sizes over all ranks."""
+    """Data of one optimizer step.
+
+    Attributes:
+        micro_batches: Micro-batches of this rank.
+        packing: Constraints by which they were packed.
+        response_tokens: Number of response tokens over all ranks.
+        sequences: Number of sequences over all ranks.
+    """
 
     micro_batches: list[MicroBatch]
     packing: Packing
@@ -37,46 +44,50 @@ def build_mini_batches(
     packing: Packing,
     data_group: dist.ProcessGroup,
 ) -> list[MiniBatch]:
-    """The mini-batches of a training step, in the order of the groups; a collective over the data-parallel ranks.
+    """Build the mini-batches of a training step, in the order of the groups. A collective over ``data_group``.
 
     Args:
-        groups: (place in the batch from 0 over all ranks, group) of this rank; all groups have the same size.
-        estimator: of the advantage.
-        groups_per_mini_batch: the last mini-batch may have fewer.
-        packing: how streams are cut.
-        data_group: carries Python objects.
+        groups: (index in the batch of all ranks, from 0; group) for each group of this rank; all groups have the same
+            size.
+        estimator: Name of the advantage estimator, see `algo.advantage`.
+        groups_per_mini_batch: Number of groups of a mini-batch; the last one may have fewer.
+        packing: Constraints of the packed streams.
+        data_group: Data-parallel ranks, by a back end that carries Python objects.
     """
-    here = [sample for order, group in groups for sample in _samples(order, group, estimator)]
-    per_group = len(groups[0][1].completions) if groups else 0
-    parts: list[Any] = [None] * dist.get_world_size(data_group)
-    dist.all_gather_object(
-        parts, (per_group, [(s.number, s.input_length, len(s.response_ids)) for s in here]), group=data_group
-    )
-    per_mini_batch = groups_per_mini_batch * max(size for size, _ in parts)
-    sizes = {number: (length, tokens) for _, held in parts for number, length, tokens in held}
-    plans = [_plan(numbers, sizes, len(parts), packing) for numbers in _mini_batches(sorted(sizes), per_mini_batch)]
-    owner = {number: rank for plan in plans for rank, cut in enumerate(plan) for part in cut for number in part}
-    outgoing: list[list[Sample]] = [[] for _ in parts]
-    for sample in here:
-        outgoing[owner[sample.number]].append(sample)
-    mine = {s.number: s for received in exchange(outgoing, data_group) for s in received}
-    rank = dist.get_rank(data_group)
+    here = [sequence for index, group in groups for sequence in _training_sequences(index, group, estimator)]
+    group_size = len(groups[0][1].completions) if groups else 0
+    sizes, group_size = _sizes_on_all_ranks(here, group_size, data_group)
+    size, numbers = groups_per_mini_batch * group_size, sorted(sizes)
+    plans = [
+        _plan(numbers[start : start + size], sizes, dist.get_world_size(data_group), packing)
+        for start in range(0, len(numbers), max(1, size))
+    ]
+    mine = _move_sequences(here, plans, data_group)
     return [
         MiniBatch(
-            micro_batches=[packing.pack([mine[number] for number in part]) for part in plan[rank]],
+            micro_batches=[packing.pack([mine[n] for n in micro]) for micro in plan[dist.get_rank(data_group)]],
             packing=packing,
-            response_tokens=sum(sizes[number][1] for cut in plan for part in cut for number in part),
-            sequences=sum(len(part) for cut in plan for part in cut),
+            response_tokens=sum(sizes[n].response_tokens for by_rank in plan for micro in by_rank for n in micro),
+            sequences=sum(len(micro) for by_rank in plan for micro in by_rank),
         )
         for plan in plans
     ]
 
 
-def _samples(order: int, group: Group, estimator: str) -> list[Sample]:
+class _Size(NamedTuple):
+    input_length: int
+    response_tokens: int
+
+
+_Plan = list[list[list[int]]]
+"""Numbers of the sequences of each micro-batch of each rank, for one mini-batch."""
+
+
+def _training_sequences(index: int, group: Group, estimator: str) -> list[TrainingSequence]:
     advantages = group_advantages(np.array([grade.reward for grade in group.grades]), estimator)
     return [
-        Sample(
-            number=order * len(group.completions) + i,
+        TrainingSequence(
+            number=index * len(group.completions) + i,
             prompt_ids=group.prompt.token_ids,
             response_ids=completion.token_ids,
             rollout_logp=completion.logprobs,
@@ -87,19 +98,43 @@ def _samples(order: int, group: Group, estimator: str) -> list[Sample]:
     ]
 
 
-def _mini_batches(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), max(1, size))]
+def _sizes_on_all_ranks(
+    here: Sequence[TrainingSequence], group_size: int, data_group: dist.ProcessGroup
+) -> tuple[dict[int, _Size], int]:
+    """Return the size of every sequence by its number, and the group size, unknown to a rank without groups."""
+    sizes = {s.number: _Size(s.input_length, len(s.response_ids)) for s in here}
+    by_rank: list[Any] = [None] * dist.get_world_size(data_group)
+    dist.all_gather_object(by_rank, (sizes, group_size), group=data_group)
+    return {n: size for held, _ in by_rank for n, size in held.items()}, max(group_size for _, group_size in by_rank)
 
 
-def _plan(numbers: list[int], sizes: dict[int, tuple[int, int]], ranks: int, packing: Packing) -> list[list[list[int]]]:
-    """Sequence numbers of each micro-batch of each rank."""
-    owned = spread([sizes[n][0] for n in numbers], ranks, packing.quadratic)
-    cuts = micro_batch_plan([[sizes[numbers[i]][0] for i in part] for part in owned], packing)
-    return [[[numbers[part[i]] for i in micro] for micro in cut] for part, cut in zip(owned, cuts, strict=True)]
+def _plan(numbers: Sequence[int], sizes: dict[int, _Size], ranks: int, packing: Packing) -> _Plan:
+    lengths = [sizes[n].input_length for n in numbers]
+    owned = distribute(lengths, ranks, packing)
+    by_rank = plan_micro_batches([[lengths[i] for i in part] for part in owned], packing)
+    return [[[numbers[part[i]] for i in micro] for micro in plan] for part, plan in zip(owned, by_rank, strict=True)]
+
+
+def _move_sequences(
+    here: Sequence[TrainingSequence], plans: Sequence[_Plan], data_group: dist.ProcessGroup
+) -> dict[int, TrainingSequence]:
+    """Send every sequence to the rank that trains on it; return this rank's sequences by number."""
+    owner = {n: rank for plan in plans for rank, by_rank in enumerate(plan) for micro in by_rank for n in micro}
+    outgoing: list[list[TrainingSequence]] = [[] for _ in range(dist.get_world_size(data_group))]
+    for sequence in here:
+        outgoing[owner[sequence.number]].append(sequence)
+    return {s.number: s for received in exchange(outgoing, data_group) for s in received}
 
 
 def exchange(outgoing: Sequence[Any], group: dist.ProcessGroup) -> list[Any]:
-    """Sends ``outgoing[r]`` to rank r of ``group`` and returns what each rank sent here, in rank order."""
+    """Send ``outgoing[r]`` to rank r of ``group``, and return the objects sent to this rank. A collective.
+
+    Args:
+        outgoing: One object for each rank; anything that can be pickled.
+        group: Ranks that exchange, by a back end for CPU tensors.
+
+    Returns: The objects sent to this rank, in rank order.
+    """
     if len(outgoing) == 1:
         return list(outgoing)
     payloads = [pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL) for item in outgoing]

@@ -1,7 +1,7 @@
-"""One step of the run before the run: its own trainer, layout, engine and servers, on a few prompts.
+"""Rehearsal: one training step with the run's own trainer, layout, engine and servers, on a few prompts.
 
-What differs is listed in `rehearsal_settings`, and that answers are taken for right and wrong in turn (grading.py).
-The run folder is another, which is removed; servers get the weights of `model.path` back.
+It differs from the run in the settings that `rehearsal_settings` changes, and in its responses counting as correct and
+incorrect in turn (grading.py). Its run folder is temporary, and servers get the weights of `model.path` back.
 """
 
 import io
@@ -11,107 +11,79 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from megatron_rlvr.algo.loss import make_loss
-from megatron_rlvr.batching.batch import MicroBatch, Packing, Sample
 from megatron_rlvr.config import EvaluateSettings, RolloutSettings, Settings
-from megatron_rlvr.config.command_line import validate
+from megatron_rlvr.config.loading import validate
 from megatron_rlvr.distributed import accelerator
+from megatron_rlvr.engines.sglang.pool import ServerPool
 from megatron_rlvr.hf.families import rows_of
 from megatron_rlvr.hf.weights import TensorReader
 from megatron_rlvr.policy.build import DTYPES
-from megatron_rlvr.preflight.context import LESS_MEMORY, Site
-from megatron_rlvr.preflight.grading import ContrastingGraders
-from megatron_rlvr.preflight.results import Finding, in_gb
-from megatron_rlvr.preflight.servers import weights_on_servers
+from megatron_rlvr.preflight.context import PreflightContext
+from megatron_rlvr.preflight.grading import AlternatingGraders
+from megatron_rlvr.preflight.results import CheckResult
+from megatron_rlvr.preflight.servers import weight_versions
 from megatron_rlvr.startup.assembly import build_trainer
 
 _SHORT_RESPONSE = 64
-_LARGE_GAP_SHARE = 0.1
-_LEAST_LEFT = 0.1
+# Share of rollout.max_logprob_gap above which a mismatch is worth a warning.
+_LARGE_MISMATCH_SHARE = 0.1
 
 
 class Rehearsal:
-    """The run's trainer, made for one step. All methods are collectives over the world.
+    """The run's trainer, built for one step. All methods are collectives over the world.
 
     Attributes:
-        settings: of the rehearsal.
-        metrics: of its step.
-        held: what servers called their weights before it.
+        settings: Settings of the rehearsal.
+        graders: Graders of the rehearsal.
+        trainer: Trainer of the rehearsal.
+        metrics: Metrics of its step.
+        initial_weights: {URL: name of the weights that the server held before the step}
     """
 
-    def __init__(self, site: Site) -> None:
-        resolved, resources = site.resolved, site.resources
+    def __init__(self, context: PreflightContext) -> None:
+        resolved, resources = context.resolved, context.resources
         sync = resolved.settings.sync.dir
         self.settings = rehearsal_settings(
             resolved.settings,
-            site.new_folder(Path(resolved.settings.run.dir)),
-            site.new_folder(Path(sync)) if sync else None,
-            prompts=min(site.ranks.data_size, len(resolved.train)),
-            most_tokens=None if site.full_length else _SHORT_RESPONSE,
+            context.new_folder(Path(resolved.settings.run.dir)),
+            context.new_folder(Path(sync)) if sync else None,
+            prompts=min(context.ranks.data_size, len(resolved.train)),
+            max_tokens=None if context.full_length else _SHORT_RESPONSE,
         )
-        self.graders = ContrastingGraders(self.settings.reward, site.ranks.replica_rank)
+        self.graders = AlternatingGraders(self.settings.reward, context.ranks.replica_rank)
         resources.enter_context(self.graders)
         changed = replace(resolved, settings=self.settings, evaluation={}, start=None)
-        with redirect_stdout(io.StringIO()):  # no terminal: the run's bar would be drawn among the rows of the table
-            self.trainer = build_trainer(changed, self.graders, site.signals, site.ranks, resources)
+        with redirect_stdout(io.StringIO()):  # not a terminal, so that no progress bar appears within the table
+            self.trainer = build_trainer(changed, self.graders, context.signals, context.ranks, resources)
         self.metrics: dict[str, float] = {}
-        self.held: dict[str, str] = {}
+        self.initial_weights: dict[str, str] = {}
 
     def step(self) -> None:
-        """The step, after which servers hold the weights that it made."""
+        """Take the training step. Afterwards servers hold the new weights."""
         self.metrics = self.trainer.train_step(1)
 
-    def longest(self, settings: Settings) -> int:
-        """Scores and trains on the largest micro-batches that the run can meet, as many as a pipeline holds at once.
-
-        Args:
-            settings: of the run.
-
-        Returns: tokens of each.
-        """
-        policy, device = self.trainer.policy, accelerator.device()
-        packing = policy.packing(settings.batch.tokens_per_micro_batch)
-        batch = largest_micro_batch(settings, packing, policy.hf_config["vocab_size"])
-        batches = [batch] * max(policy.ranks.pipeline_size, packing.micro_batch_multiple)
-
-        def mask(rows: int) -> torch.Tensor:
-            return torch.arange(rows, device=device) % max(1, round(1 / settings.selection.fraction)) == 0
-
-        masks = [mask(len(b.rows)) for b in batches]
-        current = settings.selection.entropy == "current"
-        self.trainer.engine.release_memory()
-        scores = policy.score(batches)
-        policy.train_step(
-            batches,
-            (lambda _, entropy: mask(len(entropy))) if current else masks,
-            scores.logp,
-            make_loss(settings.loss),
-            sum(len(b.rows) for b in batches),
-        )
-        return len(batch.tokens)
-
     def restore(self) -> None:
-        """Gives servers the weights of `model.path`, under the name that they had before the step."""
+        """Push the weights of `model.path` to the servers, under the name that they had before the step."""
         policy = self.trainer.policy
-        weights = _weights_of_the_folder(self.settings, policy.hf_config) if policy.ranks.is_main else ()
+        weights = _weights_of_folder(self.settings, policy.hf_config) if policy.ranks.is_main else ()
         self.trainer.engine.update_weights(weights, 0)
 
 
 def rehearsal_settings(
-    settings: Settings, folder: Path, sync: Path | None, *, prompts: int, most_tokens: int | None
+    settings: Settings, folder: Path, sync: Path | None, *, prompts: int, max_tokens: int | None
 ) -> Settings:
-    """The run's settings with all that is not to happen taken out.
+    """Return the run's settings without evaluation, checkpoints, logs and everything else that a rehearsal leaves out.
 
     Args:
-        folder, sync: in place of `run.dir` and, if given, `sync.dir`.
-        prompts: groups of the only step.
-        most_tokens: of a response; None for the run's own.
+        folder: Replacement for `run.dir`.
+        sync: Replacement for `sync.dir`, if that is set.
+        prompts: Number of groups of the only step.
+        max_tokens: Maximum number of tokens of a response; None for the run's own.
     """
     values = settings.model_dump()
-    response = min(most_tokens or settings.rollout.max_response_tokens, settings.rollout.max_response_tokens)
+    response = min(max_tokens or settings.rollout.max_response_tokens, settings.rollout.max_response_tokens)
     changes: dict[str, dict[str, Any]] = {
         "run": {"dir": str(folder), "steps": 1, "eval_every": 0, "save_every": 0, "keep_every": 0, "export": False}
         | {"export_every": 0, "async_save": False},
@@ -119,7 +91,7 @@ def rehearsal_settings(
             "max_response_tokens": response,
             "dynamic_sampling": False,
             "max_rounds": RolloutSettings.model_fields["max_rounds"].default,
-            "max_logprob_gap": 1e9,  # the gap is a check of its own
+            "max_logprob_gap": 1e9,  # the mismatch is a check of its own
         },
         "batch": {"prompts": prompts, "mini_batch_prompts": prompts},
         "log": {"tensorboard": False, "wandb": False, "wandb_project": None, "rollouts": 0},
@@ -131,30 +103,8 @@ def rehearsal_settings(
     return validate({section: values[section] | changes.get(section, {}) for section in values})
 
 
-def largest_micro_batch(settings: Settings, packing: Packing, vocabulary: int) -> MicroBatch:
-    """A stream of random tokens: sequences as long as they get, up to the budget, or one that is longer than it."""
-    dice = np.random.default_rng(0)
-    most = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens - 1
-    count, rest = divmod(packing.capacity, packing.padded(most))
-    lengths = [most] * count + ([rest] if rest else []) if count else [most]
-    samples = []
-    for number, length in enumerate(lengths):
-        response = min(length, settings.rollout.max_response_tokens)
-        samples.append(
-            Sample(
-                number=number,
-                prompt_ids=dice.integers(vocabulary, size=length + 1 - response).astype(np.int32),
-                response_ids=dice.integers(vocabulary, size=response).astype(np.int32),
-                rollout_logp=np.full(response, -1.0, np.float32),
-                advantage=1.0 - 2.0 * (number % 2),
-                weight_versions=np.zeros(response, np.int32),
-            )
-        )
-    return packing.pack(samples)
-
-
-def _weights_of_the_folder(settings: Settings, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight in the order of the tables, in the precision of the run."""
+def _weights_of_folder(settings: Settings, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of every weight, in the order of the family's table and in the run's precision."""
     reader = TensorReader(settings.model.path)
     for (row,) in rows_of(config):
         for name in row.hugging_face:
@@ -164,99 +114,96 @@ def _weights_of_the_folder(settings: Settings, config: Any) -> Iterator[tuple[st
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
-def check_rehearsal(site: Site) -> Finding:
-    """Collect, score, select, train and sync, once, by the run's own code."""
-    before = weights_on_servers(site)
-    site.rehearsal = rehearsal = Rehearsal(site)
+def check_rehearsal(context: PreflightContext, pool: ServerPool | None) -> tuple[CheckResult, Rehearsal]:
+    """Sample, score, select, train and push weights, once, by the run's own code.
+
+    Args:
+        pool: Connections to the servers, on leaders.
+    """
+    before = weight_versions(context, pool)
+    rehearsal = Rehearsal(context)
     accelerator.reset_peak_memory()
     rehearsal.trainer.sync(version=0)
-    rehearsal.held = first = weights_on_servers(site)
+    rehearsal.initial_weights = weight_versions(context, pool)
     rehearsal.step()
-    second = weights_on_servers(site)
-    settings, metrics = rehearsal.settings, rehearsal.metrics
-    verdicts = [verdict for part in site.gather(rehearsal.graders.verdicts) for verdict in part]
+    after = weight_versions(context, pool)
+    return _judge(context, rehearsal, before, after), rehearsal
+
+
+def _judge(
+    context: PreflightContext, rehearsal: Rehearsal, before: dict[str, str], after: dict[str, str]
+) -> CheckResult:
+    settings, metrics, initial = rehearsal.settings, rehearsal.metrics, rehearsal.initial_weights
+    verdicts = [verdict for part in context.gather(rehearsal.graders.verdicts) for verdict in part]
     failures = [verdict.failure for verdict in verdicts if verdict.failure]
+    correct = sum(verdict.value is not None and verdict.value > 0 for verdict in verdicts)
     phases = ", ".join(f"{phase} {metrics[f'time/{phase}']:.1f} s" for phase in ("rollout", "score", "train", "sync"))
-    found = (
+    message = (
         f"{len(verdicts)} responses of up to {settings.rollout.max_response_tokens} tokens to {settings.batch.prompts} "
-        f"prompt(s), {sum(bool(v.value) and v.value > 0 for v in verdicts if v.value is not None)} right: {phases}"
+        f"prompt(s), {correct} correct: {phases}"
     )
     if metrics["rollout/groups"] < settings.batch.prompts:
-        remedy = "look at the lines above for what became of the others"
-        return Finding("rehearsal", "failed", f"{metrics['rollout/groups']:g} groups came back; {found}", remedy)
+        problem = f"only {metrics['rollout/groups']:g} groups were sampled; {message}"
+        return CheckResult("rehearsal", "failed", problem, "see the lines above for what happened to the others")
     if metrics["train/skipped_steps"]:
         remedy = "check the weights in model.path, and optimizer.learning_rate"
-        return Finding("rehearsal", "failed", f"the loss or the gradient is not finite; {found}", remedy)
+        return CheckResult("rehearsal", "failed", f"the loss or the gradient is not finite; {message}", remedy)
     if not metrics["train/grad_norm"] > 0:
-        remedy = "look at the lines above, and compare with a run on one rank"
-        return Finding("rehearsal", "failed", f"the gradient is zero; {found}", remedy)
-    if odd := _wrong_versions(before, first, second):
-        return Finding("rehearsal", "failed", odd, "start these servers again, and look at what they log")
+        remedy = "see the lines above, and compare with a run on one rank"
+        return CheckResult("rehearsal", "failed", f"the gradient is zero; {message}", remedy)
+    if wrong := _wrong_weights(before, initial, after):
+        return CheckResult("rehearsal", "failed", wrong, "restart these servers, and read their logs")
     if failures:
-        remedy = "correct the reward function, or raise reward.timeout_seconds"
-        return Finding("rehearsal", "warned", f"{found}; {len(failures)} graders failed: {failures[0]}", remedy)
-    if first:
-        found += f"; {len(first)} server(s) held the weights sent, {next(iter(first.values()))}, and then the next"
-    return Finding("rehearsal", "passed", found)
+        problem = f"{message}; {len(failures)} responses were not graded: {failures[0]}"
+        return CheckResult(
+            "rehearsal", "warned", problem, "correct the reward function, or raise reward.timeout_seconds"
+        )
+    if initial:
+        name = next(iter(initial.values()))
+        message += f"; {len(initial)} server(s) held the weights pushed, {name}, and then the next"
+    return CheckResult("rehearsal", "passed", message)
 
 
-def _wrong_versions(before: dict[str, str], first: dict[str, str], second: dict[str, str]) -> str | None:
-    """What is wrong with what servers call their weights: after each sync all alike, and as never before."""
-    for earlier, now in ((before, first), (first, second)):
+def _wrong_weights(before: dict[str, str], initial: dict[str, str], after: dict[str, str]) -> str | None:
+    """Return what is wrong with the servers' weights: each weight sync must give all of them the same new weights."""
+    for earlier, now in ((before, initial), (initial, after)):
         if len(set(now.values())) > 1:
-            return "servers hold different weights after one sync: " + ", ".join(f"{u}: {w}" for u, w in now.items())
-        kept = [url for url in now if now[url] == earlier[url]]
-        if kept:
-            return f"{', '.join(kept)} still held weights {now[kept[0]]} after a sync"
+            return "servers hold different weights after a weight sync: " + ", ".join(
+                f"{u}: {w}" for u, w in now.items()
+            )
+        unchanged = [url for url in now if now[url] == earlier[url]]
+        if unchanged:
+            return f"{', '.join(unchanged)} still held weights {now[unchanged[0]]} after a weight sync"
     return None
 
 
-def check_gap(site: Site) -> Finding:
-    """The engine's log-probabilities against the policy's, for the same tokens and weights."""
-    assert site.rehearsal is not None
-    metrics, limit = site.rehearsal.metrics, site.resolved.settings.rollout.max_logprob_gap
-    gap = metrics["rollout/logprob_gap_mean"]
-    found = (
-        f"{gap:.3g} nats on average, {metrics['rollout/logprob_gap_max']:.3g} at most; the run stops above {limit:g}"
-    )
-    other = "compare the precision of engine and policy (model.dtype, --dtype of the servers) and rollout.temperature"
-    if gap > limit:
-        return Finding("gap", "failed", found, f"the engine samples from another model: {other}")
-    if gap > _LARGE_GAP_SHARE * limit:
-        return Finding("gap", "warned", found, f"{other}, or set loss.rollout_correction to tis")
-    return Finding("gap", "passed", found)
+def check_mismatch(context: PreflightContext, rehearsal: Rehearsal) -> CheckResult:
+    """Compare the log-probabilities of engine and policy for the same tokens and weights."""
+    metrics, limit = rehearsal.metrics, context.resolved.settings.rollout.max_logprob_gap
+    mean, largest = metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]
+    message = f"{mean:.3g} nats on average, {largest:.3g} at most; the run stops above {limit:g}"
+    remedy = "compare the precision of engine and policy (model.dtype, --dtype of the servers) and rollout.temperature"
+    if mean > limit:
+        return CheckResult("mismatch", "failed", message, f"the engine samples from another model: {remedy}")
+    if mean > _LARGE_MISMATCH_SHARE * limit:
+        return CheckResult("mismatch", "warned", message, f"{remedy}, or set loss.rollout_correction to tis")
+    return CheckResult("mismatch", "passed", message)
 
 
-def check_memory(site: Site) -> Finding:
-    """What is left at the peak of the rehearsal, and of the largest micro-batches where they are tried."""
-    assert site.rehearsal is not None
-    facts = site.gather(accelerator.device_info())
-    found = f"at most {in_gb(max(fact.peak for fact in facts))} a rank in the rehearsal"
-    if accelerator.has_gpu() or site.longest:
-        accelerator.reset_peak_memory()
-        tokens = site.rehearsal.longest(site.resolved.settings)
-        facts = site.gather(accelerator.device_info())
-        found += f", {in_gb(max(fact.peak for fact in facts))} with micro-batches of {tokens} tokens, the run's largest"
-    else:
-        found += "; the largest micro-batches were not tried (--longest tries them)"
-    rank = min(range(len(facts)), key=lambda r: facts[r].free_at_peak / facts[r].total)
-    share = facts[rank].free_at_peak / facts[rank].total
-    found += f"; {in_gb(facts[rank].free_at_peak)} of {in_gb(facts[rank].total)} are left on rank {rank}"
-    if share < _LEAST_LEFT:
-        return Finding("memory", "warned", found, LESS_MEMORY)
-    return Finding("memory", "passed", found)
+def check_restored(context: PreflightContext, pool: ServerPool | None, rehearsal: Rehearsal) -> CheckResult:
+    """Push the weights with which a run of these settings starts, and check that servers hold them.
 
-
-def check_restored(site: Site) -> Finding:
-    """Servers hold the weights that a run of these settings begins with."""
-    assert site.rehearsal is not None
-    if site.resolved.settings.rollout.engine == "embedded":
-        return Finding("restored", "passed", "nothing to restore: no servers, and the rehearsal's folder is removed")
-    site.rehearsal.restore()
-    held = weights_on_servers(site)
-    other = [url for url in held if held[url] != site.rehearsal.held[url]]
-    if other:
-        found = f"{', '.join(other)} did not take the weights of model.path back"
-        return Finding("restored", "failed", found, "start these servers again")
-    found = f"{len(held)} server(s) hold the weights of model.path again, {next(iter(held.values()))}"
-    return Finding("restored", "passed", found + "; a run hands over its own before it samples")
+    Args:
+        pool: Connections to the servers, on leaders.
+    """
+    if context.resolved.settings.rollout.engine == "embedded":
+        message = "nothing to restore: no servers, and the rehearsal's folder is removed"
+        return CheckResult("restored", "passed", message)
+    rehearsal.restore()
+    held = weight_versions(context, pool)
+    wrong = [url for url in held if held[url] != rehearsal.initial_weights[url]]
+    if wrong:
+        problem = f"{', '.join(wrong)} did not load the weights of model.path again"
+        return CheckResult("restored", "failed", problem, "restart these servers")
+    message = f"{len(held)} server(s) hold the weights of model.path again, {next(iter(held.values()))}"
+    return CheckResult("restored", "passed", f"{message}; a run pushes its own before it samples")

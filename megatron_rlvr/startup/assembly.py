@@ -1,20 +1,23 @@
-"""The parts of a run, made as the settings say and put together: the one place that knows them all."""
+"""Assembly of a run: every part is made from the settings and connected to the others here, and nowhere else."""
 
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from megatron_rlvr.algo.loss import make_loss
+from megatron_rlvr.algo.loss import policy_loss
 from megatron_rlvr.checkpoint.files import HUGGING_FACE
+from megatron_rlvr.checkpoint.megatron.policy import export_policy
 from megatron_rlvr.checkpoint.store import Checkpoints
+from megatron_rlvr.config import LossSettings
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.distributed import accelerator, process_group
 from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
-from megatron_rlvr.engines.sglang.engine import SglangEngine, WeightSync, connect
+from megatron_rlvr.engines.sglang.connect import connect
+from megatron_rlvr.engines.sglang.engine import SglangEngine
 from megatron_rlvr.engines.sglang.pool import ServerPool
+from megatron_rlvr.engines.sglang.weight_sync.base import WeightSync
 from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
 from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
@@ -24,7 +27,7 @@ from megatron_rlvr.metrics import MetricsLog
 from megatron_rlvr.policy.build import DTYPES
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
-from megatron_rlvr.protocols import RolloutEngine
+from megatron_rlvr.protocols import PolicyLoss, RolloutEngine
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
 from megatron_rlvr.rollout.collector import Collector
@@ -49,7 +52,12 @@ _TOKENIZER_FILES = (
 def build_trainer(
     resolved: Resolved, graders: GraderPool, signals: Signals, ranks: Ranks, resources: ExitStack
 ) -> Trainer:
-    """The trainer, in a run folder that exists; ``resources`` closes what it holds. A collective over the world."""
+    """Make the trainer and all of its parts. A collective over the world.
+
+    Args:
+        resolved: Settings of the run, with a run folder that is prepared.
+        resources: Closes the parts.
+    """
     settings, start = resolved.settings, resolved.start
     engine = _engine(resolved, ranks, resources)
     policy = Policy(
@@ -82,20 +90,33 @@ def build_trainer(
         settings.run,
         is_main=ranks.is_main,
         start=start,
-        agree=raise_on_all_ranks,
+        raise_on_all_ranks=raise_on_all_ranks,
         finish=lambda folder: own_tokenizer(folder / HUGGING_FACE),
     )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
 
     def export(folder: Path) -> None:
-        with checkpoints.explaining(f"the export {folder.name}", folder.parent):
-            policy.save_hugging_face(folder, own_tokenizer)
+        with checkpoints.explaining_errors(f"the export {folder.name}", folder.parent):
+            export_policy(policy, folder, own_tokenizer)
 
     return Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals, export)
 
 
+def make_loss(settings: LossSettings) -> PolicyLoss:
+    """Bind the numbers of the settings to `algo.loss.policy_loss`."""
+    return partial(
+        policy_loss,
+        objective=settings.objective,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+        rollout_correction=settings.rollout_correction,
+        correction_cap=settings.correction_cap,
+    )
+
+
 def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEngine:
-    """The engine of the settings; ``resources`` closes it. Servers are asked who they are, a collective."""
+    """Make the rollout engine, which ``resources`` closes. A collective if it checks servers."""
     settings = resolved.settings
     if settings.rollout.engine == "embedded":
         return EmbeddedEngine(
@@ -108,14 +129,14 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
             max_batch_rows=settings.rollout.max_batch_rows,
         )
 
-    longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
-    pool = connect(settings.rollout, ranks, resolved.hf_config, longest=longest)
+    longest = settings.max_sequence_tokens
+    pool = connect(settings.rollout, ranks, resolved.hf_config, max_sequence_tokens=longest)
     engine = SglangEngine(
         pool,
         _weight_sync(resolved, pool, ranks),
         stop_token_ids=resolved.stop_token_ids,
         vocab_size=resolved.hf_config["vocab_size"],
-        longest=longest,
+        max_sequence_tokens=longest,
         colocated=settings.rollout.colocated,
     )
     resources.callback(engine.close)
@@ -123,7 +144,7 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
 
 
 def _weight_sync(resolved: Resolved, pool: ServerPool | None, ranks: Ranks) -> WeightSync:
-    """The way of weights to servers."""
+    """Make the weight sync to servers."""
     settings = resolved.settings
     if settings.sync.method == "disk":
         folder = Path(settings.sync.dir or Path(settings.run.dir) / "sync")
@@ -135,30 +156,36 @@ def _weight_sync(resolved: Resolved, pool: ServerPool | None, ranks: Ranks) -> W
 
 
 def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Policy, signals: Signals) -> Collector:
-    """The collector that suits the engine."""
+    """Make the collector: synchronous for the embedded engine, asynchronous for servers."""
     settings, engine = resolved.settings, sampler.engine
-    parts: dict[str, Any] = {
-        "sampler": sampler,
-        "cursor": PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle),
-        "ranks": ranks,
-        "rollout": settings.rollout,
-        "reward": settings.reward,
-        "prompts": settings.batch.prompts,
-        "seed": settings.run.seed,
-    }
+    cursor = PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle)
+    groups_per_batch, seed = settings.batch.prompts, settings.run.seed
     if not isinstance(engine, SglangEngine):
-        return SynchronousCollector(**parts)
+        return SynchronousCollector(
+            sampler, cursor, ranks, settings.rollout, groups_per_batch=groups_per_batch, seed=seed
+        )
 
     def sync() -> None:
         engine.update_weights(policy.export_weights(), engine.version)
 
     return AsynchronousCollector(
-        **parts, store=process_group.store(), sync=sync, stop_wanted=lambda: signals.stop_wanted
+        sampler,
+        cursor,
+        ranks,
+        settings.rollout,
+        groups_per_batch=groups_per_batch,
+        seed=seed,
+        store=process_group.store(),
+        sync=sync,
+        stop_wanted=lambda: signals.stop_wanted,
     )
 
 
 def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
-    """The run's own tokenizer, if it has one, in place of the model's: a file left of that would be read first."""
+    """Replace the model's tokenizer in a folder by that of `model.tokenizer`, if it is set.
+
+    All files of the model's tokenizer are removed, as one that is left could be read instead of the new ones.
+    """
     if resolved.settings.model.tokenizer is None:
         return
     for name in _TOKENIZER_FILES:

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from megatron_rlvr.algo.loss import SelectedTokens, make_loss
+from megatron_rlvr.algo.loss import SelectedTokens, cispo_loss, dapo_loss, gspo_loss, policy_loss
 from megatron_rlvr.config import LossSettings
 
 OBJECTIVES = ("dapo", "gspo", "cispo")
@@ -18,7 +18,7 @@ CORRECTIONS = ("none", "tis", "mis")
 
 @dataclass(frozen=True)
 class Token:
-    """What a loss knows of one token; without a rollout log-probability, the engine is the policy before the update."""
+    """Input of one token; without a rollout log-probability, the engine is the policy before the update."""
 
     logp: float
     old: float
@@ -29,7 +29,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss, gradient of each token's log-probability, metrics."""
+    """Loss, derivative by each token's log-probability, metrics."""
 
     loss: float
     slopes: list[float]
@@ -37,6 +37,8 @@ class Outcome:
 
 
 def run(tokens: list[Token], dtype=torch.float64, sequences: int | None = None, **settings) -> Outcome:
+    """Loss of tokens and its gradient; numbers that ``settings`` lacks are the defaults of `LossSettings`."""
+
     def vector(values):
         return torch.tensor(list(values), dtype=dtype)
 
@@ -48,7 +50,8 @@ def run(tokens: list[Token], dtype=torch.float64, sequences: int | None = None, 
         sequences=sequences or 1 + max((t.sequence for t in tokens), default=0),
     )
     logp = vector(t.logp for t in tokens).requires_grad_()
-    loss, metrics = make_loss(LossSettings(**settings))(logp, selected)
+    numbers = LossSettings(**settings).model_dump(exclude={"normalizer"})
+    loss, metrics = policy_loss(logp, selected, **numbers)
     loss.backward()
     assert logp.grad is not None
     assert all(not value.requires_grad for value in metrics.values())
@@ -63,9 +66,9 @@ def exactly(value):
     return pytest.approx(value, rel=1e-12, abs=1e-14)
 
 
-# Worked out by hand -------------------------------------------------------------------------------------------------
+# Computed by hand -------------------------------------------------------------------------------------------------
 
-# The ratio, the advantage, and by hand: the token's loss, its derivative by logp (r is its own derivative), clipped?
+# Ratio and advantage; by hand: the token's loss, its derivative by logp (r is its own derivative), 1 if clipped.
 DAPO = {
     "inside, A > 0": (1.1, 2.0, -2.2, -2.2, 0),
     "inside, A < 0": (0.9, -2.0, 1.8, 1.8, 0),
@@ -82,7 +85,7 @@ DAPO = {
 
 
 @pytest.mark.parametrize("region", DAPO)
-def test_dapo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region):
+def test_dapo_has_the_loss_and_gradient_computed_by_hand_in_each_region(region):
     ratio, advantage, expected, slope, clipped = DAPO[region]
     outcome = run(with_ratios(ratio, advantage=advantage))
     assert (outcome.loss, outcome.slopes) == (exactly(expected), exactly([slope]))
@@ -98,8 +101,8 @@ def test_without_dual_clip_the_loss_of_an_exploded_ratio_is_not_bounded():
     assert (outcome.loss, outcome.slopes) == (exactly(22.0), exactly([22.0]))
 
 
-# The ratios of a sequence's tokens, whose geometric mean is easy, the advantage; the loss and slope of each token, and
-# how many are clipped. Bounds 0.8 .. 1.28.
+# Ratios of a sequence's tokens, whose geometric mean is easy, and the advantage; by hand: loss and derivative of each
+# token, and how many are clipped. Bounds 0.8 .. 1.28.
 GSPO = {
     "inside, A > 0": ((1.21, 1.0), 2.0, -2.2, -2.2, 0),
     "inside, though each token is outside": ((2.0, 0.5), 2.0, -2.0, -2.0, 0),
@@ -114,7 +117,7 @@ GSPO = {
 
 
 @pytest.mark.parametrize("region", GSPO)
-def test_gspo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region):
+def test_gspo_has_the_loss_and_gradient_computed_by_hand_in_each_region(region):
     ratios, advantage, expected, slope, clipped = GSPO[region]
     outcome = run(with_ratios(*ratios, advantage=advantage), objective="gspo", clip_low=0.2, clip_high=0.28)
     n = len(ratios)
@@ -126,23 +129,23 @@ def test_gspo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region
     }
 
 
-# Ratio, advantage, and for logp = -1.5 by hand: loss, slope, cut at 5?
+# Ratio and advantage; by hand, for logp = -1.5: loss, derivative, 1 if truncated at 5.
 CISPO = {
-    "below the cut, A > 0": (3.0, 2.0, 9.0, -6.0, 0),
-    "below the cut, A < 0": (3.0, -2.0, -9.0, 6.0, 0),
-    "above, A > 0: cut, and still learning": (6.0, 2.0, 15.0, -10.0, 1),
-    "above, A < 0: cut, and still learning": (6.0, -2.0, -15.0, 10.0, 1),
+    "below the bound, A > 0": (3.0, 2.0, 9.0, -6.0, 0),
+    "below the bound, A < 0": (3.0, -2.0, -9.0, 6.0, 0),
+    "above, A > 0: truncated, with a gradient": (6.0, 2.0, 15.0, -10.0, 1),
+    "above, A < 0: truncated, with a gradient": (6.0, -2.0, -15.0, 10.0, 1),
     "far below: no lower bound": (0.01, -2.0, -0.03, 0.02, 0),
     "no advantage": (3.0, 0.0, 0.0, 0.0, 0),
 }
 
 
 @pytest.mark.parametrize("region", CISPO)
-def test_cispo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(region):
-    ratio, advantage, expected, slope, cut = CISPO[region]
+def test_cispo_has_the_loss_and_gradient_computed_by_hand_in_each_region(region):
+    ratio, advantage, expected, slope, truncated = CISPO[region]
     outcome = run(with_ratios(ratio, advantage=advantage, logp=-1.5), objective="cispo", clip_high=4.0)
     assert (outcome.loss, outcome.slopes) == (exactly(expected), exactly([slope]))
-    assert (outcome.metrics["clip_fraction"], outcome.metrics["ratio"]) == (cut, exactly(ratio))
+    assert (outcome.metrics["clip_fraction"], outcome.metrics["ratio"]) == (truncated, exactly(ratio))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -155,7 +158,7 @@ def test_cispo_has_the_loss_and_gradient_worked_out_by_hand_in_each_region(regio
         ("mis", 4.0, [1.0, 1.5, 3.0, 0.6, 0.4], 0),
     ],
 )
-def test_a_correction_multiplies_loss_and_gradient_by_the_weight_worked_out_by_hand(
+def test_a_correction_multiplies_loss_and_gradient_by_the_weight_computed_by_hand(
     objective, correction, cap, weights, beyond
 ):
     on_policy = [Token(-1.0, -1.0, 2.0, rollout=-1.0 - math.log(w)) for w in (1.0, 1.5, 3.0, 0.6, 0.4)]
@@ -173,7 +176,7 @@ def test_a_correction_multiplies_loss_and_gradient_by_the_weight_worked_out_by_h
 
 
 def weight_of(token: Token, correction: str, cap: float) -> tuple[float, bool]:
-    """The weight of one token, and whether the cap decided it."""
+    """Weight of one token, and True if the cap decided it."""
     if correction == "none" or token.rollout is None:
         return 1.0, False
     weight = math.exp(token.old - token.rollout)
@@ -184,7 +187,7 @@ def weight_of(token: Token, correction: str, cap: float) -> tuple[float, bool]:
 
 
 def reference(tokens: list[Token], objective="dapo", low=0.2, high=0.28, dual=None, correction="none", cap=2.0):
-    """Token by token: loss, derivatives by logp, metrics."""
+    """Outcome, computed token by token."""
     differences = defaultdict(list)
     for t in tokens:
         differences[t.sequence].append(t.logp - t.old)
@@ -216,7 +219,7 @@ def reference(tokens: list[Token], objective="dapo", low=0.2, high=0.28, dual=No
 
 
 def random_tokens(seed: int, n: int = 500, sequences: int = 40, spread: float = 1.0) -> list[Token]:
-    """Ratios from on policy to far off, differently so in each sequence; sequences of any length lie mixed up."""
+    """Tokens with ratios from on policy to far off policy, differently in each sequence, in random order."""
     source = random.Random(seed)
     width = [spread * source.choice([0.01, 0.3, 3.0]) for _ in range(sequences)]
     shift = [source.gauss(0.0, w) for w in width]
@@ -245,7 +248,7 @@ def random_tokens(seed: int, n: int = 500, sequences: int = 40, spread: float = 
     ],
 )
 @pytest.mark.parametrize(("correction", "cap"), [("none", None), ("tis", 2.0), ("mis", 2.0), ("mis", 1.3)])
-def test_random_tokens_have_the_loss_gradient_and_figures_of_the_formula(objective, low, high, dual, correction, cap):
+def test_random_tokens_have_the_loss_gradient_and_metrics_of_the_formula(objective, low, high, dual, correction, cap):
     tokens = random_tokens(seed=int(high * 1e4))
     outcome = run(
         tokens,
@@ -265,7 +268,7 @@ def test_random_tokens_have_the_loss_gradient_and_figures_of_the_formula(objecti
 
 
 def test_with_one_advantage_a_sequence_gspo_has_the_gradient_of_the_clipped_sequence_ratio():
-    """n min(s A, clip(s) A) for each sequence, whose tokens' gradients autograd finds through the whole mean."""
+    """The oracle is n min(s A, clip(s) A) for each sequence, differentiated by autograd through the whole mean."""
     tokens = [replace(t, advantage=math.cos(t.sequence)) for t in random_tokens(seed=3)]
     logp = torch.tensor([t.logp for t in tokens], dtype=torch.float64, requires_grad=True)
     objective = torch.zeros((), dtype=torch.float64)
@@ -283,7 +286,7 @@ def test_with_one_advantage_a_sequence_gspo_has_the_gradient_of_the_clipped_sequ
 
 
 def test_at_float32_the_default_bounds_of_gspo_decide_as_at_float64():
-    """On long sequences whose ratio lies 1e-5 to either side of a bound, among tokens that scatter by 0.1."""
+    """Long sequences have ratios within 1e-5 of a bound on either side, and tokens that scatter by 0.1."""
     source, tokens, expected = random.Random(0), [], []
     for sequence, (s, clipped) in enumerate([(1 + 3.9e-4, 0), (1 + 4.1e-4, 1), (1 - 2.9e-4, 0), (1 - 3.1e-4, 1)]):
         noise = [source.gauss(0.0, 0.1) for _ in range(5000)]
@@ -312,7 +315,7 @@ def test_ratios_and_weights_that_overflow_leave_loss_and_gradient_finite(setting
     ]
     outcome = run([*far, Token(-1.0, -1.0, 1.0, len(far))], torch.float32, **settings)
     assert all(math.isfinite(x) for x in (outcome.loss, *outcome.slopes, *outcome.metrics.values()))
-    assert outcome.slopes[-1] == -1.0, "the other tokens learn as ever"
+    assert outcome.slopes[-1] == -1.0, "the gradient of other tokens is unaffected"
 
 
 def test_without_dual_clip_an_overflow_is_finite_as_well():
@@ -323,13 +326,13 @@ def test_without_dual_clip_an_overflow_is_finite_as_well():
 
 
 @every_loss
-def test_whole_sequences_can_be_cut_into_micro_batches_in_any_way_and_order(settings):
+def test_loss_and_gradients_do_not_depend_on_how_sequences_fall_into_micro_batches(settings):
     """The sum over parts is the sum over all, and a token's gradient is the same in any company and order."""
     tokens = random_tokens(seed=1, n=60, sequences=7)
     whole = run(tokens, **settings)
     slope_of = dict(zip(tokens, whole.slopes, strict=True))
-    for cut in ([{0, 1, 2}, {3, 4, 5, 6}], [{6}, {0, 2, 4}, {1, 3, 5}], [{i} for i in range(7)]):
-        parts = [[t for t in reversed(tokens) if t.sequence in part] for part in cut]
+    for partition in ([{0, 1, 2}, {3, 4, 5, 6}], [{6}, {0, 2, 4}, {1, 3, 5}], [{i} for i in range(7)]):
+        parts = [[t for t in reversed(tokens) if t.sequence in part] for part in partition]
         outcomes = [run(part, sequences=9, **settings) for part in parts]
         assert whole.loss == exactly(math.fsum(o.loss for o in outcomes))
         for part, outcome in zip(parts, outcomes, strict=True):
@@ -339,13 +342,13 @@ def test_whole_sequences_can_be_cut_into_micro_batches_in_any_way_and_order(sett
 
 
 @pytest.mark.parametrize("objective", ["dapo", "cispo"])
-def test_where_the_ratio_is_a_tokens_own_no_token_knows_another(objective):
+def test_with_a_ratio_per_token_the_gradient_of_a_token_does_not_depend_on_others(objective):
     tokens = random_tokens(seed=2, n=40, sequences=3)
     assert run(tokens, objective=objective).slopes == [run([t], objective=objective).slopes[0] for t in tokens]
 
 
 @every_loss
-def test_no_tokens_are_a_loss_of_zero_that_can_be_differentiated(settings):
+def test_without_tokens_the_loss_is_a_differentiable_zero(settings):
     outcome = run([], sequences=3, **settings)
     assert (outcome.loss, outcome.slopes) == (0.0, [])
     assert set(outcome.metrics.values()) == {0.0}
@@ -371,3 +374,23 @@ def test_a_rollout_log_probability_that_is_not_a_number_is_not_hidden(correction
 def test_a_loss_sees_vectors_of_selected_tokens_only():
     names = ["old_logp", "rollout_logp", "advantages", "sequence", "sequences", "context_group"]
     assert [field.name for field in fields(SelectedTokens)] == names
+
+
+def test_every_objective_is_a_function_of_tensors_and_numbers():
+    """Two tokens of one sequence with ratios 2 and 1/2, against bounds of 0.8 and 1.28."""
+    old_logp = torch.zeros(2, dtype=torch.float64)
+    logp = torch.tensor([2.0, 0.5], dtype=torch.float64).log()
+    advantages, sequence = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    bounds = {"clip_low": 0.2, "clip_high": 0.28}
+    dapo = dapo_loss(logp, old_logp, advantages, dual_clip=None, **bounds)
+    gspo = gspo_loss(logp, old_logp, advantages, sequence, sequences=1, **bounds)
+    cispo = cispo_loss(logp, old_logp, advantages, clip_high=0.28)
+    assert dapo.loss.tolist() == exactly([-1.28, -0.5])
+    assert gspo.loss.tolist() == exactly([-1.0, -1.0])
+    assert cispo.loss.tolist() == exactly([-1.28 * math.log(2.0), -0.5 * math.log(0.5)])
+    assert [losses.clipped.tolist() for losses in (dapo, gspo, cispo)] == [[True, False], [False, False], [True, False]]
+    assert [losses.ratio.tolist() for losses in (dapo, gspo, cispo)] == [
+        exactly([2.0, 0.5]),
+        exactly([1.0, 1.0]),
+        exactly([2.0, 0.5]),
+    ]

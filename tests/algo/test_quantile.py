@@ -1,4 +1,4 @@
-"""The exact top fraction on one rank, against integers and a sort. Several ranks: tests/multi_rank."""
+"""The exact top fraction on one rank, against integer arithmetic and a sort. tests/multi_rank has several ranks."""
 
 import math
 import pickle
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_rlvr.algo.quantile import NonFiniteEntropyError, ceil_fraction, global_top_fraction_mask
 
 
-def test_a_fraction_means_what_is_written_not_its_binary_neighbour():
+def test_a_fraction_is_the_decimal_as_written_not_its_binary_neighbour():
     assert (math.ceil(0.07 * 100), ceil_fraction(0.07, 100)) == (8, 7)
     assert [ceil_fraction(0.1, n) for n in (0, 1, 10, 11, 30, 10**12)] == [0, 1, 1, 2, 3, 10**11]
     assert [ceil_fraction(0.2, n) for n in (5, 6, 35, 10**15 + 1)] == [1, 2, 7, 2 * 10**14 + 1]
@@ -50,7 +50,7 @@ def test_the_largest_are_kept_and_among_equals_those_of_the_smallest_id(values, 
 
 @pytest.mark.parametrize("size", [2**18, 2**18 + 1, 700_001])
 @pytest.mark.parametrize("distinct", [1, 3, 2**32])
-def test_more_values_than_a_block_holds_are_kept_as_by_a_sort(size, distinct):
+def test_values_of_several_blocks_are_kept_as_by_a_sort(size, distinct):
     random = np.random.default_rng(size)
     values = (random.integers(distinct, size=size) / distinct).astype(np.float32)
     ids = random.permutation(size) * 2**20
@@ -60,7 +60,7 @@ def test_more_values_than_a_block_holds_are_kept_as_by_a_sort(size, distinct):
     assert (info.threshold, info.ties) == (values[kept[-1]], np.count_nonzero(values == values[kept[-1]]))
 
 
-def test_the_inputs_are_left_as_they_were_also_where_every_value_is_a_candidate():
+def test_the_inputs_are_not_changed_even_if_every_value_is_a_candidate():
     values, ids = torch.full((1000,), 0.5), torch.arange(1000)
     global_top_fraction_mask(values, 0.2, token_ids=ids)
     assert torch.equal(values, torch.full((1000,), 0.5))

@@ -1,21 +1,24 @@
-"""Random selection, and one micro-batch on its own. Thresholds over ranks: tests/multi_rank."""
+"""Random selection, and selection in one micro-batch. Thresholds over ranks are tested in tests/multi_rank."""
 
 import pytest
 import torch
 
-from megatron_rlvr.algo.selection import micro_batch_mask, select, selection_scores
-from megatron_rlvr.config import SelectionSettings
+from megatron_rlvr.algo.selection import Keep, Selection, micro_batch_mask, select, selection_scores
 
-SAMPLES, POSITIONS, FRACTION = 400, 250, 0.2
-RANDOM = SelectionSettings(keep="random", fraction=FRACTION)
-# Token ids as the batch makes them: the sample above 20 bits of the position.
-IDS = (torch.arange(SAMPLES).unsqueeze(1) * 2**20 + torch.arange(POSITIONS)).flatten()
-# A run derives the seed from its own and the step.
+RESPONSES, POSITIONS, FRACTION = 400, 250, 0.2
+# Token ids as the batch makes them: the number of the sequence above 20 bits of the position.
+IDS = (torch.arange(RESPONSES).unsqueeze(1) * 2**20 + torch.arange(POSITIONS)).flatten()
+KEEP_A_FRACTION: tuple[Keep, ...] = ("top", "bottom", "random")
+# Seeds as a run derives them from its own seed and the step.
 SEEDS = [0, 1, 2, 12, 13, 1_000_003, 7_000_021 * 1_000_003 + 500, 2**63 - 1, 2**64 + 5]
 
 
+def selected(keep: Keep, entropies, token_ids, seed: int, fraction: float = FRACTION) -> Selection:
+    return select(entropies, token_ids, keep=keep, fraction=fraction, per_micro_batch=False, seed=seed, group=None)
+
+
 def chosen(seed: int, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return select(RANDOM, [torch.zeros(len(ids))], [ids], seed=seed, group=None).masks[0]
+    return selected("random", [torch.zeros(len(ids))], [ids], seed).masks[0]
 
 
 def assert_binomial(counts: torch.Tensor, trials: int, share: float) -> None:
@@ -27,11 +30,11 @@ def assert_binomial(counts: torch.Tensor, trials: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_tokens_are_spread_evenly_over_samples_positions_and_neighbours(seed):
-    mask = chosen(seed).view(SAMPLES, POSITIONS).double()
-    assert mask.sum() == SAMPLES * POSITIONS * FRACTION
+def test_random_tokens_are_distributed_evenly_over_responses_positions_and_neighbours(seed):
+    mask = chosen(seed).view(RESPONSES, POSITIONS).double()
+    assert mask.sum() == RESPONSES * POSITIONS * FRACTION
     assert_binomial(mask.sum(1), POSITIONS, FRACTION)
-    assert_binomial(mask.sum(0), SAMPLES, FRACTION)
+    assert_binomial(mask.sum(0), RESPONSES, FRACTION)
     for pairs in (mask[:, 1:] * mask[:, :-1], mask[1:] * mask[:-1]):
         assert float(pairs.mean()) == pytest.approx(FRACTION**2, abs=0.004)
 
@@ -45,21 +48,21 @@ def test_random_tokens_are_the_same_for_a_seed_and_independent_between_seeds():
             assert shared == pytest.approx(FRACTION**2, abs=0.004)
 
 
-# Ids in sequence, positions of many samples, and the same position of samples in sequence.
+# Consecutive ids, ids of many responses, and ids of the first tokens of consecutive responses.
 SEQUENCES = {
-    "one after the other": torch.arange(100_000),
+    "consecutive": torch.arange(100_000),
     "as in a batch": IDS,
-    "first of each sample": torch.arange(100_000) * 2**20,
+    "first of each response": torch.arange(100_000) * 2**20,
 }
 
 
 def noise(seed: int, ids: torch.Tensor) -> torch.Tensor:
-    return selection_scores(RANDOM, torch.zeros(len(ids)), ids, seed).double()
+    return selection_scores(torch.zeros(len(ids)), ids, keep="random", seed=seed).double()
 
 
 @pytest.mark.parametrize("ids", SEQUENCES.values(), ids=SEQUENCES.keys())
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_noise_of_ids_in_sequence_is_uniform_by_kolmogorov(seed, ids):
+def test_the_noise_of_related_ids_is_uniform_by_kolmogorov(seed, ids):
     n = len(ids)
     x = noise(seed, ids).sort().values
     steps = torch.arange(n + 1, dtype=torch.float64) / n
@@ -83,27 +86,25 @@ def test_the_noises_of_two_seeds_and_of_neighbouring_ids_are_independent_by_chi_
 def test_random_tokens_do_not_depend_on_the_order_of_micro_batches():
     order = torch.randperm(len(IDS), generator=torch.Generator().manual_seed(0))
     parts = list(IDS[order].split(30_011))
-    shuffled = select(RANDOM, [torch.rand(len(p)) for p in parts], parts, seed=5, group=None)
+    shuffled = selected("random", [torch.rand(len(p)) for p in parts], parts, seed=5)
     kept = torch.cat([ids[mask] for ids, mask in zip(parts, shuffled.masks, strict=True)])
     assert torch.equal(kept.sort().values, IDS[chosen(5)])
     assert shuffled.threshold is None
 
 
-def test_a_micro_batch_on_its_own_is_selected_as_a_scope_of_one_micro_batch():
+def test_a_micro_batch_alone_is_selected_like_a_mini_batch_of_one_micro_batch():
     entropy = torch.rand(101, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(101) * 3
-    for keep in ("top", "bottom", "random"):
-        alone = SelectionSettings(keep=keep, fraction=0.3, scope="micro_batch")
-        whole = SelectionSettings(keep=keep, fraction=0.3, scope="mini_batch")
-        mask = micro_batch_mask(alone, entropy, ids, seed=9)
-        assert torch.equal(mask, select(whole, [entropy], [ids], seed=9, group=None).masks[0])
+    for keep in KEEP_A_FRACTION:
+        mask = micro_batch_mask(entropy, ids, keep=keep, fraction=0.3, seed=9)
+        assert torch.equal(mask, selected(keep, [entropy], [ids], seed=9, fraction=0.3).masks[0])
         assert int(mask.sum()) == 31
 
 
 def test_without_tokens_nothing_is_selected():
-    for keep in ("top", "bottom", "random"):
+    for keep in KEEP_A_FRACTION:
         for entropies in ([], [torch.empty(0)]):
             ids = [torch.empty(0, dtype=torch.int64) for _ in entropies]
-            nothing = select(SelectionSettings(keep=keep, fraction=0.3), entropies, ids, seed=0, group=None)
+            nothing = selected(keep, entropies, ids, seed=0, fraction=0.3)
             assert (nothing.kept, nothing.total, nothing.entropy_kept) == (0, 0, 0.0)
             assert [len(mask) for mask in nothing.masks] == [0] * len(entropies)

@@ -1,4 +1,4 @@
-"""What is done to a tile of logits, by plain torch and by Triton's kernels, against the formulas in float64."""
+"""Arithmetic of a tile of logits, in plain torch and in Triton's kernels, against the formulas in float64."""
 
 from types import ModuleType
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from megatron_rlvr.algo import tiles, tiles_triton
 
-ROWS, COLUMNS = 6, 2500  # more columns than a Triton program takes at once, and no multiple of it
+ROWS, COLUMNS = 6, 2500  # more columns than a block of a Triton program, and not a multiple of it
 BOTH = pytest.mark.parametrize("kernels", [tiles, tiles_triton], ids=["torch", "triton"])
-# On a machine with a GPU Triton's interpreter is off: then its kernels are tested there.
+# On a machine with a GPU, Triton's interpreter is off and its kernels are tested on the GPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def logits(seed: int) -> Tensor:
-    """[ROWS, COLUMNS] float64: flat, peaked, far from zero, with forbidden tokens, and 1000 columns of only those."""
+    """[ROWS, COLUMNS] float64: flat, peaked, far from zero, with forbidden tokens, and with 1000 columns of those."""
     z = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     z[1] *= 8
     z[2] += 900
@@ -29,7 +29,7 @@ TARGETS = torch.tensor([0, COLUMNS - 1, 1000, 7, 3, 2000])
 
 
 def statistics_of(kernels: ModuleType, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tiles folded one after the other."""
+    """Statistics of the tiles, folded one after the other."""
     stats = tiles.empty_statistics(ROWS, dtype, torch.device(DEVICE))
     first = 0
     for z in parts:
@@ -48,14 +48,14 @@ def assert_statistics(stats: Tensor, z: Tensor, relative: float) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("cuts", [[COLUMNS], [1000, COLUMNS - 1000], [1, 999, 1300, 200]])
-def test_statistics_do_not_depend_on_how_the_columns_are_cut(kernels, cuts):
+@pytest.mark.parametrize("widths", [[COLUMNS], [1000, COLUMNS - 1000], [1, 999, 1300, 200]])
+def test_statistics_do_not_depend_on_how_the_columns_are_split(kernels, widths):
     z = logits(seed=1)
-    assert_statistics(statistics_of(kernels, list(z.split(cuts, dim=1)), torch.float32), z, relative=2e-4)
-    assert_statistics(statistics_of(kernels, list(z.split(cuts, dim=1)), torch.float64), z, relative=1e-12)
+    assert_statistics(statistics_of(kernels, list(z.split(widths, dim=1)), torch.float32), z, relative=2e-4)
+    assert_statistics(statistics_of(kernels, list(z.split(widths, dim=1)), torch.float64), z, relative=1e-12)
 
 
-def test_merging_the_statistics_of_ranks_is_folding_their_tiles():
+def test_merged_statistics_of_ranks_are_those_of_all_their_tiles():
     z = logits(seed=2)
     parts = []
     for first, part in zip((0, 1000, 1700), z.split([1000, 700, 800], dim=1), strict=True):

@@ -1,4 +1,4 @@
-"""Trimming against its definition."""
+"""Trim against its definition."""
 
 import math
 from dataclasses import replace
@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import PACKINGS, TOKENS, sample, unpacked
+from sequences import PACKINGS, TOKENS, training_sequence, unpacked
 
-from megatron_rlvr.batching.batch import pack, sample_and_position
+from megatron_rlvr.batching.batch import pack, sequence_and_position
 from megatron_rlvr.batching.packing import Packing, micro_batches_needed
-from megatron_rlvr.batching.trim import Work, trim
+from megatron_rlvr.batching.trim import MaskedBatches, trim
 
 
-def work_of(samples_by_batch, selected):
-    """Micro-batches with a mask from {(sample, position)} and log-probabilities that name both."""
-    batches = [pack(samples) for samples in samples_by_batch]
-    pairs = [[sample_and_position(token) for token in batch.token_ids.tolist()] for batch in batches]
-    return Work(
+def masked_batches(sequences_by_batch, selected):
+    """Micro-batches with a mask from {(sequence, position)} and old log-probabilities that identify both."""
+    batches = [pack(sequences) for sequences in sequences_by_batch]
+    pairs = [[sequence_and_position(token) for token in batch.token_ids.tolist()] for batch in batches]
+    return MaskedBatches(
         batches,
         [torch.tensor([pair in selected for pair in part], dtype=torch.bool) for part in pairs],
         [torch.tensor([-(n + 0.001 * t) for n, t in part], dtype=torch.float32) for part in pairs],
@@ -26,12 +26,16 @@ def work_of(samples_by_batch, selected):
 
 
 def test_a_trimmed_stream_ends_with_the_last_selected_token():
-    """Written out by hand: sample 3 loses its last token, 1 has no advantage, 2 has no selected token."""
-    samples = [
-        [sample(1, [1], [2, 3], advantage=0.0), sample(3, [4, 5], [6, 7, 8], advantage=-1.0)],
-        [sample(2, [9], [10])],
+    """By hand: sequence 3 loses its last token, 1 has no advantage, 2 has no selected token."""
+    sequences = [
+        [training_sequence(1, [1], [2, 3], advantage=0.0), training_sequence(3, [4, 5], [6, 7, 8], advantage=-1.0)],
+        [training_sequence(2, [9], [10])],
     ]
-    trimmed = trim(work_of(samples, {(1, 0), (1, 1), (3, 1)}), Packing(100, pad_multiple=4), agree=lambda needed: 2)
+    trimmed = trim(
+        masked_batches(sequences, {(1, 0), (1, 1), (3, 1)}),
+        Packing(100, pad_multiple=4),
+        maximum_over_ranks=lambda needed: 2,
+    )
     first, second = trimmed.batches
     assert first.tokens.tolist() == [4, 5, 6, 0]
     assert first.targets.tolist() == [5, 6, 7, 0]
@@ -47,30 +51,30 @@ def test_a_trimmed_stream_ends_with_the_last_selected_token():
 
 @settings(deadline=None)
 @given(data=st.data(), packing=PACKINGS)
-def test_trimming_leaves_the_needed_tokens_and_all_before_them_and_nothing_else(data, packing):
+def test_trim_keeps_the_needed_tokens_and_all_before_them_and_nothing_else(data, packing):
     parts = data.draw(st.lists(st.tuples(TOKENS, TOKENS, st.sampled_from([0.0, -1.5, 0.5, math.inf])), max_size=8))
-    samples = [sample(5 * i + 1, *part) for i, part in enumerate(parts)]
-    cut_at = data.draw(st.integers(0, len(samples)))
-    tokens = [(s.number, t) for s in samples for t in range(len(s.response_ids))]
+    sequences = [training_sequence(5 * i + 1, *part) for i, part in enumerate(parts)]
+    cut_at = data.draw(st.integers(0, len(sequences)))
+    tokens = [(s.number, t) for s in sequences for t in range(len(s.response_ids))]
     selected = set(data.draw(st.lists(st.sampled_from(tokens)))) if tokens else set()
-    asked = []
+    counts = []
 
-    def agree(needed):
-        asked.append(needed)
+    def maximum_over_ranks(needed):
+        counts.append(needed)
         return needed + packing.micro_batch_multiple
 
-    trimmed = trim(work_of([samples[:cut_at], samples[cut_at:]], selected), packing, agree)
-    (needed,) = asked
+    trimmed = trim(masked_batches([sequences[:cut_at], sequences[cut_at:]], selected), packing, maximum_over_ranks)
+    (needed,) = counts
     assert len(trimmed.batches) == needed + packing.micro_batch_multiple
 
     wanted = {}
-    for s in samples:
+    for s in sequences:
         positions = [t for n, t in selected if n == s.number and s.advantage != 0]
         if positions:
             wanted[s.number] = (s, max(positions) + 1)
     found = []
     for batch, mask, old_logp in zip(trimmed.batches, trimmed.masks, trimmed.old_logp, strict=True):
-        pairs = [sample_and_position(token) for token in batch.token_ids.tolist()]
+        pairs = [sequence_and_position(token) for token in batch.token_ids.tolist()]
         assert mask.tolist() == [pair in selected for pair in pairs]
         np.testing.assert_array_equal(old_logp, np.array([-(n + 0.001 * t) for n, t in pairs], dtype=np.float32))
         for i in range(len(batch.sequence.unique())):
@@ -88,7 +92,10 @@ def test_trimming_leaves_the_needed_tokens_and_all_before_them_and_nothing_else(
     )
 
 
-def test_trimming_keeps_the_version_of_the_weights_of_each_token():
+def test_trim_keeps_the_weight_version_of_each_token():
     versions = np.array([17, 18, 18], dtype=np.int32)
-    whole = work_of([[replace(sample(4, [1], [2, 3, 4]), weight_versions=versions)]], {(4, 1)})
-    assert trim(whole, Packing(9), agree=lambda needed: needed).batches[0].weight_versions.tolist() == [17, 18]
+    whole = masked_batches([[replace(training_sequence(4, [1], [2, 3, 4]), weight_versions=versions)]], {(4, 1)})
+    assert trim(whole, Packing(9), maximum_over_ranks=lambda needed: needed).batches[0].weight_versions.tolist() == [
+        17,
+        18,
+    ]

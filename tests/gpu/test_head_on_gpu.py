@@ -1,4 +1,4 @@
-"""The head on a GPU: the cases of the CPU's tests on both back ends, in fp32 and bfloat16."""
+"""The head on a GPU: the cases of the tests on a CPU, for both back ends, in fp32 and bfloat16."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_entropies_of_peaked_tokens_keep_their_digits_in_fp32(kernels):
 
 @BOTH
 def test_bfloat16_inputs_are_accumulated_in_fp32(kernels):
-    """Scores have fp32's digits; the logits' gradient enters its products in bfloat16, as in any such training."""
+    """Scores have fp32's digits; the gradient of the logits enters its matrix products in bfloat16, as is common."""
     case = replace(random_case(5000, None, 50, torch.bfloat16), temperature=0.7, kernels=kernels)
     actual, wanted = head_of(case, device="cuda"), expected(case)
     assert actual.logp.dtype == torch.float32

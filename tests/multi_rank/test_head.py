@@ -1,6 +1,6 @@
 """The tiled, vocabulary-parallel head against a float64 softmax over whole logits, differentiated by autograd.
 
-On a CPU the Triton kernels run in Triton's interpreter, a thousand times slower: they get every fifth case.
+On a CPU the Triton kernels run in Triton's interpreter, a thousand times slower, so they get every fifth case.
 """
 
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 
 POSITIONS, HIDDEN, PADDED_VOCAB = 24, 8, 64
 WHOLE_TILES = head.TILE_SHAPE["cpu"]
-TINY_TILES = (7, 5)  # rows, columns: neither divides anything
+TINY_TILES = (7, 5)  # rows, columns: neither divides a size
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the head over all ranks: whole inputs, and the gradient that comes back."""
+    """One call of the head over all ranks: whole inputs, and the upstream gradient."""
 
     hidden: Tensor
     weight: Tensor
@@ -42,7 +42,7 @@ KERNELS = {"torch": tiles, "triton": tiles_triton}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank got: its results, and its part of the gradients."""
+    """Results of one rank, and its part of the gradients."""
 
     logp: Tensor
     entropy: Tensor
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def head_of(case: Case, group=None, device: str = "cpu") -> Outcome:
-    """The head on one rank of ``group``, with its shard of the inputs, computed on ``device``."""
+    """Run the head on one rank of ``group``, with its shard of the inputs, on ``device``."""
     rank, size = (torch.distributed.get_rank(group), group.size()) if group is not None else (0, 1)
     hidden = case.hidden.chunk(size)[rank] if case.sequence_parallel else case.hidden
     hidden = hidden.to(device, copy=True).requires_grad_()
@@ -89,7 +89,7 @@ def on_ranks(cases: list[Case]) -> list[Outcome]:
 
 
 def expected(case: Case) -> Outcome:
-    """The definition: whole logits in float64. A forbidden token (logit -inf) adds 0 ln 0 = 0 to the entropy."""
+    """Outcome by definition: whole logits in float64. A forbidden token (logit -inf) adds 0 ln 0 = 0 to the entropy."""
     hidden = case.hidden.double().requires_grad_()
     weight = case.weight.double().requires_grad_()
     every = hidden if case.rows is None else hidden[case.rows]
@@ -105,7 +105,7 @@ def expected(case: Case) -> Outcome:
 
 
 def joined(case: Case, outcomes: list[Outcome]) -> Outcome:
-    """The whole from the ranks' parts; what every rank must hold alike is compared bit by bit."""
+    """Outcome of all ranks from their parts; results that must be equal on every rank are compared bit by bit."""
     first = outcomes[0]
     for other in outcomes[1:]:
         assert torch.equal(other.logp, first.logp) or not first.logp.isfinite().all()
@@ -122,19 +122,19 @@ def joined(case: Case, outcomes: list[Outcome]) -> Outcome:
 def assert_close(actual: Outcome, wanted: Outcome, tolerance: float) -> None:
     assert actual.entropy_has_gradient == wanted.entropy_has_gradient
     for name in ("logp", "entropy", "grad_hidden", "grad_weight"):
-        ours, oracle = getattr(actual, name).double(), getattr(wanted, name)
-        assert ours.shape == oracle.shape
-        assert torch.equal(ours.isnan(), oracle.isnan()), name
-        assert torch.equal(ours.isinf(), oracle.isinf()), name
-        ours, oracle = ours.nan_to_num(0, 0, 0), oracle.nan_to_num(0, 0, 0)
-        # Relative to the largest of a column: the columns of a hidden state may differ by hundreds of magnitudes.
+        found, oracle = getattr(actual, name).double(), getattr(wanted, name)
+        assert found.shape == oracle.shape
+        assert torch.equal(found.isnan(), oracle.isnan()), name
+        assert torch.equal(found.isinf(), oracle.isinf()), name
+        found, oracle = found.nan_to_num(0, 0, 0), oracle.nan_to_num(0, 0, 0)
+        # Relative to the largest of a column: columns of a hidden state may differ by hundreds of orders of magnitude.
         scale = oracle.abs().amax(0).clamp_min(1.0) if oracle.numel() else 1.0
-        worst = float(((ours - oracle).abs() / scale).max()) if oracle.numel() else 0.0
+        worst = float(((found - oracle).abs() / scale).max()) if oracle.numel() else 0.0
         assert worst <= tolerance, f"{name} differs by {worst:.2e}"
 
 
 def random_case(seed: int, rows: Tensor | None = None, vocab: int = PADDED_VOCAB, dtype=torch.float64) -> Case:
-    """Entropies from peaked to flat, and an upstream gradient that is zero for about half of the rows."""
+    """A case with entropies from peaked to flat, and an upstream gradient that is zero for about half of the rows."""
     random = torch.Generator().manual_seed(seed)
     spread = torch.linspace(0.1, 4.0, POSITIONS, dtype=torch.float64).unsqueeze(1)
     n = POSITIONS if rows is None else len(rows)
@@ -157,7 +157,7 @@ ROWS = (None, torch.tensor([20, 3, 4, 17, 0, 23, 11, 12, 13]), torch.tensor([], 
 
 
 def all_combinations() -> list[Case]:
-    """Every combination of layout, vocabulary padding, rows, temperature and entropy gradient; mostly tiny tiles."""
+    """All combinations of layout, vocabulary padding, rows, temperature and entropy gradient; mostly tiny tiles."""
     axes = product(VOCABS, ROWS, (1.0, 0.7), (True, False), (False, True))
     cases = []
     for seed, (vocab, rows, temperature, entropy_grad, sequence_parallel) in enumerate(axes):
@@ -175,14 +175,14 @@ def all_combinations() -> list[Case]:
 
 
 def with_forbidden_tokens() -> list[Case]:
-    """Logits of -inf from finite inputs (1e200 times -1e200): scattered, a whole tile, a whole rank, a target."""
+    """Cases with logits of -inf (1e200 * -1e200): scattered, a whole tile, a whole rank, a target."""
     cases = []
     for seed, shape, sequence_parallel in product(range(3), (WHOLE_TILES, TINY_TILES), (False, True)):
         case = random_case(1000 + seed)
         forbidden = torch.rand(PADDED_VOCAB, generator=torch.Generator().manual_seed(seed)) < 0.3
         forbidden[:10] = forbidden[48:] = True
         if seed == 1:
-            forbidden[:16] = True  # the first rank of four, where the merge starts
+            forbidden[:16] = True  # the first rank of four, with which the merge starts
         allowed = (~forbidden).nonzero().squeeze(1)
         case.hidden[:, 0] = 1e200
         case.weight[:, 0] = forbidden.double() * -1e200
@@ -204,7 +204,7 @@ def with_nan_upstream() -> list[Case]:
 
 
 def with_hidden_states_that_are_not_finite() -> list[Case]:
-    """Rows 20 and 3 are asked for but get no gradient, 1 and 2 are not asked for."""
+    """Cases where such rows (20, 3) are requested but get no gradient, or (1, 2) are not requested."""
     cases = []
     for sequence_parallel in (False, True):
         case = random_case(3000, ROWS[1])
@@ -230,7 +230,7 @@ def test_values_and_gradients_are_those_of_a_float64_softmax_over_whole_logits(r
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_rows_without_gradient_cannot_reach_a_gradient_whatever_they_hold(ranks: Ranks, size):
+def test_values_of_rows_without_gradient_cannot_reach_a_gradient(ranks: Ranks, size):
     cases = with_hidden_states_that_are_not_finite()
     by_rank = ranks.run(on_ranks, size, cases) if size > 1 else [[head_of(case) for case in cases]]
     for case, *outcomes in zip(cases, *by_rank, strict=True):
@@ -246,7 +246,7 @@ def without(outcome: Outcome) -> Outcome:
 
 
 def peaked_case() -> Case:
-    """fp32 logits near 100 whose largest leads by 10 to 20: entropies from 1e-2 down to 1e-7."""
+    """A case of fp32 logits near 100 whose largest leads by 10 to 20: entropies from 1e-2 down to 1e-7."""
     random = torch.Generator().manual_seed(7)
     case = random_case(4000, dtype=torch.float32)
     hidden = torch.zeros(POSITIONS, HIDDEN)
@@ -267,9 +267,9 @@ def test_entropies_of_peaked_tokens_keep_their_digits_in_fp32(ranks: Ranks, size
     assert wanted.entropy.min() < 1e-6 < 1e-2 < wanted.entropy.max()
     error = (actual.entropy - wanted.entropy).abs()
     assert error.max() < 5e-7
-    # What is lost is ln(1 + p) for p below the fp32 epsilon, against -p ln p: less than a tenth of it.
+    # The loss is ln(1 + p) for p below the fp32 epsilon, compared with -p ln p: less than a tenth of that.
     assert (error / wanted.entropy).max() < 0.1
-    # The usual formula, log-sum-exp minus mean logit, is a hundred times worse: the case is one that matters.
+    # The usual formula, log-sum-exp minus mean logit, is a hundred times worse, so the case discriminates.
     z = case.hidden @ case.weight.t()
     usual = z.logsumexp(1) - (z.softmax(1) * z).sum(1)
     assert (usual - wanted.entropy).abs().max() > 1e-5
@@ -277,7 +277,7 @@ def test_entropies_of_peaked_tokens_keep_their_digits_in_fp32(ranks: Ranks, size
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_bfloat16_inputs_are_computed_in_fp32_and_get_bfloat16_gradients(ranks: Ranks, size):
+def test_bfloat16_inputs_are_computed_in_fp32_and_have_bfloat16_gradients(ranks: Ranks, size):
     cases = [
         replace(random_case(5000, rows, 50, torch.bfloat16), temperature=0.7, sequence_parallel=sequence_parallel)
         for rows, sequence_parallel in product(ROWS, (False, True))

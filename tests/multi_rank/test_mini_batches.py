@@ -1,4 +1,4 @@
-"""Mini-batches are the same samples in the same order wherever the groups were sampled."""
+"""Mini-batches consist of the same sequences on whichever ranks the groups were sampled."""
 
 import numpy as np
 import pytest
@@ -12,25 +12,25 @@ GROUP_SIZE, BUDGET = 4, 150
 
 
 def groups_of(count: int) -> list[tuple[int, Group]]:
-    """Groups with prompts of 1 to 9 and responses of 1 to 70 tokens; every third one right, some shaped."""
+    """Groups with prompts of 1 to 9 and responses of 1 to 70 tokens; every third is correct, some rewards shaped."""
     random = np.random.default_rng(0)
     groups = []
     for order in range(count):
         prompt = Prompt(f"p{order}", random.integers(1000, size=random.integers(1, 10)).astype(np.int32), "", "test")
         completions, grades = [], []
-        for sample in range(GROUP_SIZE):
+        for index in range(GROUP_SIZE):
             length = int(random.integers(1, 71))
             tokens = random.integers(1000, size=length).astype(np.int32)
             logprobs = -random.random(length).astype(np.float32)
-            completions.append(Completion(prompt.id, sample, tokens, logprobs, "stop", np.zeros(len(tokens), np.int32)))
-            correct = (order + sample) % 3 == 0
-            grades.append(Grade(1.0 if correct else -1.0 - 0.25 * (sample == 3), correct))
+            completions.append(Completion(prompt.id, index, tokens, logprobs, "stop", np.zeros(len(tokens), np.int32)))
+            correct = (order + index) % 3 == 0
+            grades.append(Grade(1.0 if correct else -1.0 - 0.25 * (index == 3), correct))
         groups.append((order, Group(prompt, completions, grades)))
     return groups
 
 
 def sharded(groups, how: str, size: int) -> list[list]:
-    """The groups of each rank, in no order."""
+    """The groups of each rank, in reverse order."""
     owner = {"in turn": lambda i: i % size, "all on the last": lambda i: size - 1, "backwards": lambda i: -i % size}[
         how
     ]
@@ -38,7 +38,7 @@ def sharded(groups, how: str, size: int) -> list[list]:
 
 
 def build(shards: list[list], per_mini_batch: int, multiples: tuple[int, int, int]) -> list:
-    """For each mini-batch of this rank: sizes over all ranks, and for each micro-batch its samples."""
+    """For each mini-batch of this rank: sizes over all ranks, and the contents of each micro-batch."""
     with joined_process_group() as group:
         mini_batches = build_mini_batches(
             shards[group.rank()],
@@ -51,38 +51,38 @@ def build(shards: list[list], per_mini_batch: int, multiples: tuple[int, int, in
 
 
 def read(micro) -> tuple[list[int], dict]:
-    """(padded lengths, {sample number: (prompt and response, log-probabilities, advantage)})."""
-    samples = {}
+    """Return (padded lengths, {sequence number: (prompt and response, log-probabilities, advantage)})."""
+    sequences = {}
     lengths = np.diff(micro.cu_seqlens).tolist()
     assert len(micro.tokens) == sum(lengths)
     for i, start in enumerate(micro.cu_seqlens[:-1].tolist()):
         mine = micro.sequence == i
         if mine.any():
-            stop = micro.rows[mine][-1].item() + 1  # what follows is padding
+            stop = micro.rows[mine][-1].item() + 1  # padding follows
             whole = [micro.tokens[start].item(), *micro.targets[start:stop].tolist()]
             (advantage,) = set(micro.advantages[mine].tolist())
             number = micro.token_ids[mine][0].item() >> 20
-            samples[number] = (whole, micro.rollout_logp[mine].tolist(), advantage)
-    return lengths, samples
+            sequences[number] = (whole, micro.rollout_logp[mine].tolist(), advantage)
+    return lengths, sequences
 
 
-def expected_samples(groups) -> dict:
-    samples = {}
+def expected_sequences(groups) -> dict:
+    sequences = {}
     for order, group in groups:
         mean = sum(grade.reward for grade in group.grades) / GROUP_SIZE
         for i, (completion, grade) in enumerate(zip(group.completions, group.grades, strict=True)):
             whole = [*group.prompt.token_ids.tolist(), *completion.token_ids.tolist()]
-            samples[order * GROUP_SIZE + i] = (whole, completion.logprobs.tolist(), np.float32(grade.reward - mean))
-    return samples
+            sequences[order * GROUP_SIZE + i] = (whole, completion.logprobs.tolist(), np.float32(grade.reward - mean))
+    return sequences
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_mini_batches_are_the_same_wherever_groups_were_sampled(ranks: Ranks, size):
+def test_mini_batches_do_not_depend_on_the_ranks_that_sampled_the_groups(ranks: Ranks, size):
     cases = ((13, 4, (4, 1, 1)), (6, 3, (1, 1, 2)), (6, 6, (8, 6, 3)), (2, 8, (1, 4, 1)), (1, 1, (4, 1, 1)))
     for count, per_mini_batch, multiples in cases:
         pad_multiple, sequence_multiple, micro_batch_multiple = multiples
         groups = groups_of(count)
-        expected = expected_samples(groups)
+        expected = expected_sequences(groups)
         response_tokens = [sum(len(c.token_ids) for c in group.completions) for _, group in groups]
         for how in ("in turn", "all on the last", "backwards"):
             by_rank = ranks.run(build, size, sharded(groups, how, size), per_mini_batch, multiples)
@@ -91,17 +91,17 @@ def test_mini_batches_are_the_same_wherever_groups_were_sampled(ranks: Ranks, si
             for start, *parts in zip(starts, *by_rank, strict=True):
                 stop = min(start + per_mini_batch, count)
                 assert {tokens for tokens, _, _ in parts} == {sum(response_tokens[start:stop])}
-                assert {sequences for _, sequences, _ in parts} == {(stop - start) * GROUP_SIZE}
+                assert {total for _, total, _ in parts} == {(stop - start) * GROUP_SIZE}
                 assert len({len(micro_batches) for _, _, micro_batches in parts}) == 1, "as many on every rank"
                 assert len(parts[0][2]) % micro_batch_multiple == 0
                 micro_batches = [micro for _, _, micros in parts for micro in micros]
-                found = [number for _, samples in micro_batches for number in samples]
+                found = [number for _, sequences in micro_batches for number in sequences]
                 assert sorted(found) == list(range(start * GROUP_SIZE, stop * GROUP_SIZE))
-                for lengths, samples in micro_batches:
+                for lengths, sequences in micro_batches:
                     assert sum(lengths) % pad_multiple == 0
                     assert all(length % sequence_multiple == 0 for length in lengths)
                     assert sum(lengths) <= BUDGET
-                    for number, content in samples.items():
+                    for number, content in sequences.items():
                         assert content == expected[number]
 
 

@@ -1,4 +1,4 @@
-"""Losses of sequences that are cut over the ranks of a group, against the same tokens on one rank."""
+"""Losses of sequences that are sharded over the ranks of a group, against the same tokens on one rank."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from launcher import Ranks, joined_process_group
 from torch import Tensor
 
-from megatron_rlvr.algo.loss import SelectedTokens, make_loss
+from megatron_rlvr.algo.loss import SelectedTokens, policy_loss
 from megatron_rlvr.config import LossSettings
 
 TOKENS, SEQUENCES = 200, 9
@@ -25,8 +25,8 @@ SETTINGS = [
     LossSettings(objective="cispo"),
 ]
 
-# On which of two ranks a token lies, by its sequence and its place.
-CUTS: dict[str, Callable[[int, int], int]] = {
+# Rank of two that holds a token, by its sequence and its place.
+SHARDINGS: dict[str, Callable[[int, int], int]] = {
     "each sequence in halves": lambda sequence, place: int(place >= TOKENS // 2),
     "each sequence in turns": lambda sequence, place: place % 2,
     "whole sequences": lambda sequence, place: sequence % 2,
@@ -38,7 +38,7 @@ CUTS: dict[str, Callable[[int, int], int]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a loss on all tokens, and the rank that each lies on."""
+    """One call of a loss on all tokens, and the rank that holds each token."""
 
     settings: LossSettings
     logp: Tensor
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank got for its tokens."""
+    """Results of one rank for its tokens."""
 
     loss: float
     slopes: Tensor
@@ -56,14 +56,14 @@ class Outcome:
 
 
 def loss_of(case: Case, mine: Tensor, group: Any = None) -> Outcome:
-    """The loss of the tokens that ``mine`` marks; the others are on other ranks of ``group``."""
+    """Compute the loss of the tokens that ``mine`` marks; the others are on other ranks of ``group``."""
     tokens = replace(
         case.tokens,
         **{name: getattr(case.tokens, name)[mine] for name in ("old_logp", "rollout_logp", "advantages", "sequence")},
         context_group=group,
     )
     logp = case.logp[mine].requires_grad_()
-    loss, metrics = make_loss(case.settings)(logp, tokens)
+    loss, metrics = policy_loss(logp, tokens, **case.settings.model_dump(exclude={"normalizer"}))
     loss.backward()
     assert logp.grad is not None
     return Outcome(loss.item(), logp.grad, {name: float(value) for name, value in metrics.items()})
@@ -75,7 +75,7 @@ def on_ranks(cases: list[Case]) -> list[Outcome]:
 
 
 def random_case(seed: int, settings: LossSettings, rank_of: Callable[[int, int], int]) -> Case:
-    """Sequences whose mean ratio lies inside the bounds, or beyond them on either side."""
+    """A case of sequences whose mean ratio is inside the bounds, or beyond them on either side."""
     source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     sequence = torch.tensor([source.randrange(WITH_TOKENS) for _ in range(TOKENS)])
     width = (settings.clip_high if settings.objective == "gspo" else 0.3) * torch.linspace(-3, 3, WITH_TOKENS)
@@ -91,11 +91,11 @@ def random_case(seed: int, settings: LossSettings, rank_of: Callable[[int, int],
     )
 
 
-def test_sequences_cut_over_ranks_have_the_loss_and_gradient_they_have_on_one_rank(ranks: Ranks) -> None:
-    # Each case has tokens of its own: a rank that left out a collective would be answered by the next case's.
-    combinations = list(product(SETTINGS, CUTS))
-    cases = [random_case(seed, settings, CUTS[cut]) for seed, (settings, cut) in enumerate(combinations)]
-    names = [f"{settings.objective}, {cut}" for settings, cut in combinations]
+def test_sharded_sequences_have_the_loss_and_gradient_of_one_rank(ranks: Ranks) -> None:
+    # Each case has different tokens: a rank that skipped a collective would take part in that of the next case.
+    combinations = list(product(SETTINGS, SHARDINGS))
+    cases = [random_case(seed, settings, SHARDINGS[sharding]) for seed, (settings, sharding) in enumerate(combinations)]
+    names = [f"{settings.objective}, {sharding}" for settings, sharding in combinations]
     by_rank = ranks.run(on_ranks, 2, cases)
     for name, case, *parts in zip(names, cases, *by_rank, strict=True):
         whole = loss_of(case, torch.ones(TOKENS, dtype=torch.bool))
@@ -104,14 +104,14 @@ def test_sequences_cut_over_ranks_have_the_loss_and_gradient_they_have_on_one_ra
             slopes[case.rank == rank] = part.slopes
         torch.testing.assert_close(slopes, whole.slopes, rtol=1e-12, atol=0, msg=lambda m, name=name: f"{name}: {m}")
         assert sum(part.loss for part in parts) == pytest.approx(whole.loss, rel=1e-12), name
-        for figure, value in whole.metrics.items():
-            assert sum(part.metrics[figure] for part in parts) == pytest.approx(value, rel=1e-12, abs=1e-12), name
+        for metric, value in whole.metrics.items():
+            assert sum(part.metrics[metric] for part in parts) == pytest.approx(value, rel=1e-12, abs=1e-12), name
         assert 0 < whole.metrics["clip_fraction"] < TOKENS, "the case reaches several regions"
 
 
-def test_halves_of_a_sequence_that_do_not_know_each_other_would_be_clipped_otherwise() -> None:
-    """What the sum over ranks is for: the cases above can tell."""
-    case = random_case(0, SETTINGS[0], CUTS["each sequence in halves"])
+def test_without_the_sum_over_ranks_the_halves_of_a_sequence_would_be_clipped_differently() -> None:
+    """The cases above can detect a missing sum over ranks."""
+    case = random_case(0, SETTINGS[0], SHARDINGS["each sequence in halves"])
     whole = loss_of(case, torch.ones(TOKENS, dtype=torch.bool))
     alone = sum(loss_of(case, case.rank == rank).metrics["clip_fraction"] for rank in (0, 1))
     assert alone != whole.metrics["clip_fraction"]

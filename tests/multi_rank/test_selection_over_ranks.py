@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,7 @@ from launcher import Ranks, joined_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rlvr.algo.quantile import NonFiniteEntropyError, global_top_fraction_mask
-from megatron_rlvr.algo.selection import select
-from megatron_rlvr.config import SelectionSettings
+from megatron_rlvr.algo.selection import Keep, select
 
 SIZES = (1, 2, 3, 4)
 FRACTIONS = (0.1, 0.2, 0.3, 0.7, 1.0, 1e-9)
@@ -21,7 +21,7 @@ FRACTIONS = (0.1, 0.2, 0.3, 0.7, 1.0, 1e-9)
 
 @dataclass(frozen=True)
 class Tokens:
-    """All tokens, their ids, and which of 4 ranks holds each (modulo the number of ranks there are)."""
+    """All tokens, their ids, and the rank of 4 that holds each (modulo the number of ranks)."""
 
     values: np.ndarray
     ids: np.ndarray
@@ -33,7 +33,7 @@ class Tokens:
 
 
 def tokens_of(values: np.ndarray, seed: int, owner: np.ndarray | None = None) -> Tokens:
-    """Ids in no order and far apart, tokens scattered over ranks in no order."""
+    """Tokens with random, distant ids, on random ranks unless ``owner`` is given."""
     random = np.random.default_rng(seed)
     ids = random.choice(2**44, size=len(values), replace=False).astype(np.int64)
     owner = random.integers(4, size=len(values)) if owner is None else owner
@@ -60,14 +60,14 @@ def kinds_of_tokens() -> dict[str, Tokens]:
 
 
 def kept_by_a_sort(tokens: Tokens, fraction: float) -> tuple[set[int], float]:
-    """The first ceil(fraction N) in the order (largest value, smallest id), and the last value among them."""
+    """Ids of the first ceil(fraction N) in the order (largest value, smallest id), and the last value among them."""
     order = sorted(range(len(tokens.values)), key=lambda i: (-tokens.values[i], tokens.ids[i]))
     first = order[: math.ceil(Fraction(str(fraction)) * len(order))]
     return {int(tokens.ids[i]) for i in first}, float(tokens.values[first[-1]]) if first else math.inf
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what is really handed to the back end: calls, and bytes of their tensors on this rank."""
+    """Counts the calls that reach the back end, and the bytes of their tensors on this rank."""
 
     calls = bytes = 0
 
@@ -79,7 +79,7 @@ class Collectives(TorchDispatchMode):
 
 
 def top_fractions(kinds: dict[str, Tokens]) -> dict:
-    """{(kind, fraction): (ids kept here, what was decided, collectives, bytes sent)}."""
+    """Return {(kind, fraction): (ids kept on this rank, decision, collectives, bytes sent)}."""
     with joined_process_group() as group:
         found = {}
         for name, tokens in kinds.items():
@@ -92,22 +92,22 @@ def top_fractions(kinds: dict[str, Tokens]) -> dict:
 
 
 def with_bad_values(kinds: dict[str, Tokens]) -> list[int | None]:
-    """Which token each rank is told of where some hold values that are not finite, and a good call after each."""
+    """Return the token that the error names on this rank, for each kind of tokens; a good call follows each."""
     with joined_process_group() as group:
-        told = []
+        named: list[int | None] = []
         for tokens in kinds.values():
             values, ids = tokens.of_rank(group.rank(), group.size())
             try:
                 global_top_fraction_mask(values, 0.2, token_ids=ids, group=group)
-                told.append(None)
+                named.append(None)
             except NonFiniteEntropyError as error:
-                told.append(error.token_id)
+                named.append(error.token_id)
             global_top_fraction_mask(values.nan_to_num(0, 0, 0), 0.2, token_ids=ids, group=group)
-        return told
+        return named
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_exactly_the_ceiling_of_the_fraction_is_kept_and_no_sharding_changes_which(ranks: Ranks, size):
+def test_exactly_the_ceiling_of_the_fraction_is_kept_and_the_same_for_any_sharding(ranks: Ranks, size):
     kinds = kinds_of_tokens()
     by_rank = ranks.run(top_fractions, size, kinds)
     for name, tokens in kinds.items():
@@ -116,17 +116,17 @@ def test_exactly_the_ceiling_of_the_fraction_is_kept_and_no_sharding_changes_whi
             wanted, threshold = kept_by_a_sort(tokens, fraction)
             kept = [token for part in parts for token in part]
             assert sorted(kept) == sorted(wanted), (name, fraction)
-            assert all(info == infos[0] for info in infos), "every rank decides alike"
+            assert all(info == infos[0] for info in infos), "the same decision on every rank"
             assert (infos[0].kept, infos[0].total) == (len(wanted), len(tokens.values))
             assert infos[0].threshold == threshold
             assert infos[0].ties == int((tokens.values == np.float32(threshold)).sum())
-            assert (set(calls), set(sent)) == ({infos[0].collectives}, {infos[0].bytes_sent}), "as it says itself"
+            assert (set(calls), set(sent)) == ({infos[0].collectives}, {infos[0].bytes_sent}), "as reported"
             assert max(calls) <= 12
             assert max(sent) <= 128 * 1024
 
 
 def costs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Collectives and bytes of this rank for many values, with ties that fit and with ties to split."""
+    """Collectives and bytes of this rank for values without ties and for values that all tie, of several sizes."""
     with joined_process_group() as group:
         found = []
         for n in sizes:
@@ -138,12 +138,12 @@ def costs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
         return found
 
 
-def test_what_travels_does_not_depend_on_how_many_tokens_there_are(ranks: Ranks):
+def test_the_traffic_does_not_depend_on_the_number_of_tokens(ranks: Ranks):
     distinct, split = (3, 8 * (2048 + 2048 + 1024)), (10, 8 * (2048 + 2048 + 1024 + 16 + 6 * 1024))
     assert ranks.run(costs, 2, (10, 1000, 300_000)) == [[distinct, split] * 3] * 2
 
 
-def test_a_value_that_is_not_finite_is_an_error_on_every_rank_and_none_hangs(ranks: Ranks):
+def test_a_value_that_is_not_finite_is_an_error_on_every_rank_and_no_rank_hangs(ranks: Ranks):
     kinds = {}
     for value in (np.nan, np.inf, -np.inf):
         for at in ([0], [99], range(10, 90, 7)):
@@ -152,31 +152,30 @@ def test_a_value_that_is_not_finite_is_an_error_on_every_rank_and_none_hangs(ran
             kinds[f"{value} at {at}"] = tokens
     for size in (1, 3):
         by_rank = ranks.run(with_bad_values, size, kinds)
-        for tokens, *told in zip(kinds.values(), *by_rank, strict=True):
-            assert told == [tokens.ids[~np.isfinite(tokens.values)].min()] * size, "the smallest id, on every rank"
+        for tokens, *named in zip(kinds.values(), *by_rank, strict=True):
+            assert named == [tokens.ids[~np.isfinite(tokens.values)].min()] * size, "the smallest id, on every rank"
 
 
 # Selection --------------------------------------------------------------------------------------------------------
 
-SETTINGS = {
-    "top": SelectionSettings(fraction=0.2),
-    "bottom": SelectionSettings(keep="bottom", fraction=0.8),
-    "random": SelectionSettings(keep="random", fraction=0.3),
-    "all": SelectionSettings(keep="all"),
-    "rollout batch": SelectionSettings(fraction=0.2, scope="rollout_batch"),
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "top": {"keep": "top", "fraction": 0.2, "per_micro_batch": False},
+    "bottom": {"keep": "bottom", "fraction": 0.8, "per_micro_batch": False},
+    "random": {"keep": "random", "fraction": 0.3, "per_micro_batch": False},
+    "all": {"keep": "all", "fraction": 1.0, "per_micro_batch": False},
 }
 
 
-def selections(tokens: Tokens, settings: dict[str, SelectionSettings], micro_batches: int, seed: int) -> dict:
-    """{name: (ids kept here, the selection without its masks)}, with this rank's tokens cut into micro-batches."""
+def selections(tokens: Tokens, how: dict[str, dict[str, Any]], micro_batches: int, seed: int) -> dict:
+    """Return {name: (ids kept on this rank, the selection without masks)}, with the tokens split into micro-batches."""
     with joined_process_group() as group:
         values, ids = tokens.of_rank(group.rank(), group.size())
-        # The last micro-batch is always empty, as of a rank that ran out of sequences.
-        cuts = [*np.linspace(0, len(ids), micro_batches + 1).astype(int), len(ids)]
-        parts = [slice(start, stop) for start, stop in pairwise(cuts)]
+        # The last micro-batch is always empty, as on a rank that has run out of sequences.
+        bounds = [*np.linspace(0, len(ids), micro_batches + 1).astype(int), len(ids)]
+        parts = [slice(start, stop) for start, stop in pairwise(bounds)]
         found = {}
-        for name, section in settings.items():
-            chosen = select(section, [values[p] for p in parts], [ids[p] for p in parts], seed=seed, group=group)
+        for name, arguments in how.items():
+            chosen = select([values[p] for p in parts], [ids[p] for p in parts], **arguments, seed=seed, group=group)
             assert [len(mask) for mask in chosen.masks] == [p.stop - p.start for p in parts]
             kept = [i for p, mask in zip(parts, chosen.masks, strict=True) for i in ids[p][mask].tolist()]
             found[name] = (
@@ -191,31 +190,31 @@ def selections(tokens: Tokens, settings: dict[str, SelectionSettings], micro_bat
 
 
 def one_selection(by_rank: list[dict], name: str) -> tuple[set[int], tuple]:
-    """The ids kept on all ranks, and the metrics, which are the same everywhere."""
-    metrics = {found[name][1:] for found in by_rank}
-    assert len(metrics) == 1
+    """Ids kept on all ranks, and the statistics, which are the same on every rank."""
+    statistics = {found[name][1:] for found in by_rank}
+    assert len(statistics) == 1
     kept = [i for found in by_rank for i in found[name][0]]
     assert len(kept) == len(set(kept))
-    return set(kept), metrics.pop()
+    return set(kept), statistics.pop()
 
 
-def test_the_selection_and_its_figures_are_the_same_for_any_ranks_and_micro_batches(ranks: Ranks):
+def test_the_selection_and_its_statistics_are_the_same_for_any_ranks_and_micro_batches(ranks: Ranks):
     tokens = tokens_of(np.random.default_rng(3).gamma(0.5, size=1000), 3)
     value_of = dict(zip(tokens.ids.tolist(), tokens.values.tolist(), strict=True))
     layouts = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 7)]
     random_sets = []
     for size, micro_batches in layouts:
-        by_rank = ranks.run(selections, size, tokens, SETTINGS, micro_batches, 7)
+        by_rank = ranks.run(selections, size, tokens, SELECTIONS, micro_batches, 7)
         kept = {}
-        for name in SETTINGS:
+        for name in SELECTIONS:
             kept[name], (total, count, threshold, entropy_kept, entropy_dropped) = one_selection(by_rank, name)
             entropies = [value_of[i] for i in kept[name]]
             assert (total, count) == (1000, len(kept[name]))
             assert entropy_kept == pytest.approx(math.fsum(entropies), rel=1e-12)
             assert entropy_dropped == pytest.approx(math.fsum(value_of.values()) - math.fsum(entropies), abs=1e-9)
-            border = {"top": min, "rollout batch": min, "bottom": max}.get(name)
+            border = {"top": min, "bottom": max}.get(name)
             assert threshold == (border(entropies) if border else None)
-        assert kept["top"] == kept["rollout batch"] == kept_by_a_sort(tokens, 0.2)[0]
+        assert kept["top"] == kept_by_a_sort(tokens, 0.2)[0]
         assert kept["bottom"] == set(value_of) - kept["top"], "the ablation is the complement of the method"
         assert kept["all"] == set(value_of)
         random_sets.append(kept["random"])
@@ -223,15 +222,15 @@ def test_the_selection_and_its_figures_are_the_same_for_any_ranks_and_micro_batc
     assert all(chosen == random_sets[0] for chosen in random_sets)
 
 
-def test_scope_micro_batch_takes_the_fraction_of_each_micro_batch_by_itself(ranks: Ranks):
+def test_per_micro_batch_the_fraction_of_each_micro_batch_is_selected_by_itself(ranks: Ranks):
     tokens = tokens_of(np.random.default_rng(4).random(101), 4)
-    settings = {"each": SelectionSettings(fraction=0.2, scope="micro_batch")}
-    by_rank = ranks.run(selections, 2, tokens, settings, 3, 0)
+    each = {"each": {"keep": "top", "fraction": 0.2, "per_micro_batch": True}}
+    by_rank = ranks.run(selections, 2, tokens, each, 3, 0)
     wanted = set()
     for rank in range(2):
         values, ids = (t.numpy() for t in tokens.of_rank(rank, 2))
-        cuts = np.linspace(0, len(ids), 4).astype(int)
-        for start, stop in pairwise(cuts):
+        bounds = np.linspace(0, len(ids), 4).astype(int)
+        for start, stop in pairwise(bounds):
             part = Tokens(values[start:stop], ids[start:stop], np.zeros(stop - start, dtype=np.int64))
             wanted |= kept_by_a_sort(part, 0.2)[0]
     kept, (total, count, threshold, *_) = one_selection(by_rank, "each")
@@ -239,27 +238,29 @@ def test_scope_micro_batch_takes_the_fraction_of_each_micro_batch_by_itself(rank
     assert (total, count, threshold) == (101, len(wanted), None)
 
 
-def refusals(keep: str, scope: str, bad_rank: int) -> str:
-    settings = SelectionSettings(keep=keep, scope=scope, **({} if keep == "all" else {"fraction": 0.5}))
+def refusal(keep: Keep, per_micro_batch: bool, bad_rank: int) -> str:
     with joined_process_group(timeout_seconds=60) as group:
         rank = group.rank()
         values, ids = torch.rand(6), torch.arange(6) + 100 * rank
         if rank == bad_rank:
             values[4] = torch.nan
         try:
-            select(settings, [values[:3], values[3:]], [ids[:3], ids[3:]], seed=0, group=group)
+            select(
+                [values[:3], values[3:]],
+                [ids[:3], ids[3:]],
+                keep=keep,
+                fraction=0.5,
+                per_micro_batch=per_micro_batch,
+                seed=0,
+                group=group,
+            )
         except ValueError as error:
             return str(error)
         return "nothing"
 
 
-def test_an_entropy_that_is_not_finite_stops_every_rank_with_every_setting(ranks: Ranks):
-    for keep, scope in (
-        ("top", "mini_batch"),
-        ("bottom", "micro_batch"),
-        ("random", "micro_batch"),
-        ("all", "mini_batch"),
-    ):
-        told = ranks.run(refusals, 2, keep, scope, 1)
-        assert len(set(told)) == 1
-        assert "token id 104 is not finite" in told[0]
+def test_an_entropy_that_is_not_finite_stops_every_rank_in_every_selection(ranks: Ranks):
+    for keep, per_micro_batch in (("top", False), ("bottom", True), ("random", True), ("all", False)):
+        messages = ranks.run(refusal, 2, keep, per_micro_batch, 1)
+        assert len(set(messages)) == 1
+        assert "token id 104 is not finite" in messages[0]

@@ -1,9 +1,9 @@
-"""Training sequences that name themselves, and packed streams read back token by token."""
+"""Training sequences whose values identify them, and packed streams read back token by token."""
 
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_rlvr.batching.batch import MicroBatch, Sample, sample_and_position
+from megatron_rlvr.batching.batch import MicroBatch, TrainingSequence, sequence_and_position
 from megatron_rlvr.batching.packing import Packing
 
 TOKENS = st.lists(st.integers(0, 200_000), min_size=1, max_size=7)
@@ -17,10 +17,10 @@ PACKINGS = st.builds(
 )
 
 
-def sample(number, prompt, response, advantage=0.5):
-    """Log-probabilities that name the sample and the position: 2.03 is position 3 of sample 2, negated."""
+def training_sequence(number, prompt, response, advantage=0.5):
+    """A sequence whose log-probabilities identify it: -2.03 is position 3 of sequence 2."""
     logp = -(number + 0.01 * np.arange(len(response)))
-    return Sample(
+    return TrainingSequence(
         number,
         np.array(prompt, dtype=np.int32),
         np.array(response, dtype=np.int32),
@@ -30,8 +30,8 @@ def sample(number, prompt, response, advantage=0.5):
     )
 
 
-def unpacked(packed: MicroBatch, i: int) -> Sample:
-    """Sequence ``i`` of a stream, token by token: each row says what is predicted, at its place in its sequence."""
+def unpacked(packed: MicroBatch, i: int) -> TrainingSequence:
+    """Sequence ``i`` of a stream, read token by token; checks padding, rows and token ids on the way."""
     start = packed.cu_seqlens[i].item()
     mine = [r for r in range(len(packed.rows)) if packed.sequence[r] == i]
     rows = packed.rows[mine].tolist()
@@ -46,11 +46,11 @@ def unpacked(packed: MicroBatch, i: int) -> Sample:
     assert rows == list(range(stop - len(rows), stop)), "the last positions predict the response, in order"
     ids = packed.token_ids[mine].tolist()
     assert [token & (2**20 - 1) for token in ids] == list(range(len(ids)))
-    assert [sample_and_position(token) for token in ids] == [(ids[0] >> 20, t) for t in range(len(ids))]
+    assert [sequence_and_position(token) for token in ids] == [(ids[0] >> 20, t) for t in range(len(ids))]
     (number,) = {token >> 20 for token in ids}
     (advantage,) = set(packed.advantages[mine].tolist())
     prompt = len(whole) - len(rows)
-    return Sample(
+    return TrainingSequence(
         number,
         np.array(whole[:prompt]),
         np.array(whole[prompt:]),

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of weight sync: a policy trains a step, and servers sample from what it became."""
+"""Functions for the ranks of weight sync tests: a policy trains for a step, and servers sample with its weights."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +20,13 @@ PROMPTS = 6
 
 @dataclass
 class Synced:
-    """What a rank saw. Sequences are numbered; {sequence number << 20 | place: log-probability}.
+    """Results of one rank. Log-probabilities are {sequence number << 20 | position: log-probability}.
 
     Attributes:
-        weights: of the policy after its step, by Hugging Face names.
-        sequences: prompt and response of each, for every method.
-        on_servers, in_policy: log-probabilities of the response tokens, for every method.
+        weights: Weights of the policy after its step, by Hugging Face names.
+        sequences: {method: prompt and response of each sequence}.
+        on_servers: {method: log-probabilities of the response tokens on the servers}.
+        in_policy: {method: log-probabilities of the response tokens in the policy}.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -35,7 +36,7 @@ class Synced:
 
 
 def sync_by(method: str, *, folder: Path, source: Path, pool: Any, ranks: Any, bucket_bytes: int) -> Any:
-    """A sync of one of the methods."""
+    """Return a weight sync of the given method."""
     from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
     from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
     from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
@@ -48,7 +49,7 @@ def sync_by(method: str, *, folder: Path, source: Path, pool: Any, ranks: Any, b
 def trained_and_synced(
     model: str, layout: Layout, urls: list[str], folder: str, methods: list[str], bucket_bytes: int
 ) -> Synced:
-    """One training step, then the new weights go to servers by each method, whose samples the policy scores."""
+    """Train for a step, push the weights to servers by each method, and score the servers' responses."""
     found = Synced()
     with policy_of(model, layout, Recipe(warmup_steps=0, learning_rate=1e-2)) as policy:
         export = policy.export_weights()
@@ -86,7 +87,7 @@ def _train(policy: Any) -> None:
 def _sampled(
     policy: Any, urls: list[str], method: str, folder: Path, version: int, bucket_bytes: int
 ) -> tuple[list[Any], dict[int, float]]:
-    """Groups of responses that servers gave under the policy's weights, on every rank, and their log-probabilities."""
+    """Return groups that servers sampled with the policy's weights, on every rank, and their log-probabilities."""
     import torch.distributed as dist
 
     from megatron_rlvr.config import RolloutSettings
@@ -104,9 +105,9 @@ def _sampled(
     )
     try:
         engine.update_weights(policy.export_weights(), version)
-        dice = np.random.default_rng(version)
+        rng = np.random.default_rng(version)
         prompts = [
-            Prompt(str(i), dice.integers(3, vocabulary, size=4 + i).astype(np.int32), "", "set") for i in range(PROMPTS)
+            Prompt(str(i), rng.integers(3, vocabulary, size=4 + i).astype(np.int32), "", "set") for i in range(PROMPTS)
         ]
         asked = [request for prompt in prompts for request in requests_for(prompt, GROUP_SIZE, 0, "test")]
         sampling = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=RESPONSE)
@@ -122,8 +123,8 @@ def _sampled(
         for prompt in prompts
     ]
     logprobs = {
-        (number << 20) + place: logprob
+        (number << 20) + position: logprob
         for number, completion in enumerate(completions)
-        for place, logprob in enumerate(completion.logprobs.tolist())
+        for position, logprob in enumerate(completion.logprobs.tolist())
     }
     return groups, logprobs

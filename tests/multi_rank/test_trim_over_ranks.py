@@ -1,6 +1,7 @@
-"""What carries no gradient is not run, and only the work changes; an entropy that is not finite stops every rank.
+"""Tokens without gradient are not run, and only the work changes; an entropy that is not finite stops every rank.
 
-With an epsilon far above any gradient Adam's first update is in proportion to it: so the exported weights tell it.
+With an epsilon far above any gradient, Adam's first update is proportional to the gradient, so the difference of the
+exported weights measures it.
 """
 
 import contextlib
@@ -38,12 +39,12 @@ LAYOUTS = (Layout(budget=90), Layout(data=2, budget=90), Layout(tensor=2, sequen
 
 
 def groups_with(*rewards: list[float]) -> list[Group]:
-    """Groups of random sequences with these rewards; those that are the mean of their group have no advantage."""
+    """Groups of random sequences with these rewards; a response whose reward is the group's mean has no advantage."""
     made = make_groups(len(rewards), RARE, seed=3)
     return [(prompt, responses, given) for (prompt, responses, _), given in zip(made, rewards, strict=True)]
 
 
-# The responses of an advantage, of none, and a group of none at all.
+# Responses with and without an advantage, and a group in which no response has one.
 GROUPS = groups_with(
     [1.0, -1.0, 1.0, -1.0],
     [1.0, 0.0, -1.0, 0.0],
@@ -73,23 +74,24 @@ def folder(tmp_path_factory) -> str:
 
 @dataclass
 class Seen:
-    """What one rank saw of a step."""
+    """Observations of one rank in a step."""
 
     data_rank: int
     scored: list[int]
-    """Tokens of each stream that was scored, with those of padding."""
+    """Tokens of each scored stream, padding included."""
     trained: list[int]
+    """Tokens of each trained stream, padding included."""
     selected: list[tuple[int, int]]
-    """(sample, position), of all mini-batches before trimming."""
+    """(sequence, position) of every token selected before the trim."""
     metrics: dict[str, float]
     weights: dict[str, torch.Tensor]
 
 
-def one_step(run: Run, trimming: bool, multiples: dict[str, int]) -> Seen:
-    """A step through the learner, on one mini-batch; trimmed streams are packed with other ``multiples``."""
+def one_step(run: Run, trimmed: bool, multiples: dict[str, int]) -> Seen:
+    """Take a step with the learner on one mini-batch; trimmed streams are packed with other ``multiples``."""
     from megatron_rlvr import learner
-    from megatron_rlvr.algo.loss import DapoLoss
-    from megatron_rlvr.batching.batch import sample_and_position
+    from megatron_rlvr.batching.batch import sequence_and_position
+    from megatron_rlvr.startup.assembly import make_loss
 
     settings = settings_of(run.recipe)
     with contextlib.ExitStack() as stack:
@@ -99,20 +101,20 @@ def one_step(run: Run, trimming: bool, multiples: dict[str, int]) -> Seen:
         trained: list[int] = []
         selected: list[tuple[int, int]] = []
 
-        def trim(work: Any, *arguments: Any) -> Any:
-            for batch, mask in zip(work.batches, work.masks, strict=True):
-                selected.extend(sample_and_position(token) for token in batch.token_ids[mask].tolist())
-            return trim_itself(work, *arguments) if trimming else work
+        def trim(whole: Any, *arguments: Any) -> Any:
+            for batch, mask in zip(whole.batches, whole.masks, strict=True):
+                selected.extend(sequence_and_position(token) for token in batch.token_ids[mask].tolist())
+            return real_trim(whole, *arguments) if trimmed else whole
 
         def train_step(batches: Any, *arguments: Any) -> dict[str, float]:
             trained.extend(len(batch.tokens) for batch in batches)
-            return train_step_itself(batches, *arguments)
+            return real_train_step(batches, *arguments)
 
-        trim_itself, train_step_itself = learner.trim, policy.train_step
+        real_trim, real_train_step = learner.trim, policy.train_step
         stack.enter_context(mock.patch.object(learner, "trim", trim))
         policy.train_step = train_step
         policy.start_step()
-        metrics = learner.Learner(settings, policy, DapoLoss(settings.loss)).learn(
+        metrics = learner.Learner(settings, policy, make_loss(settings.loss)).learn(
             1, [mini], lambda phase: contextlib.nullcontext()
         )
         return Seen(
@@ -126,23 +128,23 @@ def one_step(run: Run, trimming: bool, multiples: dict[str, int]) -> Seen:
 
 
 def step_on(
-    ranks: Ranks, folder: str, layout: Layout, recipe: Recipe, groups=GROUPS, trimming=True, **multiples: int
+    ranks: Ranks, folder: str, layout: Layout, recipe: Recipe, groups=GROUPS, trimmed=True, **multiples: int
 ) -> list[Seen]:
-    """What one rank of each replica saw."""
-    seen = ranks.run(one_step, layout.size, Run(folder, groups, recipe, layout), trimming, multiples)
+    """Observations of one rank of each data-parallel replica."""
+    seen = ranks.run(one_step, layout.size, Run(folder, groups, recipe, layout), trimmed, multiples)
     return list({one.data_rank: one for one in seen}.values())
 
 
 def needed_positions(groups: list[Group], seen: list[Seen]) -> int:
-    """Input positions up to the last selected token of every response with an advantage, counted by hand."""
+    """Number of input positions up to the last selected token of every response with an advantage."""
     last: dict[int, int] = {}
-    for sample, position in (pair for one in seen for pair in one.selected):
-        if advantage_of(groups, sample):
-            last[sample] = max(last.get(sample, 0), position)
-    return sum(len(groups[sample // GROUP_SIZE][0]) + position for sample, position in last.items())
+    for sequence, position in (pair for one in seen for pair in one.selected):
+        if advantage_of(groups, sequence):
+            last[sequence] = max(last.get(sequence, 0), position)
+    return sum(len(groups[sequence // GROUP_SIZE][0]) + position for sequence, position in last.items())
 
 
-def assert_figures_tell_the_work(groups: list[Group], seen: list[Seen]) -> None:
+def assert_metrics_report_the_work(groups: list[Group], seen: list[Seen]) -> None:
     whole = sum(len(prompt) + len(ids) - 1 for prompt, responses, _ in groups for ids in responses)
     for one in seen:
         assert one.metrics["train/tokens"] == needed_positions(groups, seen)
@@ -167,9 +169,7 @@ RECIPES = {
 def test_the_gradient_is_that_of_the_whole_mini_batch_and_the_work_is_what_it_needs(ranks: Ranks, folder, name):
     before = load_file(f"{folder}/model.safetensors")
     for layout in LAYOUTS:
-        whole, trimmed = (
-            step_on(ranks, folder, layout, RECIPES[name], trimming=trimming) for trimming in (False, True)
-        )
+        whole, trimmed = (step_on(ranks, folder, layout, RECIPES[name], trimmed=yes) for yes in (False, True))
         expected, found = gradient(before, whole[0]), gradient(before, trimmed[0])
         assert expected.norm() > 0.5
         assert (found - expected).norm() < 1e-5 * expected.norm(), layout
@@ -179,9 +179,9 @@ def test_the_gradient_is_that_of_the_whole_mini_batch_and_the_work_is_what_it_ne
             assert one.selected == other.selected
             assert (one.scored, one.trained) == (other.scored, one.scored)
             assert one.metrics["train/tokens_dropped_fraction"] == 0
-            for figure in ("selection/tokens", "selection/fraction", "entropy/selected_mean", "entropy/mean"):
-                assert one.metrics[figure] == other.metrics[figure]
-        assert_figures_tell_the_work(GROUPS, trimmed)
+            for metric in ("selection/tokens", "selection/fraction", "entropy/selected_mean", "entropy/mean"):
+                assert one.metrics[metric] == other.metrics[metric]
+        assert_metrics_report_the_work(GROUPS, trimmed)
         assert len({len(one.trained) for one in trimmed}) == 1, "as many micro-batches on every rank"
         assert max(max(one.trained) for one in trimmed) <= layout.budget
         needed = needed_positions(GROUPS, trimmed)
@@ -191,10 +191,10 @@ def test_the_gradient_is_that_of_the_whole_mini_batch_and_the_work_is_what_it_ne
         assert streams < sum(len(one.scored) for one in trimmed)
 
 
-def test_padding_after_each_sequence_and_more_micro_batches_change_no_gradient(ranks: Ranks, folder):
-    """As context parallel and interleaved pipelines ask for them."""
+def test_padding_of_sequences_and_additional_micro_batches_change_no_gradient(ranks: Ranks, folder):
+    """Context parallelism and interleaved pipelines require them."""
     before = load_file(f"{folder}/model.safetensors")
-    expected = gradient(before, step_on(ranks, folder, Layout(), GRADIENT, trimming=False)[0])
+    expected = gradient(before, step_on(ranks, folder, Layout(), GRADIENT, trimmed=False)[0])
     for layout in LAYOUTS:
         seen = step_on(ranks, folder, layout, GRADIENT, sequence_multiple=6, micro_batch_multiple=4)
         assert (gradient(before, seen[0]) - expected).norm() < 1e-5 * expected.norm(), layout
@@ -202,30 +202,30 @@ def test_padding_after_each_sequence_and_more_micro_batches_change_no_gradient(r
         assert all(len(one.trained) % 4 == 0 for one in seen)
 
 
-def test_a_rank_that_has_nothing_left_takes_part_with_padding(ranks: Ranks, folder):
-    """A single selected token on one of two ranks; and no advantage anywhere, on either."""
+def test_a_rank_without_remaining_sequences_takes_part_with_padding(ranks: Ranks, folder):
+    """First a single selected token on one of two ranks, then no advantage on any rank."""
     before = load_file(f"{folder}/model.safetensors")
     layout, one_token = Layout(data=2, budget=90), replace(GRADIENT, fraction=1e-9)
     groups = [(prompt, responses, [1.0, 1.0, -1.0, -1.0]) for prompt, responses, _ in GROUPS]
-    whole, trimmed = (step_on(ranks, folder, layout, one_token, groups, trimming) for trimming in (False, True))
+    whole, trimmed = (step_on(ranks, folder, layout, one_token, groups, yes) for yes in (False, True))
     expected = gradient(before, whole[0])
     assert (gradient(before, trimmed[0]) - expected).norm() < 1e-5 * expected.norm()
     assert sorted(one.trained for one in trimmed) == sorted([[1], [needed_positions(groups, trimmed)]])
-    assert_figures_tell_the_work(groups, trimmed)
+    assert_metrics_report_the_work(groups, trimmed)
 
     nothing = groups_with(*[[1.0, 1.0, 1.0, 1.0]] * 4)
     for layout in LAYOUTS:
         seen = step_on(ranks, folder, layout, GRADIENT, nothing)
         for one in seen:
-            assert one.trained == [layout.tensor], "padding only, as long as the ranks that share it"
+            assert one.trained == [layout.tensor], "padding only, one token for each rank that shares it"
             metrics = {name: one.metrics[f"train/{name}"] for name in ("loss", "grad_norm", "skipped", "clip_fraction")}
             assert metrics == dict.fromkeys(metrics, 0.0)
-            assert one.metrics["selection/tokens"] > 0, "they count for the threshold nevertheless"
+            assert one.metrics["selection/tokens"] > 0, "trimmed tokens count for the threshold"
             assert all(torch.equal(one.weights[name], weight) for name, weight in before.items())
-        assert_figures_tell_the_work(nothing, seen)
+        assert_metrics_report_the_work(nothing, seen)
 
 
-def test_nothing_is_left_out_where_current_entropies_decide(ranks: Ranks, folder):
+def test_nothing_is_trimmed_if_current_entropies_select(ranks: Ranks, folder):
     recipe = replace(GRADIENT, scope="micro_batch", entropy="current")
     for layout in LAYOUTS:
         for one in step_on(ranks, folder, layout, recipe):
@@ -237,9 +237,9 @@ def test_nothing_is_left_out_where_current_entropies_decide(ranks: Ranks, folder
 
 
 def stopped(run: Run) -> tuple[str, list[int]]:
-    """Why the learner ended the run, and the token ids of this rank whose entropy was not finite before it."""
-    from megatron_rlvr.algo.loss import DapoLoss
+    """Why the learner stopped, and this rank's token ids whose entropy was not finite before."""
     from megatron_rlvr.learner import Learner, PolicyEntropyError
+    from megatron_rlvr.startup.assembly import make_loss
 
     settings = settings_of(run.recipe)
     with policy_of(run.folder, run.layout, run.recipe) as policy:
@@ -249,14 +249,14 @@ def stopped(run: Run) -> tuple[str, list[int]]:
         bad = ids[~torch.cat(policy.score(micros).entropy).isfinite()].tolist()
         try:
             policy.start_step()
-            Learner(settings, policy, DapoLoss(settings.loss)).learn(7, minis, lambda phase: contextlib.nullcontext())
+            Learner(settings, policy, make_loss(settings.loss)).learn(7, minis, lambda phase: contextlib.nullcontext())
         except PolicyEntropyError as error:
             return str(error), bad
         return "nothing", bad
 
 
-def test_an_entropy_that_is_not_finite_stops_every_rank_with_the_sample_and_its_place(ranks: Ranks, folder, tmp_path):
-    """The embedding of one token is NaN, which only one sequence contains."""
+def test_an_entropy_that_is_not_finite_stops_every_rank_and_names_response_and_token(ranks: Ranks, folder, tmp_path):
+    """The embedding of one token, which only one sequence contains, is NaN."""
     broken = str(shutil.copytree(folder, tmp_path / "broken"))
     weights = load_file(f"{folder}/model.safetensors")
     weights["model.embed_tokens.weight"][RARE] = math.nan
@@ -277,20 +277,20 @@ def test_an_entropy_that_is_not_finite_stops_every_rank_with_the_sample_and_its_
     ]
     for layout in (Layout(), Layout(data=2, budget=90)):
         for recipe in recipes:
-            told = ranks.run(stopped, layout.size, Run(broken, groups, recipe, layout))
-            bad = [token for _, ids in told for token in ids]
+            stops = ranks.run(stopped, layout.size, Run(broken, groups, recipe, layout))
+            bad = [token for _, ids in stops for token in ids]
             assert {token >> 20 for token in bad} == {group * GROUP_SIZE + member}
-            assert sum(bool(ids) for _, ids in told) == 1, "one rank alone has it"
-            (message,) = {message for message, _ in told}
-            assert f"step 7: the policy's entropy at token {min(bad) % 2**20} of the response of sample 22 " in message
+            assert sum(bool(ids) for _, ids in stops) == 1, "on one rank alone"
+            (message,) = {message for message, _ in stops}
+            assert f"step 7: the policy's entropy at token {min(bad) % 2**20} of response 22 " in message
             assert "lower optimizer.learning_rate" in message
 
 
-def test_a_current_entropy_that_is_not_finite_is_named_from_within_the_pass(ranks: Ranks, folder):
-    """An update that takes the weights beyond all bounds: the next mini-batch finds entropies of NaN."""
+def test_a_current_entropy_that_is_not_finite_is_reported_from_within_the_pass(ranks: Ranks, folder):
+    """The first update makes the weights so large that the entropies of the next mini-batch are NaN."""
     recipe = replace(
         GRADIENT, mini_batch_groups=4, scope="micro_batch", entropy="current", learning_rate=1e30, eps=1e-8
     )
     ((message, bad),) = ranks.run(stopped, 1, Run(folder, GROUPS, recipe, Layout()))
-    assert bad == [], "before the update all was well"
-    assert "step 7: the policy's entropy at token 0 of the response of sample 16 is not finite" in message
+    assert bad == [], "finite before the update"
+    assert "step 7: the policy's entropy at token 0 of response 16 of the batch is not finite" in message
