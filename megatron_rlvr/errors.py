@@ -1,17 +1,21 @@
-"""The errors that a person reads as one line, by who can put them right.
+"""Errors that a person reads as one line, by the exit status of the command that they end.
 
-    RlvrError            any of them; ``exit_status`` is that of a command that it ends
-      InputError         the user's input: settings, files, a layout that does not fit. Status 2, and no traceback.
-      FaultError         something that happened to a run: servers gone, a full disk, weights that overflow. Status 1.
+    RlvrError            base of the following
+      InputError         the user's input: settings, files, a layout that does not fit; status 2
+      FaultError         a fault during a run: servers unhealthy, a full disk, weights that overflow; status 1
 
-The message is one sentence, `key=value: problem; remedy` where a setting is at fault. Each kind is also the built-in
-that Python code would expect, so that a caller need not know this module. Everything else that is raised is a defect
-of the program, and keeps its traceback.
+Messages are one sentence: `key=value: problem; remedy` if a setting is at fault. Each kind is also the built-in
+exception that Python code expects, so that a caller need not know this module. Any other exception is a defect of the
+program, and its traceback is printed.
 """
 
 
 class RlvrError(Exception):
-    """An error whose message tells a person what happened and what to do."""
+    """An error whose message says what happened and what to do.
+
+    Attributes:
+        exit_status: Exit status of a command that the error ends.
+    """
 
     exit_status = 1
 
@@ -23,4 +27,4 @@ class InputError(RlvrError, ValueError):
 
 
 class FaultError(RlvrError, RuntimeError):
-    """A run that cannot continue, through no defect of the program."""
+    """A fault that ends a run and is not a defect of the program."""

@@ -1,12 +1,13 @@
-"""What travels between the rooms: prompts, completions, groups.
+"""Data that is passed between the parts of the trainer: prompts, completions, groups.
 
 Label alignment. Every per-token quantity belongs to the token that is *predicted*: entry t of a log-probability, an
 entropy or a mask describes the prediction of ``tokens[t + 1]`` from ``tokens[: t + 1]``. For a response this means
-that entry j belongs to response token j, whatever the prompt's length. Only ``batch.py`` shifts.
+that entry j belongs to response token j, whatever the prompt's length. Only ``batching/batch.py`` shifts.
 
-All of it is NumPy and plain Python, so that it can be pickled to a grader process without torch.
+All types are NumPy and plain Python, so that they can be pickled to a grader process without torch.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,17 +15,20 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 
+REWARD_FUNCTION = re.compile(r"math|[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+"""Names of reward functions: "math", or "package.module:function" in Python's identifiers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One problem, ready to be sampled from.
+    """One problem, tokenized.
 
     Attributes:
-        id: unique over all files of a run, and the same in every run over the same files.
-        token_ids: [P] int32, the prompt after the chat template.
-        answer: the gold answer, as the data has it.
-        source: name of the data set, for metrics and for reward functions that differ by source.
-        extra: the remaining columns of the row, for reward functions of the user's.
+        id: Unique over all files of a run, and the same in every run over the same files.
+        token_ids: [P] int32, the prompt with the chat template applied.
+        answer: Gold answer, as written in the data.
+        source: Name of the data set, for metrics and for reward functions that differ by source.
+        extra: Remaining columns of the row, for the user's reward function.
     """
 
     id: str
@@ -36,10 +40,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """One completion to be sampled: sample number ``sample`` of ``prompt``.
+    """Request for one completion of a prompt.
 
-    ``seed`` is derived from (run seed, step, prompt id, sample), never from a rank, so that every layout asks for
-    the same randomness.
+    Attributes:
+        prompt: Prompt to complete.
+        index: Index of the completion in the prompt's group, from 0.
+        seed: Seed of the completion's random stream. It is derived from (run seed, occasion, prompt id, index), never
+            from a rank, so that every layout requests the same randomness.
     """
 
     prompt: Prompt
@@ -49,14 +56,15 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine sampled for one request.
+    """Response that an engine sampled for one request.
 
     Attributes:
-        prompt_id: the prompt it answers.
-        sample: its number within the group.
-        token_ids: [T] int32, the stop token included when there was one.
+        prompt_id: Id of the prompt.
+        index: Index of the completion in the prompt's group.
+        token_ids: [T] int32, including the stop token if there was one.
         logprobs: [T] float32 nats under softmax(z / temperature), recorded at sampling.
-        finish_reason: "stop" (a stop token came), "length" (the cap was hit) or "abort" (it is to be continued).
+        finish_reason: "stop" (a stop token was sampled), "length" (the cap was reached) or "abort" (unfinished, to be
+            resumed).
         weight_versions: [T] int32, the version of the weights that sampled each token.
     """
 
@@ -69,20 +77,20 @@ class Completion:
 
 
 def empty_completion(request: CompletionRequest) -> Completion:
-    """A completion that has not begun."""
+    """Return an unfinished completion without tokens."""
     empty = np.empty(0, dtype=np.int32)
     return Completion(request.prompt.id, request.index, empty, empty.astype(np.float32), "abort", empty)
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """A reward function's verdict on one completion.
+    """Grade of one completion, from a reward function.
 
     Attributes:
-        reward: the score that enters the advantage, overlong shaping included.
-        correct: whether the answer is right; decides dynamic sampling and accuracy.
-        failure: None, or why no verdict could be reached ("timeout", "error: ..."); reward is then that of a
-            wrong answer.
+        reward: Score that enters the advantage, overlong penalty included.
+        correct: True if the answer is correct; decides dynamic sampling and accuracy.
+        failure: None, or the reason why no verdict was reached ("timeout", "error: ..."); ``reward`` is then that of an
+            incorrect answer.
     """
 
     reward: float
@@ -92,7 +100,7 @@ class Grade:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All completions of one prompt with their grades, in sample order."""
+    """All completions of one prompt with their grades, in the order of their indices."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -100,9 +108,10 @@ class Group:
 
     @property
     def correct_count(self) -> int:
+        """Number of correct completions."""
         return sum(grade.correct for grade in self.grades)
 
     @property
     def informative(self) -> bool:
-        """Whether the group carries a gradient: neither all right nor all wrong (DAPO's dynamic sampling)."""
+        """True if the group carries a gradient: neither all correct nor all incorrect (DAPO's dynamic sampling)."""
         return 0 < self.correct_count < len(self.grades)

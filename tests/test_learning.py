@@ -20,7 +20,7 @@ def accuracies(tmp_path: Path, write_config: Callable[..., Path], name: str, **s
     config = write_config(
         run={"dir": str(tmp_path / name), "steps": 20},
         rollout={"group_size": 8},
-        reward={"function": "letters:many_a", "wrong": 0.0},
+        reward={"function": "letters:many_a", "incorrect": 0.0},
         batch={"prompts": 8, "mini_batch_prompts": 4},
         optimizer={"learning_rate": 0.01, "beta2": 0.95, "weight_decay": 0.0},
         **sections,

@@ -1,7 +1,9 @@
-"""From a YAML file and flags to settings, and back: reading, errors in one sentence, ``--help``. Imports no torch."""
+"""Settings from a YAML file and flags, and back to YAML, with every error as one sentence. Imports no torch.
+
+A flag is ``--section.key value`` or ``--section.key=value``. It wins over the file, and a later flag over an earlier.
+"""
 
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -11,12 +13,23 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_rlvr.config import Settings, SettingsError
+from megatron_rlvr.config.yaml_format import Dumper, Loader, shown
+
+RENAMED = {
+    "reward.wrong": "reward.incorrect",
+    "rollout.samples_per_prompt": "rollout.group_size",
+}
+"""{earlier name of a key: its name now}. An earlier name is an error that says the new one."""
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
-    """Settings of a YAML file with flags (``--section.key value`` or ``--section.key=value``) on top.
+    """Read settings from a YAML file, with flags on top.
 
-    Raises: SettingsError, one sentence.
+    Args:
+        path: The settings file.
+        overrides: Flags, as from a command line.
+
+    Raises: SettingsError for the first error found.
     """
     values = _read_yaml(Path(path))
     for key, value in _parse_flags(overrides or []):
@@ -25,7 +38,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
 
 
 def validate(values: dict[str, Any]) -> Settings:
-    """Settings from nested dictionaries; SettingsError names the first thing wrong."""
+    """Make settings from nested dictionaries. Raises: SettingsError for the first error found."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -33,41 +46,25 @@ def validate(values: dict[str, Any]) -> Settings:
 
 
 def to_yaml(settings: Settings) -> str:
-    """The resolved settings as YAML that `load_settings` reads back to the same settings."""
-    return yaml.dump(settings.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """Return the resolved settings as YAML that `load_settings` reads back to the same settings."""
+    return yaml.dump(settings.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-6 read as a number, and a key given twice refused."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not plain text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def fields() -> list[tuple[str, str, Any]]:
+    """Return (section, key, pydantic field) of every key, in order; `megatron` has no fixed keys."""
+    found = []
+    for section, field in Settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += [(section, key, f) for key, f in field.annotation.model_fields.items()]
+    return found
 
 
-class _Dumper(yaml.SafeDumper):
-    """YAML that `_Loader` reads back: a text that looks like a number to it is quoted."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?"
-                   r"|\.(inf|Inf|INF|nan|NaN|NAN))$"),
-        list("-+0123456789."),
-    )  # fmt: skip
+# Reading ------------------------------------------------------------------------------------------------------------
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         raise SettingsError(f"{path} does not exist; give a settings file") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
@@ -75,7 +72,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise SettingsError(f"{path}, line {line}: not valid YAML ({error.problem}); correct it") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
         raise SettingsError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct it") from None
     if not isinstance(values, dict):
         found = "is empty" if values is None else "holds no sections"
@@ -99,23 +96,26 @@ def _parse_flags(arguments: list[str]) -> list[tuple[str, Any]]:
 
 
 def _flag_value(key: str, text: str) -> Any:
-    """YAML; but a key that holds text takes it as it stands, `Answer: x # 1`, unless it is null or in quotes."""
-    if text != "null" and text[:1] not in ("'", '"') and _holds_text(key):
+    """Read a flag's value as YAML. A key of type str takes any text, such as `Answer: x # 1`.
+
+    Null and text in quotes are YAML for such a key as well.
+    """
+    if text != "null" and text[:1] not in ("'", '"') and _holds_str(key):
         return text
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        return yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, ValueError):
         raise SettingsError(f"value {text!r} of flag --{key} is not valid YAML; quote it") from None
 
 
-def _holds_text(key: str) -> bool:
+def _holds_str(key: str) -> bool:
     return any(f"{section}.{name}" == key and f.annotation in (str, str | None) for section, name, f in fields())
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
     if not sections or not all((*sections, key)):
-        raise SettingsError(f"unknown flag --{dotted}; {_nearest(dotted) or 'flags look like --section.key value'}")
+        raise SettingsError(f"unknown flag --{dotted}; {_suggestion(dotted) or 'flags look like --section.key value'}")
     for depth, section in enumerate(sections, start=1):
         if values.get(section) is None:
             values[section] = {}
@@ -125,15 +125,72 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[key] = value
 
 
-def _nearest(key: str) -> str:
-    """`did you mean run.steps?`, or the keys of its section, or nothing where that is not known either."""
+# Errors -------------------------------------------------------------------------------------------------------------
+
+# {kind of pydantic's error: (problem, remedy)}
+_PROBLEMS = {
+    "greater_than": ("out of range", "give a value above {gt}"),
+    "greater_than_equal": ("out of range", "give at least {ge}"),
+    "less_than": ("out of range", "give a value below {lt}"),
+    "less_than_equal": ("out of range", "give at most {le}"),
+    "finite_number": ("not finite", "give a finite float"),
+    "int_type": ("not an int", "give one"),
+    "int_from_float": ("not an int", "give one"),
+    "float_type": ("not a float", "give one"),
+    "bool_type": ("not true or false", "give one of the two"),
+    "string_type": ("not a str", "give one, in quotes if it looks like something else"),
+    "string_too_short": ("empty", "give a path"),
+    "list_type": ("not a list", "give one"),
+    "too_short": ("empty", "give at least one"),
+    "dict_type": ("not a section", "write its keys below it, or remove the line"),
+    "model_type": ("not a section", "write its keys below it, or remove the line"),
+}
+
+
+def _explain(error: ErrorDetails) -> str:
+    """Turn pydantic's error into one sentence: `key=value: problem; remedy`."""
+    key = ".".join(str(part) for part in error["loc"])
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key {key}; {_suggestion(key) or 'see --help for the keys'}"
+    if kind == "missing":
+        if key in Settings.model_fields:
+            return f"section {key} is missing; write it in the file, or set --{key}.{_example(key)}"
+        entry = any(isinstance(part, int) for part in error["loc"])
+        return f"{key} is missing; set it in the file" + ("" if entry else f" or with --{key}")
+    if kind == "value_error":
+        return str(context["error"])
+    return f"{key}={shown(value)}: " + "; ".join(_problem(key, value, kind, context) or (error["msg"], "correct it"))
+
+
+def _problem(key: str, value: Any, kind: str, context: dict[str, Any]) -> tuple[str, str] | None:
+    """(problem, remedy) of a value, or None for a kind of error that is not known here."""
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", context["expected"])
+        near = difflib.get_close_matches(shown(value), choices, n=1)
+        return f"not one of {', '.join(choices)}", f"did you mean {near[0]}?" if near else "choose one"
+    if kind == "model_type" and key[-1:].isdigit():
+        return "not a path", "give one, or {path: ...} with its options"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return "not an int", f"write {int(value)}"
+    if kind not in _PROBLEMS:
+        return None
+    problem, remedy = _PROBLEMS[kind]
+    bounds = {name: f"{bound:.15g}" for name, bound in context.items() if isinstance(bound, int | float)}
+    return problem, remedy.format(**bounds)
+
+
+def _suggestion(key: str) -> str:
+    """The new name of a key, `did you mean run.steps?`, or the keys of its section; empty if that is not known."""
+    if key in RENAMED:
+        return f"it is now {RENAMED[key]}"
     if key in Settings.model_fields:
         return f"set one of its keys, such as {key}.{_example(key)}"
     section, _, name = key.rpartition(".")
     own = {other: f"{section}.{other}" for other in _keys(section)}
     elsewhere = {other: f"{there}.{other}" for there, other, _ in reversed(fields())}
     sections = {} if section else {other: other for other in Settings.model_fields}
-    # Most likely a slip within the section; else the right name in the wrong one.
+    # Most likely a misspelling within the section; else the right name in the wrong section.
     for known, cutoff in ((own, 0.75), (sections, 0.6), (elsewhere, 0.75)):
         near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
         if near:
@@ -142,7 +199,7 @@ def _nearest(key: str) -> str:
 
 
 def _keys(section: str) -> list[str]:
-    """Keys of a section such as `run`, or of an entry of a list such as `data.train.0`; none where it has none."""
+    """Keys of a section such as `run`, or of an entry of a list such as `data.train.0`; empty for anything else."""
     found: Any = Settings
     for part in section.split("."):
         if part.isdigit():
@@ -155,114 +212,3 @@ def _keys(section: str) -> list[str]:
 
 def _example(section: str) -> str:
     return next(iter(_keys(section)), "FIELD")
-
-
-# What pydantic complains of, as (what is wrong with the value, what would be right).
-_WRONG = {
-    "greater_than": ("is out of range", "give a value above {gt}"),
-    "greater_than_equal": ("is out of range", "give at least {ge}"),
-    "less_than": ("is out of range", "give a value below {lt}"),
-    "less_than_equal": ("is out of range", "give at most {le}"),
-    "finite_number": ("is not finite", "give a number"),
-    "int_type": ("is not a whole number", "give one"),
-    "int_from_float": ("is not a whole number", "give one"),
-    "float_type": ("is not a number", "give one"),
-    "bool_type": ("is not true or false", "give one of the two"),
-    "string_type": ("is not text", "give text, in quotes if it looks like something else"),
-    "string_too_short": ("is empty", "give a path"),
-    "list_type": ("is not a list", "give one"),
-    "too_short": ("is empty", "give at least one"),
-    "dict_type": ("is not a section", "write its keys below it, or remove the line"),
-    "model_type": ("is not a section", "write its keys below it, or remove the line"),
-}
-
-
-def _explain(error: ErrorDetails) -> str:
-    """One sentence from pydantic's first complaint: key, value, what would be right."""
-    key = ".".join(str(part) for part in error["loc"])
-    value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key {key}; {_nearest(key) or 'see --help for the keys'}"
-    if kind == "missing":
-        if key in Settings.model_fields:
-            return f"section {key} is missing; write it in the file, or set --{key}.{_example(key)}"
-        entry = any(isinstance(part, int) for part in error["loc"])
-        return f"{key} is missing; set it in the file" + ("" if entry else f" or with --{key}")
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "literal_error":
-        near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", context["expected"]), n=1)
-        hint = f"did you mean {near[0]}?" if near else "choose one"
-        return f"{key} {_shown(value)} is not one of {context['expected'].replace(' or ', ', ')}; {hint}"
-    if kind == "model_type" and key[-1:].isdigit():
-        return f"{key} {_shown(value)} is not a path; give one, or a path and its options as {{path: ...}}"
-    if kind == "int_type" and isinstance(value, float) and value.is_integer():
-        return f"{key} {value} is not written as a whole number; write {int(value)}"
-    if kind in _WRONG:
-        wrong, right = _WRONG[kind]
-        bounds = {name: f"{bound:.15g}" for name, bound in context.items() if isinstance(bound, int | float)}
-        return f"{key} {_shown(value)} {wrong}; {right.format(**bounds)}"
-    return f"{key} {_shown(value)} is not usable; {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _shown(value: Any) -> str:
-    """A value as it would be written in the file, shortened."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    text = repr(value) if isinstance(value, str) else text
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fields() -> list[tuple[str, str, Any]]:
-    """(section, key, pydantic field) of every setting, in order; `megatron` has no fixed keys."""
-    found = []
-    for section, field in Settings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += [(section, key, f) for key, f in field.annotation.model_fields.items()]
-    return found
-
-
-USAGE = """\
-usage: torchrun --nproc-per-node N -m megatron_rlvr.train CONFIG.yaml [--check] [--section.key VALUE ...]
-
-Trains a Hugging Face model by reinforcement learning with verifiable rewards on megatron-core: the policy gradient
-touches only the forking tokens, the response tokens of highest entropy in the batch (arXiv 2506.01939).
-
-  CONFIG.yaml            the settings of the run; every key below is also a flag, which wins over the file
-  --check                resolve everything, print the plan in words and stop; needs no GPU and no torchrun
-                         (WORLD_SIZE=64 before the command checks a layout for 64 ranks)
-  --help                 this text
-"""
-
-
-def help_text() -> str:
-    """Usage and every setting with its type, default and meaning."""
-    lines, current = [USAGE], ""
-    for section, key, field in fields():
-        if section != current:
-            current = section
-            lines.append(f"{section}:")
-        default = "required" if field.is_required() else f"default {_shown_default(field)}"
-        lines.append(f"  --{section}.{key}  ({_shown_type(field.annotation)}, {default})")
-        lines.append(f"        {field.description}")
-    lines.append("megatron:")
-    lines.append("  --megatron.FIELD VALUE")
-    lines.append(f"        {Settings.model_fields['megatron'].description}")
-    return "\n".join(lines) + "\n"
-
-
-def _shown_default(field: Any) -> str:
-    value = field.get_default(call_default_factory=True)
-    if value is None or value == []:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "empty" if value == "" else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _shown_type(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    text = re.sub(r"typing\.Literal\[(.*?)\]", lambda m: m.group(1).replace("'", "").replace(", ", " | "), text)
-    text = re.sub(r"(list)\[[\w.]*?\.?(\w+)Settings\]", "paths", text)
-    for python, word in (("bool", "true | false"), ("str", "text"), ("int", "whole number"), ("float", "number")):
-        text = re.sub(rf"\b{python}\b", word, text)
-    return text.replace("None", "null")

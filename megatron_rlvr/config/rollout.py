@@ -1,4 +1,4 @@
-"""Settings of sampling, and of the way that weights take to the engine."""
+"""Settings of sampling, of the weight sync to the engine, and of rewards."""
 
 import re
 from typing import Any, Literal
@@ -6,47 +6,55 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_rlvr.config.section import Section
+from megatron_rlvr.config.yaml_format import shown
+from megatron_rlvr.types import REWARD_FUNCTION
+
+_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?")
 
 
 class RolloutSettings(Section):
+    """Rollout engine and its limits, sampling, dynamic sampling, and how far sampling may be off-policy."""
+
     engine: Literal["embedded", "sglang"] = "embedded"
-    """embedded: transformers in the training processes; sglang: SGLang servers that were started beforehand."""
+    """embedded: transformers in the training processes; sglang: SGLang servers, which must be started before."""
     servers: list[str] = Field(default_factory=list)
-    """URLs of SGLang servers, such as http://node7:30000; each holds the model of `model.path`."""
+    """URLs of the SGLang servers, such as http://node7:30000; each serves the model of `model.path`."""
     group_size: int = Field(default=16, ge=2)
-    """Completions a prompt (the group, G in the paper)."""
+    """Number of completions per prompt (the group, G in the paper)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; log-probabilities and entropies are of softmax(logits / temperature) everywhere."""
+    """Sampling temperature. Log-probabilities and entropies are of softmax(logits / temperature) everywhere."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; 1.0 samples from the whole distribution."""
+    """Nucleus sampling: probability mass of the tokens to sample from; 1: the whole distribution."""
     max_response_tokens: int = Field(default=20480, ge=1, lt=2**20)
-    """Responses are cut at this length."""
+    """Longest response in tokens; longer ones are truncated."""
     dynamic_sampling: bool = True
-    """Replace groups that are all right or all wrong, which carry no gradient, by fresh prompts."""
+    """Replace groups that are all correct or all incorrect, which carry no gradient, by groups of other prompts."""
     max_rounds: int = Field(default=10, ge=1)
-    """Rounds of sampling a step, at most; then the step goes on with the groups there are."""
+    """Sample at most this many times `batch.prompts` groups in a step; then train on the informative ones so far."""
     max_batch_rows: int = Field(default=256, ge=1)
-    """Completions the embedded engine samples at once on a rank."""
+    """Embedded engine: maximum number of completions in the running batch of a rank."""
     max_batch_tokens: int = Field(default=65536, ge=1)
-    """Tokens the embedded engine caches at once on a rank."""
+    """Embedded engine: size of the KV cache of a rank, in tokens."""
     max_inflight: int = Field(default=64, ge=1)
-    """Requests that are in flight to a server at once, those of all ranks together; at least one of each replica."""
+    """Maximum concurrent requests per server over all ranks (each data-parallel replica always gets one)."""
     retries: int = Field(default=3, ge=0)
-    """A request that failed is sent again this many times, to other servers where there are some."""
+    """Number of times that a failed request is sent again, to another server if there is one."""
     server_timeout_seconds: float = Field(default=300.0, gt=0)
-    """How long a run waits for its servers to start, and for any of them to come back when all are gone."""
+    """Seconds to wait for servers to start, and for any server to be re-admitted when all are unhealthy."""
     oversampling: float = Field(default=1.0, ge=1)
-    """Groups that servers work on at once, over those that the batch is expected to need; the slowest then wait."""
+    """In-flight groups as a multiple of what is expected to fill the batch; the slowest spill over into the next
+    step."""
     partial: bool = False
-    """When the batch is full, unfinished responses stop and go on in a later step; false: they start again there."""
+    """true: responses unfinished when the batch is full resume in a later step; false: they are sampled again."""
     overlap: Literal["none", "one_step"] = "none"
     """one_step: servers sample the next batch while this one trains, from weights that are one step older."""
     colocated: bool = False
-    """Servers share the GPUs with training: their memory is released while a step trains."""
+    """Servers share the GPUs with training and release their memory while a step trains."""
     max_staleness: int = Field(default=4, ge=1)
-    """Steps by which training may be ahead of the weights that sampled a token; older groups are sampled again."""
+    """Maximum off-policy steps of any token; groups with an older token are discarded and resampled."""
     max_logprob_gap: float = Field(default=1.0, gt=0)
-    """Mean |log-probability at sampling - policy's|, above which the run stops: the engine's weights are wrong."""
+    """Stop the run if the mean absolute difference in log-probability between engine and policy, in nats, exceeds
+    this: the engine samples from other weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,50 +64,50 @@ class RolloutSettings(Section):
         return values
 
     @model_validator(mode="after")
-    def _settings_of_the_engine(self) -> "RolloutSettings":
-        others = _ONLY_SGLANG if self.engine == "embedded" else _ONLY_EMBEDDED
-        for key in others:
-            value, field = getattr(self, key), RolloutSettings.model_fields[key]
-            if value != field.get_default(call_default_factory=True):
-                value = ", ".join(value) if isinstance(value, list) else value
-                raise ValueError(f"rollout.{key} {value} does nothing with rollout.engine {self.engine}; drop it")
+    def _servers(self) -> "RolloutSettings":
         if self.engine == "sglang" and not self.servers:
-            raise ValueError("rollout.servers is empty with rollout.engine sglang; give the servers' URLs")
+            raise ValueError("rollout.servers=[]: rollout.engine=sglang needs servers; give their URLs")
         for url in self.servers:
             if not _URL.fullmatch(url):
-                raise ValueError(f"rollout.servers {url!r} is not the URL of a server; write it as http://HOST:PORT")
+                raise ValueError(f"rollout.servers={shown(url)}: not the URL of a server; write it as http://HOST:PORT")
         twice = sorted({url for url in self.servers if self.servers.count(url) > 1})
         if twice:
-            raise ValueError(f"rollout.servers holds {twice[0]} twice; drop one of them")
+            raise ValueError(f"rollout.servers={twice[0]}: given twice; remove one of them")
         return self
 
 
-_ONLY_SGLANG = (
-    "servers",
-    "max_inflight",
-    "retries",
-    "server_timeout_seconds",
-    "oversampling",
-    "partial",
-    "overlap",
-    "colocated",
-)
-_ONLY_EMBEDDED = ("max_batch_rows", "max_batch_tokens")
-_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?")
-
-
 class SyncSettings(Section):
+    """Weight sync from the policy to SGLang servers."""
+
     method: Literal["disk", "distributed", "tensor"] = "distributed"
-    """How servers get weights: a process group with them, a folder, or their control port (tensor: this machine)."""
+    """distributed: a process group with the servers; disk: a folder; tensor: HTTP requests (servers on this host)."""
     dir: str | None = Field(default=None, min_length=1)
-    """Folder for `sync.method: disk` that trainer and servers see under this path; default: `DIR/sync`."""
+    """Folder for `sync.method: disk`, at the same path for trainer and servers; null: `DIR/sync`."""
     bucket_bytes: int = Field(default=2**28, ge=1)
-    """Weights travel in buckets of this size, the extra memory of a sync (distributed, tensor)."""
+    """Bytes of weights sent at once, and the extra memory of a sync (distributed and tensor)."""
+
+
+class RewardSettings(Section):
+    """Function that grades a response, its limits, and the value of its verdicts."""
+
+    function: str = "math"
+    """math: math-verify on the boxed answer; module:function: your own Python function."""
+    correct: float = 1.0
+    """Reward of a correct answer."""
+    incorrect: float = -1.0
+    """Reward of an incorrect answer."""
+    timeout_seconds: float = Field(default=2.0, gt=0, le=86400)
+    """Seconds after which a grader is killed and restarted; the answer counts as incorrect."""
+    workers: int = Field(default=2, ge=1)
+    """Number of grader processes per rank."""
+    overlong_buffer: int = Field(default=4096, ge=0)
+    """Number of tokens before the cap over which a length penalty falls from 0 to -1 (DAPO's soft overlong
+    punishment); 0: no penalty."""
 
     @model_validator(mode="after")
-    def _settings_of_the_method(self) -> "SyncSettings":
-        if self.method != "disk" and self.dir is not None:
-            raise ValueError(f"sync.dir {self.dir} does nothing with sync.method {self.method}; drop it")
-        if self.method == "disk" and self.bucket_bytes != SyncSettings.model_fields["bucket_bytes"].default:
-            raise ValueError(f"sync.bucket_bytes {self.bucket_bytes} does nothing with sync.method disk; drop it")
+    def _combination(self) -> "RewardSettings":
+        if self.correct <= self.incorrect:
+            raise ValueError(f"reward.correct={self.correct}: not above reward.incorrect={self.incorrect}; raise it")
+        if not REWARD_FUNCTION.fullmatch(self.function):
+            raise ValueError(f"reward.function={shown(self.function)}: neither math nor module:function; write either")
         return self

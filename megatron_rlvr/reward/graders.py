@@ -10,7 +10,6 @@ process and outlives it, as ``process.py`` requires.
 import atexit
 import contextlib
 import pickle
-import re
 import threading
 import time
 from concurrent.futures import CancelledError, Future
@@ -19,11 +18,10 @@ from queue import Empty, SimpleQueue
 
 from megatron_rlvr.reward.overlong import soft_overlong_penalty
 from megatron_rlvr.reward.process import GraderDied, GraderProcess, GraderTimeout, RewardError
-from megatron_rlvr.types import Grade, Prompt
+from megatron_rlvr.types import REWARD_FUNCTION, Grade, Prompt
 
 __all__ = ["GraderPool", "RewardError", "Verdict", "check_function", "grade"]
 
-_FUNCTION = re.compile(r"math|[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _JOIN_SECONDS = 5.0
 
 
@@ -51,7 +49,7 @@ class _Task:
 
 def check_function(spec: str) -> None:
     """Raise RewardError unless ``spec`` has the form "math" or "package.module:function"; nothing is imported."""
-    if not _FUNCTION.fullmatch(spec):
+    if not REWARD_FUNCTION.fullmatch(spec):
         raise RewardError(
             f"reward.function={spec}: neither math nor module:function; use math, or module:function for your own"
         )
@@ -105,7 +103,8 @@ class GraderPool:
             workers: Number of processes, >= 1.
             timeout_seconds: Deadline for grading one response, wall-clock seconds, > 0.
 
-        Raises: RewardError if the function cannot be imported or an argument is invalid.
+        Raises:
+            RewardError: If the function cannot be imported or an argument is invalid.
         """
         check_function(function)
         if workers < 1:
@@ -143,9 +142,12 @@ class GraderPool:
     def submit(self, prompt: Prompt, response: str) -> "Future[Verdict]":
         """Queue ``response`` for grading.
 
-        Returns: a future of the verdict. Its only exception is CancelledError, if the pool is closed before the
-            verdict. Its callbacks run in a thread of the pool and must be short.
-        Raises: RuntimeError if the pool is closed.
+        Returns:
+            A future of the verdict. Its only exception is CancelledError, if the pool is closed before the verdict. Its
+            callbacks run in a thread of the pool and must be short.
+
+        Raises:
+            RuntimeError: If the pool is closed.
         """
         future: Future[Verdict] = Future()
         with self._lock:

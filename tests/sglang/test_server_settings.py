@@ -8,7 +8,9 @@ import pytest
 
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, validate
-from megatron_rlvr.startup.resolve import RUN_FILES, describe_plan, resolve
+from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.resolve import resolve
+from megatron_rlvr.startup.run_folder import RUN_FILES
 
 REQUIRED: dict[str, Any] = {"run": {"dir": "run", "steps": 1}, "model": {"path": "model"}, "data": {"train": "a.jsonl"}}
 SERVERS = {"engine": "sglang", "servers": ["http://node1:30000", "http://[::1]:30001"]}
@@ -29,38 +31,38 @@ def test_one_server_is_a_list_of_one_in_the_file_and_as_a_flag(write_config: Cal
 @pytest.mark.parametrize(
     ("rollout", "sections", "parts"),
     [
-        ({"engine": "sglang"}, {}, ["rollout.servers is empty", "give the servers' URLs"]),
-        ({"servers": "http://a:1"}, {}, ["rollout.servers http://a:1 does nothing with rollout.engine embedded"]),
-        ({"max_inflight": 8}, {}, ["rollout.max_inflight 8 does nothing with rollout.engine embedded"]),
-        ({"retries": 0}, {}, ["rollout.retries 0 does nothing with rollout.engine embedded"]),
-        ({"server_timeout_seconds": 5}, {}, ["rollout.server_timeout_seconds 5.0 does nothing"]),
-        (SERVERS | {"max_batch_rows": 8}, {}, ["rollout.max_batch_rows 8 does nothing with rollout.engine sglang"]),
-        (SERVERS | {"max_batch_tokens": 80000}, {}, ["rollout.max_batch_tokens 80000 does nothing"]),
-        (SERVERS | {"max_inflight": 0}, {}, ["rollout.max_inflight 0", "at least 1"]),
-        (SERVERS | {"servers": ["node1:30000"]}, {}, ["'node1:30000' is not the URL", "http://HOST:PORT"]),
-        (SERVERS | {"servers": ["http://node1:30000/"]}, {}, ["is not the URL"]),
-        (SERVERS | {"servers": ["http://a b:1"]}, {}, ["is not the URL"]),
-        (SERVERS | {"servers": ["http://a:1", "http://b:1", "http://a:1"]}, {}, ["holds http://a:1 twice"]),
-        (SERVERS, {"sync": {"dir": "/x"}}, ["sync.dir /x does nothing with sync.method distributed"]),
+        ({"engine": "sglang"}, {}, ["rollout.servers=[]: rollout.engine=sglang needs servers", "give their URLs"]),
+        ({"servers": "http://a:1"}, {}, ["rollout.servers=[http://a:1]: has no effect with rollout.engine=embedded"]),
+        ({"max_inflight": 8}, {}, ["rollout.max_inflight=8: has no effect with rollout.engine=embedded"]),
+        ({"retries": 0}, {}, ["rollout.retries=0: has no effect with rollout.engine=embedded"]),
+        ({"server_timeout_seconds": 5}, {}, ["rollout.server_timeout_seconds=5.0: has no effect"]),
+        (SERVERS | {"max_batch_rows": 8}, {}, ["rollout.max_batch_rows=8: has no effect with rollout.engine=sglang"]),
+        (SERVERS | {"max_batch_tokens": 80000}, {}, ["rollout.max_batch_tokens=80000: has no effect"]),
+        (SERVERS | {"max_inflight": 0}, {}, ["rollout.max_inflight=0", "at least 1"]),
+        (SERVERS | {"servers": ["node1:30000"]}, {}, ["rollout.servers=node1:30000: not the URL", "http://HOST:PORT"]),
+        (SERVERS | {"servers": ["http://node1:30000/"]}, {}, ["rollout.servers=", "not the URL"]),
+        (SERVERS | {"servers": ["http://a b:1"]}, {}, ["rollout.servers=", "not the URL"]),
+        (SERVERS | {"servers": ["http://a:1", "http://b:1", "http://a:1"]}, {}, ["rollout.servers=http://a:1: given twice"]),
+        (SERVERS, {"sync": {"dir": "/x"}}, ["sync.dir=/x: has no effect with sync.method=distributed"]),
         (
             SERVERS,
             {"sync": {"method": "disk", "bucket_bytes": 8}},
-            ["sync.bucket_bytes 8 does nothing with sync.method disk"],
+            ["sync.bucket_bytes=8: has no effect with sync.method=disk"],
         ),
-        ({"partial": True}, {}, ["rollout.partial True does nothing with rollout.engine embedded"]),
-        ({"oversampling": 1.5}, {}, ["rollout.oversampling 1.5 does nothing with rollout.engine embedded"]),
+        ({"partial": True}, {}, ["rollout.partial=true: has no effect with rollout.engine=embedded"]),
+        ({"oversampling": 1.5}, {}, ["rollout.oversampling=1.5: has no effect with rollout.engine=embedded"]),
         (
             SERVERS | {"overlap": "one_step"},
             {},
-            ["rollout.overlap one_step", "loss.rollout_correction none", "tis or mis"],
+            ["rollout.overlap=one_step", "loss.rollout_correction=none", "tis or mis"],
         ),
         (
             SERVERS | {"overlap": "one_step", "colocated": True},
             {"loss": {"rollout_correction": "tis"}},
-            ["rollout.overlap one_step", "rollout.colocated true", "drop one"],
+            ["rollout.overlap=one_step", "rollout.colocated=true", "remove one"],
         ),
-        (SERVERS | {"colocated": True}, {}, ["sync.method distributed", "rollout.colocated true", "disk"]),
-        ({}, {"sync": {"method": "disk"}}, ["sync.method disk does nothing with rollout.engine embedded"]),
+        (SERVERS | {"colocated": True}, {}, ["sync.method=distributed", "rollout.colocated=true", "disk"]),
+        ({}, {"sync": {"method": "disk"}}, ["sync.method=disk: has no effect with rollout.engine=embedded"]),
     ],
 )
 def test_settings_that_do_nothing_or_cannot_be_are_refused(
@@ -75,7 +77,7 @@ def test_settings_that_do_nothing_or_cannot_be_are_refused(
 def test_the_cache_of_the_embedded_engine_does_not_bound_servers() -> None:
     data = {"train": "a.jsonl", "max_prompt_tokens": 60000}
     assert settings(SERVERS, data=data).rollout.servers == SERVERS["servers"]
-    with pytest.raises(SettingsError, match=r"rollout\.max_batch_tokens 65536 cannot hold"):
+    with pytest.raises(SettingsError, match=r"rollout\.max_batch_tokens=65536: cannot hold"):
         settings({}, data=data)
 
 
@@ -94,5 +96,5 @@ def test_weights_of_an_earlier_run_are_found_and_a_sync_folder_must_be_writable(
     config = write_config(
         rollout={**SERVERS, "max_response_tokens": 16}, sync={"method": "disk", "dir": str(tmp_path / "file" / "sync")}
     )
-    with pytest.raises(SettingsError, match=r"sync\.dir .* cannot be written"):
+    with pytest.raises(SettingsError, match=r"sync\.dir=.*: cannot be written"):
         resolve(load_settings(config))

@@ -1,0 +1,97 @@
+"""Settings of prompts: those to train on, and those to evaluate on."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rlvr.config.section import Section
+
+
+def _expand_paths(values: Any, key: str) -> Any:
+    """Replace a path, or each path of a list, by a file with default options."""
+    if not isinstance(values, dict) or key not in values:
+        return values
+    files = values[key] if isinstance(values[key], list) else [values[key]]
+    return values | {key: [{"path": file} if isinstance(file, str) else file for file in files]}
+
+
+class PromptFileSettings(Section):
+    """One file of `data.train`."""
+
+    path: str
+    """A .jsonl or .parquet file of problems."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the prompts drawn from this file, relative to the other files; null: its number of prompts."""
+
+
+class DataSettings(Section):
+    """Problems to train on, and how they become prompts."""
+
+    train: list[PromptFileSettings] = Field(min_length=1)
+    """Files of problems: paths, or {path, weight}."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's chat template; plain: the text itself; auto: chat if the tokenizer has a template."""
+    system: str | None = None
+    """System message of every prompt; null: none."""
+    suffix: str = ""
+    """Text appended to every problem, such as an instruction to box the answer."""
+    max_prompt_tokens: int = Field(default=2048, ge=1)
+    """Longest prompt in tokens; longer ones are left out, and their number is reported."""
+    shuffle: bool = True
+    """Shuffle each file again in every epoch; false: keep the file's order."""
+    prompt_key: str | None = None
+    """Column of the problem; null: one of the known names."""
+    answer_key: str | None = None
+    """Column of the gold answer; null: one of the known names."""
+    id_key: str | None = None
+    """Column of the problem's id; null: one of the known names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_files(cls, values: Any) -> Any:
+        return _expand_paths(values, "train")
+
+
+class EvaluationFileSettings(Section):
+    """One file of `evaluate.sets`."""
+
+    path: str
+    """A .jsonl or .parquet file of problems."""
+    name: str | None = None
+    """Name of the set in the metrics, `eval/NAME/accuracy`; null: the file's name without its ending."""
+
+
+class EvaluateSettings(Section):
+    """Problem sets to evaluate on, and how they are sampled."""
+
+    sets: list[EvaluationFileSettings] = Field(default_factory=list)
+    """Problem sets: paths, or {path, name}. Without any, nothing is evaluated."""
+    samples: int = Field(default=32, ge=1)
+    """Number of completions per problem; the accuracy is their mean (avg@32 in the paper)."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0: greedy."""
+    top_p: float = Field(default=0.7, gt=0, le=1)
+    """Nucleus sampling: probability mass of the tokens to sample from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_files(cls, values: Any) -> Any:
+        return _expand_paths(values, "sets")
+
+    @model_validator(mode="after")
+    def _combination(self) -> "EvaluateSettings":
+        names = [evaluation_name(file) for file in self.sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"evaluate.sets: two sets have the name {twice[0]!r}; give one of them another name")
+        if self.sets and self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"evaluate.samples={self.samples}: completions are all the same with evaluate.temperature=0; set 1"
+            )
+        return self
+
+
+def evaluation_name(file: EvaluationFileSettings) -> str:
+    """Name of a problem set in the metrics."""
+    return file.name or Path(file.path).stem

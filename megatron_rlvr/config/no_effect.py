@@ -1,0 +1,108 @@
+"""Settings that have no effect in combination with another setting, as one table.
+
+Such a setting is an error, not a silent no-op: the person who wrote it expects it to do something.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from megatron_rlvr.config.yaml_format import shown
+
+_DEFAULT = object()
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """One row of the table: ``key`` has no effect while ``other`` has one of ``values``.
+
+    Attributes:
+        key: The setting without effect, such as "run.keep_every".
+        other: The setting that decides.
+        values: Values of ``other``.
+        reason: Why there is no effect, in a few words.
+        remedy: What to do about it.
+        unset: Value of ``key`` that counts as not written; the default of the field unless given.
+    """
+
+    key: str
+    other: str
+    values: tuple[Any, ...]
+    reason: str
+    remedy: str = "remove it"
+    unset: Any = _DEFAULT
+
+    def message(self, settings: BaseModel) -> str | None:
+        """Return the error of these settings, or None if the row does not apply to them."""
+        (value, default), (other, _) = _lookup(settings, self.key), _lookup(settings, self.other)
+        if other not in self.values or value == (default if self.unset is _DEFAULT else self.unset):
+            return None
+        return (
+            f"{self.key}={shown(value)}: has no effect with {self.other}={shown(other)} ({self.reason}); {self.remedy}"
+        )
+
+
+def _lookup(settings: BaseModel, dotted: str) -> tuple[Any, Any]:
+    """(value, default) of a key such as "run.steps"."""
+    section, key = dotted.split(".")
+    found: BaseModel = getattr(settings, section)
+    return getattr(found, key), type(found).model_fields[key].get_default(call_default_factory=True)
+
+
+_ONLY_SGLANG = (
+    *("servers", "max_inflight", "retries", "server_timeout_seconds", "oversampling", "partial", "overlap"),
+    "colocated",
+)
+_NAME_A_SET = "name a set, or remove it"
+_SET_COSINE = "remove it, or set cosine"
+
+NO_EFFECT: tuple[NoEffect, ...] = (
+    NoEffect("run.keep_every", "run.save_every", (0,), "no checkpoints are saved on the way"),
+    NoEffect("run.eval_every", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
+    NoEffect(
+        *("parallel.sequence", "parallel.tensor", (1,), "it shards over tensor-parallel ranks"),
+        remedy="remove it, or raise parallel.tensor",
+    ),
+    NoEffect(
+        *("parallel.virtual_pipeline", "parallel.pipeline", (1,), "it divides pipeline stages"),
+        remedy="remove it, or raise parallel.pipeline",
+    ),
+    *(NoEffect(f"rollout.{key}", "rollout.engine", ("embedded",), "there are no servers") for key in _ONLY_SGLANG),
+    NoEffect("rollout.max_batch_rows", "rollout.engine", ("sglang",), "servers have limits of their own"),
+    NoEffect("rollout.max_batch_tokens", "rollout.engine", ("sglang",), "servers have limits of their own"),
+    NoEffect("rollout.max_rounds", "rollout.dynamic_sampling", (False,), "a step samples one round"),
+    NoEffect("sync.method", "rollout.engine", ("embedded",), "there are no servers"),
+    NoEffect("sync.dir", "rollout.engine", ("embedded",), "there are no servers"),
+    NoEffect("sync.bucket_bytes", "rollout.engine", ("embedded",), "there are no servers"),
+    NoEffect("sync.dir", "sync.method", ("distributed", "tensor"), "no files are written"),
+    NoEffect("sync.bucket_bytes", "sync.method", ("disk",), "files are written whole"),
+    NoEffect("selection.fraction", "selection.keep", ("all",), "every token is selected", unset=1.0),
+    NoEffect("selection.scope", "selection.keep", ("all",), "every token is selected"),
+    NoEffect("selection.entropy", "selection.keep", ("all",), "every token is selected"),
+    NoEffect("selection.entropy", "selection.keep", ("random",), "tokens are not compared by entropy"),
+    NoEffect("loss.normalizer", "selection.keep", ("all",), "selected_tokens is then all_tokens"),
+    NoEffect("loss.clip_low", "loss.objective", ("cispo",), "its ratio has no lower bound", unset=None),
+    NoEffect("loss.dual_clip", "loss.objective", ("gspo", "cispo"), "only dapo has it", unset=None),
+    NoEffect(
+        *("loss.correction_cap", "loss.rollout_correction", ("none",), "no weight is bounded"),
+        remedy="remove it, or choose tis or mis",
+        unset=None,
+    ),
+    NoEffect("optimizer.decay_steps", "optimizer.schedule", ("constant",), "there is no decay", _SET_COSINE),
+    NoEffect("optimizer.min_learning_rate", "optimizer.schedule", ("constant",), "there is no decay", _SET_COSINE),
+    NoEffect("evaluate.samples", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
+    NoEffect("evaluate.temperature", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
+    NoEffect("evaluate.top_p", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
+    NoEffect(
+        *("log.wandb_project", "log.wandb", (False,), "nothing is sent"),
+        remedy="remove it, or set log.wandb to true",
+    ),
+)
+
+
+def check_no_effect(settings: BaseModel) -> None:
+    """Raise ValueError if a setting has no effect, for the first row of the table that applies."""
+    for row in NO_EFFECT:
+        if message := row.message(settings):
+            raise ValueError(message)

@@ -1,0 +1,66 @@
+"""Settings of a run as a whole: its folder, its length, checkpoints and exports, and what is logged."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rlvr.config.section import Section
+
+
+class RunSettings(Section):
+    """Folder, length, checkpoints, exports and signals of the run."""
+
+    dir: str = Field(min_length=1)
+    """Folder that the run writes: settings, metrics, sampled text, checkpoints, exports."""
+    steps: int = Field(ge=1)
+    """Number of training steps. Each samples `batch.prompts` groups and takes one optimizer step per mini-batch."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of all randomness: prompt order, sampling, random selection."""
+    eval_every: int = Field(default=0, ge=0)
+    """Evaluate every this many steps; 0: only before and after training."""
+    export: bool = True
+    """Write the trained model in Hugging Face format to `DIR/hf` after the last step."""
+    export_every: int = Field(default=0, ge=0)
+    """Write the model in Hugging Face format to `DIR/exports/step_N` every this many steps; 0: never."""
+    save_every: int = Field(default=10, ge=0)
+    """Save a checkpoint every this many steps; 0: only after the last step, and when SIGTERM stops the run."""
+    async_save: bool = False
+    """Write checkpoints in the background of the next step; the host's memory must hold a copy of the checkpoint."""
+    keep_last: int = Field(default=2, ge=1)
+    """Number of newest checkpoints to keep; older ones are deleted."""
+    keep_every: int = Field(default=0, ge=0)
+    """Also keep the checkpoints of every this many steps, a multiple of `run.save_every`; 0: none."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: resume if `run.dir` has a checkpoint; never: start fresh; must: fail if there is none."""
+    grace_seconds: float = Field(default=40.0, gt=0)
+    """After SIGTERM, sampling stops and is saved; a training step may use this many seconds to finish before the
+    process exits without saving it."""
+    overwrite: bool = False
+    """Delete an earlier run in `run.dir`, including its checkpoints, and start from scratch."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """Minutes that a rank waits for another rank before the run fails."""
+
+    @model_validator(mode="after")
+    def _combination(self) -> "RunSettings":
+        if self.overwrite and self.resume == "must":
+            raise ValueError(
+                "run.overwrite=true: would delete the checkpoint that run.resume=must requires; remove one of the two"
+            )
+        if self.save_every and self.keep_every % self.save_every:
+            raise ValueError(
+                f"run.keep_every={self.keep_every}: not a multiple of run.save_every={self.save_every}; choose one"
+            )
+        return self
+
+
+class LogSettings(Section):
+    """Logs besides `DIR/metrics.jsonl`, which is always written."""
+
+    tensorboard: bool = True
+    """Write the metrics as TensorBoard events to `DIR/tensorboard`."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases."""
+    wandb_project: str | None = None
+    """Weights & Biases project; null: megatron_rlvr."""
+    rollouts: int = Field(default=4, ge=0)
+    """Number of sampled responses to write as text to `DIR/rollouts` in each step."""
