@@ -1,6 +1,6 @@
-"""What a run leaves behind: metrics.jsonl always, TensorBoard and W&B when asked, a sample of what was generated.
+"""Logs of a run: metrics.jsonl always, TensorBoard and Weights & Biases on request, and a few sampled responses.
 
-Every line is written whole and flushed, so that a run that is stopped at any moment leaves a valid file.
+Every line is written at once and flushed, so that a run that is killed at any moment leaves a valid file.
 """
 
 import json
@@ -15,11 +15,15 @@ from megatron_rlvr.types import Group
 
 
 class MetricsLog:
-    """Writes on the main rank; made on other ranks with ``enabled`` false, it does nothing.
+    """Log of a run, written by the main rank.
 
     Args:
-        after: the step that the run goes on from: what is there of later ones is removed. None: of a fresh run, whose
-            folder holds nothing.
+        folder: Run folder.
+        log: Section `log` of the settings.
+        settings: All settings, for Weights & Biases.
+        enabled: True on the main rank. On other ranks every call does nothing.
+        after: Step after which the run resumes; logs of later steps are removed. None for a fresh run, whose folder
+            has no logs.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class MetricsLog:
             return
         path = folder / "metrics.jsonl"
         if after is not None:
-            _cut_off(path, after)
+            _truncate(path, after)
             for sampled in (folder / "rollouts").glob("step_*.jsonl"):
                 if int(sampled.stem.removeprefix("step_")) > after:
                     sampled.unlink()
@@ -53,7 +57,7 @@ class MetricsLog:
             )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One object for the step. JSON has no NaN or infinity: such a value is written as null."""
+        """Write one object for a step. JSON has no NaN or infinity; such a value is written as null."""
         if not self._enabled:
             return
         clean = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
@@ -66,25 +70,28 @@ class MetricsLog:
             self._wandb.log(metrics, step=step)
 
     def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Any) -> None:
-        """A few sampled responses, as text with their grades, in `rollouts/step_<n>.jsonl`."""
+        """Write a few sampled responses as text with their grades to `rollouts/step_<n>.jsonl`.
+
+        The first completion of every group precedes the second of any.
+        """
         if not (self._enabled and self._samples and groups):
             return
         path = self._folder / "rollouts" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for i in range(min(self._samples, sum(len(group.completions) for group in groups))):
-                line = _in_words(groups[i % len(groups)], i // len(groups), tokenizer)
+                line = _as_text(groups[i % len(groups)], i // len(groups), tokenizer)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def write_skipped(self, step: int, groups: Sequence[Group], tokenizer: Any) -> Path:
-        """All of a mini-batch that could not be trained on, to be looked at: `skipped/step_<n>.jsonl`."""
+        """Write a mini-batch that could not be trained on, for inspection; return `skipped/step_<n>.jsonl`."""
         path = self._folder / "skipped" / f"step_{step:06d}.jsonl"
         if self._enabled:
             path.parent.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 for group in groups:
-                    for n, completion in enumerate(group.completions):
-                        line = _in_words(group, n, tokenizer) | {
+                    for index, completion in enumerate(group.completions):
+                        line = _as_text(group, index, tokenizer) | {
                             "prompt_token_ids": group.prompt.token_ids.tolist(),
                             "response_token_ids": completion.token_ids.tolist(),
                             "logprobs": completion.logprobs.tolist(),
@@ -94,12 +101,12 @@ class MetricsLog:
         return path
 
     def flush_to_disk(self) -> None:
-        """Returns when the lines that are written so far are on the disk."""
+        """Wait until all lines of metrics.jsonl are on the disk."""
         if self._enabled:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes all files; a second call does nothing."""
+        """Close all files. May be called repeatedly."""
         if not self._enabled:
             return
         self._enabled = False
@@ -110,24 +117,24 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _in_words(group: Group, n: int, tokenizer: Any) -> dict[str, Any]:
-    """Completion number n of a group, for people."""
-    completion, mark = group.completions[n], group.grades[n]
+def _as_text(group: Group, index: int, tokenizer: Any) -> dict[str, Any]:
+    """A completion of a group with its grade, for people to read."""
+    completion, grade = group.completions[index], group.grades[index]
     return {
         "prompt_id": group.prompt.id,
         "prompt": tokenizer.decode(group.prompt.token_ids.tolist()),
         "response": tokenizer.decode(completion.token_ids.tolist()),
         "answer": group.prompt.answer,
-        "reward": mark.reward,
-        "correct": mark.correct,
-        "failure": mark.failure,
+        "reward": grade.reward,
+        "correct": grade.correct,
+        "failure": grade.failure,
         "finish_reason": completion.finish_reason,
         "tokens": len(completion.token_ids),
     }
 
 
-def _cut_off(path: Path, after: int) -> None:
-    """Shortens metrics.jsonl to its lines up to step ``after``; a line that was not written whole is the last."""
+def _truncate(path: Path, after: int) -> None:
+    """Truncate metrics.jsonl after the lines of step ``after``; the last line may be incomplete."""
     if not path.exists():
         return
     kept = 0

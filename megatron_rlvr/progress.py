@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, a line a step elsewhere. Only the main rank shows anything."""
+"""Progress of a run on the console: a live bar on a terminal, one line per step elsewhere. The main rank prints."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-# Column heading, metric, format: what one line of progress tells.
+# (heading, metric, format) of each column in the line of a step.
 _COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
     ("accuracy", "reward/accuracy", "{:.3f}"),
@@ -19,7 +19,13 @@ _COLUMNS = (
 
 
 class Progress:
-    """Shows steps, phases and evaluations on ``console``; use as a context manager."""
+    """Progress of steps, phases and evaluations; a context manager.
+
+    Args:
+        steps: Number of training steps.
+        enabled: True on the main rank. On other ranks nothing is shown.
+        console: Console to print to; default: stdout.
+    """
 
     def __init__(self, steps: int, *, enabled: bool, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
@@ -49,22 +55,22 @@ class Progress:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line above the bar."""
         if self._enabled:
             self._console.print(text, soft_wrap=True, markup=False)
 
     def phase(self, name: str) -> None:
-        """What is going on within the step."""
+        """Show the current phase of the step."""
         self._phase, self._count = name, 0
         self._show()
 
     def sampled(self, count: int) -> None:
-        """So many more completions were sampled on this rank."""
+        """Count completions that this rank has sampled."""
         self._count += count
         self._show()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """A step is done; metrics it has none of (no group was informative) show as a dash."""
+        """Print the line of a finished step, with a dash for a metric that it lacks, as no group was informative."""
         shown = "  ".join(
             f"{name} {form.format(metrics[key]) if key in metrics else '-'}" for name, key, form in _COLUMNS
         )
@@ -73,7 +79,7 @@ class Progress:
 
     @contextmanager
     def evaluating(self, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar for an evaluation of ``total`` completions on this rank."""
+        """Show a bar for ``total`` completions on this rank; yields a function that advances it by a number of them."""
         task = self._bar.add_task("evaluation", total=total, status="")
         try:
             yield lambda count: self._bar.advance(task, count)
@@ -81,7 +87,7 @@ class Progress:
             self._bar.remove_task(task)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """The result of an evaluation."""
+        """Print the result of an evaluation."""
         shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in sorted(metrics.items()))
         self.say(f"evaluation after step {step}: {shown}")
 

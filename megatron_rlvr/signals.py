@@ -1,5 +1,8 @@
-"""SIGINT ends the run at once. SIGTERM, which schedulers send, does so only outside training: there it is noted, and
-acted upon where all ranks can save together; if they do not get there within a time of grace, they give up."""
+"""Signals. SIGINT ends the run at once; SIGTERM, which schedulers send, saves a checkpoint first while a run trains.
+
+Within `Signals.deferring` the first SIGTERM only sets a flag, on which the trainer acts where all ranks can save
+together. If they do not get there within the grace period, the process exits without saving.
+"""
 
 import math
 import os
@@ -11,14 +14,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-# A scheduler signals every process of a job, and a launcher passes on to its ranks what it got itself: what comes so
-# soon after the first SIGTERM is its echo. Later ones mean it.
-ECHO_SECONDS = 5.0
-_TOGETHER_SECONDS = 2.0  # in which the ranks of a job get a signal
+# A scheduler signals every process of a job, and a launcher forwards its own signal to its ranks. A SIGTERM within this
+# time of the first is such a forwarded duplicate; a later one is a second request.
+DUPLICATE_SECONDS = 5.0
+# Time within which all ranks of a job receive a signal.
+_SPREAD_SECONDS = 2.0
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived, and the run ends without waiting for anything."""
+    """SIGINT or SIGTERM has arrived, and the run ends without waiting for anything.
+
+    Attributes:
+        exit_status: 128 + the signal's number.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -26,73 +34,82 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """What has arrived, and what becomes of it. One of these listens in a process."""
+    """The signals of this process. A process has one instance that listens.
+
+    Attributes:
+        stop_wanted: True once SIGTERM has arrived within `deferring`.
+    """
 
     def __init__(self) -> None:
         self.stop_wanted = False
-        """SIGTERM was noted."""
-        self._noting = False
-        self._meant = False
-        """Another SIGTERM has arrived, too late for an echo. What counts is when it arrived: handlers may run late."""
-        self._first_at = -math.inf
-        """When the first SIGTERM that was noted arrived."""
-        self._gives_up_at = math.inf
+        self._deferring = False
+        self._second_request = False
+        """Another SIGTERM has arrived, too late for a duplicate. Its arrival counts: handlers may run late."""
+        self._first_time = -math.inf
+        """Time of arrival of the first SIGTERM within `deferring`."""
+        self._deadline = math.inf
+        """End of the grace period."""
         self._give_up: Callable[[], object] = lambda: None
         self._saving = threading.Lock()
 
     def listen(self) -> None:
-        """From now on, `Stopped` is raised where the program is."""
+        """Raise `Stopped` in the main thread for every SIGINT and SIGTERM from now on."""
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._arrived)
+            signal.signal(signum, self._handle)
 
     @contextmanager
-    def noting(self, grace_seconds: float, give_up: Callable[[], NoReturn]) -> Iterator[None]:
-        """Within it the first SIGTERM sets ``stop_wanted``; a second one ends the run at once.
+    def deferring(self, grace_seconds: float, give_up: Callable[[], NoReturn]) -> Iterator[None]:
+        """Within the block, let the first SIGTERM set ``stop_wanted``, and a second request raise `Stopped`.
 
-        ``give_up`` is called ``grace_seconds`` after the first, in a thread of its own, unless the stop has been
-        accepted by then: the main thread may be waiting for other ranks, and runs no handler meanwhile.
+        Args:
+            grace_seconds: Grace period after the first SIGTERM.
+            give_up: Called at the end of the grace period unless `accept` was called before. It runs in a thread of
+                its own: the main thread may be waiting for other ranks, and runs no handler meanwhile.
         """
         self._give_up = give_up
-        told, tell = os.pipe()
-        os.set_blocking(tell, False)
-        before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-        watch = threading.Thread(target=self._watch, args=(told, grace_seconds), name="signals", daemon=True)
+        arrivals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        watch = threading.Thread(target=self._watch, args=(arrivals, grace_seconds), name="signals", daemon=True)
         watch.start()
-        self._noting = True
+        self._deferring = True
         try:
             yield
         finally:
-            self._noting = False
+            self._deferring = False
             signal.set_wakeup_fd(before)
-            os.close(tell)
-            watch.join(1.0)  # what it has seen counts within
+            os.close(wakeup)
+            watch.join(1.0)  # a signal that it has read belongs to the block
 
     def accept(self) -> None:
-        """The run is about to end well: nobody gives up any more, and what fails now is a failure."""
+        """End the grace period: the run is about to stop in order, and an exception from now on is a failure."""
         with self._saving:
-            self._gives_up_at = math.inf
+            self._deadline = math.inf
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """What is being saved is finished, grace or not."""
+        """Within the block, delay the end of the grace period, so that a checkpoint in progress is completed."""
         with self._saving:
             yield
 
     def failed(self) -> None:
-        """To be called when something has failed. It gives up if the grace is over: another rank has just done so."""
-        if time.monotonic() > self._gives_up_at - _TOGETHER_SECONDS:
+        """Report that this rank has failed; gives up if the grace period is over, as another rank has just done.
+
+        A rank that gives up breaks the collectives of the others, whose failure is then no fault.
+        """
+        if time.monotonic() > self._deadline - _SPREAD_SECONDS:
             with self._saving:
                 self._give_up()
 
-    def _watch(self, told: int, grace_seconds: float) -> None:
-        """Reads the number of each signal as it arrives, until nobody can tell any more."""
+    def _watch(self, arrivals: int, grace_seconds: float) -> None:
+        """Read the number of each signal as it arrives, until the pipe is closed."""
         main = threading.main_thread().ident or 0
-        with open(told, "rb", buffering=0) as pipe:
+        with open(arrivals, "rb", buffering=0) as pipe:
             while True:
-                left = self._gives_up_at - time.monotonic()
+                left = self._deadline - time.monotonic()
                 if not select.select([pipe], [], [], None if left == math.inf else max(0.0, left))[0]:
                     with self._saving:
-                        if time.monotonic() >= self._gives_up_at:  # the stop has not been accepted meanwhile
+                        if time.monotonic() >= self._deadline:  # no `accept` meanwhile
                             self._give_up()
                     continue
                 arrived = pipe.read(64)
@@ -102,23 +119,23 @@ class Signals:
                     continue
                 now = time.monotonic()
                 if not self.stop_wanted:
-                    self._first_at, self._gives_up_at = now, now + grace_seconds
+                    self._first_time, self._deadline = now, now + grace_seconds
                     self.stop_wanted = True
-                elif now - self._first_at >= ECHO_SECONDS and not self._meant:
-                    self._meant = True
-                    # Again, as its handler may have run before it was known to be meant.
+                elif now - self._first_time >= DUPLICATE_SECONDS and not self._second_request:
+                    self._second_request = True
+                    # Once more, as its handler may have run before `_second_request` was set.
                     signal.pthread_kill(main, signal.SIGTERM)
 
-    def _arrived(self, signum: int, frame: object) -> None:
+    def _handle(self, signum: int, frame: object) -> None:
         if signum == signal.SIGTERM:
-            late = self._meant if self._noting else time.monotonic() - self._first_at >= ECHO_SECONDS
-            if not late:
+            late = time.monotonic() - self._first_time >= DUPLICATE_SECONDS
+            if not (self._second_request if self._deferring else late):
                 return
         _stop(signum)
 
 
 def _stop(signum: int) -> NoReturn:
-    """What follows must not be interrupted by another signal."""
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, signal.SIG_IGN)
+    """Raise `Stopped`, and ignore signals from now on: leaving must not be interrupted."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
     raise Stopped(signum)

@@ -1,6 +1,12 @@
-"""The training loop: sample and grade, score, select and train, hand the weights over. Each verb has its own room."""
+"""The training loop.
 
-import logging
+Each step:
+    1. collect: sample groups from the rollout engine and grade them (rollout/)
+    2. learn: advantages, packed mini-batches, scores, selection, one optimizer step per mini-batch (learner.py)
+    3. sync: push the new weights to the rollout engine (engines/)
+    4. now and then: evaluate, save a checkpoint, export the model
+"""
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +29,14 @@ from megatron_rlvr.protocols import EngineError, RolloutEngine, WeightsMissingEr
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
 from megatron_rlvr.signals import Signals
 
-logger = logging.getLogger(__name__)
-
 
 class Trainer:
-    """Trains a policy; everything it needs is made elsewhere (`train.py`) and passed in. All ranks run it alike."""
+    """Trains a policy with parts that `startup/assembly.py` makes. All ranks make the same calls.
+
+    Attributes:
+        export: Writes the policy as a Hugging Face folder; a collective over the world.
+        totals: Totals of the run so far, over all of its processes.
+    """
 
     def __init__(
         self,
@@ -54,52 +63,50 @@ class Trainer:
         self.checkpoints = checkpoints
         self.signals = signals
         self.export = export
-        """Writes the policy as a Hugging Face folder; a collective over the world."""
-        self.done = RunTotals()
-        self._began = time.perf_counter()
+        self.totals = RunTotals()
+        self._start_time = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     def run(self) -> RunTotals:
-        """All steps that are left, unless SIGTERM ends the run before; what is done then."""
-        run = self.settings.run
-        steps, every, every_export = run.steps, run.eval_every, run.export_every
-        self.sync(version=self.done.step)
-        if self.done.step == 0 and not self.done.before:
-            self.done.before = self.done.after = self.evaluate(0)
-        for step in range(self.done.step + 1, steps + 1):
+        """Train all remaining steps, or until SIGTERM stops the run; return the totals."""
+        run, totals = self.settings.run, self.totals
+        self.sync(version=totals.step)
+        if totals.step == 0 and not totals.before:
+            totals.before = totals.after = self.evaluate(0)
+        for step in range(totals.step + 1, run.steps + 1):
             try:
                 metrics = self.train_step(step)
             except CollectionStoppedError:
                 self.signals.accept()
                 self.save()
                 break
-            if step == steps or (every and step % every == 0):
-                self.done.after = self.evaluate(step)
-                metrics |= self.done.after
+            if step == run.steps or _is_multiple(step, run.eval_every):
+                totals.after = self.evaluate(step)
+                metrics |= totals.after
             self.log.write(step, metrics)
             self.progress.step(step, metrics)
-            self.done.step = step
+            totals.step = step
             self.checkpoints.complete()
             stop = self._stop_is_wanted()
             if stop or self.checkpoints.due(step):
                 self.save()
-            if every_export and step % every_export == 0:
-                self.checkpoints.complete()  # an export that fails, or takes too long after SIGTERM, must not cost it
+            if _is_multiple(step, run.export_every):
+                self.checkpoints.complete()  # first: an export may fail, or take too long after SIGTERM
                 self.export(Path(run.dir) / "exports" / f"step_{step:06d}")
             if stop:
                 break
         self.checkpoints.complete()
-        self.done.seconds += time.perf_counter() - self._began
-        return self.done
+        totals.seconds += time.perf_counter() - self._start_time
+        return totals
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One training step: a rollout, and one optimizer step for each of its mini-batches."""
+        """Run one training step: a rollout, one optimizer step per mini-batch, a weight sync. Return its metrics."""
         self._seconds = dict.fromkeys(("rollout", "score", "train", "sync"), 0.0)
         with self._timed("step"):
             with self._timed("rollout"):
                 try:
                     rollout = self.collector.collect(step, self.progress.sampled)
-                except EngineError:  # on every rank, and the weights are still those of the last step
+                except EngineError:  # raised on every rank, with the weights of the last step unchanged
                     self.save()
                     self.checkpoints.complete()
                     raise
@@ -111,47 +118,38 @@ class Trainer:
             metrics = rollout.metrics | (self._learn(step, rollout) if rollout.size else {})
             with self._timed("sync"):
                 self.sync(version=step)
-        self.done.skipped += metrics.pop("train/skipped", 0.0)
-        metrics |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self.done.skipped}
+        self.totals.skipped += metrics.pop("train/skipped", 0.0)
+        metrics |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self.totals.skipped}
         metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/response_tokens"] / metrics["time/rollout"]
         return metrics
 
     def save(self) -> None:
-        """A checkpoint of all that the next step depends on."""
+        """Save a checkpoint of everything that the next step depends on."""
         self.log.flush_to_disk()
-        done = replace(self.done, seconds=self.done.seconds + time.perf_counter() - self._began)
+        totals = replace(self.totals, seconds=self.totals.seconds + time.perf_counter() - self._start_time)
         state = {
-            "done": asdict(done),
+            "totals": asdict(totals),
             "collector": self.collector.state(),
             "skipped_in_a_row": self.learner.skipped_in_a_row,
         }
         with self.signals.saving():
-            self.checkpoints.save(done.step, state, partial(save_policy, self.policy))
-
-    def _stop_is_wanted(self) -> bool:
-        """Whether SIGTERM was noted on any rank; it reaches them at different moments."""
-        ranks = self.policy.ranks
-        noted = any(gather(self.signals.stop_wanted, ranks.data_objects))
-        wanted = any(gather(noted, ranks.replica_objects))
-        if wanted:
-            self.signals.accept()
-        return wanted
+            self.checkpoints.save(totals.step, state, partial(save_policy, self.policy))
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint instead of from the beginning."""
+        """Restore the state that `save` saved."""
         state = checkpoint.state()
         load_policy(self.policy, checkpoint.folder)
         self.collector.restore(state["collector"])
         self.learner.skipped_in_a_row = state["skipped_in_a_row"]
-        self.done = RunTotals(**state["done"])
+        self.totals = RunTotals(**state["totals"])
 
     def sync(self, version: int) -> None:
-        """Hands the policy's weights to the rollout engine."""
+        """Push the policy's weights to the rollout engine."""
         self.engine.update_weights(self.policy.export_weights(), version)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Accuracy on the evaluation sets; nothing where none is given."""
+        """Return the accuracy on each evaluation set; empty without sets."""
         if not self.evaluator:
             return {}
         while True:
@@ -159,14 +157,24 @@ class Trainer:
                 with self.progress.evaluating(self.evaluator.requests_of_this_rank()) as finished:
                     metrics = self.evaluator.run(finished)
                 break
-            except WeightsMissingError:  # on every rank: servers came back without them
+            except WeightsMissingError:  # raised on every rank: servers have restarted without the weights
                 self.sync(version=step)
         self.progress.evaluated(step, metrics)
         if step == 0:
             self.log.write(0, metrics)
         return metrics
 
+    def _stop_is_wanted(self) -> bool:
+        """Return on every rank whether SIGTERM has arrived on any; ranks get it at different moments."""
+        ranks = self.policy.ranks
+        in_data_group = any(gather(self.signals.stop_wanted, ranks.data_objects))
+        wanted = any(gather(in_data_group, ranks.replica_objects))
+        if wanted:
+            self.signals.accept()
+        return wanted
+
     def _learn(self, step: int, rollout: Rollout) -> dict[str, float]:
+        """Train on a rollout; a SkippedStepsError names the prompts and the file that holds the mini-batch."""
         settings = self.settings
         mini_batches = build_mini_batches(
             [(group.order, group.group) for group in rollout.groups],
@@ -183,12 +191,18 @@ class Trainer:
             groups = [group for part in gather(here, self.policy.ranks.data_objects) for group in part]
             path = self.log.write_skipped(step, groups, self.collector.tokenizer)
             ids = ", ".join(group.prompt.id for group in groups)
-            raise SkippedStepsError(f"{error}: prompts {ids}, all of it in {path}", error.mini_batch) from None
+            raise SkippedStepsError(f"{error}: prompts {ids}, written to {path}", error.mini_batch) from None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        """Time a phase of the step, and show its name."""
         self.progress.phase(phase)
         start = time.perf_counter()
         yield
         accelerator.synchronize()
         self._seconds[phase] = time.perf_counter() - start
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    """Return whether something that happens every ``every`` steps (0: never) happens after ``step``."""
+    return bool(every) and step % every == 0

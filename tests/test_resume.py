@@ -52,10 +52,10 @@ class StopAfter:
         self.left -= 1
         return self.left <= 0
 
-    def noting(self, *_: Any) -> Any:
+    def deferring(self, *_: Any) -> Any:
         return nullcontext()
 
-    saving = noting
+    saving = deferring
 
     def accept(self) -> None: ...
 
@@ -89,10 +89,11 @@ def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) ->
     from megatron_rlvr.checkpoint.megatron.writer import BackgroundWriter
     from megatron_rlvr.checkpoint.store import CheckpointError
     from megatron_rlvr.config.loading import load_settings
+    from megatron_rlvr.errors import InputError
     from megatron_rlvr.learner import SkippedStepsError
     from megatron_rlvr.reward.graders import GraderPool
     from megatron_rlvr.startup.resolve import resolve
-    from megatron_rlvr.train import INPUT_ERRORS, train
+    from megatron_rlvr.startup.run import train
 
     # Files are written in child processes, which the ranks of tests, being daemons, may not start.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
@@ -115,7 +116,7 @@ def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) ->
             mock.patch.object(BackgroundWriter, "_run", late),
         ):
             train(resolved, graders, StopAfter(steps))  # type: ignore[arg-type]
-    except (*INPUT_ERRORS, CheckpointError, SkippedStepsError) as error:
+    except (InputError, CheckpointError, SkippedStepsError) as error:
         return str(error)
     return ""
 
@@ -301,9 +302,9 @@ def test_output_written_after_the_last_checkpoint_is_removed(
 
 
 class Resuming:
-    """A streaming collector that is stopped before each step, and goes on as another one from what was saved of it.
+    """An asynchronous collector that is stopped before each step, and replaced by one restored from its saved state.
 
-    Where sampling has begun in the background by then, it is stopped in the middle.
+    Sampling in the background is stopped in the middle.
     """
 
     collector: Any = None
@@ -386,7 +387,7 @@ def test_resume_and_overwrite_decide_from_which_checkpoint_a_run_starts(place: P
     assert start_of(place, "decided", earlier, run={"overwrite": True, "resume": "never"}) is None
     with pytest.raises(SettingsError, match=r"holds an earlier run .* set run.overwrite to true"):
         start_of(place, "decided", earlier, run={"resume": "never"})
-    with pytest.raises(SettingsError, match=r"run.overwrite true removes the checkpoint that run.resume must needs"):
+    with pytest.raises(SettingsError, match=r"^run.overwrite=true: would delete the checkpoint that run.resume=must requires"):
         start_of(place, "decided", earlier, run={"overwrite": True, "resume": "must"})
     with pytest.raises(SettingsError, match=r"^run.resume=must: there is no checkpoint in"):
         start_of(place, "elsewhere", [], run={"resume": "must"})
@@ -442,9 +443,9 @@ def test_settings_that_may_change_are_accepted(place: Path, tmp_path: Path) -> N
 
 
 def test_checkpoint_settings_without_effect_are_refused(place: Path) -> None:
-    with pytest.raises(SettingsError, match=r"^run.keep_every 4 does nothing with run.save_every 0; drop it$"):
+    with pytest.raises(SettingsError, match=r"^run.keep_every=4: has no effect with run.save_every=0 .*; remove it$"):
         load_settings(config(place, "keep", run={"keep_every": 4}))
-    with pytest.raises(SettingsError, match=r"^run.keep_every 4 is not a multiple of run.save_every 3; choose one$"):
+    with pytest.raises(SettingsError, match=r"^run.keep_every=4: not a multiple of run.save_every=3; choose one$"):
         load_settings(config(place, "keep", run={"keep_every": 4, "save_every": 3}))
 
 

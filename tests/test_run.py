@@ -141,8 +141,8 @@ def _start_all(pool: ThreadPoolExecutor, place: Path, model: Path) -> dict[str, 
     def alone(name: str, *, ranks: int = 0, **sections: Any) -> "Future[dict[str, Run]]":
         return pool.submit(_run, name, config(name, **sections), place, ranks)
 
-    # A random model never answers: with 0 for a wrong answer, all rewards are 0.
-    unrewarded, even = {"wrong": 0.0}, {"function": "rewards:even"}
+    # A random model never answers: with 0 for an incorrect answer, all rewards are 0.
+    unrewarded, even = {"incorrect": 0.0}, {"function": "rewards:even"}
     evaluate = {"sets": [{"path": str(aime), "name": "held_out"}], "samples": 2}
     runs: dict[str, Future[Any]] = {
         "gsm8k": alone("gsm8k", reward=unrewarded, evaluate=evaluate),
@@ -242,7 +242,7 @@ def test_a_model_that_is_never_right_gives_up_politely(name: str, finished: Call
         assert (line["reward/mean"], line["reward/accuracy"]) == (0, 0)
         assert line["rollout/groups_dropped"] == line["rollout/groups_sampled"] >= PROMPTS
         assert line["train/skipped_steps"] == 0
-    warnings = [line for line in run.stderr.splitlines() if "goes on with 0 of 4 groups" in line]
+    warnings = [line for line in run.stderr.splitlines() if "trains on 0 of 4 groups" in line]
     assert [f"step {n} goes" in line for n, line in enumerate(warnings, start=1)] == [True, True]
     assert "Traceback" not in run.stderr
     assert [line for line in run.stdout.splitlines() if line.startswith("step ")][1].startswith("step 2/2")
@@ -482,7 +482,7 @@ def test_a_signal_ends_the_run_and_leaves_nothing_behind(name: str, background: 
     assert not (ending.run.folder / "summary.json").exists()
     told = f"stopped by SIGINT; {ending.run.folder}/metrics.jsonl is complete"
     assert ending.run.stderr.splitlines().count(told) == (signum == signal.SIGINT)
-    told = f"stopped by SIGTERM after step {steps[-1]}, which is saved; the same command goes on from there"
+    told = f"stopped by SIGTERM after step {steps[-1]}, which is saved; the same command resumes from there"
     assert ending.run.stdout.splitlines().count(told) == (signum == signal.SIGTERM)
     assert (ending.run.folder / "checkpoints" / f"step_{steps[-1]:06d}").exists() == (signum == signal.SIGTERM)
     if not ranks:

@@ -1,4 +1,4 @@
-"""What SIGTERM does at which moment, in this process; test_kills.py and test_run.py send it to whole runs."""
+"""SIGTERM at different moments of a run, in this process; test_kills.py and test_run.py send it to whole runs."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ def signals() -> Iterator[Signals]:
 
 
 def terminate(signals: Signals) -> None:
-    """Returns when the signal is noted."""
+    """Send SIGTERM to this process; return once it has been read."""
     os.kill(os.getpid(), signal.SIGTERM)
     wait_for(lambda: signals.stop_wanted, 60)
 
@@ -35,28 +35,28 @@ def terminate_and_wait() -> None:
     time.sleep(60)
 
 
-def test_an_echo_is_one_also_when_the_run_has_saved_meanwhile_and_a_later_signal_is_none(
+def test_a_forwarded_duplicate_is_ignored_also_after_saving_and_a_later_signal_is_not(
     signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ECHO_SECONDS", 600.0)
-    with signals.noting(600.0, lambda: pytest.fail("it gave up")):
+    monkeypatch.setattr(module, "DUPLICATE_SECONDS", 600.0)
+    with signals.deferring(600.0, lambda: pytest.fail("it gave up")):
         terminate(signals)
         os.kill(os.getpid(), signal.SIGTERM)
         signals.accept()
     assert signals.stop_wanted
-    os.kill(os.getpid(), signal.SIGTERM)  # while the run ends well
+    os.kill(os.getpid(), signal.SIGTERM)  # while the run stops in order
     signals.failed()
-    monkeypatch.setattr(module, "ECHO_SECONDS", 0.0)
+    monkeypatch.setattr(module, "DUPLICATE_SECONDS", 0.0)
     with pytest.raises(Stopped, match="SIGTERM"):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_is_late_or_an_echo_by_when_it_arrived_not_by_when_its_handler_ran(
+def test_a_signal_is_a_duplicate_by_the_time_it_arrived_not_by_the_time_its_handler_ran(
     signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The main thread is in a call that runs no handlers for longer than echoes take."""
-    monkeypatch.setattr(module, "ECHO_SECONDS", 4.0)
-    with signals.noting(600.0, lambda: pytest.fail("it gave up")):
+    """The main thread is in a call that runs no handlers for longer than a duplicate may take."""
+    monkeypatch.setattr(module, "DUPLICATE_SECONDS", 4.0)
+    with signals.deferring(600.0, lambda: pytest.fail("it gave up")):
         terminate(signals)
         first_at = time.monotonic()
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -66,28 +66,28 @@ def test_a_signal_is_late_or_an_echo_by_when_it_arrived_not_by_when_its_handler_
             terminate_and_wait()
 
 
-def test_before_training_the_first_signal_ends_it(signals: Signals) -> None:
+def test_before_training_the_first_signal_ends_the_run(signals: Signals) -> None:
     with pytest.raises(Stopped, match="SIGTERM") as stopped:
         os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.exit_status == 128 + signal.SIGTERM
-    os.kill(os.getpid(), signal.SIGTERM)  # what follows is not interrupted
+    os.kill(os.getpid(), signal.SIGTERM)  # ignored: leaving is not interrupted
 
 
 class GivenUpError(Exception):
-    """In place of the end of the process."""
+    """Raised where a run would exit."""
 
 
 def give_up() -> None:
     raise GivenUpError
 
 
-def test_what_fails_as_the_grace_ends_fails_because_another_rank_gave_up(
+def test_a_failure_at_the_end_of_the_grace_period_is_taken_for_another_rank_that_gave_up(
     signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with signals.noting(600.0, give_up):  # type: ignore[arg-type]
-        signals.failed()  # no signal, no grace
+    with signals.deferring(600.0, give_up):  # type: ignore[arg-type]
+        signals.failed()  # no signal has arrived, so no grace period ends
         terminate(signals)
     signals.failed()
-    monkeypatch.setattr(module, "_TOGETHER_SECONDS", 700.0)
+    monkeypatch.setattr(module, "_SPREAD_SECONDS", 700.0)
     with pytest.raises(GivenUpError):
         signals.failed()

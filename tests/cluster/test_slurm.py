@@ -150,7 +150,7 @@ def test_a_run_on_two_nodes_that_was_preempted_and_killed_equals_one_that_was_ne
     assert again.ended(START_SECONDS) == "0:0", again.said()
     assert again.ends() == ["the trainer exited with status 0"]
     for log, step in ((job.said(), saved[0]), (job.said(), saved[1]), (again.said(), last - 2)):
-        assert f"going on after step {step}" in log
+        assert f"resuming after step {step}" in log
     assert [line["step"] for line in run.lines()] == list(range(1, last + 1))
 
     uninterrupted = new_run("uninterrupted")
@@ -194,7 +194,7 @@ def test_the_quickstart_is_preempted_after_its_server_was_killed_and_resumes_wit
     run.write(last)
     assert job.ended(2 * START_SECONDS) == "0:0", job.said()
     assert job.ends()[1:] == ["the trainer exited with status 0"]
-    assert f"going on after step {saved}" in job.said()
+    assert f"resuming after step {saved}" in job.said()
     # The servers' launchers ignored SIGTERM (143) and exited on SIGINT, after the trainer had exited.
     assert "Exited with exit code 130" in job.said()
     assert "Exited with exit code 143" not in job.said()

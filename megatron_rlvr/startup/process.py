@@ -1,0 +1,87 @@
+"""The process of one rank: its place in the launch, its line on stderr, its log, and its exit."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import NoReturn
+
+from megatron_rlvr.config import ParallelSettings, SettingsError
+from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.signals import Stopped
+
+logger = logging.getLogger("megatron_rlvr")
+
+# Seconds after which a rank prints an error although it is not the main rank.
+_OTHER_RANKS_WAIT_SECONDS = 10.0
+
+
+def is_main() -> bool:
+    """Return whether this process is rank 0, by the launcher's RANK; True without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_of_host() -> bool:
+    """Return whether this process is the first rank of its host, by the launcher's LOCAL_RANK."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def world_size(parallel: ParallelSettings) -> int:
+    """Number of ranks: the launcher's WORLD_SIZE, or without a launcher the ranks of one copy of the model.
+
+    Raises: SettingsError if WORLD_SIZE is not an int above 0.
+    """
+    text = os.environ.get("WORLD_SIZE", str(parallel.replica))
+    if not text.isdecimal() or int(text) < 1:
+        raise SettingsError(f"WORLD_SIZE={text}: not an int above 0; set it to the number of ranks, or unset it")
+    return int(text)
+
+
+def check_launch(parallel: ParallelSettings, command: str) -> None:
+    """Raise SettingsError if several ranks are needed and no launcher has started this process.
+
+    Args:
+        command: how to start the ranks, with ``{ranks}`` for their number.
+    """
+    ranks = world_size(parallel)
+    if ranks > 1 and "RANK" not in os.environ:
+        raise SettingsError(
+            f"{ranks} ranks are needed, and this is one process; start it with {command.format(ranks=ranks)}"
+        )
+
+
+def print_error(error: Exception) -> None:
+    """Print an error as one line on stderr.
+
+    The main rank prints at once. Another rank waits first: torchrun ends it when the main rank exits, so that an error
+    of all ranks is printed once, and an error of that rank alone is still printed.
+    """
+    if not is_main():
+        try:
+            time.sleep(_OTHER_RANKS_WAIT_SECONDS)
+        except Stopped:  # by the launcher: another rank has printed the error and exited
+            return
+    print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def leave(status: int, graders: GraderPool | None = None) -> NoReturn:
+    """Exit at once, without leaving the process group: that would wait for ranks that may have exited already."""
+    if graders is not None:
+        graders.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(status)
+
+
+def quiet_libraries() -> None:
+    """Log the package's messages on the main rank; of libraries, and on other ranks, log errors only."""
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO if is_main() else logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

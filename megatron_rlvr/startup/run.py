@@ -1,0 +1,142 @@
+"""A run from its resolved settings to its end: the process group, the trainer, the export, and every way to stop.
+
+    last step done          export, summary.json, status 0
+    SIGTERM                 a checkpoint as soon as all ranks can save together, status 0
+    SIGTERM, grace over     exit in the middle of a step, status 0
+    SIGINT                  exit at once, status 130
+    user's input            one line on stderr, status 2: some errors are found only now, such as a missing tensor
+    fault                   one line on stderr, or the traceback of a defect, status 1
+    a rank lost             one line on stderr, status 1
+
+Whichever it is, metrics.jsonl is complete, no grader process is left, and the same command resumes from the last
+checkpoint.
+"""
+
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_rlvr.checkpoint.store import Checkpoint, CheckpointError, RunTotals
+from megatron_rlvr.config import RunSettings
+from megatron_rlvr.errors import InputError, RlvrError
+from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.signals import Signals, Stopped
+from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.process import is_first_of_host, is_main, leave, logger, print_error
+from megatron_rlvr.startup.resolve import Resolved
+from megatron_rlvr.startup.run_folder import prepare_run_folder, summarize, write_summary
+
+if TYPE_CHECKING:
+    from megatron_rlvr.distributed.ranks import Ranks
+    from megatron_rlvr.trainer import Trainer
+
+
+def run(resolved: Resolved, graders: GraderPool, signals: Signals) -> None:
+    """Train, and return when all is done; a run that ends otherwise exits the process with its status."""
+    try:
+        train(resolved, graders, signals)
+    except Stopped as stopped:
+        if is_main():
+            print(f"stopped by {stopped}; {resolved.settings.run.dir}/metrics.jsonl is complete", file=sys.stderr)
+        leave(stopped.exit_status, graders)
+    except RlvrError as error:
+        # These two are raised on all ranks alike. Others may follow from a rank that has given up after SIGTERM.
+        if not isinstance(error, InputError | CheckpointError):
+            signals.failed()
+        print_error(error)
+        leave(error.exit_status, graders)
+    except Exception:
+        signals.failed()
+        logger.exception("rank %s failed", os.environ.get("RANK", "0"))
+        leave(1, graders)
+
+
+def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
+    """Train as resolved.
+
+    Returns:
+        The content of summary.json, on every rank; None if SIGTERM stopped the run before its last step.
+    """
+    from megatron_rlvr.distributed import process_group
+    from megatron_rlvr.distributed.heartbeat import Heartbeat
+    from megatron_rlvr.distributed.ranks import initialize_ranks
+    from megatron_rlvr.startup.assembly import build_trainer
+
+    settings = resolved.settings
+    ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
+    resolved = replace(resolved, start=_prepare(resolved, ranks))
+    with ExitStack() as resources:
+        lost = partial(_lost, settings.run.timeout_minutes, graders)
+        timeout_seconds = 60 * settings.run.timeout_minutes
+        resources.enter_context(Heartbeat(process_group.store(), ranks.rank, ranks.world_size, timeout_seconds, lost))
+        trainer = build_trainer(resolved, graders, signals, ranks, resources)
+        trainer.progress.say(describe_plan(resolved))
+        if resolved.start is not None:
+            trainer.resume(resolved.start)
+        with signals.deferring(settings.run.grace_seconds, partial(_give_up, trainer, graders)):
+            totals = trainer.run()
+        if totals.step < settings.run.steps:
+            trainer.progress.say(_stopped(settings.run, totals))
+    if totals.step < settings.run.steps:  # after the block: the engine's own process groups are closed by now
+        process_group.shut_down()
+        return None
+    export = Path(settings.run.dir) / "hf" if settings.run.export else None
+    if export is not None:
+        trainer.export(export)
+    summary = summarize(settings, totals, export)
+    if ranks.is_main:
+        write_summary(settings, summary)
+    process_group.shut_down()
+    return summary
+
+
+def _prepare(resolved: Resolved, ranks: "Ranks") -> Checkpoint | None:
+    """Prepare the run folder; return the main rank's checkpoint to resume from on all ranks.
+
+    Another rank may have looked at a shared folder too early to find the same one.
+    """
+    import torch.distributed as dist
+
+    if ranks.is_main:
+        prepare_run_folder(resolved.settings, resolved.start)
+    start = [resolved.start]
+    dist.broadcast_object_list(start, src=0)
+    return start[0]
+
+
+def _stopped(run: RunSettings, totals: RunTotals) -> str:
+    return f"stopped by SIGTERM after step {totals.step}, which is saved; {_same_command(run)} resumes from there"
+
+
+def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:
+    """Exit in the middle of a step, whatever the main thread is doing."""
+    run, last = trainer.settings.run, trainer.checkpoints.last
+    then = f"resumes after step {last.step}" if last else "starts from the first step"
+    if is_main():
+        print(
+            f"stopped by SIGTERM in step {trainer.totals.step + 1}, which did not end within "
+            f"run.grace_seconds={run.grace_seconds:g}; {_same_command(run)} {then}",
+            flush=True,
+        )
+    leave(0, graders)
+
+
+def _lost(minutes: float, graders: GraderPool, rank: int | None) -> NoReturn:
+    """Exit wherever the main thread waits, as ``rank`` is lost; None if another rank has reported which one is."""
+    if rank is not None and is_first_of_host():
+        print(
+            f"megatron_rlvr: rank {rank} has given no sign of life for {minutes:g} min (run.timeout_minutes): it, its "
+            "host or the network is down; the same command resumes from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    leave(1, graders)
+
+
+def _same_command(run: RunSettings) -> str:
+    """The command that resumes the run, in words: with run.overwrite it would delete the checkpoints."""
+    return "the same command" + (" with run.overwrite=false" if run.overwrite else "")

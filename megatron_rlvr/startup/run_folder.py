@@ -1,0 +1,100 @@
+"""The run folder, `run.dir`: its files, how far an earlier run got in it, and its preparation for a new run.
+
+config.yaml        the resolved settings
+metrics.jsonl      one object a training step
+rollouts/          sampled responses as text
+skipped/           mini-batches with a non-finite loss or gradient
+tensorboard/       the metrics for TensorBoard
+checkpoints/       training state (megatron_rlvr/checkpoint/store.py)
+exports/, hf/      the model in Hugging Face format: on the way, and at the end
+sync/              weights on their way to servers (`sync.method` disk)
+summary.json       written when the last step is done
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.checkpoint.resume import checkpoint_to_resume, prepare_checkpoints
+from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, RunTotals
+from megatron_rlvr.config import Settings, SettingsError
+from megatron_rlvr.config.loading import to_yaml
+
+RUN_FILES = (
+    *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
+)
+"""Names that a run writes in `run.dir` besides config.yaml, and that a fresh run in the same folder replaces."""
+
+_SUMMARY = "summary.json"
+# Written again by a resumed run, so that no file of them may be left from before.
+_REPLACED_ON_RESUME = (_SUMMARY, "sync")
+
+
+def check_run_folder(settings: Settings) -> Checkpoint | None:
+    """Return the checkpoint that the run resumes from, or None for a fresh run.
+
+    Raises:
+        SettingsError: The folder cannot be written, holds an earlier run that may be neither resumed nor replaced, or
+            the run would replace a file that it reads.
+    """
+    folder = Path(settings.run.dir)
+    earlier = [name for name in RUN_FILES if (folder / name).exists()]
+    start = checkpoint_to_resume(settings, earlier)
+    for key, needed in _inputs(settings):
+        for name in earlier:
+            if Path(needed).resolve().is_relative_to((folder / name).resolve()):
+                raise SettingsError(f"{key}={needed}: is in run.dir={folder}, where {name} is replaced; choose another")
+    _check_writable("run.dir", folder)
+    if settings.sync.dir is not None:
+        _check_writable("sync.dir", Path(settings.sync.dir))
+    return start
+
+
+def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
+    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank."""
+    folder = Path(settings.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    replaced = [name for name in RUN_FILES if name != FOLDER]  # `prepare_checkpoints` removes those
+    for name in replaced if start is None else _REPLACED_ON_RESUME:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    prepare_checkpoints(settings, start)
+    (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+
+
+def summarize(settings: Settings, totals: RunTotals, export: Path | None) -> dict[str, Any]:
+    """Return the content of summary.json; the two accuracies are those of the first evaluation set."""
+    before, after = totals.before, totals.after
+    accuracy = [key for key in before if key.endswith("/accuracy")]
+    return {
+        "steps": settings.run.steps,
+        "seconds": round(totals.seconds, 1),
+        "accuracy_before": before[accuracy[0]] if accuracy else None,
+        "accuracy_after": after[accuracy[0]] if accuracy else None,
+        "before": before,
+        "after": after,
+        "export": str(export) if export is not None else None,
+    }
+
+
+def write_summary(settings: Settings, summary: dict[str, Any]) -> None:
+    """Write summary.json; for the main rank."""
+    (Path(settings.run.dir) / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    parent = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SettingsError(f"{key}={folder}: cannot be written ({parent}); choose another folder")
+
+
+def _inputs(settings: Settings) -> list[tuple[str, str]]:
+    """(key, path) of every file and folder that the run reads."""
+    return [
+        ("model.path", settings.model.path),
+        ("model.tokenizer", settings.model.tokenizer or settings.model.path),
+        *(("data.train", file.path) for file in settings.data.train),
+        *(("evaluate.sets", file.path) for file in settings.evaluate.sets),
+    ]

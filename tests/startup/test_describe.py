@@ -1,0 +1,124 @@
+"""The plan in words: as ``--check`` prints it before a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from resolving import Resolve
+
+from megatron_rlvr.config.loading import load_settings, validate
+from megatron_rlvr.startup.describe import describe_loss, describe_mask, describe_plan
+
+WITNESS = """
+import atexit, os, sys
+
+def note():
+    distributed = sys.modules.get("torch.distributed")
+    started = distributed is not None and distributed.is_initialized()
+    open(os.environ["WITNESS"], "w").write(f"process group {started}, megatron {'megatron' in sys.modules}")
+
+atexit.register(note)
+"""
+
+
+def test_check_prints_the_plan_and_starts_nothing(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITNESS)
+    config = write_config(
+        data={"max_prompt_tokens": 16},
+        parallel={"tensor": 2, "pipeline": 2, "sequence": True},
+        rollout={"max_response_tokens": 100},
+        reward={"overlong_buffer": 40},
+        optimizer={"learning_rate": 1e-6, "warmup_steps": 10},
+        run={"steps": 200},
+    )
+    done = tiny.run_train(
+        config, "--check", "--selection.fraction=0.1", cwd=tmp_path, search=[tmp_path],
+        variables={"WORLD_SIZE": "64", "WITNESS": str(tmp_path / "witness")},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert plan["ranks"] == "64 = tensor 2 x pipeline 2 x data 16 with sequence parallel"
+    assert plan["mask"] == (
+        "the policy gradient touches the 10 % of response tokens with the highest entropy, of a mini-batch over all "
+        "ranks, by the entropies of the policy before the update"
+    )
+    dropped = _prompts_over(tmp_path / "config.yaml", 16)
+    assert 0 < dropped < 16
+    assert plan["prompts"] == f"{20 - dropped} from 1 file(s), {dropped} left out as too long"
+    assert plan["loss"] == (
+        "clip 0.8 .. 1.28, sum over the selected tokens / all response tokens of the mini-batch; advantages grpo"
+    )
+    assert plan["reward"] == "math: correct 1, incorrect -1, overlong penalty over the last 40 tokens"
+    assert plan["optimizer"].endswith("on 2 prompts each, Adam, learning rate 1e-06 after 10 warm-up steps")
+    assert plan["evaluation"] == "none"
+    assert (tmp_path / "witness").read_text() == "process group False, megatron False"
+    assert not (tmp_path / "run").exists()
+
+
+def _prompts_over(config: Path, limit: int) -> int:
+    """Number of problems with more tokens than ``limit``, counted with the tokenizers library."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(load_settings(config).model.path) / "tokenizer.json"))
+    return sum(len(tokenizer.encode(text).ids) > limit for text, _ in tiny.PROBLEMS)
+
+
+def test_help_ends_with_status_0(tmp_path: Path) -> None:
+    done = tiny.run_train("--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: torchrun")
+    assert "--selection.fraction" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        ({}, "the 20 % of response tokens with the highest entropy, of a mini-batch over all ranks, by the entropies "
+             "of the policy before the update"),
+        ({"keep": "bottom", "fraction": 0.5, "scope": "rollout_batch"},
+         "the 50 % of response tokens with the lowest entropy, of the whole rollout over all ranks, by the entropies "
+         "of the policy before the update"),
+        ({"keep": "random", "fraction": 0.125}, "the 12.5 % of response tokens drawn at random, of a mini-batch over "
+                                                "all ranks"),
+        ({"scope": "micro_batch", "entropy": "current"}, "the 20 % of response tokens with the highest entropy, of "
+         "each micro-batch on its own, by the entropies of the policy being trained"),
+        ({"keep": "all"}, "all response tokens"),
+    ],
+)  # fmt: skip
+def test_the_mask_in_words(selection: dict[str, Any], words: str) -> None:
+    settings = validate(tiny.settings_for(Path("model"), Path("train.jsonl"), Path("run"), selection=selection))
+    assert describe_mask(settings) == f"the policy gradient touches {words}"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "clip 0.8 .. 1.28"),
+        ({"objective": "gspo"}, "gspo, clip of sequence ratios 0.9997 .. 1.0004"),
+        ({"objective": "cispo"}, "cispo, weight at most 5"),
+        ({"rollout_correction": "tis"}, "clip 0.8 .. 1.28, times policy / engine probability truncated at 2 (tis)"),
+        (
+            {"objective": "cispo", "rollout_correction": "mis", "correction_cap": 2.5},
+            "cispo, weight at most 5, times policy / engine probability 0 beyond 1/2.5 .. 2.5 (mis)",
+        ),
+    ],
+)
+def test_the_loss_in_words(values: dict[str, Any], words: str) -> None:
+    settings = validate(tiny.settings_for(Path("model"), Path("train.jsonl"), Path("run"), loss=values))
+    assert describe_loss(settings) == words
+
+
+def test_the_plan_names_what_differs_from_the_paper(resolve_with: Resolve, problems: Path) -> None:
+    plan = describe_plan(
+        resolve_with(
+            loss={"normalizer": "selected_tokens"},
+            rollout={"dynamic_sampling": False, "max_rounds": 10},
+            evaluate={"sets": {"path": str(problems), "name": "adds"}, "samples": 3},
+            run={"eval_every": 5},
+        )
+    )
+    assert "/ the number of selected tokens of the mini-batch" in plan
+    assert "no dynamic sampling" in plan
+    assert "adds (20 problems) x 3 samples, before and after, every 5 steps" in plan
