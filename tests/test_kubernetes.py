@@ -183,7 +183,7 @@ def test_no_container_runs_as_root_and_no_manifest_contains_a_secret() -> None:
             assert not [name for name in names if re.search("TOKEN|SECRET|PASSWORD|KEY|CREDENTIAL", name)]
 
 
-# The program of a pod --------------------------------------------------------------------------------------------------
+# The program of a pod -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_the_quickstart_is_preempted_after_its_server_was_killed_and_resumes_wit
     job.wait(lambda: len(run.lines()) >= 2, "second step")
     # The kill is most likely during sampling, which survives it; during a weight sync it would end the run.
     psutil.Process(job.record(0)["pids"][0]).kill()
-    job.wait(lambda: "is taken out" in job.said(), "message about the server's exit", SOON_SECONDS)
+    job.wait(lambda: "is removed from rotation" in job.said(), "message about the server's exit", SOON_SECONDS)
     job.wait(lambda: "will be restarted" in job.servers_said(0), "new server", SOON_SECONDS)
     assert len(run.lines()) < 100, "the run waits for the server"
     job.interrupt("scontrol", "requeue")
