@@ -76,7 +76,8 @@ WARM_UP = (
 def warm_up_stream(seed: int, sequences: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield training sequences for the base model, stage by stage, without any problem reserved for evaluation.
 
-    Yields: ``sequences`` pairs of prompt ids [P] and response ids [T], int32; the response ends with the end token.
+    Yields:
+        ``sequences`` pairs of prompt ids [P] and response ids [T], int32; the response ends with the end token.
     """
     rng = random.Random(f"warm-up {seed}")
     first_stage, second_stage = WARM_UP
@@ -106,7 +107,8 @@ def write_data(
         train, held_out, hard: Numbers of problems. Those of the last two are in no warm-up, whatever its seed.
         seed: Seed of the problems.
 
-    Returns: the path of each file by its source. No problem occurs twice, within a file or across files.
+    Returns:
+        The path of each file by its source. No problem occurs twice, within a file or across files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

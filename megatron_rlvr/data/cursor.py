@@ -32,7 +32,8 @@ class PromptCursor:
         seed: Seed of the shuffling, >= 0; the same seed and set give the same order.
         shuffle: False keeps the order of each file's rows in every epoch.
 
-    Raises: DataError for a negative seed.
+    Raises:
+        DataError: For a negative seed.
     """
 
     def __init__(self, prompt_set: PromptSet, seed: int, shuffle: bool = True) -> None:
@@ -106,8 +107,9 @@ class PromptCursor:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from the position of ``state``, which `state` returned in this run or an earlier one.
 
-        Raises: DataError, and leaves the cursor unchanged, if the files, their numbers of prompts, their weights, the
-            seed or the shuffling differ: some prompts would then be drawn twice and others never.
+        Raises:
+            DataError: If the files, their numbers of prompts, their weights, the seed or the shuffling differ: some
+                prompts would then be drawn twice and others never. The cursor is unchanged.
         """
         current = self.state()
         for key, setting in (("seed", "run.seed"), ("shuffle", "data.shuffle")):

@@ -96,9 +96,10 @@ def load_prompts(
         suffix: Text appended to every problem, such as "\\nPut the final answer within \\\\boxed{}."
         show_progress: Show a progress bar if stderr is a terminal. Set it on one rank only.
 
-    Raises: DataError if a file is malformed, no prompt of a file is short enough, two files have the same name, a
-        weight is not positive, a row has its own system message although ``system`` is set, or the chat template
-        rejects a row.
+    Raises:
+        DataError: If a file is malformed, no prompt of a file is short enough, two files have the same name, a weight
+            is not positive, a row has its own system message although ``system`` is set, or the chat template rejects a
+            row.
     """
     if not files:
         raise DataError("no prompt files; name at least one in data.train")

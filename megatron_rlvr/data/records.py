@@ -84,9 +84,12 @@ def read_records(
         name: Prefix of the ids, and source of rows without one; the file's stem by default.
         prompt_key, answer_key, id_key: Columns to read instead of those found by name ("a.b" for a nested column).
 
-    Returns: at least one record, with unique ids. If ids are read from `extra_info.index`, which DAPO-Math repeats,
-        the second row with an id gets the suffix "#2", and so on; in any other column a repeated id is an error.
-    Raises: DataError, one sentence with the file and the line (of JSON lines) or row (of parquet), counted from 1.
+    Returns:
+        At least one record, with unique ids. If ids are read from `extra_info.index`, which DAPO-Math repeats, the
+        second row with an id gets the suffix "#2", and so on; in any other column a repeated id is an error.
+
+    Raises:
+        DataError: One sentence with the file and the line (of JSON lines) or row (of parquet), counted from 1.
     """
     path = Path(path)
     name = path.stem if name is None else name

@@ -16,9 +16,12 @@ class DataError(InputError):
 def read_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield each row of a .jsonl, .json (one object per line) or .parquet file.
 
-    Yields: ("line" or "row", the line or row number counted from 1, the row as {column: value}). Blank lines of JSON
-        lines are skipped but counted; a byte order mark and CRLF are allowed.
-    Raises: DataError if the file does not exist, has another extension, or cannot be read.
+    Yields:
+        ("line" or "row", the line or row number counted from 1, the row as {column: value}). Blank lines of JSON lines
+        are skipped but counted; a byte order mark and CRLF are allowed.
+
+    Raises:
+        DataError: If the file does not exist, has another extension, or cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file; check the path")

@@ -50,7 +50,8 @@ class Tokenizer(Protocol):
     def render_chat(self, messages: Sequence[Message]) -> str:
         """Return the text of a chat up to where the assistant's answer starts.
 
-        Raises: TokenizerError if there is no chat template, or it rejects the messages.
+        Raises:
+            TokenizerError: If there is no chat template, or it rejects the messages.
         """
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
@@ -67,8 +68,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path: A Hugging Face folder (tokenizer.json or tokenizer_config.json), a folder with only a sentencepiece
             `tokenizer.model`, or a sentencepiece .model file.
 
-    Raises: TokenizerError if the tokenizer does not exist, cannot be read, or has no vocabulary or no end-of-sequence
-        token.
+    Raises:
+        TokenizerError: If the tokenizer does not exist, cannot be read, or has no vocabulary or no end-of-sequence
+            token.
     """
     path = Path(path)
     if path.is_file():

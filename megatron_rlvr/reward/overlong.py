@@ -16,8 +16,11 @@ def soft_overlong_penalty(length: int, max_response_tokens: int, buffer: int) ->
         max_response_tokens: The response cap, > 0.
         buffer: Width in tokens of the zone below the cap in which the penalty grows; 0 means no penalty.
 
-    Returns: a number from -1 to 0.
-    Raises: ValueError if the buffer is negative or wider than the cap.
+    Returns:
+        A number from -1 to 0.
+
+    Raises:
+        ValueError: If the buffer is negative or wider than the cap.
     """
     if not 0 <= buffer <= max_response_tokens:
         raise ValueError(

@@ -44,24 +44,25 @@ class GraderProcess:
             function: "math" or "module:function".
             timeout_seconds: Deadline of each task in seconds.
 
-        Raises: RewardError if the system cannot start a process.
+        Raises:
+            RewardError: If the system cannot start a process.
         """
         self._function = function
         self._timeout_seconds = timeout_seconds
-        ours, theirs = socket.socketpair()
+        trainer_end, grader_end = socket.socketpair()
         # The deadline applies to sending too: a stopped process does not read, and a long response fills the socket.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_seconds))
-        self._connection = Connection(ours.detach())
+        trainer_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_seconds))
+        self._connection = Connection(trainer_end.detach())
         command = [sys.executable, "-u", "-m", "megatron_rlvr.reward.worker"]
         # The process imports modules from where the trainer would, in the same order; -m adds the current directory.
         search_path = filter(None, [*sys.path, os.environ.get("PYTHONPATH")])
-        with theirs:
+        with grader_end:
             try:
                 self._process = subprocess.Popen(
-                    [*command, str(theirs.fileno()), str(os.getpid()), function],
+                    [*command, str(grader_end.fileno()), str(os.getpid()), function],
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # standard error, by descriptor: sys.stderr may be captured
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[grader_end.fileno()],
                     env={
                         **os.environ,
                         "PYTHONPATH": os.pathsep.join(search_path),
@@ -79,8 +80,9 @@ class GraderProcess:
     def wait_until_ready(self, limit_seconds: float = START_LIMIT_SECONDS) -> None:
         """Wait until the process has imported the function.
 
-        Raises: RewardError, after reaping the process, if the function cannot be imported, or the process dies or
-            misses the limit.
+        Raises:
+            RewardError: If the function cannot be imported, or the process dies or misses the limit. The process has
+                then been reaped.
         """
         try:
             if self._connection.poll(limit_seconds):
@@ -98,7 +100,9 @@ class GraderProcess:
     def grade(self, task: bytes) -> tuple[bool | float | None, str | None]:
         """Send one task, a pickled (Prompt, response), and return its (value, failure).
 
-        Raises: GraderTimeout or GraderDied, after reaping the process, which must be replaced.
+        Raises:
+            GraderTimeout: If the process misses the deadline.
+            GraderDied: If the process exits first. In both cases it has been reaped and must be replaced.
         """
         deadline = time.monotonic() + self._timeout_seconds
         try:

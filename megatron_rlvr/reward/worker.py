@@ -60,7 +60,9 @@ def main() -> None:
 def load(function: str) -> Reward:
     """Import the reward function named "math" or "module:function".
 
-    Raises: any exception of its module; AttributeError or TypeError if the module has no such function.
+    Raises:
+        Exception: Any exception of its module.
+        AttributeError, TypeError: If the module has no such function.
     """
     if function == "math":
         from megatron_rlvr.reward.math import math_reward, warm_up
@@ -79,7 +81,8 @@ def run_task(reward: Reward, task: bytes) -> tuple[bool | float | None, str | No
 
     MemoryError is not caught: the process cannot be trusted afterwards, so it ends and is replaced.
 
-    Returns: (value, None), or (None, failure) if the function raises or returns no reward.
+    Returns:
+        (value, None), or (None, failure) if the function raises or returns no reward.
     """
     try:
         prompt, response = pickle.loads(task)

@@ -36,8 +36,9 @@ class EmbeddedEngine:
             longest prompt plus the response cap.
         max_batch_rows: Maximum number of sequences decoded at the same time.
 
-    Raises: ValueError for a limit below 1, for a model with attention other than full attention (sliding window,
-        linear, ...), and for a token id outside the vocabulary.
+    Raises:
+        ValueError: For a limit below 1, for a model with attention other than full attention (sliding window, linear,
+            ...), and for a token id outside the vocabulary.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class EmbeddedEngine:
             named_tensors: (name, tensor) pairs, in any order.
             version: Version of these weights, recorded with every token that they sample.
 
-        Raises: RuntimeError naming the tensors that are missing, unknown, of the wrong shape, repeated, or tied but
-            not equal.
+        Raises:
+            RuntimeError: With the names of tensors that are missing, unknown, of the wrong shape, repeated, or tied but
+                not equal.
         """
         self.weight_version = None
         if self._model is None:
@@ -107,8 +109,9 @@ class EmbeddedEngine:
         at any point: all state of the sampling in progress belongs to it. Updating the weights while it runs makes
         its next step fail.
 
-        Raises: ValueError, before anything is sampled, for a request that does not fit the model or the KV cache;
-            RuntimeError if no weights are loaded, or if they produce logits that are not finite.
+        Raises:
+            ValueError: Before anything is sampled, for a request that does not fit the model or the KV cache.
+            RuntimeError: If no weights are loaded, or if they produce logits that are not finite.
         """
         if self.weight_version is None:
             raise RuntimeError("the embedded engine has no complete weights; call update_weights before generate")

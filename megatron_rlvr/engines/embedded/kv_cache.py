@@ -43,8 +43,8 @@ class KVCache:
             span: Number of columns that the step reads: the largest position + 1.
             dtype: Data type of the mask.
 
-        Returns: [rows in use, 1, 1, span], added to the attention scores: 0 up to the row's own position, -inf
-            after it.
+        Returns:
+            [rows in use, 1, 1, span], added to the attention scores: 0 up to the row's own position, -inf after it.
         """
         self.written_rows, self.written_columns, self.span = self._row_index[: len(position)], position, span
         masked = self._column_index[:span] > position[:, None]
@@ -138,7 +138,8 @@ def grouped_decode_attention(
         key, value: [B, key-value head, columns, D].
         attention_mask: [B, 1, T, columns], added to the scores, or None.
 
-    Returns: output [B, T, query head, D], and None in place of attention weights.
+    Returns:
+        Output [B, T, query head, D], and None in place of attention weights.
     """
     batch, query_heads, length, channels = query.shape
     if length > 1:

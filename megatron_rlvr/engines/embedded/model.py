@@ -71,8 +71,9 @@ def copy_weights(
         named_tensors: (name, tensor) pairs, in any order.
         error_prefix: Beginning of every error message.
 
-    Raises: RuntimeError naming the tensors that are missing, unknown, of the wrong shape, repeated, or tied but not
-        equal. Some of ``views`` have been overwritten by then.
+    Raises:
+        RuntimeError: With the names of tensors that are missing, unknown, of the wrong shape, repeated, or tied but not
+            equal. Some of ``views`` have been overwritten by then.
     """
     missing = dict.fromkeys(views)
     filled: dict[int, str] = {}  # address -> name; tied parameters share an address

@@ -109,7 +109,8 @@ class RunningBatch:
     def step(self) -> list[Completion]:
         """Sample one token for every row, free the rows that finish, and return their completions.
 
-        Raises: RuntimeError if the weights produce logits that are not finite.
+        Raises:
+            RuntimeError: If the weights produce logits that are not finite.
         """
         rows = np.arange(self.size)
         produced = self._produced[: self.size]

@@ -20,7 +20,8 @@ def sample_tokens(
         temperature: Divisor of the logits; 0 takes the most likely token.
         top_p: Nucleus sampling: sample from the fewest most likely tokens whose probabilities reach this sum.
 
-    Returns: [B] tokens, and [B] float32 log-probabilities (nats) under softmax(logits / temperature), without top_p.
+    Returns:
+        [B] tokens, and [B] float32 log-probabilities (nats) under softmax(logits / temperature), without top_p.
     """
     scaled = logits.double()
     if temperature > 0:
