@@ -1,4 +1,4 @@
-"""The seams of the trainer: what can be replaced, in one or two verbs each."""
+"""Interfaces of the replaceable parts of the trainer (engine, reward, loss), and the errors that they raise."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -22,70 +22,87 @@ class WeightsMissingError(EngineError):
 
 
 class Sampling(Protocol):
-    """How to sample: the part of the settings an engine needs."""
+    """Sampling parameters of an engine: the part of the settings that it needs."""
 
     @property
     def temperature(self) -> float:
-        """The logits are divided by it; 0: greedy."""
+        """Divisor of the logits; 0 for greedy sampling."""
 
     @property
     def top_p(self) -> float:
-        """Share of the probability that may be sampled."""
+        """Probability mass of the nucleus that is sampled from; 1 for the whole distribution."""
 
     @property
     def max_response_tokens(self) -> int:
-        """A response is cut at this length."""
+        """Length at which a response is truncated."""
 
 
 class RolloutEngine(Protocol):
-    """Samples completions with the weights it was last given."""
+    """Engine that samples completions with the weights that it was last given."""
 
     def update_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
-        """Takes over the whole model under Hugging Face names; completions carry ``version`` from now on."""
+        """Load the whole model, by Hugging Face names. Tokens sampled from now on carry ``version``."""
 
     def release_memory(self) -> None:
-        """Leaves to training what memory it can, until the next `update_weights`."""
+        """Free as much memory for training as possible, until the next `update_weights`."""
 
     def generate(self, requests: Sequence[CompletionRequest], sampling: Sampling) -> Iterator[Completion]:
-        """Yields one completion a request, each as soon as it is finished, in any order."""
+        """Yield one completion for each request, as soon as it is finished, in any order."""
 
 
 class RolloutStream(Protocol):
-    """Requests go in, completions come out."""
+    """Stream of requests to a streaming engine and of their completions; used by one thread."""
 
-    def submit(self, requests: Sequence[CompletionRequest], begun: Sequence[Completion | None]) -> None:
-        """Asks for completions; ``begun`` has what earlier streams have got of each."""
+    def submit(self, requests: Sequence[CompletionRequest], resume_from: Sequence[Completion | None]) -> None:
+        """Request completions.
+
+        Args:
+            requests: Requests to add.
+            resume_from: For each request, the partial completion to continue, from an earlier stream; None to start
+                from the prompt.
+        """
 
     def get(self, timeout_seconds: float) -> tuple[CompletionRequest, Completion] | None:
-        """The next that is complete, or None if none is in time."""
+        """Return the next finished completion, or None if there is none in time. Raises EngineError."""
 
     def abort(self) -> list[tuple[CompletionRequest, Completion]]:
-        """Ends all requests: what is complete and was not taken, and ("abort") what is known of the others."""
+        """Abort all requests.
+
+        Returns: completions that are finished and were not taken by `get`, and those that are partial, with the finish
+            reason "abort". A request may be missing, if nothing is known of it.
+        """
 
 
 class StreamingEngine(RolloutEngine, Protocol):
-    """An engine that goes on sampling while more requests arrive, and while its weights change."""
+    """Engine that keeps sampling while more requests arrive and while its weights change."""
 
     def open(self, sampling: Sampling) -> AbstractContextManager[RolloutStream]:
-        """A stream, which is used by one thread."""
+        """Open a stream."""
 
 
 class Reward(Protocol):
-    """A verdict on a response. Runs in a grader process that is killed when it takes too long.
+    """Reward function of a response. Runs in a grader process, which is killed when it takes too long.
 
-    A bool means right or wrong; a float is the reward itself, right where it is above zero.
+    A bool means correct or incorrect; a float is the reward itself, and correct if it is above zero.
     """
 
     def __call__(self, prompt: Prompt, response: str) -> bool | float: ...
 
 
 class PolicyLoss(Protocol):
-    """A loss over the selected tokens of a micro-batch, as a sum: the global count divides it later.
+    """Loss over the selected tokens of a micro-batch, as a sum, which the global count divides later.
 
-    A token whose advantage is zero must have no gradient: the learner leaves such tokens out of the training pass.
+    A token whose advantage is zero must have no gradient: the learner drops such tokens from the training pass.
     """
 
     def __call__(
         self, logp: "torch.Tensor", tokens: "SelectedTokens"
     ) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
-        """(differentiable scalar sum, {metric: scalar sum}) from log-probabilities [N] and what else is known."""
+        """Return the loss and its metrics.
+
+        Args:
+            logp: [N] float32 nats, log-probabilities of the selected tokens under the current policy.
+            tokens: Other data of the same tokens.
+
+        Returns: differentiable scalar sum of the loss, and {metric: scalar sum}.
+        """

@@ -1,11 +1,12 @@
-"""What leaders know of each other while they sample for one step: counters in the process group's store.
+"""Counters of one step in the process group's c10d store, which the leaders share while they sample.
 
-A counter is changed by atomic additions, so that no prompt is drawn twice and the number of groups is exact without
-any collective; leaders that wait for each other do so here, where nothing times out: pulse.py notices one that is gone.
+Each counter changes by atomic additions, so no prompt is drawn twice and the number of finished groups is exact without
+a collective. Leaders also wait for each other here, where nothing times out: the heartbeat (heartbeat.py) detects a
+rank that has exited.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch.distributed as dist
 
@@ -14,55 +15,56 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.25
 
 @dataclass(frozen=True)
 class Counts:
-    """Where the step stands, over all replicas.
+    """Values of the counters, over all data-parallel replicas.
 
     Attributes:
-        drawn: prompts claimed in this step; more than the limit where leaders asked in vain.
-        settled: groups of this step that are finished and graded.
-        informative: those of them that can be trained on.
-        stopped: leaders that gave up, for whatever reason.
+        drawn: Prompts claimed in this step; above the number of prompts if leaders claimed more than there are.
+        finished: Groups of this step with all completions graded.
+        informative: Finished groups that can be trained on.
+        stopped: Leaders that stopped before the step had enough groups, for whatever reason.
     """
 
     drawn: int
-    settled: int
+    finished: int
     informative: int
     stopped: int
 
 
 class Counters:
-    """The counters of one step, or of another occasion on which ranks wait for each other.
+    """Counters of one attempt at a step, or of another occasion on which ranks wait for each other.
 
     Args:
-        store: of all ranks; used by no other thread.
-        name: of the attempt or occasion, never used before.
+        store: Store of all ranks; used by no other thread.
+        name: Name of the attempt or occasion, used only once in the life of the store.
     """
 
     def __init__(self, store: dist.Store, name: str) -> None:
         self._store = dist.PrefixStore(f"rollout/{name}", store)
 
     def counts(self) -> Counts:
-        return Counts(**{name: self._store.add(name, 0) for name in ("drawn", "settled", "informative", "stopped")})
+        """Return the current values."""
+        return Counts(**{field.name: self._store.add(field.name, 0) for field in fields(Counts)})
 
     def claim(self) -> int:
-        """Number of the next prompt of the step, from 0: nobody else gets the same."""
+        """Return the number of the next prompt of the step, from 0; no other caller gets the same."""
         return self._store.add("drawn", 1) - 1
 
-    def settle(self, informative: bool) -> None:
-        """A group is finished."""
-        self._store.add("settled", 1)
+    def finish(self, informative: bool) -> None:
+        """Count a finished group."""
+        self._store.add("finished", 1)
         if informative:
             self._store.add("informative", 1)
 
     def stop(self) -> None:
-        """Nobody need go on."""
+        """Count a leader that stopped early, so that all others stop as well."""
         self._store.add("stopped", 1)
 
     def leave(self) -> None:
-        """This rank has finished."""
+        """Count a rank that has finished."""
         self._store.add("left", 1)
 
     def wait_for_all(self, ranks: int) -> None:
-        """Returns when so many have left."""
+        """Return when this number of ranks has called `leave`."""
         pause = _FIRST_PAUSE_SECONDS
         while self._store.add("left", 0) < ranks:
             time.sleep(pause)

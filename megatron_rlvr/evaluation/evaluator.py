@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: the ranks sample a part of them each, everyone learns the result."""
+"""Accuracy on held-out problems: each rank samples a share of the completions, and every rank receives the metrics."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_rlvr.types import CompletionRequest, Prompt
 
 @dataclass(frozen=True)
 class EvaluationSampling:
-    """The sampling of an evaluation, with the cap on responses of training."""
+    """Sampling parameters of an evaluation; responses are truncated at the same length as in training."""
 
     temperature: float
     top_p: float
@@ -23,8 +23,17 @@ class EvaluationSampling:
 class Evaluator:
     """Evaluates named problem sets with the engine's current weights.
 
-    Accuracy is the mean over all samples of all problems (avg@k); pass@k counts the problems with any right sample.
-    The random streams are the same each time, so that two evaluations differ by the weights alone.
+    Accuracy is the mean over all completions of all problems (avg@k); pass@k is the share of problems with at least one
+    correct completion. The random streams are the same in each evaluation, so that two of them differ by the weights
+    alone.
+
+    Args:
+        sampler: Sampler of this rank.
+        ranks: Place of this rank.
+        settings: Settings of the evaluation.
+        sets: {name: problems}; may be empty, and the evaluator is then false.
+        max_response_tokens: Length at which a response is truncated.
+        seed: Seed of the run.
     """
 
     def __init__(
@@ -48,32 +57,40 @@ class Evaluator:
         return bool(self._sets)
 
     def run(self, on_finished: Callable[[int], None] = lambda count: None) -> dict[str, float]:
-        """`eval/<set>/accuracy`, `eval/<set>/pass_at_<k>` and lengths; a collective over the world."""
+        """Evaluate all sets. A collective over the world.
+
+        Args:
+            on_finished: Called with 1 for each completion that this rank has sampled.
+
+        Returns: for each set, `eval/<set>/` followed by accuracy, pass_at_<k>, response_tokens_mean and
+            truncated_fraction; the same on every rank.
+        """
         metrics: dict[str, float] = {}
         for name, prompts in self._sets.items():
-            metrics |= {f"eval/{name}/{key}": value for key, value in self._one(prompts, on_finished).items()}
+            metrics |= {f"eval/{name}/{key}": value for key, value in self._metrics(prompts, on_finished).items()}
         return metrics
 
     def requests_of_this_rank(self) -> int:
-        """How many completions `run` will sample on this rank."""
+        """Return the number of completions that `run` will sample on this rank."""
         return sum(len(self._requests(prompts)) for prompts in self._sets.values())
 
     def _requests(self, prompts: Sequence[Prompt]) -> Sequence[CompletionRequest]:
-        """Those of this rank."""
+        """Return the requests of this rank."""
         ranks, samples = self._ranks, self._settings.samples
         requests = [r for prompt in prompts for r in requests_for(prompt, samples, self._seed, "evaluate")]
-        return self._sampler.part_of(requests[ranks.data_rank :: ranks.data_size], ranks)
+        return self._sampler.share_of(requests[ranks.data_rank :: ranks.data_size], ranks)
 
-    def _one(self, prompts: Sequence[Prompt], on_finished: Callable[[int], None]) -> dict[str, float]:
-        samples = self._settings.samples
+    def _metrics(self, prompts: Sequence[Prompt], on_finished: Callable[[int], None]) -> dict[str, float]:
+        """Evaluate one set. A collective over the world."""
         graded = self._sampler.run(self._requests(prompts), self._sampling, on_finished=on_finished)
-        verdicts = [(c.prompt_id, mark.correct, len(c.token_ids), c.finish_reason == "length") for c, mark in graded]
+        mine = [(c.prompt_id, grade.correct, len(c.token_ids), c.finish_reason == "length") for c, grade in graded]
         parts: list[list[tuple[str, bool, int, bool]]] = [[] for _ in range(self._ranks.world_size)]
-        dist.all_gather_object(parts, verdicts)
-        everyone = [verdict for part in parts for verdict in part]
+        dist.all_gather_object(parts, mine)
+        all_ranks = [completion for part in parts for completion in part]
+        solved = {prompt_id for prompt_id, correct, _, _ in all_ranks if correct}
         return {
-            "accuracy": sum(correct for _, correct, _, _ in everyone) / len(everyone),
-            f"pass_at_{samples}": len({i for i, correct, _, _ in everyone if correct}) / len(prompts),
-            "response_tokens_mean": sum(tokens for _, _, tokens, _ in everyone) / len(everyone),
-            "truncated_fraction": sum(truncated for _, _, _, truncated in everyone) / len(everyone),
+            "accuracy": sum(correct for _, correct, _, _ in all_ranks) / len(all_ranks),
+            f"pass_at_{self._settings.samples}": len(solved) / len(prompts),
+            "response_tokens_mean": sum(tokens for _, _, tokens, _ in all_ranks) / len(all_ranks),
+            "truncated_fraction": sum(truncated for _, _, _, truncated in all_ranks) / len(all_ranks),
         }

@@ -1,7 +1,8 @@
-"""Collecting from servers: the leader of each replica keeps them busy until the batch is full (harvest.py).
+"""Asynchronous collector: the leader of each data-parallel replica keeps servers busy until the batch is full.
 
-The other ranks wait without a collective, which could time out, until all leaders have finished; then all ranks agree
-on how many prompts were drawn, and the ranks of a replica learn its groups.
+Leaders sample in the background (group_sampler.py). The other ranks wait outside of collectives, which could time out,
+until all leaders have finished. Then all ranks learn how many prompts were drawn, and the ranks of a replica receive
+its groups.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,176 +10,205 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from megatron_rlvr.distributed.collectives import gather, gather_on_first, raise_on_all_ranks
+from megatron_rlvr.config import RolloutSettings
+from megatron_rlvr.data.cursor import PromptCursor
+from megatron_rlvr.data.tokenizer import Tokenizer
+from megatron_rlvr.distributed.collectives import gather, raise_on_all_ranks
 from megatron_rlvr.distributed.counters import Counters
+from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.protocols import EngineError, WeightsMissingError
-from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Filled
-from megatron_rlvr.rollout.group_buffer import OrderedGroup
-from megatron_rlvr.rollout.group_sampler import Harvest, Quota, Yield
+from megatron_rlvr.rollout.collector import CollectionStoppedError, Rollout, finish_step
+from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer
+from megatron_rlvr.rollout.group_sampler import GroupSampler, SampledGroups, StepDemand
+from megatron_rlvr.rollout.sampler import Sampler
 
 
-class AsynchronousCollector(Collector):
-    """Collects the batch of a training step from an engine that streams.
+class AsynchronousCollector:
+    """Collects the batch of a training step from a streaming engine; a `Collector`.
 
     Args:
-        store: shared by all ranks, for counters; no other thread uses it.
-        sync: hands the policy's weights to the servers once more; a collective over the world.
-        stop_wanted: whether `collect` is to stop where it is.
+        sampler: Sampler of this rank.
+        cursor: Prompts to draw from, the same on every rank.
+        ranks: Place of this rank.
+        settings: Settings of the rollout.
+        groups_per_batch: Number of groups in the batch of a training step, over all replicas.
+        seed: Seed of the run.
+        store: Store for the counters, shared by all ranks; used by no other thread.
+        sync: Pushes the policy's weights to the servers again; a collective over the world.
+        stop_wanted: Returns whether `collect` should stop before the batch is full.
     """
 
     def __init__(
         self,
+        sampler: Sampler,
+        cursor: PromptCursor,
+        ranks: Ranks,
+        settings: RolloutSettings,
         *,
+        groups_per_batch: int,
+        seed: int,
         store: dist.Store,
         sync: Callable[[], None],
         stop_wanted: Callable[[], bool] = lambda: False,
-        **parts: Any,
     ) -> None:
-        super().__init__(**parts)
+        self._sampler = sampler
+        self._cursor = cursor
+        self._ranks = ranks
+        self._settings = settings
+        self._seed = seed
         self._store = store
         self._sync = sync
         self._stop_wanted = stop_wanted
-        self._attempts = 0
         self._world = cast(dist.ProcessGroup, dist.group.WORLD)
-        self._harvest: Harvest | None = None
-        self._underway = False
-        self._weights_wanted = False
+        self._buffer = GroupBuffer(ranks, settings, groups_per_batch, leaders_only=True)
+        self._step = 0
+        self._drawn_in_step = 0
+        self._attempts = 0
+        """Number of group samplers so far, on every rank; each has counters of its own."""
+        self._sampling = False
+        """Whether leaders sample: from `_start` to `_take_in`, on every rank."""
+        self._group_sampler: GroupSampler | None = None
+        """Group sampler of a leader while leaders sample."""
+        self._in_progress_here = 0
+        """Number of groups in progress of this replica, on every rank of it."""
+        self._weights_missing = False
         self._stopped = False
-        self._settled_early: list[OrderedGroup] = []
-        """Groups of this replica that were taken in, and that the metrics of no step have counted yet."""
         self._failure: Exception | None = None
-        """Of this rank's last harvest; told when a step needs what that has not brought."""
+        """Failure of this rank's last group sampler; raised when a step needs the groups that it did not finish."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See `Collector`, as for all public methods."""
+        return self._sampler.tokenizer
 
     def begin(self, step: int) -> None:
-        """Begins to sample for a step, in the background. A collective over the world."""
-        super().begin(step)
-        self._leave_begun_to_leader()
+        self._step = step
+        self._buffer.restart_stale(step)
         self._drawn_in_step = 0
         self._start()
 
-    def state(self) -> dict[str, Any]:
-        """See `Collector`. A harvest in the background is stopped for it, and goes on with what is still missing.
+    def collect(self, step: int, on_finished: Callable[[int], None] = lambda count: None) -> Rollout:
+        if self._step != step:
+            self.begin(step)
+        buffer = self._buffer
+        carried = buffer.total_ready
+        self._take_in_or_raise(on_finished)
+        while self._weights_missing and not self._stopped:
+            self._sync()
+            self._start()
+            self._take_in_or_raise(on_finished)
+        if self._stopped and buffer.missing:
+            raise CollectionStoppedError(f"sampling for step {step} was stopped")
+        return finish_step(
+            step,
+            buffer,
+            self._ranks,
+            carried=carried,
+            in_progress=self._in_progress_here,
+            rounds=self._drawn_in_step / buffer.groups_per_batch,
+            set_used_up=self._drawn_in_step == self._cursor.prompts,
+        )
 
-        What has failed in the background fails the step that needs it, and not a checkpoint of the one that is done.
+    def state(self) -> dict[str, Any]:
+        """See `Collector`. Sampling in the background is stopped for it, and restarted for what is still missing.
+
+        A failure in the background fails the step that needs its groups, not the checkpoint of the step before it.
         """
-        harvesting = self._underway
-        if self._harvest is not None:
-            self._harvest.cancel()
-        if harvesting:
-            self._settled_early += self._take_in(lambda count: None)
+        sampling = self._sampling
+        self.close()
+        if sampling:
+            self._take_in(lambda count: None)
             if isinstance(self._failure, EngineError):
                 self._failure = None  # servers are tried once more
-        state = super().state()
-        first = self._ranks.replica_rank == 0  # as in `Collector`
-        parts = gather_on_first(self._settled_early, self._ranks.data_objects) if first else []
-        if harvesting:
+        state = self._buffer.state() | {"cursor": self._cursor.state()}
+        if sampling:
             self._start()
-        return state | {"settled_early": [group for part in parts for group in part]}
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        ranks = self._ranks
-        self._settled_early = [g for g in state["settled_early"] if g.order % ranks.data_size == ranks.data_rank]
-        self._leave_begun_to_leader()
+        self._cursor.restore(state["cursor"])
+        self._buffer.restore(state)
 
     def close(self) -> None:
-        """Stops the servers."""
-        if self._harvest is not None:
-            self._harvest.cancel()
-
-    def _leave_begun_to_leader(self) -> None:
-        """Only a leader goes on with groups, though all ranks of a replica learn which go back to be sampled again."""
-        if self._ranks.replica_rank:
-            self._begun = []
+        if self._group_sampler is not None:
+            self._group_sampler.cancel()
 
     def _start(self) -> None:
-        """A harvest of what is missing."""
+        """Start group samplers on the leaders, for the groups that the batch lacks. A collective over the world."""
         self._attempts += 1
-        self._underway = True
-        self._board = Counters(self._store, str(self._attempts))
-        missing = max(0, self._prompts - self._kept_everywhere)
+        self._sampling = True
+        self._counters = Counters(self._store, str(self._attempts))
+        buffer = self._buffer
         # A step never draws more prompts than there are: sampling one twice would not make it informative.
-        most = min(self._settings.max_rounds * self._prompts, self._cursor.prompts) if missing else 0
-        quota = Quota(
-            missing=missing,
-            begun=self._count(len(self._begun)),
+        most = min(self._settings.max_rounds * buffer.groups_per_batch, self._cursor.prompts) if buffer.missing else 0
+        demand = StepDemand(
+            missing=buffer.missing,
+            in_progress=buffer.count(len(buffer.in_progress)),
             prompts=self._cursor.peek(max(0, most - self._drawn_in_step)),
-            first_order=self._drawn,
-            informative=self._informative,
-            seen=self._seen,
+            first_order=self._cursor.drawn,
+            rate=buffer.rate,
             leaders=self._ranks.data_size,
         )
-        self._most = len(quota.prompts)
+        self._most_drawn = len(demand.prompts)
         if self._ranks.replica_rank == 0:
-            begun, self._begun = self._begun, []
-            self._harvest = Harvest(
+            self._group_sampler = GroupSampler(
                 self._sampler,
                 self._settings,
-                self._board,
-                quota,
-                begun,
-                informative=self._is_informative,
-                overlong_buffer=self._reward.overlong_buffer,
+                self._counters,
+                demand,
+                buffer.take_in_progress(),
+                is_informative=buffer.is_informative,
                 seed=self._seed,
             )
 
-    def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
-        self._settle(on_finished)
-        while self._weights_wanted and not self._stopped:
-            self._sync()
-            self._start()
-            self._settle(on_finished)
-        if self._stopped and self._kept_everywhere < self._prompts:
-            raise CollectionStoppedError(f"sampling for step {step} was stopped")
-        finished, self._settled_early = self._settled_early, []
-        total, informative = self._count(len(finished)), self._count(sum(map(self._is_informative, finished)))
-        if self._kept_everywhere < self._prompts:
-            used_up = self._drawn_in_step == self._cursor.prompts
-            rounds = self._settings.max_rounds
-            self._warn(
-                step, "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
-            )
-        return Filled(finished, total, informative, self._drawn_in_step / self._prompts)
-
-    def _settle(self, on_finished: Callable[[int], None]) -> None:
-        """Takes in the harvest; raises on every rank what has ended it on any, but for the want of weights."""
-        self._settled_early += self._take_in(on_finished)
+    def _take_in_or_raise(self, on_finished: Callable[[int], None]) -> None:
+        """Take in the results. A failure on any rank is raised on all, except missing weights, which need a re-sync."""
+        self._take_in(on_finished)
         failure, self._failure = self._failure, None
         raise_on_all_ranks(failure)
 
-    def _take_in(self, on_finished: Callable[[int], None]) -> list[OrderedGroup]:
-        """Waits for the harvest and keeps what it has brought; its finished groups, of this replica."""
-        here = self._finish(on_finished)
-        self._keep(here.settled, self._count(sum(map(self._is_informative, here.settled))))
-        wanted = isinstance(here.failure, WeightsMissingError)
-        self._failure = self._failure or (None if wanted else here.failure)
-        told = gather((wanted, self._stop_wanted()), self._world)
-        self._weights_wanted, self._stopped = (any(column) for column in zip(*told, strict=True))
-        return here.settled
+    def _take_in(self, on_finished: Callable[[int], None]) -> None:
+        """Wait for all leaders and move their groups into the buffers. A collective over the world."""
+        failure = self._finish_sampling(on_finished)
+        weights_missing = isinstance(failure, WeightsMissingError)
+        self._failure = self._failure or (None if weights_missing else failure)
+        flags = gather((weights_missing, self._stop_wanted()), self._world)
+        self._weights_missing, self._stopped = (any(column) for column in zip(*flags, strict=True))
 
-    def _finish(self, on_finished: Callable[[int], None]) -> Yield:
-        """What this replica has sampled, known to its ranks, once all have finished; the begun groups to its leader."""
-        here = Yield()
-        if self._harvest is not None:
-            harvest, seen = self._harvest, 0
+    def _finish_sampling(self, on_finished: Callable[[int], None]) -> Exception | None:
+        """Wait for all leaders; add the groups of this replica on all of its ranks, and take the drawn prompts.
 
-            def look() -> None:
-                nonlocal seen
-                sampled = harvest.sampled
-                on_finished(sampled - seen)
-                seen = sampled
-                if self._stop_wanted():
-                    harvest.stop_soon()
-
-            here = harvest.finish(look)
-            look()
-            self._harvest = None
-            self._begun = here.begun
-        self._underway = False
-        self._board.wait_for_all(self._ranks.data_size)
-        drawn = min(self._board.counts().drawn, self._most)
+        Returns: the failure of this rank's group sampler.
+        """
+        result = SampledGroups()
+        if self._group_sampler is not None:
+            result = self._wait(self._group_sampler, on_finished)
+            self._group_sampler = None
+            self._buffer.in_progress = result.in_progress
+        self._sampling = False
+        self._counters.wait_for_all(self._ranks.data_size)
+        drawn = min(self._counters.counts().drawn, self._most_drawn)
         self._cursor.take(drawn)
-        self._drawn += drawn
         self._drawn_in_step += drawn
-        here.settled, self._begun_here = gather((here.settled, len(here.begun)), self._ranks.replica_objects)[0]
-        return here
+        leaders: tuple[list[FinishedGroup], int] = gather(
+            (result.finished, len(result.in_progress)), self._ranks.replica_objects
+        )[0]
+        finished, self._in_progress_here = leaders
+        self._buffer.add(finished)
+        return result.failure
+
+    def _wait(self, group_sampler: GroupSampler, on_finished: Callable[[int], None]) -> SampledGroups:
+        """Wait for this leader's group sampler, reporting completions; stop it if a stop is wanted."""
+        reported = 0
+
+        def poll() -> None:
+            nonlocal reported
+            sampled = group_sampler.sampled
+            on_finished(sampled - reported)
+            reported = sampled
+            if self._stop_wanted():
+                group_sampler.request_stop()
+
+        result = group_sampler.wait(poll)
+        poll()
+        return result

@@ -1,87 +1,140 @@
-"""Collecting in rounds, for an engine inside the trainer: the batch does not depend on the layout.
+"""Synchronous collector, for an engine inside the training processes: the batch does not depend on the layout.
 
-Prompts are drawn in rounds by every rank alike, and dealt to the replicas in turn. Each round draws as many prompts as
-the share of informative groups lately seen suggests, and is sampled to its end.
+Prompts are drawn in rounds, by every rank alike, and distributed over the data-parallel replicas in turn. Each round
+draws as many prompts as the recent share of informative groups suggests, and is sampled to its end.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_rlvr.config import RolloutSettings
+from megatron_rlvr.data.cursor import PromptCursor
+from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.distributed.collectives import gather
-from megatron_rlvr.rollout.collector import MOST_OVERSAMPLING, Collector, Filled
-from megatron_rlvr.rollout.group_buffer import BegunGroup, OrderedGroup
-from megatron_rlvr.rollout.sampler import requests_for
+from megatron_rlvr.distributed.ranks import Ranks
+from megatron_rlvr.rollout.collector import Rollout, finish_step
+from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer, GroupInProgress
+from megatron_rlvr.rollout.sampler import Sampler, requests_for
 
 
-class SynchronousCollector(Collector):
-    """Collects the batch of a training step in rounds."""
+class SynchronousCollector:
+    """Collects the batch of a training step in rounds; a `Collector`.
 
-    def _fill(self, step: int, on_finished: Callable[[int], None]) -> Filled:
-        finished: list[OrderedGroup] = []
-        rounds = drawn = total = informative = 0
-        while self._kept_everywhere < self._prompts and rounds < self._settings.max_rounds:
-            again = self._count(len(self._begun))
-            # A step never draws more prompts than there are: sampling one twice would not make it informative.
-            count = 0 if again else min(self._draw_count(informative, total), self._cursor.prompts - drawn)
-            if not again and not count:
-                break
-            rounds += 0 if again else 1
-            drawn += count
-            groups = self._sample(self._take_begun() if again else self._draw(count), on_finished)
-            found = self._count(sum(map(self._is_informative, groups)))
-            self._keep(groups, found)
-            finished += groups
-            total, informative = total + self._count(len(groups)), informative + found
-        if self._kept_everywhere < self._prompts:
-            used_up = drawn == self._cursor.prompts
-            self._warn(
-                step, "the set has no other prompts" if used_up else f"rollout.max_rounds {rounds} found no more"
-            )
-        self._begun_here = len(self._begun)
-        return Filled(finished, total, informative, float(rounds))
+    Args:
+        sampler: Sampler of this rank.
+        cursor: Prompts to draw from, the same on every rank.
+        ranks: Place of this rank.
+        settings: Settings of the rollout.
+        groups_per_batch: Number of groups in the batch of a training step, over all replicas.
+        seed: Seed of the run.
+    """
 
-    def _draw_count(self, informative: int, total: int) -> int:
-        missing = self._prompts - self._kept_everywhere
+    def __init__(
+        self,
+        sampler: Sampler,
+        cursor: PromptCursor,
+        ranks: Ranks,
+        settings: RolloutSettings,
+        *,
+        groups_per_batch: int,
+        seed: int,
+    ) -> None:
+        self._sampler = sampler
+        self._cursor = cursor
+        self._ranks = ranks
+        self._settings = settings
+        self._seed = seed
+        self._buffer = GroupBuffer(ranks, settings, groups_per_batch)
+        self._step = 0
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See `Collector`, as for all public methods."""
+        return self._sampler.tokenizer
+
+    def begin(self, step: int) -> None:
+        self._step = step
+        self._buffer.restart_stale(step)
+
+    def collect(self, step: int, on_finished: Callable[[int], None] = lambda count: None) -> Rollout:
+        if self._step != step:
+            self.begin(step)
+        buffer = self._buffer
+        carried = buffer.total_ready
+        rounds = drawn = finished = informative = 0
+        while buffer.missing and rounds < self._settings.max_rounds:
+            if buffer.count(len(buffer.in_progress)):
+                groups = self._take_distinct()
+            else:
+                # A step never draws more prompts than there are: sampling one twice would not make it informative.
+                count = min(self._groups_to_draw(informative, finished), self._cursor.prompts - drawn)
+                if not count:
+                    break
+                groups = self._draw(count)
+                rounds, drawn = rounds + 1, drawn + count
+            new_finished, new_informative = buffer.add(self._sample(groups, on_finished))
+            finished, informative = finished + new_finished, informative + new_informative
+        return finish_step(
+            step,
+            buffer,
+            self._ranks,
+            carried=carried,
+            in_progress=len(buffer.in_progress),
+            rounds=float(rounds),
+            set_used_up=drawn == self._cursor.prompts,
+        )
+
+    def state(self) -> dict[str, Any]:
+        return self._buffer.state() | {"cursor": self._cursor.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._cursor.restore(state["cursor"])
+        self._buffer.restore(state)
+
+    def close(self) -> None:
+        pass
+
+    def _groups_to_draw(self, informative: int, finished: int) -> int:
+        """Return the number of prompts for the next round, given the groups of the step so far."""
         if not self._settings.dynamic_sampling:
-            return missing
-        rate = max((self._informative + informative) / (self._seen + total), 1 / MOST_OVERSAMPLING)
-        return math.ceil(missing / rate)
+            return self._buffer.missing
+        return math.ceil(self._buffer.rate.plus(informative, finished).groups_for(self._buffer.missing))
 
-    def _draw(self, count: int) -> list[BegunGroup]:
-        """This replica's share of new prompts."""
-        orders = range(self._drawn, self._drawn + count)
-        self._drawn += count
-        ranks = self._ranks
+    def _draw(self, count: int) -> list[GroupInProgress]:
+        """Draw prompts; return this replica's share of their groups."""
+        orders = range(self._cursor.drawn, self._cursor.drawn + count)
         drawn = zip(orders, self._cursor.take(count), strict=True)
-        return [BegunGroup(o, prompt) for o, prompt in drawn if o % ranks.data_size == ranks.data_rank]
+        ranks, size = self._ranks, self._settings.group_size
+        return [GroupInProgress(o, prompt, size) for o, prompt in drawn if o % ranks.data_size == ranks.data_rank]
 
-    def _take_begun(self) -> list[BegunGroup]:
-        """Groups of this replica that are to be sampled again, each prompt once: an engine tells them apart by it."""
-        first: dict[str, BegunGroup] = {}
-        for group in self._begun:
+    def _take_distinct(self) -> list[GroupInProgress]:
+        """Take the first restarted group of each prompt, by which an engine tells groups apart; leave the others."""
+        first: dict[str, GroupInProgress] = {}
+        groups = self._buffer.take_in_progress()
+        for group in groups:
             first.setdefault(group.prompt.id, group)
-        self._begun = [group for group in self._begun if first[group.prompt.id] is not group]
+        self._buffer.in_progress = [group for group in groups if first[group.prompt.id] is not group]
         return list(first.values())
 
-    def _sample(self, mine: Sequence[BegunGroup], on_finished: Callable[[int], None]) -> list[OrderedGroup]:
-        """Finished groups of this replica: those of its ranks that sample tell the others."""
-        samples = self._settings.group_size
-        requests = [r for g in mine for r in requests_for(g.prompt, samples, self._seed, f"train/{g.order}")]
+    def _sample(self, groups: Sequence[GroupInProgress], on_finished: Callable[[int], None]) -> list[FinishedGroup]:
+        """Sample and grade the groups of this replica to their end; all ranks of the replica return the same."""
+        size = self._settings.group_size
+        requests = [r for g in groups for r in requests_for(g.prompt, size, self._seed, f"train/{g.order}")]
         graded = self._sampler.run(
-            self._sampler.part_of(requests, self._ranks),
+            self._sampler.share_of(requests, self._ranks),
             self._settings,
-            overlong_buffer=self._reward.overlong_buffer,
+            overlong_penalty=True,
             on_finished=on_finished,
         )
         graded = _interleave(gather(graded, self._ranks.replica_objects))
-        for i, group in enumerate(mine):
-            group.graded = dict(enumerate(graded[i * samples : (i + 1) * samples]))
-        return [group.finished() for group in mine]
+        for i, group in enumerate(groups):
+            group.graded = dict(enumerate(graded[i * size : (i + 1) * size]))
+        return [group.finish() for group in groups]
 
 
 def _interleave(parts: list[list[Any]]) -> list[Any]:
-    """Undoes dealing in turn to the ranks that got any: item i came from part i % n."""
+    """Undo a distribution in turn over n ranks that received any: item i is from part i % n."""
     parts = [part for part in parts if part]
     total = sum(len(part) for part in parts)
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from scripted import (
-    RIGHT,
+    CORRECT,
     Layout,
     PlainTokenizer,
     ScriptedEngine,
@@ -31,19 +31,19 @@ SAMPLES, CAP, SEED = 3, 20, 5
 SETS: dict[str, Sequence[Prompt]] = {
     "many": prompts_of([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.2, 0.2], "many"),
     "one": prompts_of([0.5], "one"),
-    "none right": prompts_of([0.0] * 4, "wrong"),
+    "none correct": prompts_of([0.0] * 4, "incorrect"),
 }
 LAYOUTS = {
     "1": Layout(((0,),)),
     "2": Layout(((0,), (1,))),
     "2 that share a replica": Layout(((0, 1),)),
-    "4": Layout(((0, 1), (2, 3))),  # more ranks than the smallest set has samples
+    "4": Layout(((0, 1), (2, 3))),  # more ranks than the smallest set has completions
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw of two evaluations."""
+    """Two evaluations on one rank."""
 
     first: dict[str, float]
     again: dict[str, float]
@@ -63,7 +63,7 @@ def evaluate_twice(layout: Layout, folder: Path) -> Outcome:
     with joined_process_group(), start_graders(folder) as graders:
         engine = ScriptedEngine()
         # The reward settings are those of training: neither they nor a penalty for length may enter an accuracy.
-        reward = RewardSettings(correct=-1.0, wrong=-2.0, overlong_buffer=10)
+        reward = RewardSettings(correct=-1.0, incorrect=-2.0, overlong_buffer=10)
         sampler = Sampler(engine, PlainTokenizer(), graders, reward)  # type: ignore[arg-type]
         evaluator = Evaluator(sampler, ranks_of(layout), settings, SETS, max_response_tokens=CAP, seed=SEED)
         finished: list[int] = []
@@ -96,16 +96,16 @@ def test_accuracy_and_pass_at_k_are_a_direct_count(name: str, outcomes: dict[str
     requests = [request for outcome in outcomes[name] for request in outcome.asked_first]
     for set_name, prompts in SETS.items():
         completions = {}
-        right = Counter({prompt.id: 0 for prompt in prompts})
+        correct = Counter({prompt.id: 0 for prompt in prompts})
         for request in requests:
-            if request.prompt.id in right:
+            if request.prompt.id in correct:
                 completions[request.prompt.id, request.index] = answer(request)
-                right[request.prompt.id] += by_accuracy(request)[0] == RIGHT
+                correct[request.prompt.id] += by_accuracy(request)[0] == CORRECT
         assert sorted(completions) == sorted((prompt.id, n) for prompt in prompts for n in range(SAMPLES))
         count = len(prompts) * SAMPLES
         expected = {
-            "accuracy": right.total() / count,
-            f"pass_at_{SAMPLES}": sum(hits > 0 for hits in right.values()) / len(prompts),
+            "accuracy": correct.total() / count,
+            f"pass_at_{SAMPLES}": sum(hits > 0 for hits in correct.values()) / len(prompts),
             "response_tokens_mean": sum(len(c.token_ids) for c in completions.values()) / count,
             "truncated_fraction": sum(c.finish_reason == "length" for c in completions.values()) / count,
         }
@@ -119,7 +119,7 @@ def test_accuracy_and_pass_at_k_are_a_direct_count(name: str, outcomes: dict[str
     assert len(requests) == len({identity(request) for request in requests}) == 14 * SAMPLES
 
 
-def test_every_layout_and_every_evaluation_draws_the_same_streams(outcomes: dict[str, list[Outcome]]):
+def test_every_layout_and_every_evaluation_uses_the_same_random_streams(outcomes: dict[str, list[Outcome]]):
     streams = {
         tuple(sorted(identity(request) for outcome in ranks for request in getattr(outcome, field)))
         for ranks in outcomes.values()
@@ -132,7 +132,7 @@ def test_every_layout_and_every_evaluation_draws_the_same_streams(outcomes: dict
         assert ranks[0].first == pytest.approx(outcomes["1"][0].first)
 
 
-def test_the_samples_are_dealt_evenly_and_counted_in_advance(outcomes: dict[str, list[Outcome]]):
+def test_completions_are_distributed_evenly_and_counted_in_advance(outcomes: dict[str, list[Outcome]]):
     for ranks in outcomes.values():
         counts = [len(outcome.asked_first) for outcome in ranks]
         assert max(counts) - min(counts) <= len(SETS)
@@ -140,13 +140,13 @@ def test_the_samples_are_dealt_evenly_and_counted_in_advance(outcomes: dict[str,
         assert [outcome.expected_count for outcome in ranks] == counts
 
 
-def test_the_sampling_is_the_evaluations_with_the_cap_of_training(outcomes: dict[str, list[Outcome]]):
+def test_sampling_parameters_are_those_of_the_evaluation_with_the_cap_of_training(outcomes: dict[str, list[Outcome]]):
     found = [outcome.samplings for ranks in outcomes.values() for outcome in ranks]
     assert all(samplings == {(0.5, 0.25, CAP)} for samplings in found)
 
 
 def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) -> tuple[dict[str, float], Any, Any]:
-    """Figures, versions that were handed over, and steps that were reported, of a trainer's evaluation."""
+    """Metrics, versions of the pushed weights, and reported steps of a trainer's evaluation."""
     from megatron_rlvr.evaluation.evaluator import Evaluator
     from megatron_rlvr.protocols import WeightsMissingError
     from megatron_rlvr.rollout.sampler import Sampler
@@ -182,13 +182,13 @@ def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) ->
             evaluating=lambda total: nullcontext(lambda count: None),
             evaluated=lambda step, metrics: reported.append(step),
         )
-        trainer: Any = Trainer.__new__(Trainer)  # no more of it than evaluations need
+        trainer: Any = Trainer.__new__(Trainer)  # with only the attributes that evaluations need
         trainer.evaluator, trainer.progress, trainer.engine = evaluator, progress, engine
         trainer.policy = SimpleNamespace(export_weights=lambda: iter(()))
         return trainer.evaluate(7), engine.versions, reported
 
 
-def test_weights_that_servers_have_lost_are_handed_over_again_and_the_evaluation_is_repeated(
+def test_weights_that_servers_have_lost_are_pushed_again_and_the_evaluation_is_repeated(
     outcomes: dict[str, list[Outcome]], tmp_path: Path
 ):
     layout = LAYOUTS["2"]

@@ -1,4 +1,4 @@
-"""From requests to graded completions: with the real graders, and an engine that answers by a script."""
+"""Sampler: from requests to graded completions, with the real graders and an engine that answers by a script."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from scripted import (
+    CORRECT,
     CRASH,
     HANG,
-    RIGHT,
+    INCORRECT,
     SHARE,
-    WRONG,
     PlainTokenizer,
     ScriptedEngine,
     answer,
@@ -44,9 +44,9 @@ def sampler_of(engine: Any, graders: Any, **reward: Any) -> Sampler:
     return Sampler(engine, PlainTokenizer(), graders, RewardSettings(**reward))  # type: ignore[arg-type]
 
 
-def test_completions_come_in_the_order_of_the_requests_each_with_its_own_grade(graders: GraderPool):
+def test_completions_are_in_the_order_of_the_requests_each_with_its_own_grade(graders: GraderPool):
     prompts = prompts_of([0.5] * 12)
-    # Half of the gold answers are the other verdict: a grade must be of its own prompt, too.
+    # Half of the gold answers are the other verdict, so that a grade by another prompt's answer is noticed.
     prompts = [Prompt(p.id, p.token_ids, str(i % 2), p.source, p.extra) for i, p in enumerate(prompts)]
     requests = [request for prompt in prompts for request in requests_for(prompt, 5, 0, "test")]
     requests = requests[::3] + requests[1::3] + requests[2::3]
@@ -56,55 +56,56 @@ def test_completions_come_in_the_order_of_the_requests_each_with_its_own_grade(g
     expected = [answer(request) for request in requests]
     assert [(c.prompt_id, c.index) for c, _ in graded] == [(r.prompt.id, r.index) for r in requests]
     assert [c.token_ids.tolist() for c, _ in graded] == [c.token_ids.tolist() for c in expected]
-    right = [str(c.token_ids[0]) == r.prompt.answer for c, r in zip(expected, requests, strict=True)]
-    assert [mark.correct for _, mark in graded] == right
-    assert [mark.reward for _, mark in graded] == [1.0 if is_right else -1.0 for is_right in right]
-    assert 10 < sum(right) < 50
-    assert all(mark.failure is None for _, mark in graded)
+    correct = [str(c.token_ids[0]) == r.prompt.answer for c, r in zip(expected, requests, strict=True)]
+    assert [grade.correct for _, grade in graded] == correct
+    assert [grade.reward for _, grade in graded] == [1.0 if is_correct else -1.0 for is_correct in correct]
+    assert 10 < sum(correct) < 50
+    assert all(grade.failure is None for _, grade in graded)
     assert engine.asked == [(request, SAMPLING) for request in requests]
     assert finished == [1] * 60
 
 
-def test_rewards_are_the_ones_of_the_settings_and_a_float_is_the_reward_itself(graders: GraderPool):
+def test_rewards_are_those_of_the_settings_and_a_float_is_the_reward_itself(graders: GraderPool):
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 3, 0, "test")
-    engine = ScriptedEngine(lambda request: ((RIGHT, WRONG, SHARE)[request.index], 6, False))
-    graded = sampler_of(engine, graders, correct=3.0, wrong=0.5).run(requests, SAMPLING)
-    assert [(mark.reward, mark.correct) for _, mark in graded] == [(3.0, True), (0.5, False), (0.25, True)]
+    engine = ScriptedEngine(lambda request: ((CORRECT, INCORRECT, SHARE)[request.index], 6, False))
+    graded = sampler_of(engine, graders, correct=3.0, incorrect=0.5).run(requests, SAMPLING)
+    assert [(grade.reward, grade.correct) for _, grade in graded] == [(3.0, True), (0.5, False), (0.25, True)]
 
 
 def test_the_overlong_penalty_enters_the_reward_but_not_the_verdict(graders: GraderPool):
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 8, 0, "test")
     lengths = (15, 16, 18, 20)
-    engine = ScriptedEngine(lambda r: ((RIGHT, WRONG)[r.index // 4], lengths[r.index % 4], False))
-    graded = sampler_of(engine, graders).run(requests, SAMPLING, overlong_buffer=5)
+    engine = ScriptedEngine(lambda r: ((CORRECT, INCORRECT)[r.index // 4], lengths[r.index % 4], False))
+    sampler = sampler_of(engine, graders, overlong_buffer=5)
+    graded = sampler.run(requests, SAMPLING, overlong_penalty=True)
     # By hand: a cap of 20 and a buffer of 5 leave 15 tokens free, and each one after that costs a fifth.
     penalties = [0.0, 0.2, 0.6, 1.0]
-    assert [mark.reward for _, mark in graded] == pytest.approx(
+    assert [grade.reward for _, grade in graded] == pytest.approx(
         [1 - p for p in penalties] + [-1 - p for p in penalties]
     )
-    assert [mark.correct for _, mark in graded] == [True] * 4 + [False] * 4
-    without = sampler_of(engine, graders).run(requests, SAMPLING)
-    assert [mark.reward for _, mark in without] == [1.0] * 4 + [-1.0] * 4
+    assert [grade.correct for _, grade in graded] == [True] * 4 + [False] * 4
+    without = sampler.run(requests, SAMPLING)
+    assert [grade.reward for _, grade in without] == [1.0] * 4 + [-1.0] * 4
 
 
-def test_a_hanging_and_a_raising_reward_cost_their_own_answer_each(reward_folder: Path):
+def test_a_hanging_and_a_raising_reward_function_cost_only_their_own_response(reward_folder: Path):
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 5, 0, "test")
-    engine = ScriptedEngine(lambda request: ((RIGHT, HANG, RIGHT, CRASH, RIGHT)[request.index], 6, False))
+    engine = ScriptedEngine(lambda request: ((CORRECT, HANG, CORRECT, CRASH, CORRECT)[request.index], 6, False))
     with start_graders(reward_folder, timeout_seconds=3.0) as graders:
         graded = sampler_of(engine, graders).run(requests, SAMPLING)
-    marks = [mark for _, mark in graded]
-    assert [mark.correct for mark in marks] == [True, False, True, False, True]
-    assert [mark.reward for mark in marks] == [1.0, -1.0, 1.0, -1.0, 1.0]
-    failures = [mark.failure or "" for mark in marks]
+    grades = [grade for _, grade in graded]
+    assert [grade.correct for grade in grades] == [True, False, True, False, True]
+    assert [grade.reward for grade in grades] == [1.0, -1.0, 1.0, -1.0, 1.0]
+    failures = [grade.failure or "" for grade in grades]
     assert [bool(failure) for failure in failures] == [False, True, False, True, False]
     assert failures[1].startswith("timeout")
     assert failures[3].startswith("error: KeyError")
 
 
-def test_answers_are_graded_while_others_are_still_being_sampled(graders: GraderPool):
+def test_completions_are_graded_while_others_are_still_being_sampled(graders: GraderPool):
     submitted: list[Future[Any]] = []
 
     class Recorder:
@@ -116,17 +117,17 @@ def test_answers_are_graded_while_others_are_still_being_sampled(graders: Grader
         def generate(self, requests: Any, sampling: Any) -> Iterator[Any]:
             for number, request in enumerate(requests):
                 yield answer(request)
-                assert submitted[number].result(timeout=30).failure is None  # not before the next token is sampled
+                assert submitted[number].result(timeout=30).failure is None  # before the next one is sampled
 
     requests = [request for prompt in prompts_of([0.5] * 4) for request in requests_for(prompt, 2, 0, "test")]
     assert len(sampler_of(PatientEngine(), Recorder()).run(requests, SAMPLING)) == 8
 
 
-def test_no_requests_are_no_completions(graders: GraderPool):
+def test_no_requests_give_no_completions(graders: GraderPool):
     assert sampler_of(ScriptedEngine(), graders).run([], SAMPLING) == []
 
 
-def test_seeds_are_unique_and_depend_on_nothing_but_what_the_sample_is():
+def test_seeds_are_unique_and_depend_on_run_occasion_prompt_and_index_alone():
     prompts = [*prompts_of([0.5] * 40), *prompts_of([0.5] * 40, "other/1")]
     occasions = ["evaluate", *(f"train/{order}" for order in range(30))]
     requests: list[CompletionRequest] = []
@@ -141,6 +142,6 @@ def test_seeds_are_unique_and_depend_on_nothing_but_what_the_sample_is():
     # Every bit is about as often set as not.
     bits = [sum(seed >> bit & 1 for seed in seeds) / len(seeds) for bit in range(63)]
     assert all(0.48 < share < 0.52 for share in bits)
-    # A repeated run samples alike, whatever the version of the code: printf '7/train/12/3/set/0' | b2sum -l 64
+    # Repeated runs sample alike with every version of the code: printf '7/train/12/3/set/0' | b2sum -l 64
     digest = bytes.fromhex("5182119634b99aa4")
     assert request_seed(7, "train/12", "set/0", 3) == int.from_bytes(digest, "little") // 2

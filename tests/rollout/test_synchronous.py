@@ -1,4 +1,4 @@
-"""Dynamic sampling over ranks: a scripted engine, the real graders, and a direct account of all that was sampled."""
+"""Synchronous collector over ranks: a scripted engine, the real graders, and a direct count of all that was sampled."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from scripted import (
+    CORRECT,
     HANG,
+    INCORRECT,
     LAYOUTS,
-    RIGHT,
-    WRONG,
     Layout,
     PlainTokenizer,
     Script,
@@ -34,7 +34,7 @@ from scripted import (
 from megatron_rlvr.config import RewardSettings, RolloutSettings
 from megatron_rlvr.types import CompletionRequest, Prompt
 
-MIXED, ALL_RIGHT, ALL_WRONG = (RIGHT, WRONG), (RIGHT, RIGHT), (WRONG, WRONG)
+MIXED, ALL_CORRECT, ALL_INCORRECT = (CORRECT, INCORRECT), (CORRECT, CORRECT), (INCORRECT, INCORRECT)
 ONE_RANK = LAYOUTS[0]
 
 
@@ -46,7 +46,7 @@ class Case:
     script: Script
     prompts: int
     steps: int
-    samples: int = 2
+    group_size: int = 2
     dynamic: bool = True
     max_rounds: int = 10
     overlong_buffer: int = 0
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Trained:
-    """A group of the batch: what identifies its completions, and what they earned."""
+    """A group of the batch: its responses, which the seeds make unique, and their grades."""
 
     order: int
     prompt_id: str
@@ -69,25 +69,26 @@ class Trained:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank saw of a step."""
+    """Result of a step on one rank."""
 
     batch: list[Trained]
     size: int
     metrics: dict[str, float]
     sampled: list[str]
-    asked: list[CompletionRequest]
+    requests: list[CompletionRequest]
     calls: list[int]
+    """Number of requests of each call of the engine."""
     finished: int
     warnings: list[str]
 
 
 def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[list[Step]]:
-    """On each rank: every step of every case. Graders with the same deadline are shared."""
+    """On each rank: every step of every case. Graders with the same timeout are shared."""
     with joined_process_group():
         ranks = ranks_of(layout)
-        deadlines = {case.timeout_seconds for case in cases}
+        timeouts = {case.timeout_seconds for case in cases}
         with contextlib.ExitStack() as stack:
-            graders = {seconds: stack.enter_context(start_graders(folder, seconds)) for seconds in deadlines}
+            graders = {seconds: stack.enter_context(start_graders(folder, seconds)) for seconds in timeouts}
             return [run_case(case, ranks, graders[case.timeout_seconds]) for case in cases]
 
 
@@ -100,7 +101,7 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
 
     engine = ScriptedEngine(case.script)
     settings = RolloutSettings(
-        group_size=case.samples,
+        group_size=case.group_size,
         max_response_tokens=20,
         dynamic_sampling=case.dynamic,
         max_rounds=case.max_rounds,
@@ -113,8 +114,7 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
         PromptCursor(prompt_set, case.seed, case.shuffle),
         ranks,
         settings,
-        reward,
-        prompts=case.prompts,
+        groups_per_batch=case.prompts,
         seed=case.seed,
     )
     warnings = Warnings()
@@ -134,20 +134,18 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
             )
             for ordered in rollout.groups
         ]
-        asked = [request for request, _ in engine.asked]
+        requests = [request for request, _ in engine.asked]
         assert all(sampling is settings for _, sampling in engine.asked)
         sampled = [group.prompt.id for group in rollout.sampled]
         steps.append(
-            Step(
-                batch, rollout.size, rollout.metrics, sampled, asked, engine.calls, sum(finished), list(warnings.texts)
-            )
+            Step(batch, rollout.size, rollout.metrics, sampled, requests, engine.calls, sum(finished), warnings.texts)
         )
     logger.removeHandler(warnings)
     return steps
 
 
 class Warnings(logging.Handler):
-    """Keeps what was logged."""
+    """Records the logged messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -163,7 +161,7 @@ def in_step_order(per_rank: list[list[Step]]) -> list[list[Step]]:
 
 
 def whole_batch(layout: Layout, ranks: Sequence[Step]) -> list[Trained]:
-    """The batch over all replicas; that the ranks of one replica hold the same is checked."""
+    """The batch over all replicas, checked to be the same on all ranks of a replica."""
     groups: list[Trained] = []
     for replica in layout.replicas:
         for rank in replica:
@@ -186,7 +184,7 @@ def random_cases(count: int) -> list[Case]:
                 script=by_accuracy,
                 prompts=dice.randint(1, 6),
                 steps=4,
-                samples=dice.randint(2, 4),
+                group_size=dice.randint(2, 4),
                 dynamic=dice.random() < 0.85,
                 max_rounds=dice.randint(1, 4),
                 overlong_buffer=dice.choice([0, 8]),
@@ -220,22 +218,22 @@ def on_one_rank(case: Case, folder: Path) -> list[Step]:
 
 
 def groups_drawn(case: Case, step: Step) -> list[list[CompletionRequest]]:
-    """What one rank alone asked for, cut into groups: the order of asking is then the order of drawing."""
-    groups = [step.asked[start : start + case.samples] for start in range(0, len(step.asked), case.samples)]
-    assert all([r.index for r in group] == list(range(case.samples)) for group in groups)
+    """Requests of a run on one rank, split into groups: the order of the requests is then the order of drawing."""
+    groups = [step.requests[start : start + case.group_size] for start in range(0, len(step.requests), case.group_size)]
+    assert all([r.index for r in group] == list(range(case.group_size)) for group in groups)
     assert all(len({r.prompt.id for r in group}) == 1 for group in groups)
     return groups
 
 
-def is_right(case: Case, request: CompletionRequest) -> bool:
-    return case.script(request)[0] == RIGHT
+def is_correct(case: Case, request: CompletionRequest) -> bool:
+    return case.script(request)[0] == CORRECT
 
 
 def reward_of(case: Case, request: CompletionRequest) -> float:
     """1 or -1; the last ``overlong_buffer`` of the 20 tokens cost up to 1."""
     length = case.script(request)[1]
     over = max(0, length - (20 - case.overlong_buffer))
-    return (1.0 if is_right(case, request) else -1.0) - (over / case.overlong_buffer if over else 0.0)
+    return (1.0 if is_correct(case, request) else -1.0) - (over / case.overlong_buffer if over else 0.0)
 
 
 def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Path):
@@ -245,7 +243,7 @@ def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Pat
         for (step,) in steps:
             carried = len(waiting)
             drawn = groups_drawn(case, step)
-            mixed = [group for group in drawn if 0 < sum(is_right(case, r) for r in group) < case.samples]
+            mixed = [group for group in drawn if 0 < sum(is_correct(case, r) for r in group) < case.group_size]
             waiting += mixed if case.dynamic else drawn
             expected, waiting = waiting[: case.prompts], waiting[case.prompts :]
             batch = whole_batch(ONE_RANK, [step])
@@ -254,7 +252,7 @@ def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Pat
                 assert trained.prompt_id == group[0].prompt.id
                 assert trained.responses == [answer(r).token_ids.tolist() for r in group]
                 assert trained.rewards == pytest.approx([reward_of(case, r) for r in group])
-                assert trained.correct == [is_right(case, r) for r in group]
+                assert trained.correct == [is_correct(case, r) for r in group]
             assert step.metrics["rollout/groups_carried"] == carried
             assert step.metrics["rollout/groups_surplus"] == len(waiting)
             carried_over += bool(carried)
@@ -263,7 +261,7 @@ def test_every_informative_group_enters_one_batch_in_the_order_drawn(folder: Pat
     assert replaced > 15
 
 
-def test_leaders_alone_ask_for_what_all_ranks_of_a_replica_would(folder: Path):
+def test_leaders_alone_make_the_requests_that_all_ranks_of_a_replica_would(folder: Path):
     layout = Layout(((0, 2), (1, 3)))
     cases = [replace(case, leaders_only=True) for case in FEW_CASES]
     per_rank = on_ranks(run_cases, layout.world_size, layout, cases, folder)
@@ -272,16 +270,16 @@ def test_leaders_alone_ask_for_what_all_ranks_of_a_replica_would(folder: Path):
             ranks = [per_rank[rank][number][step] for rank in range(layout.world_size)]
             assert whole_batch(layout, ranks) == whole_batch(ONE_RANK, [expected])
             assert ranks[0].metrics == pytest.approx(expected.metrics)
-            assert sum(len(rank.asked) for rank in ranks[:2]) == len(expected.asked)
-            assert [rank.asked for rank in ranks[2:]] == [[], []]
+            assert sum(len(rank.requests) for rank in ranks[:2]) == len(expected.requests)
+            assert [rank.requests for rank in ranks[2:]] == [[], []]
             assert all(len(rank.calls) == len(expected.calls) for rank in ranks), "each round is a call on every rank"
 
 
-def test_a_step_asks_for_no_more_than_it_may(folder: Path):
+def test_a_step_draws_no_more_prompts_than_it_may(folder: Path):
     limited = used_up = 0
     for case, steps in zip(CASES, random_runs(ONE_RANK, folder), strict=True):
         for (step,) in steps:
-            drawn = [count // case.samples for count in step.calls]
+            drawn = [count // case.group_size for count in step.calls]
             assert len(drawn) <= (case.max_rounds if case.dynamic else 1)
             assert sum(drawn) <= len(case.set)
             # A round may draw four times what is missing, and what is missing only shrinks.
@@ -292,24 +290,24 @@ def test_a_step_asks_for_no_more_than_it_may(folder: Path):
                 assert step.warnings == []
                 continue
             (warning,) = step.warnings
-            assert f"goes on with {step.size} of {case.prompts} groups" in warning
+            assert f"trains on {step.size} of {case.prompts} groups" in warning
             if sum(drawn) == len(case.set):
                 used_up += 1
                 assert "the set has no other prompts" in warning
             else:
                 limited += 1
                 assert len(drawn) == case.max_rounds
-                assert f"rollout.max_rounds {case.max_rounds} found no more" in warning
+                assert f"rollout.max_rounds={case.max_rounds} is reached" in warning
     assert limited > 10
     assert used_up > 10
 
 
-def test_the_figures_are_a_direct_count_of_what_was_sampled(folder: Path):
+def test_metrics_are_a_direct_count_of_what_was_sampled(folder: Path):
     for case, steps in zip(CASES, random_runs(ONE_RANK, folder), strict=True):
         for (step,) in steps:
-            answers = [answer(request) for request in step.asked]
-            mixed = [g for g in groups_drawn(case, step) if len({is_right(case, r) for r in g}) == 2]
-            drawn = len(step.asked) // case.samples
+            answers = [answer(request) for request in step.requests]
+            mixed = [g for g in groups_drawn(case, step) if len({is_correct(case, r) for r in g}) == 2]
+            drawn = len(step.requests) // case.group_size
             expected = {
                 "reward/failures": 0,
                 "rollout/response_tokens": sum(len(c.token_ids) for c in answers),
@@ -323,18 +321,18 @@ def test_the_figures_are_a_direct_count_of_what_was_sampled(folder: Path):
             }
             if answers:
                 expected |= {
-                    "reward/mean": mean([reward_of(case, r) for r in step.asked]),
-                    "reward/accuracy": mean([is_right(case, r) for r in step.asked]),
+                    "reward/mean": mean([reward_of(case, r) for r in step.requests]),
+                    "reward/accuracy": mean([is_correct(case, r) for r in step.requests]),
                     "rollout/response_tokens_mean": mean([len(c.token_ids) for c in answers]),
                     "rollout/truncated_fraction": mean([c.finish_reason == "length" for c in answers]),
                 }
             assert step.metrics == pytest.approx(expected)
-            assert step.finished == len(step.asked)
+            assert step.finished == len(step.requests)
             assert step.sampled == [group[0].prompt.id for group in groups_drawn(case, step)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: str(layout.replicas))
-def test_batch_figures_and_seeds_are_the_same_for_every_layout(layout: Layout, folder: Path):
+def test_batch_metrics_and_seeds_are_the_same_for_every_layout(layout: Layout, folder: Path):
     one_rank = random_runs(ONE_RANK, folder)[: len(FEW_CASES)]
     for alone, together in zip(one_rank, random_runs(layout, folder), strict=True):
         for (one,), ranks in zip(alone, together, strict=True):
@@ -343,9 +341,9 @@ def test_batch_figures_and_seeds_are_the_same_for_every_layout(layout: Layout, f
             for rank in ranks:
                 assert rank.metrics == ranks[0].metrics
             assert ranks[0].metrics == pytest.approx(one.metrics)
-            asked = [(r.prompt.id, r.index, r.seed) for rank in ranks for r in rank.asked]
-            assert sorted(asked) == sorted((r.prompt.id, r.index, r.seed) for r in one.asked)
-            assert [rank.finished for rank in ranks] == [len(rank.asked) for rank in ranks]
+            requests = [(r.prompt.id, r.index, r.seed) for rank in ranks for r in rank.requests]
+            assert sorted(requests) == sorted((r.prompt.id, r.index, r.seed) for r in one.requests)
+            assert [rank.finished for rank in ranks] == [len(rank.requests) for rank in ranks]
             sampled = [prompt_id for replica in layout.replicas for prompt_id in ranks[replica[0]].sampled]
             assert sorted(sampled) == sorted(one.sampled)
             assert ranks[0].warnings == one.warnings
@@ -361,12 +359,12 @@ def test_the_ranks_of_a_replica_share_its_requests_evenly(folder: Path):
                         assert max(counts) - min(counts) <= 1
 
 
-def test_no_seed_comes_twice_though_prompts_do(folder: Path):
+def test_no_seed_is_used_twice_although_prompts_are_drawn_again(folder: Path):
     again = 0
     for steps in random_runs(ONE_RANK, folder):
-        asked = [request for (step,) in steps for request in step.asked]
-        assert len({request.seed for request in asked}) == len(asked)
-        again += len({(r.prompt.id, r.index) for r in asked}) < len(asked)
+        requests = [request for (step,) in steps for request in step.requests]
+        assert len({request.seed for request in requests}) == len(requests)
+        again += len({(r.prompt.id, r.index) for r in requests}) < len(requests)
     assert again > 10
 
 
@@ -375,21 +373,21 @@ def prompts_with(verdicts: Sequence[tuple[int, ...]]) -> list[Prompt]:
     return [replace(p, extra={"verdicts": v}) for p, v in zip(prompts, verdicts, strict=True)]
 
 
-def test_all_right_and_all_wrong_groups_are_replaced(folder: Path):
-    verdicts = [ALL_RIGHT, MIXED, ALL_WRONG, MIXED, ALL_RIGHT, MIXED, MIXED, MIXED, MIXED, ALL_WRONG]
+def test_all_correct_and_all_incorrect_groups_are_replaced(folder: Path):
+    verdicts = [ALL_CORRECT, MIXED, ALL_INCORRECT, MIXED, ALL_CORRECT, MIXED, MIXED, MIXED, MIXED, ALL_INCORRECT]
     (step,) = on_one_rank(Case(prompts_with(verdicts), by_verdicts, prompts=3, steps=1), folder)
-    # By hand: 3 prompts give 1 mixed group; a rate of (1 + 1) / (1 + 3) asks for 4 to get the other 2, and finds 3.
+    # By hand: 3 prompts give 1 mixed group; at a rate of 2 / 4, 4 are drawn for the other 2, and 3 are mixed.
     assert step.calls == [6, 8]
     assert [group.prompt_id for group in step.batch] == ["set/1", "set/3", "set/5"]
     assert step.metrics["rollout/groups_dropped"] == 3
     assert step.metrics["rollout/groups_surplus"] == 1
 
 
-def test_a_step_that_the_surplus_fills_samples_nothing_and_claims_no_means(folder: Path):
-    verdicts = [ALL_WRONG, ALL_WRONG, *[MIXED] * 10]
+def test_a_step_filled_by_carried_over_groups_samples_nothing_and_has_no_means(folder: Path):
+    verdicts = [ALL_INCORRECT, ALL_INCORRECT, *[MIXED] * 10]
     steps = on_one_rank(Case(prompts_with(verdicts), by_verdicts, prompts=2, steps=4), folder)
-    # By hand: nothing of 2, then a rate of 1 / 3 asks for 6 and all are mixed, enough for the next two steps;
-    # then the rate is 7 / 9, and 3 are drawn for the 2 that are missing.
+    # By hand: none of 2 is mixed; then, at a rate of 1 / 3, 6 are drawn and all are mixed, enough for the next two
+    # steps; then the rate is 7 / 9, and 3 are drawn for the 2 that are missing.
     assert [step.calls for step in steps] == [[4, 12], [], [], [6]]
     assert [[group.prompt_id for group in step.batch] for step in steps] == [
         ["set/2", "set/3"],
@@ -404,7 +402,7 @@ def test_a_step_that_the_surplus_fills_samples_nothing_and_claims_no_means(folde
 
 
 def test_a_set_without_an_informative_group_gives_an_empty_batch(folder: Path):
-    case = Case(prompts_with([ALL_WRONG, ALL_RIGHT] * 20), by_verdicts, prompts=4, steps=2, max_rounds=2)
+    case = Case(prompts_with([ALL_INCORRECT, ALL_CORRECT] * 20), by_verdicts, prompts=4, steps=2, max_rounds=2)
     for step in on_one_rank(case, folder):
         assert (step.size, step.batch) == (0, [])
         assert len(step.calls) == 2
@@ -413,11 +411,11 @@ def test_a_set_without_an_informative_group_gives_an_empty_batch(folder: Path):
     small = replace(case, set=case.set[:6], max_rounds=10)
     for step in on_one_rank(small, folder):
         assert step.size == 0
-        assert sorted(step.sampled) == [f"set/{i}" for i in range(6)]  # each once, then the step gives up
+        assert sorted(step.sampled) == [f"set/{i}" for i in range(6)]  # each once, then the step ends
 
 
 def test_without_dynamic_sampling_one_round_keeps_everything(folder: Path):
-    verdicts = [ALL_WRONG, ALL_RIGHT, MIXED, ALL_WRONG, ALL_RIGHT, MIXED]
+    verdicts = [ALL_INCORRECT, ALL_CORRECT, MIXED, ALL_INCORRECT, ALL_CORRECT, MIXED]
     case = Case(prompts_with(verdicts), by_verdicts, prompts=3, steps=2, dynamic=False)
     steps = on_one_rank(case, folder)
     assert [step.calls for step in steps] == [[6], [6]]
@@ -425,8 +423,8 @@ def test_without_dynamic_sampling_one_round_keeps_everything(folder: Path):
     assert [step.metrics["rollout/groups_dropped"] for step in steps] == [0, 0]
 
 
-def test_a_grader_that_hangs_costs_one_answer_which_counts_as_wrong(folder: Path):
-    verdicts = [(RIGHT, HANG), (WRONG, HANG), MIXED]
+def test_a_grader_that_hangs_costs_one_response_which_counts_as_incorrect(folder: Path):
+    verdicts = [(CORRECT, HANG), (INCORRECT, HANG), MIXED]
     case = Case(prompts_with(verdicts), by_verdicts, prompts=2, steps=1, max_rounds=2, timeout_seconds=3.0)
     (step,) = on_one_rank(case, folder)
     assert [(group.prompt_id, group.rewards) for group in step.batch] == [("set/0", [1, -1]), ("set/2", [1, -1])]
@@ -435,8 +433,8 @@ def test_a_grader_that_hangs_costs_one_answer_which_counts_as_wrong(folder: Path
 
 
 def test_the_overlong_penalty_changes_rewards_but_not_which_groups_are_kept(folder: Path):
-    verdicts = [(RIGHT,) * 11, (RIGHT,) * 10 + (WRONG,)]
-    case = Case(prompts_with(verdicts), by_verdicts, prompts=1, steps=1, samples=11, overlong_buffer=10)
+    verdicts = [(CORRECT,) * 11, (CORRECT,) * 10 + (INCORRECT,)]
+    case = Case(prompts_with(verdicts), by_verdicts, prompts=1, steps=1, group_size=11, overlong_buffer=10)
     (step,) = on_one_rank(case, folder)
     (group,) = step.batch
     assert group.prompt_id == "set/1"

@@ -1,8 +1,8 @@
-"""An engine that answers by a script, and ranks laid out by hand, for tests of what stands between engine and loss.
+"""An engine that answers by a script, and ranks in a given layout, for tests of the code between engine and loss.
 
-The script sees a request as the real engine does: what it answers depends on the prompt and on the seed, so that an
-answer that changes with the layout is a seed that did. A response is [verdict, four words of the seed, filling]: its
-first token is what the user's reward function reads, and the seed tells every response from every other.
+The script sees a request as the real engine does: its answer depends on the prompt and on the seed, so an answer that
+changes with the layout means that a seed did. A response is [verdict, four words of the seed, filling]: the user's
+reward function reads its first token, and the seed distinguishes it from every other response.
 """
 
 import atexit
@@ -19,11 +19,11 @@ import numpy as np
 from launcher import Ranks as World
 from launcher import joined_process_group as launchers_process_group
 
-from megatron_rlvr.types import Completion, CompletionRequest, Prompt
+from megatron_rlvr.types import Completion, CompletionRequest, FinishReason, Prompt
 
 PATIENCE_SECONDS = 600.0
 
-RIGHT, WRONG, HANG, CRASH, SHARE = 1, 0, 2, 3, 4
+CORRECT, INCORRECT, HANG, CRASH, SHARE = 1, 0, 2, 3, 4
 """First tokens, for the reward function below; SHARE stands for a reward of 0.25."""
 
 REWARD = """\
@@ -40,38 +40,38 @@ def first_token(prompt, response):
 """
 
 Script = Callable[[CompletionRequest], tuple[int, int, bool]]
-"""Request -> (first token, length, whether it was cut)."""
+"""Request -> (first token, length, whether it was truncated)."""
 
 
 def by_accuracy(request: CompletionRequest) -> tuple[int, int, bool]:
-    """Right with the probability in ``prompt.extra``; the dice are the seed's."""
+    """Correct with the probability in ``prompt.extra``, by a random stream of the request's seed."""
     dice = random.Random(request.seed)
-    verdict = RIGHT if dice.random() < request.prompt.extra["accuracy"] else WRONG
+    verdict = CORRECT if dice.random() < request.prompt.extra["accuracy"] else INCORRECT
     return verdict, dice.randint(5, 20), dice.random() < 0.3
 
 
 def by_verdicts(request: CompletionRequest) -> tuple[int, int, bool]:
-    """The verdicts in ``prompt.extra``, in sample order; each response is as long as its sample number + 10."""
+    """The verdicts in ``prompt.extra``, by completion index; each response has index + 10 tokens."""
     return request.prompt.extra["verdicts"][request.index], request.index + 10, False
 
 
 def prompts_of(accuracies: Sequence[float], name: str = "set") -> list[Prompt]:
-    """A prompt for each accuracy; the gold answer is what a right response begins with."""
+    """A prompt for each accuracy; the gold answer is the first token of a correct response."""
     token_ids = np.arange(3, dtype=np.int32)
     return [
-        Prompt(f"{name}/{i}", token_ids, str(RIGHT), name, {"accuracy": accuracy})
+        Prompt(f"{name}/{i}", token_ids, str(CORRECT), name, {"accuracy": accuracy})
         for i, accuracy in enumerate(accuracies)
     ]
 
 
 class ScriptedEngine:
-    """Answers by a script, in an order of its own; keeps what it was asked for."""
+    """Answers by a script, in random order; records its requests."""
 
     def __init__(self, script: Script = by_accuracy) -> None:
         self.script = script
         self.asked: list[tuple[CompletionRequest, Any]] = []
         self.calls: list[int] = []
-        """How many requests came with each call."""
+        """Number of requests of each call."""
 
     def update_weights(self, named_tensors: Any, version: int) -> None:
         raise NotImplementedError
@@ -88,11 +88,12 @@ class ScriptedEngine:
 
 def answer(request: CompletionRequest, script: Script = by_accuracy) -> Completion:
     """The completion that the script gives."""
-    verdict, length, cut = script(request)
+    verdict, length, truncated = script(request)
     words = [request.seed >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
     token_ids = np.array([verdict, *words, *[9] * (length - 5)], dtype=np.int32)
     logprobs = np.zeros(len(token_ids), dtype=np.float32)
-    return Completion(request.prompt.id, request.index, token_ids, logprobs, "length" if cut else "stop", 0 * token_ids)
+    reason: FinishReason = "length" if truncated else "stop"
+    return Completion(request.prompt.id, request.index, token_ids, logprobs, reason, 0 * token_ids)
 
 
 class PlainTokenizer:
@@ -103,13 +104,13 @@ class PlainTokenizer:
 
 
 def write_reward(folder: Path) -> Path:
-    """Puts the user's reward function, user_reward:first_token, into ``folder``."""
+    """Write the user's reward function, user_reward:first_token, to ``folder``."""
     (folder / "user_reward.py").write_text(REWARD, encoding="ascii")
     return folder
 
 
 def start_graders(folder: Path, timeout_seconds: float = 60.0) -> Any:
-    """Real grader processes that run the user's function; it hangs and raises when told to."""
+    """Real grader processes that run the user's function; it hangs and raises on the verdicts HANG and CRASH."""
     from megatron_rlvr.reward.graders import GraderPool
 
     if str(folder) not in sys.path:
@@ -140,7 +141,7 @@ LAYOUTS = (
 
 
 def ranks_of(layout: Layout) -> Any:
-    """This rank's place in ``layout``. Every rank must call it, within a process group."""
+    """This rank's place in ``layout``. A collective over the world."""
     import torch.distributed as dist
 
     from megatron_rlvr.distributed.ranks import Ranks
@@ -182,10 +183,10 @@ def _world() -> World:
 
 
 def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
-    """What ``function(*arguments)`` returns on each of ``size`` ranks; the processes are started once a session."""
+    """Results of ``function(*arguments)`` on each of ``size`` ranks; the processes are started once a session."""
     return _world().run(function, size, *arguments, timeout=PATIENCE_SECONDS)
 
 
 def joined_process_group() -> AbstractContextManager[Any]:
-    """The launcher's, patient with ranks that are still importing Megatron on a busy machine."""
+    """The launcher's process group, with a timeout for ranks that still import Megatron on a busy machine."""
     return launchers_process_group(PATIENCE_SECONDS)
