@@ -1,15 +1,15 @@
-"""Causal attention within each sequence of a packed stream, whole or cut over context-parallel ranks.
+"""Causal attention within each sequence of a packed stream, for whole sequences or context-parallel shards.
 
-Where Transformer Engine is absent this takes its place, on ``scaled_dot_product_attention``: its kernels hold no matrix
-of scores, so memory grows with the length of a sequence, not with its square.
+Used instead of Transformer Engine where that is not installed. It calls ``scaled_dot_product_attention``, whose kernels
+never hold the matrix of scores, so memory grows linearly with the length of a sequence.
 
-Under context parallelism a rank has the queries of two chunks of each sequence (`context.zigzag`) and gathers all keys
-and values. A chunk attends to all before it and causally to itself. Torch's CPU kernel knows causal attention from the
-first key on only, so the two parts are computed apart and put together by their log-sum-exp l:
+Under context parallelism a rank holds the queries of two chunks of each sequence (`context.zigzag`) and gathers all
+keys and values. A chunk attends to all earlier positions, and causally to itself. PyTorch's CPU kernel supports a
+causal mask only from the first key on, so the two parts are computed separately and combined by their log-sum-exp l:
 
     l = log(e^l1 + e^l2)        out = out1 e^(l1 - l) + out2 e^(l2 - l)
 
-and the kernel's backward, given the joint out and l, yields each part's gradients as they are.
+The kernel's backward, given the combined out and l, returns the exact gradients of each part.
 
 Shapes: S packed tokens of this rank, n heads on this rank, g key-value heads on this rank, d head size; q queries and k
 keys of a sequence.
@@ -34,13 +34,13 @@ from megatron_rlvr.policy.context import zigzag
 
 @dataclass
 class PackedStream(PackedSeqParams):
-    """Megatron's description of a packed stream, with the lengths of its sequences as numbers."""
+    """Megatron's description of a packed stream, plus the sequence lengths as Python ints."""
 
     lengths: tuple[int, ...] = ()
 
 
 def packed_stream(batch: MicroBatch) -> PackedStream:
-    """The description of a micro-batch; lengths are of whole sequences, also where this rank holds a part of each."""
+    """Describe a micro-batch for Megatron; the lengths are those of whole sequences, also under context parallelism."""
     return PackedStream(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -52,7 +52,7 @@ def packed_stream(batch: MicroBatch) -> PackedStream:
 
 
 class PackedAttention(MegatronModule):
-    """The core attention of a layer of Megatron's."""
+    """Core attention of a Megatron transformer layer."""
 
     def __init__(
         self,
@@ -81,15 +81,17 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [S, n, d], key and value [S, g, d] -> [S, n * d]."""
-        assert isinstance(packed_seq_params, PackedStream), "the policy always packs"
+        """Attend within each sequence: query [S, n, d], key and value [S, g, d] -> [S, n * d]."""
+        assert isinstance(packed_seq_params, PackedStream), "the policy always packs sequences"
         lengths = packed_seq_params.lengths
         rank, size = (dist.get_rank(self.group), dist.get_world_size(self.group)) if self.group is not None else (0, 1)
         if self.group is not None:
             key, value = _gather_sequence(key, value, lengths, self.group)
         outputs = []
-        pieces = (x.split([length // part for length in lengths]) for x, part in ((query, size), (key, 1), (value, 1)))
-        for q, k, v in zip(*pieces, strict=True):
+        sequences = (
+            x.split([length // part for length in lengths]) for x, part in ((query, size), (key, 1), (value, 1))
+        )
+        for q, k, v in zip(*sequences, strict=True):
             if size == 1:
                 outputs.append(_attend(q, k, v, self.softmax_scale))
                 continue
@@ -101,30 +103,33 @@ class PackedAttention(MegatronModule):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """query [q, n, d] of the last q of k positions, key and value [k, g, d] -> [q, n, d]."""
+    """Attend causally from the last q of k positions: query [q, n, d], key and value [k, g, d] -> [q, n, d]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
     if q.shape[2] == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     elif q.device.type == "cpu":
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        out = _AttendToTheEnd.apply(q, k, v, scale)
+        out = _SuffixAttention.apply(q, k, v, scale)
     else:
-        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler, which takes a while
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes seconds
 
         mask: Any = causal_lower_right(q.shape[2], k.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
 
 
-class _AttendToTheEnd(torch.autograd.Function):
-    """Causal attention of the last q of k positions on a CPU; query [1, n, q, d], key and value [1, n, k, d]."""
+class _SuffixAttention(torch.autograd.Function):
+    """Causal attention of the last q of k positions on a CPU: query [1, n, q, d], key and value [1, n, k, d]."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         outs, logs = zip(
-            *(attend(query, k, v, 0.0, causal, scale=scale) for k, v, causal in _before_and_own(query, key, value)),
+            *(
+                attend(query, k, v, 0.0, causal, scale=scale)
+                for k, v, causal in _prefix_and_diagonal(query, key, value)
+            ),
             strict=True,
         )
         log = torch.logaddexp(*logs)
@@ -140,14 +145,14 @@ class _AttendToTheEnd(torch.autograd.Function):
         attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         parts = [
             attend_backward(grads[0].contiguous(), query, k, v, out, log, 0.0, causal, scale=ctx.scale)
-            for k, v, causal in _before_and_own(query, key, value)
+            for k, v, causal in _prefix_and_diagonal(query, key, value)
         ]
         grad_query, grad_key, grad_value = zip(*parts, strict=True)
         return sum(grad_query), torch.cat(grad_key, dim=2), torch.cat(grad_value, dim=2), None
 
 
-def _before_and_own(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
-    """Keys and values before the queries' positions and at them, and whether attention to them is causal."""
+def _prefix_and_diagonal(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
+    """Split keys and values into those before the queries' positions (not causal) and those at them (causal)."""
     before = key.shape[2] - query.shape[2]
     return [(key[:, :, :before], value[:, :, :before], False), (key[:, :, before:], value[:, :, before:], True)]
 
@@ -155,7 +160,7 @@ def _before_and_own(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Ten
 def _gather_sequence(
     key: Tensor, value: Tensor, lengths: Sequence[int], group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [S x size, g, d] of all ranks, in the order of the whole stream."""
+    """Gather keys and values of all ranks, [S x size, g, d], in the order of the whole stream."""
     size = dist.get_world_size(group)
     gathered = _AllGather.apply(torch.cat([key, value], dim=1), group)
     order = torch.cat([zigzag(lengths, rank, size) for rank in range(size)])
@@ -165,7 +170,7 @@ def _gather_sequence(
 
 
 class _AllGather(torch.autograd.Function):
-    """[S, ..] of each rank to [S x size, ..] on all; the gradient is summed and scattered back."""
+    """All-gather [S, ..] of each rank to [S x size, ..]; the backward is a reduce-scatter (sum)."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:

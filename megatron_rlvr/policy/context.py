@@ -1,8 +1,8 @@
-"""Which part of a packed stream a context-parallel rank computes.
+"""Shards a packed stream over context-parallel ranks.
 
-Each sequence is cut into 2 x size chunks of equal length, and rank r takes chunks r and 2 x size - 1 - r: causal
-attention makes late positions dear and early ones cheap, so every rank gets the same work. Megatron's rotary embedding
-and Transformer Engine's attention assume this cut too.
+Each sequence is split into 2 x size chunks of equal length, and rank r takes chunks r and 2 x size - 1 - r. Under
+causal attention late positions cost more than early ones, so this gives every rank the same work. Megatron's rotary
+embedding and Transformer Engine's attention assume the same split.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from megatron_rlvr.batching.batch import MicroBatch
 
 
 def zigzag(lengths: Sequence[int], rank: int, size: int) -> Tensor:
-    """[S / size] int64, positions in the whole stream of this rank's part, in the order of its own stream.
+    """Positions in the whole stream of one rank's shard, [S / size] int64, in the order of the shard.
 
     Args:
         lengths: tokens of each sequence, padding included; multiples of 2 x size.
@@ -34,14 +34,14 @@ def zigzag(lengths: Sequence[int], rank: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ContextShard:
-    """What a rank computes of a micro-batch.
+    """The shard of a micro-batch that one context-parallel rank computes.
 
     Attributes:
-        batch: the micro-batch, with R rows.
-        part: the same with this rank's tokens, targets and rows only; ``rows`` and the vectors beside them are [r].
-            ``lengths`` and ``cu_seqlens`` stay those of whole sequences. Without context parallelism it is ``batch``.
-        held: [r] int64, which of the R rows these are.
-        group: ranks that hold the other parts; None where there are none.
+        batch: the whole micro-batch, with R rows.
+        part: the micro-batch with this rank's tokens, targets and r rows only. ``lengths`` and ``cu_seqlens`` stay
+            those of whole sequences. The same object as ``batch`` without context parallelism.
+        held: [r] int64, indices of this rank's rows among the R rows.
+        group: the context-parallel ranks; None without context parallelism.
     """
 
     batch: MicroBatch
@@ -50,7 +50,7 @@ class ContextShard:
     group: dist.ProcessGroup | None
 
     def whole(self, values: Tensor) -> Tensor:
-        """[..., R] on every rank of the group, from each one's [..., r]. A collective over the group."""
+        """Combine each rank's [..., r] to [..., R] on every rank of the group. A collective over the group."""
         if self.group is None:
             return values
         everything = values.new_zeros(*values.shape[:-1], len(self.batch.rows))
@@ -60,7 +60,7 @@ class ContextShard:
 
 
 def context_shard(batch: MicroBatch, rank: int, size: int, group: dist.ProcessGroup) -> ContextShard:
-    """This rank's part of a micro-batch."""
+    """Shard a micro-batch for one context-parallel rank."""
     everything = torch.arange(len(batch.rows), device=batch.rows.device)
     if size == 1:
         return ContextShard(batch, batch, everything, None)

@@ -1,7 +1,7 @@
-"""The feed-forward part of a sparse layer: Megatron's router and all-to-all exchange around experts of ours.
+"""The feed-forward part of an MoE layer: Megatron's router and all-to-all dispatch around `Experts`.
 
-The experts of a layer are dealt to the ranks of an expert group, each whole on one rank; tokens travel to their experts
-and back, none are dropped. Experts compute one after the other.
+The experts of a layer are distributed over the ranks of an expert-parallel group, each one whole on one rank. Tokens
+are sent to their top-k experts and back; no token is dropped. The experts of a rank compute one after the other.
 """
 
 from typing import Any
@@ -13,16 +13,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 class Experts(SequentialMLP):
-    """Experts whose gradients are summed over the ranks that hold the same ones."""
+    """Experts whose gradients are summed over the ranks that hold the same experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Megatron marks them so only where experts are shared. Where they are not, yet tensor-parallel ranks each have
-        # a part of the tokens, it would leave the gradients of these ranks apart.
+        # Megatron sets this mark only with expert parallelism. Without it, under sequence parallelism, where each
+        # tensor-parallel rank has a part of the tokens, Megatron would not sum the gradients of these ranks.
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def sparse_mlp_spec(linears: MLPSubmodules) -> ModuleSpec:
-    """In place of the feed-forward network of a dense layer; experts are made of ``linears``."""
+def moe_mlp_spec(linears: MLPSubmodules) -> ModuleSpec:
+    """Spec that replaces the feed-forward network of a dense layer; each expert is made of ``linears``."""
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=Experts, submodules=linears)))

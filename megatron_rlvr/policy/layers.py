@@ -1,8 +1,8 @@
-"""What layers of megatron-core models are made of: Transformer Engine's modules on GPUs, and elsewhere Megatron's.
+"""Modules of a transformer layer: Transformer Engine's on GPUs, elsewhere Megatron's and this project's own.
 
-Megatron's own fall-backs refuse what training needs: its norm refuses sequence parallel, its attention packed
-sequences. `RMSNorm` and `attention.PackedAttention` fill the gap with torch alone, so that the same model definition
-runs on any device. Weights have the same meaning in both, only the names of two norms differ (`weights`).
+Without Transformer Engine, Megatron's norm does not support sequence parallelism and its attention does not support
+packed sequences. `RMSNorm` and `attention.PackedAttention` do, in plain PyTorch, so that the same model definition runs
+on any device. Parameters have the same meaning in both; only the names of two norms differ (`weights`).
 """
 
 from dataclasses import dataclass, replace
@@ -23,11 +23,11 @@ from torch import Tensor
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.hf.families import NORMS_IN_LINEARS
 from megatron_rlvr.policy.attention import PackedAttention
-from megatron_rlvr.policy.experts import sparse_mlp_spec
+from megatron_rlvr.policy.experts import moe_mlp_spec
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, computed in fp32, as Hugging Face's Qwen and Llama do it."""
+    """Root-mean-square norm over the last dimension, computed in fp32 as in Hugging Face's Qwen and Llama models."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=accelerator.device())
         )
-        # Under sequence parallel each rank sees a part of the tokens; Megatron sums the gradients of marked weights.
+        # Under sequence parallelism each rank sees a part of the tokens; Megatron sums gradients of marked weights.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,13 +45,14 @@ class RMSNorm(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class LayerParts:
-    """The modules that layers are made of.
+class LayerModules:
+    """Classes of the modules that a transformer layer is built from.
 
     Attributes:
-        norm: on its own.
-        normed_column_linear: a column-parallel linear layer with the norm in front of it built in; None: there is none.
-        column_linear, row_linear: without.
+        norm: RMS norm as a module of its own.
+        normed_column_linear: column-parallel linear layer that includes the norm before it; None if there is no such
+            class.
+        column_linear, row_linear: linear layers without a norm.
         attention: core attention over a packed stream.
     """
 
@@ -62,13 +63,13 @@ class LayerParts:
     attention: Any
 
 
-def layer_parts() -> LayerParts:
-    """Transformer Engine's where there is a GPU and it is installed, else Megatron's and ours."""
+def layer_modules() -> LayerModules:
+    """Transformer Engine's modules if it is installed and there is a GPU, else Megatron's and this project's."""
     if not accelerator.has_transformer_engine():
-        return LayerParts(RMSNorm, None, ColumnParallelLinear, RowParallelLinear, PackedAttention)
+        return LayerModules(RMSNorm, None, ColumnParallelLinear, RowParallelLinear, PackedAttention)
     from megatron.core.extensions import transformer_engine as te
 
-    return LayerParts(
+    return LayerModules(
         te.TENorm,
         te.TELayerNormColumnParallelLinear,
         te.TEColumnParallelLinear,
@@ -77,37 +78,37 @@ def layer_parts() -> LayerParts:
     )
 
 
-def layer_spec(config: TransformerConfig, layer: int, parts: LayerParts) -> ModuleSpec:
-    """A transformer layer.
+def layer_spec(config: TransformerConfig, layer: int, modules: LayerModules) -> ModuleSpec:
+    """Spec of one transformer layer.
 
     Args:
-        layer: its number in the whole model, from 0; it says whether the layer has experts.
+        layer: index of the layer in the whole model, from 0; decides whether it is an MoE layer.
     """
-    sparse = config.num_moe_experts is not None and config.moe_layer_freq[layer]
-    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
-    linears = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
-    built_in = parts.normed_column_linear is not None
-    dense = replace(linears, linear_fc1=parts.normed_column_linear) if built_in else linears
-    # Checkpoints have the names of built-in norms; behind the second norm of a sparse layer is no linear layer.
-    names = {own: theirs for theirs, own in NORMS_IN_LINEARS.items() if not (sparse and theirs.startswith("mlp."))}
+    is_moe = config.num_moe_experts is not None and config.moe_layer_freq[layer]
+    qk_norm = modules.norm if config.qk_layernorm else IdentityOp
+    linears = MLPSubmodules(linear_fc1=modules.column_linear, linear_fc2=modules.row_linear)
+    built_in = modules.normed_column_linear is not None
+    dense = replace(linears, linear_fc1=modules.normed_column_linear) if built_in else linears
+    # Checkpoints use the names of built-in norms, except for the second norm of an MoE layer: a router follows it.
+    names = {own: theirs for theirs, own in NORMS_IN_LINEARS.items() if not (is_moe and theirs.startswith("mlp."))}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if built_in else parts.norm,
+            input_layernorm=IdentityOp if built_in else modules.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=parts.normed_column_linear or parts.column_linear,
-                    core_attention=parts.attention,
-                    linear_proj=parts.row_linear,
+                    linear_qkv=modules.normed_column_linear or modules.column_linear,
+                    core_attention=modules.attention,
+                    linear_proj=modules.row_linear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if built_in and not sparse else parts.norm,
-            mlp=sparse_mlp_spec(linears) if sparse else ModuleSpec(module=MLP, submodules=dense),
+            pre_mlp_layernorm=IdentityOp if built_in and not is_moe else modules.norm,
+            mlp=moe_mlp_spec(linears) if is_moe else ModuleSpec(module=MLP, submodules=dense),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),

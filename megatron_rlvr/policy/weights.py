@@ -1,4 +1,4 @@
-"""Weights between Hugging Face names and this rank's shards of Megatron's parameters."""
+"""Loads and exports weights: Hugging Face tensors from and to this rank's shards of Megatron's parameters."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from megatron_rlvr.hf.weights import TensorReader, check_weights
 
 
 class WeightMap:
-    """The table of a family, resolved for the parameters that this rank holds."""
+    """Maps Hugging Face tensors to the parameters that this rank holds, by the tables of `hf.families`."""
 
     def __init__(self, hf_config: Mapping[str, Any], padded_vocab: int, ranks: Ranks) -> None:
         self._config = hf_config
@@ -26,7 +26,7 @@ class WeightMap:
         self._geometry = Geometry.of(hf_config, padded_vocab)
 
     def load(self, parameters: Mapping[str, torch.nn.Parameter], folder: str | Path) -> None:
-        """Fills this rank's parameters from a model folder; ModelError names tensors that are missing or misshapen."""
+        """Fill this rank's parameters from a model folder. Raises ModelError naming missing or misshapen tensors."""
         reader = TensorReader(folder)
         check_weights(reader, self._config, folder)
         rows = {row.megatron: row for (row,) in rows_of(self._config)}
@@ -41,20 +41,21 @@ class WeightMap:
                 parameter.copy_(shard(row.layout, merge(row.layout, tensors, self._geometry), rank, size))
 
     def export(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every weight, on every rank in the same order, one parameter at a time.
+        """Yield (Hugging Face name, whole tensor) of every weight, one parameter at a time, in the same order on all
+        ranks.
 
-        A collective over the replica, and where experts are shared over all that share them: every rank must exhaust
-        it. Tensors may be the model's own: copy what must outlive the next update.
+        A collective over the data-parallel replica, and under expert parallelism over the expert-parallel ranks too:
+        every rank must exhaust the iterator. Tensors may be views of the model's own: copy what must outlive an update.
         """
         owners = self._owners(parameters)
         for rows in rows_of(self._config, self._ranks.expert_size):
             row = rows[self._ranks.expert_rank] if rows[0].of_expert else rows[0]
             whole = self._gather(row, self._from_stage(owners[row.megatron], parameters.get(row.megatron)))
-            for each in rows:  # nothing here holds what was yielded while the next is gathered
+            for each in rows:  # drop each yielded tensor before the next one is gathered
                 yield from zip(each.hugging_face, unmerge(each.layout, whole.pop(0), self._geometry), strict=True)
 
     def _owners(self, parameters: Mapping[str, torch.nn.Parameter]) -> Mapping[str, "_Owner"]:
-        """For each parameter of this replica its first pipeline stage; of experts, those of this expert rank."""
+        """First pipeline stage that holds each parameter; of the experts, those of this expert-parallel rank."""
         held: list[Any] = [None] * self._ranks.pipeline_size
         here = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
         dist.all_gather_object(held, here, group=self._ranks.pipeline_group)
@@ -62,7 +63,7 @@ class WeightMap:
         return {name: _Owner(stage, *size) for stage, sizes in stages for name, size in sizes.items()}
 
     def _from_stage(self, owner: "_Owner", parameter: torch.nn.Parameter | None) -> Tensor:
-        """The owner stage's part on every stage."""
+        """Broadcast the owning stage's shard to every pipeline stage."""
         if owner.stage == self._ranks.pipeline_rank:
             assert parameter is not None
             part = parameter.detach().contiguous()
@@ -74,10 +75,10 @@ class WeightMap:
         return part
 
     def _gather(self, row: Row, part: Tensor) -> list[Tensor]:
-        """The whole parameter from its parts; of an expert also its like on the other expert ranks."""
+        """Gather the whole parameter; for an expert, one such parameter of each expert-parallel rank."""
         if row.of_expert:
             return list(_all_gather(part, self._ranks.expert_group, self._ranks.expert_size).unbind())
-        if row.layout == "whole":
+        if row.layout == "replicated":
             return [part]
         parts = _all_gather(part, self._ranks.tensor_group, self._ranks.tensor_size)
         del part
@@ -86,7 +87,7 @@ class WeightMap:
 
 @dataclass(frozen=True)
 class _Owner:
-    """The pipeline stage that holds a parameter, and the size of a rank's part of it."""
+    """The pipeline stage that holds a parameter, and shape and dtype of one rank's shard."""
 
     stage: int
     shape: torch.Size
@@ -94,7 +95,7 @@ class _Owner:
 
 
 def _all_gather(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
-    """Every rank's part [ranks, *part]."""
+    """Gather the shards of all ranks, [ranks, *part.shape]."""
     if size == 1:
         return part.unsqueeze(0)
     parts = part.new_empty(size, *part.shape)
@@ -106,7 +107,7 @@ _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\
 
 
 def global_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by Megatron's names, layers and experts numbered over the whole model, from 0."""
+    """This rank's parameters by Megatron's names, with layers and experts numbered over the whole model from 0."""
     found: dict[str, torch.nn.Parameter] = {}
     for chunk in chunks:
         model: Any = getattr(chunk, "module", chunk)
