@@ -49,7 +49,7 @@ def peak_gib() -> float:
 
 
 def measure(folder: str, length: int, sender: Any) -> None:
-    """One step at a length; sends its figures."""
+    """One step at a length; sends its metrics."""
     warnings.simplefilter("ignore")  # megatron-core's, on what it does without a GPU
     import numpy as np
     import torch
@@ -110,7 +110,7 @@ def measure(folder: str, length: int, sender: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384, 29696])
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", help="write the metrics to this file")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows = []

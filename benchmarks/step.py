@@ -76,7 +76,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["short", "medium"], metavar="CASE")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each arm after the one to warm up")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", help="write the metrics to this file")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds} measures nothing; give 1 or more")
@@ -87,7 +87,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_case(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
-    """For each arm the figures of `summary`, or ``why_not``."""
+    """For each arm the metrics of `summary`, or ``why_not``."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         maker = context.Process(target=write_model, args=(case, Path(folder)))
@@ -135,7 +135,7 @@ def answer(pipe: Connection, wake: bool = False) -> dict[str, Any]:
 
 
 def summary(setup: dict[str, Any], *steps: dict[str, Any]) -> dict[str, Any]:
-    """An arm's figures: seconds are the least of the steps but the first, the rest as in the last step.
+    """An arm's metrics: seconds are the least of the steps but the first, the rest as in the last step.
 
     ``first`` is the step that warmed up, and the only one whose weights are the same in both arms.
     """

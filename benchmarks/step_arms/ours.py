@@ -79,12 +79,12 @@ class Arm:
         self.engine.update_weights(self.policy.export_weights(), version=0)
 
     def step(self, step: int) -> dict[str, float]:
-        """One training step and its figures."""
+        """One training step and its metrics."""
         with self.watch("total"):
             with self.watch("generation"):
                 completions = self.sample(step)
             self.policy.start_step()
-            figures = self.learner.learn(step, self.mini_batches(completions), self.watch)
+            metrics = self.learner.learn(step, self.mini_batches(completions), self.watch)
             self.engine.update_weights(self.policy.export_weights(), version=step)
         seconds = self.watch.take()
         phases = {"generation": seconds["generation"], "scoring": seconds["score"], "training": seconds["train"]}
@@ -93,9 +93,9 @@ class Arm:
             "other": seconds["total"] - sum(phases.values()),
             "total": seconds["total"],
             "tokens": sum(len(completion.token_ids) for completion in completions),
-            "updates": workload.UPDATES - figures["train/skipped"],
-            "selected": figures["selection/tokens"],
-            "entropy": figures["entropy/mean"],
+            "updates": workload.UPDATES - metrics["train/skipped"],
+            "selected": metrics["selection/tokens"],
+            "entropy": metrics["entropy/mean"],
             "peak_mb": workload.resident_mb(),
         }
 
@@ -134,7 +134,7 @@ def _halves(mini_batches: list[MiniBatch]) -> list[MiniBatch]:
     middle = len(whole.micro_batches) // 2
     parts = whole.micro_batches[:middle], whole.micro_batches[middle:]
     tokens = [sum(len(batch.rows) for batch in part) for part in parts]
-    assert tokens[0] == tokens[1], "a single prompt needs a whole number of micro-batches in each half"
+    assert tokens[0] == tokens[1], "a single prompt needs the same number of micro-batches in each half"
     return [
         replace(whole, micro_batches=part, response_tokens=tokens[0], sequences=whole.sequences // 2) for part in parts
     ]

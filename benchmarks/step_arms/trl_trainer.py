@@ -107,10 +107,10 @@ class TimedTrainer(GRPOTrainer):
         self.selected += int(mask.sum())
         return mask
 
-    def take_figures(self) -> dict[str, float]:
-        """Figures since the last call, the seconds of the whole and the optimizer steps aside."""
+    def take_metrics(self) -> dict[str, float]:
+        """Metrics since the last call, the seconds of the whole and the optimizer steps aside."""
         seconds = self.watch.take()
-        figures = {
+        metrics = {
             "generation": seconds["generation"],
             "scoring": seconds["scoring"],
             "other": seconds["rollout"] - seconds["generation"] - seconds["scoring"],
@@ -122,7 +122,7 @@ class TimedTrainer(GRPOTrainer):
             "peak_mb": workload.resident_mb(),
         }
         self.tokens = self.selected = 0
-        return figures
+        return metrics
 
 
 class TurnTaker(TrainerCallback):
@@ -147,4 +147,4 @@ class TurnTaker(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % workload.UPDATES == 0:
             self._turn.__exit__(None, None, None)
-            self._pipe.send(self._trainer.take_figures() | {"updates": self._updates})
+            self._pipe.send(self._trainer.take_metrics() | {"updates": self._updates})

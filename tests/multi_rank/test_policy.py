@@ -14,7 +14,7 @@ from policy_runs import (
     RankTrace,
     Run,
     largest_tensors,
-    memory_of_a_handover,
+    memory_of_a_weight_sync,
     refused,
     saved,
     scored_and_exported,
@@ -256,13 +256,13 @@ def test_the_logits_never_exist_in_any_pass(ranks: Ranks, tmp_path):
             assert max(found.values()) <= 1024 * 2048 < logits / 3, (layout, found, logits)
 
 
-def test_weights_are_handed_over_in_the_memory_of_a_bucket_and_of_what_is_gathered_for_it(ranks: Ranks, tmp_path: Path):
+def test_a_weight_sync_needs_the_memory_of_a_bucket_and_of_the_parameter_being_gathered(ranks: Ranks, tmp_path: Path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**SHAPE | {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8})
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     bucket_bytes = 2**20
-    for peak, largest, total in ranks.run(memory_of_a_handover, 4, str(tmp_path), TENSOR_PIPELINE, bucket_bytes):
+    for peak, largest, total in ranks.run(memory_of_a_weight_sync, 4, str(tmp_path), TENSOR_PIPELINE, bucket_bytes):
         print(f"peak {peak}, bucket {bucket_bytes}, largest {largest}, total {total}")
         assert bucket_bytes < peak < bucket_bytes + 6 * largest < total / 2
 

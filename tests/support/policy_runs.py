@@ -284,7 +284,7 @@ def largest_tensors(folder: str, groups: list[Group], layout: Layout) -> dict[st
     return {name: watch.elements for name, watch in found.items()}
 
 
-def memory_of_a_handover(folder: str, layout: Layout, bucket_bytes: int) -> tuple[int, int, int]:
+def memory_of_a_weight_sync(folder: str, layout: Layout, bucket_bytes: int) -> tuple[int, int, int]:
     """Bytes that gathering all weights into buckets took at once; of the largest weight; and of all together."""
     from planning_runs import Alive
 
