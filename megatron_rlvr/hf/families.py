@@ -4,12 +4,12 @@ A family consists of two things: fields of Megatron's TransformerConfig computed
 table of names. A row of the table says which layers have a Megatron parameter, which Hugging Face tensors form it, of
 which shapes, and how they are arranged:
 
-    whole      one tensor, the same on every tensor-parallel rank
-    vocab      one tensor [V, H], rows padded and sharded over ranks
-    column     one tensor [out, in], sharded along out
-    row        one tensor [out, in], sharded along in
-    qkv        query, key, value [.., H] (or biases), interleaved by key-value group, sharded by group
-    gate_up    gate and up [F, H], each sharded along F, gate above up on every rank
+    replicated  one tensor, the same on every tensor-parallel rank
+    vocab       one tensor [V, H], rows padded and sharded over ranks
+    column      one tensor [out, in], sharded along out
+    row         one tensor [out, in], sharded along in
+    qkv         query, key, value [.., H] (or biases), interleaved by key-value group, sharded by group
+    gate_up     gate and up [F, H], each sharded along F, gate above up on every rank
 
 Layers are dense (one feed-forward network) or MoE layers (a router and experts). Experts are not sharded over
 tensor-parallel ranks: an expert-parallel rank holds some of the experts, and each of those unsharded.
@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from megatron_rlvr.errors import InputError
 
-Layout = Literal["whole", "vocab", "column", "row", "qkv", "gate_up"]
+Layout = Literal["replicated", "vocab", "column", "row", "qkv", "gate_up"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ _COMMON_ROWS = (
     Row(
         _DECODER + "input_layernorm.weight",
         (_LAYER + "input_layernorm.weight",),
-        "whole",
+        "replicated",
         ("H",),
         in_checkpoint=_QKV + "layer_norm_weight",
     ),
@@ -114,7 +114,7 @@ _COMMON_ROWS = (
     Row(
         _DECODER + "pre_mlp_layernorm.weight",
         (_LAYER + "post_attention_layernorm.weight",),
-        "whole",
+        "replicated",
         ("H",),
         "dense",
         in_checkpoint=_DECODER + "mlp.linear_fc1.layer_norm_weight",
@@ -127,7 +127,7 @@ _COMMON_ROWS = (
         "dense",
     ),
     Row(_DECODER + "mlp.linear_fc2.weight", (_LAYER + "mlp.down_proj.weight",), "row", ("HF",), "dense"),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "whole", ("H",)),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated", ("H",)),
     Row("output_layer.weight", ("lm_head.weight",), "vocab", ("VH",)),
 )
 
@@ -136,19 +136,19 @@ _QKV_BIAS_ROWS = (
 )
 
 _QK_NORM_ROWS = (
-    Row(_DECODER + "self_attention.q_layernorm.weight", (_LAYER + "self_attn.q_norm.weight",), "whole", ("D",)),
-    Row(_DECODER + "self_attention.k_layernorm.weight", (_LAYER + "self_attn.k_norm.weight",), "whole", ("D",)),
+    Row(_DECODER + "self_attention.q_layernorm.weight", (_LAYER + "self_attn.q_norm.weight",), "replicated", ("D",)),
+    Row(_DECODER + "self_attention.k_layernorm.weight", (_LAYER + "self_attn.k_norm.weight",), "replicated", ("D",)),
 )
 
 _EXPERT_ROWS = (
     Row(
         _DECODER + "pre_mlp_layernorm.weight",
         (_LAYER + "post_attention_layernorm.weight",),
-        "whole",
+        "replicated",
         ("H",),
         "moe",
     ),
-    Row(_DECODER + "mlp.router.weight", (_LAYER + "mlp.gate.weight",), "whole", ("EH",), "moe"),
+    Row(_DECODER + "mlp.router.weight", (_LAYER + "mlp.gate.weight",), "replicated", ("EH",), "moe"),
     Row(
         _LOCAL_EXPERT + "linear_fc1.weight",
         (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),

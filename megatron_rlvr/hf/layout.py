@@ -72,7 +72,7 @@ def unmerge(layout: Layout, full: Tensor, geometry: Geometry) -> list[Tensor]:
 
 def shard(layout: Layout, full: Tensor, rank: int, size: int) -> Tensor:
     """Return the shard of a full parameter that tensor-parallel rank ``rank`` of ``size`` holds."""
-    if size == 1 or layout == "whole":
+    if size == 1 or layout == "replicated":
         return full
     if layout == "row":
         return full.chunk(size, dim=1)[rank]
@@ -88,7 +88,7 @@ def unshard(layout: Layout, parts: Tensor) -> Tensor:
         layout: Layout of the parameter.
         parts: [ranks, *shard] shards in rank order.
     """
-    if len(parts) == 1 or layout == "whole":
+    if len(parts) == 1 or layout == "replicated":
         return parts[0]
     if layout == "row":
         return torch.cat(parts.unbind(), dim=1)

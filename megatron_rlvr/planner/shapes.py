@@ -169,7 +169,7 @@ def rank_parameters(shape: ModelShape, parallel: ParallelSettings, stage: int) -
         elif row.layout == "vocab":
             dense += count * padded_vocab_size(shape.vocab, parallel.tensor) * shape.hidden // parallel.tensor
         else:
-            dense += count * (size if row.layout == "whole" else size // parallel.tensor)
+            dense += count * (size if row.layout == "replicated" else size // parallel.tensor)
     return RankParameters(dense, experts)
 
 

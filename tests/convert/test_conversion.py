@@ -207,7 +207,7 @@ def test_other_tensors_of_a_checkpoint_are_ignored(model, tmp_path, monkeypatch)
     finish = CheckpointWriter.finish
 
     def with_moments(writer: CheckpointWriter) -> None:
-        writer.write(Row("optimizer.state.exp_avg.decoder.layers.7.norm", (), "whole", ()), torch.ones(3))
+        writer.write(Row("optimizer.state.exp_avg.decoder.layers.7.norm", (), "replicated", ()), torch.ones(3))
         finish(writer)
 
     monkeypatch.setattr(CheckpointWriter, "finish", with_moments)

@@ -11,7 +11,7 @@ from megatron_rlvr.hf.layout import Geometry, merge, shard, unmerge, unshard
 GROUPS, HEADS_PER_GROUP, HEAD_SIZE, VOCAB, HIDDEN, FEED_FORWARD = 4, 2, 3, 10, 8, 12
 QUERY_ROWS, KEY_ROWS = GROUPS * HEADS_PER_GROUP * HEAD_SIZE, GROUPS * HEAD_SIZE
 ROWS = {
-    "whole": (HIDDEN,),
+    "replicated": (HIDDEN,),
     "vocab": (VOCAB,),
     "column": (FEED_FORWARD,),
     "row": (HIDDEN,),
@@ -45,7 +45,7 @@ def test_a_round_trip_through_shards_is_exact(layout, size):
         full = merge(layout, tensors, shape)
         parts = [shard(layout, full, rank, size) for rank in range(size)]
         assert len({part.shape for part in parts}) == 1
-        if layout != "whole":
+        if layout != "replicated":
             assert parts[0].numel() * size == full.numel(), "no two ranks may hold the same element"
         gathered = unshard(layout, torch.stack(parts))
         assert gathered.dtype == dtype
@@ -57,7 +57,7 @@ def test_a_round_trip_through_shards_is_exact(layout, size):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_biases_are_sharded_as_matrices_are(size):
-    for layout in ("qkv", "gate_up", "column", "vocab", "whole"):
+    for layout in ("qkv", "gate_up", "column", "vocab", "replicated"):
         full = merge(layout, labels(layout), geometry(size))
         parts = [shard(layout, full, rank, size) for rank in range(size)]
         back = unmerge(layout, unshard(layout, torch.stack(parts)), geometry(size))
@@ -93,4 +93,4 @@ def test_column_layout_splits_outputs_and_row_layout_inputs():
     matrix = torch.arange(FEED_FORWARD * HIDDEN).reshape(FEED_FORWARD, HIDDEN)
     assert torch.equal(shard("column", matrix, 1, 2), matrix[6:])
     assert torch.equal(shard("row", matrix, 1, 2), matrix[:, 4:])
-    assert torch.equal(shard("whole", matrix, 1, 2), matrix)
+    assert torch.equal(shard("replicated", matrix, 1, 2), matrix)

@@ -62,7 +62,7 @@ DENSE = (
     Layout(tensor=2, sequence=True, pipeline=2),
     Layout(data=2),
 )
-SPARSE = (
+MOE = (
     Layout(),
     Layout(data=2, expert=2),
     Layout(tensor=2, sequence=True, expert=2),
@@ -269,7 +269,7 @@ def test_every_layout_reads_what_the_converter_and_another_layout_wrote(ranks: R
     wanted = weights_of(folder)
     to_megatron(folder, tmp_path / "converted")
     sources = [tmp_path / "converted"]
-    for number, layout in enumerate(SPARSE if name == "qwen3_moe" else DENSE):
+    for number, layout in enumerate(MOE if name == "qwen3_moe" else DENSE):
         written, back = tmp_path / f"{number}", tmp_path / f"{number} back"
         for exported in ranks.run(passed_on, layout.size, folder, sources, written, layout, dtype):
             for source, weights in zip(sources, exported, strict=True):
