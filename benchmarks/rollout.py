@@ -1,19 +1,21 @@
-"""What the client adds to a real SGLang server: our collector beside a bare asynchronous loop, weight sync, memory.
+"""Overhead of the client of a real SGLang server: the collector against a bare asyncio loop, weight sync, and memory.
 
     OMP_NUM_THREADS=1 python benchmarks/rollout.py [--inflight 64 128 256] [--rounds 5] [--json FILE]
     OMP_NUM_THREADS=1 python benchmarks/rollout.py --long 29696
 
-A server is started on this machine (tools/install_sglang_cpu.sh, in build/sglang), from a random model. Three tables:
+A server with a random model is started on this machine (tools/install_sglang_cpu.sh, in build/sglang). Three tables
+are printed:
 
-- tokens per second with N requests in flight, 4 N but at least 512 in all, of up to 192 tokens. The collector does all
-  that it does in a run: it draws prompts, checks every answer, decodes, has it graded in a process of its own, and puts
-  groups together. The bare loop is aiohttp and N coroutines that post the same requests and count tokens. They take
-  turns; each figure is the best of its rounds. Beside it the CPU time that either took in this process.
-- seconds and bytes of a weight sync by each method, with a model of --sync-megabytes.
-- the client's memory for each million tokens, at its peak and kept, as the interpreter counts it.
+- Tokens per second with N requests in flight, of 4 N requests (at least 512) with up to 192 tokens each. The collector
+  does everything that it does in a run: it draws prompts, checks every answer, decodes it, has it graded in another
+  process, and assembles groups. The bare loop is aiohttp with N coroutines that post the same requests and count
+  tokens. The two take turns, and each number is the best of its rounds. The CPU time that each took in this process is
+  beside it.
+- Seconds and bytes of a weight sync by each method, with a model of --sync-megabytes.
+- Memory of the client for each million tokens, at its peak and at the end, as the interpreter counts it.
 
-With --long it samples two responses of that many tokens instead, through an abort and a change of weights half-way, and
-compares every log-probability with one forward of transformers under the weights that its token names.
+With --long, two responses of that many tokens are sampled instead, with an abort and a weight sync half-way. Every
+log-probability is compared with one forward pass of transformers, with the weights that sampled the token.
 """
 
 import argparse
@@ -59,21 +61,21 @@ from megatron_rlvr.rollout.sampler import Sampler, requests_for
 from megatron_rlvr.types import Prompt
 
 ROOT = Path(__file__).parents[1]
-SAMPLES, LENGTH, VOCABULARY = 8, 192, 512
-# One token in 128: responses end at different times, as those of a model that reasons do.
+GROUP_SIZE, LENGTH, VOCABULARY = 8, 192, 512
+# One token in 128 ends a response, so that responses differ in length as those of a reasoning model do.
 STOPS = (1, 2, 3, 4)
-# Any free port; the server's own way to choose one would have to be read from its log.
+# A fixed port: one that the server chose itself would have to be read from its log.
 PORT = 31870
 
 
 @functools.cache
 def one_rank() -> Ranks:
-    """This process as a trainer's only rank."""
+    """Return the ranks of a trainer of one process."""
     return initialize_ranks(ParallelSettings(), 30.0)
 
 
 def write_model(folder: Path, megabytes: float, *, stops: bool = True) -> Path:
-    """A random Qwen3 in float32 of about that size; the smallest is about 1 MB. It may have no end of a text."""
+    """Write a random Qwen3 model of about that size in float32 (at least 1 MB), with or without a stop token."""
     torch.manual_seed(0)
     hidden = 64
     while 4e-6 * (2 * VOCABULARY * hidden + 2 * (3 * hidden * 3 * hidden + 4 * hidden * hidden)) < megabytes:
@@ -100,7 +102,7 @@ def write_model(folder: Path, megabytes: float, *, stops: bool = True) -> Path:
 
 @contextmanager
 def served(model: Path, log: Path) -> Iterator[str]:
-    """The URL of a server."""
+    """Run a server, and yield its URL."""
     program = ServerProgram(
         python=ROOT / "build" / "sglang" / "bin" / "python",
         model=model,
@@ -127,15 +129,15 @@ def make_prompts(count: int) -> list[Prompt]:
     return [Prompt(str(i), rng.integers(2, VOCABULARY, 32).astype(np.int32), "1", "set") for i in range(count)]
 
 
-class Numbers:
-    """A tokenizer whose tokens are numbers."""
+class NumberTokenizer:
+    """A tokenizer whose tokens are written as numbers."""
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
 
 class Client:
-    """Our side: one rank, one engine, one collector a round."""
+    """The project's client: one rank, one engine, and a new collector for each round."""
 
     def __init__(self, url: str, model: Path, graders: GraderPool, inflight: int) -> None:
         self.ranks = one_rank()
@@ -143,7 +145,7 @@ class Client:
         self.settings = RolloutSettings(
             engine="sglang",
             servers=[url],
-            group_size=SAMPLES,
+            group_size=GROUP_SIZE,
             max_response_tokens=LENGTH,
             dynamic_sampling=False,
             max_inflight=inflight,
@@ -161,11 +163,11 @@ class Client:
         self.engine.update_weights(self.weights.items(), version=0)
 
     def collect(self, prompts: list[Prompt]) -> Any:
-        """A step on all prompts."""
+        """Collect one step on all prompts."""
         collector = AsynchronousCollector(
             sampler=Sampler(
                 self.engine,
-                Numbers(),  # type: ignore[arg-type]
+                NumberTokenizer(),  # type: ignore[arg-type]
                 self.graders,
                 RewardSettings(overlong_buffer=0),
                 leaders_only=True,
@@ -185,8 +187,8 @@ class Client:
 
 
 async def bare_loop(url: str, prompts: list[Prompt], inflight: int) -> int:
-    """Posts all requests with ``inflight`` coroutines; tokens that came back."""
-    requests = [r for prompt in prompts for r in requests_for(prompt, SAMPLES, 0, "train/0")]
+    """Post all requests with ``inflight`` coroutines. Returns the number of sampled tokens."""
+    requests = [r for prompt in prompts for r in requests_for(prompt, GROUP_SIZE, 0, "train/0")]
     waiting, tokens = iter(requests), 0
 
     async def work(session: aiohttp.ClientSession) -> None:
@@ -218,27 +220,27 @@ def tokens_of(rollout: Any) -> int:
 
 
 def throughput(url: str, model: Path, graders: GraderPool, inflight: int, rounds: int) -> dict[str, float]:
-    """Tokens per second of both, and their own CPU seconds a thousand requests (of grading only the asking)."""
+    """Return the tokens per second of both, and their CPU seconds per thousand requests (of grading only the call)."""
     client = Client(url, model, graders, inflight)
-    prompts = make_prompts(max(512, 4 * inflight) // SAMPLES)
+    prompts = make_prompts(max(512, 4 * inflight) // GROUP_SIZE)
     arms: dict[str, Callable[[], int]] = {
         "bare": lambda: asyncio.run(bare_loop(url, prompts, inflight)),
         "collector": lambda: tokens_of(client.collect(prompts)),
     }
     best, cpu = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, math.inf)
     for number in range(rounds):
-        for name in sorted(arms, reverse=number % 2 == 1):  # a server gets slower as it goes on: nobody is always first
+        for name in sorted(arms, reverse=number % 2 == 1):  # alternate, because a server gets slower over time
             urllib.request.urlopen(urllib.request.Request(url + "/flush_cache", data=b"{}"), timeout=60)
             start, start_cpu = time.perf_counter(), time.process_time()
             tokens = arms[name]()
             best[name] = max(best[name], tokens / (time.perf_counter() - start))
-            cpu[name] = min(cpu[name], (time.process_time() - start_cpu) * 1000 / (len(prompts) * SAMPLES))
+            cpu[name] = min(cpu[name], (time.process_time() - start_cpu) * 1000 / (len(prompts) * GROUP_SIZE))
     client.close()
     return best | {"ratio": best["collector"] / best["bare"]} | {f"{name}_cpu": value for name, value in cpu.items()}
 
 
 def memory(url: str, model: Path, graders: GraderPool) -> dict[str, float]:
-    """MiB for each million tokens."""
+    """Return the MiB for each million tokens."""
     client = Client(url, model, graders, 256)
     prompts = make_prompts(48)
     client.collect(prompts[:8])
@@ -247,15 +249,15 @@ def memory(url: str, model: Path, graders: GraderPool) -> dict[str, float]:
     rollout = client.collect(prompts)
     _, peak = tracemalloc.get_traced_memory()
     gc.collect()
-    kept, _ = tracemalloc.get_traced_memory()
+    at_end, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     scale = 1e6 / tokens_of(rollout) / 2**20
     client.close()
-    return {"peak": peak * scale, "kept": kept * scale}
+    return {"peak": peak * scale, "at_end": at_end * scale}
 
 
-def sync_figures(url: str, model: Path, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds and megabytes of each method; bytes are those of the weights."""
+def sync_metrics(url: str, model: Path, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Return the seconds of each method, and the megabytes of the weights."""
     ranks = one_rank()
     settings = RolloutSettings(engine="sglang", servers=[url])
     pool = connect(settings, ranks, json.loads((model / "config.json").read_text()), max_sequence_tokens=1024)
@@ -271,7 +273,7 @@ def sync_figures(url: str, model: Path, folder: Path, rounds: int) -> dict[str, 
     for name, sync in methods.items():
         engine = SglangEngine(pool, sync, stop_token_ids=(), vocab_size=VOCABULARY, max_sequence_tokens=1024)
         seconds = []
-        for version in range(rounds + 1):  # the first joins groups
+        for version in range(rounds + 1):  # the first push joins groups and is not counted
             start = time.perf_counter()
             engine.update_weights(weights.items(), version)
             seconds.append(time.perf_counter() - start)
@@ -286,7 +288,7 @@ def sync_figures(url: str, model: Path, folder: Path, rounds: int) -> dict[str, 
 
 @torch.no_grad()
 def long_responses(url: str, model: Path, length: int) -> dict[str, float]:
-    """Two responses of ``length`` tokens, cut and gone on with under other weights, against transformers."""
+    """Sample two responses of ``length`` tokens, aborted and resumed with other weights, and check them."""
     config = json.loads((model / "config.json").read_text())
     settings = RolloutSettings(engine="sglang", servers=[url])
     pool = connect(settings, one_rank(), config, max_sequence_tokens=length + 32)
@@ -302,13 +304,13 @@ def long_responses(url: str, model: Path, length: int) -> dict[str, float]:
     with engine.open(sampling) as stream:
         stream.submit(requests)
         time.sleep(length / 4000)
-        begun = {request.index: completion for request, completion in stream.abort()}
+        partial = {request.index: completion for request, completion in stream.abort()}
     engine.update_weights(models[1].state_dict().items(), 1)
     with engine.open(sampling) as stream:
-        stream.submit(requests, [begun[request.index] for request in requests])
+        stream.submit(requests, [partial[request.index] for request in requests])
         answers = [stream.get() for _ in requests]
     seconds = time.perf_counter() - start
-    gaps, lengths, firsts = [], [], []
+    differences, lengths, firsts = [], [], []
     for answer in answers:
         assert answer is not None
         request, completion = answer
@@ -319,12 +321,17 @@ def long_responses(url: str, model: Path, length: int) -> dict[str, float]:
             logits = weights(input_ids=tokens[None]).logits[0, first - 1 : -1]
             by_version.append(logits.log_softmax(-1).gather(-1, tokens[first:, None])[:, 0].numpy())
         expected = np.where(completion.weight_versions == 0, *by_version)
-        gaps.append(float(np.abs(expected - completion.logprobs).max()))
+        differences.append(float(np.abs(expected - completion.logprobs).max()))
         lengths.append(len(completion.token_ids))
         firsts.append(int((completion.weight_versions == 0).sum()))
         assert completion.finish_reason == ("length" if len(completion.token_ids) == length else "stop")
     engine.close()
-    return {"tokens": max(lengths), "of_first_weights": max(firsts), "seconds": seconds, "largest_gap": max(gaps)}
+    return {
+        "tokens": max(lengths),
+        "of_first_weights": max(firsts),
+        "seconds": seconds,
+        "largest_difference": max(differences),
+    }
 
 
 def main() -> None:
@@ -332,20 +339,20 @@ def main() -> None:
     parser.add_argument("--inflight", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sync-megabytes", type=float, default=200.0)
-    parser.add_argument("--long", type=int, metavar="TOKENS", help="sample long responses instead")
+    parser.add_argument("--long", type=int, metavar="TOKENS", help="sample responses of this length instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     subprocess.run([str(ROOT / "tools" / "install_sglang_cpu.sh"), str(ROOT / "build" / "sglang")], check=True)
-    figures: dict[str, Any] = {"throughput": {}}
+    metrics: dict[str, Any] = {"throughput": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = write_model(folder / "small", 0, stops=not options.long)
         if options.long:
             with served(small, folder / "small.log") as url:
-                figures["long"] = long_responses(url, small, options.long)
+                metrics["long"] = long_responses(url, small, options.long)
             print(
                 "{tokens} tokens, {of_first_weights} of them under the first weights, in {seconds:.0f} s; largest "
-                "difference from transformers {largest_gap:.1e} nats".format(**figures["long"])
+                "difference from transformers {largest_difference:.1e} nats".format(**metrics["long"])
             )
             return
         with (
@@ -355,26 +362,30 @@ def main() -> None:
             print(f"{'in flight':>10} {'bare tokens/s':>14} {'collector':>10} {'ratio':>6} {'CPU ms a request':>18}")
             for inflight in options.inflight:
                 row = throughput(url, small, graders, inflight, options.rounds)
-                figures["throughput"][inflight] = row
+                metrics["throughput"][inflight] = row
                 print(
                     f"{inflight:>10} {row['bare']:>14.0f} {row['collector']:>10.0f} {row['ratio']:>6.2f} "
                     f"{row['bare_cpu']:>10.1f}, {row['collector_cpu']:>6.1f}",
                     flush=True,
                 )
-            figures["memory"] = memory(url, small, graders)
-            print("client memory, MiB a million tokens: peak {peak:.0f}, kept {kept:.0f}".format(**figures["memory"]))
+            metrics["memory"] = memory(url, small, graders)
+            print(
+                "client memory, MiB a million tokens: peak {peak:.0f}, at the end {at_end:.0f}".format(
+                    **metrics["memory"]
+                )
+            )
         large = write_model(folder / "large", options.sync_megabytes)
         with served(large, folder / "large.log") as url:
-            figures["sync"] = sync_figures(url, large, folder, options.rounds)
+            metrics["sync"] = sync_metrics(url, large, folder, options.rounds)
         print(f"{'sync':>12} {'MB':>6} {'seconds':>8} {'first':>6} {'MB/s':>6} {'largest bucket MB':>18}")
-        for method, row in figures["sync"].items():
+        for method, row in metrics["sync"].items():
             bucket = row.get("largest_bucket_megabytes")
             print(
                 f"{method:>12} {row['megabytes']:>6.0f} {row['seconds']:>8.2f} {row['first_seconds']:>6.2f} "
                 f"{row['megabytes'] / row['seconds']:>6.0f} {'-' if bucket is None else f'{bucket:.0f}':>18}"
             )
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

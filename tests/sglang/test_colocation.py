@@ -1,6 +1,7 @@
-"""Memory released by, and resumed at, the real server: in order, never what is not due, and after any crash.
+"""Tests of releasing and resuming the real server's memory: in order, only what is due, and after any crash.
 
-Nothing is freed on a CPU, but the server keeps the same accounts: it ends if it is to resume what it has not released.
+On a CPU no memory is freed, but the server keeps the same records: it crashes if it is ordered to resume memory that it
+has not released.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import aiohttp
 import pytest
 import tiny
 import torch
-from fake_server import FakeServer, FakeSharing
+from fake_server import FakeColocatedServer, FakeServer
 from real_servers import RealServer
 from test_server_faults import CONFIG, SAMPLING, check, no_weights, removals, requests, wait_for
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 PROMPT = [5, 77, 201, 34, 150]
 SECONDS = 60.0
 
-# A trainer in small. It says each request before it sends it, and waits for a line each time.
+# A minimal trainer. It prints each request before it sends it, and waits for a line of input each time.
 TRAINER = """
 import asyncio, sys
 import aiohttp
@@ -53,12 +54,12 @@ asyncio.run(step(*sys.argv[1:]))
 """
 
 
-def talk(url: str, conversation: Callable[[Server], Awaitable[T]]) -> T:
-    """What a conversation with a server comes to, by a client that knows nothing of it beforehand."""
+def with_client(url: str, use: Callable[[Server], Awaitable[T]]) -> T:
+    """Return the result of ``use`` on a new client of the server, which knows nothing about it."""
 
     async def run() -> T:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-            return await conversation(Server(url, session))
+            return await use(Server(url, session))
 
     return asyncio.run(run())
 
@@ -69,7 +70,7 @@ async def sample(server: Server, count: int) -> dict[str, Any]:
 
 
 async def busy(server: Server) -> bool:
-    """Only an idle server empties its cache."""
+    """Return whether the server has requests: only an idle server flushes its cache."""
     try:
         await server.send("POST", "/flush_cache", SECONDS, {})
     except RequestRefusedError:
@@ -86,7 +87,7 @@ def greedy(model: Any, count: int) -> list[int]:
 
 
 async def orders(server: Server) -> tuple[int, int]:
-    """Releases and resumptions that it has answered."""
+    """Return the numbers of releases and of resumptions that the server has answered."""
     text = await server.send("GET", "/metrics", SECONDS)
     lines = [line for line in text.splitlines() if "http_responses_total" in line and "_memory_occupation" in line]
     counts = [sum(float(line.split()[-1]) for line in lines if verb in line) for verb in ("/release_", "/resume_")]
@@ -94,7 +95,7 @@ async def orders(server: Server) -> tuple[int, int]:
 
 
 class Trainer:
-    """TRAINER in a process of its own, request by request."""
+    """TRAINER in a process of its own, executed request by request."""
 
     def __init__(self, server: RealServer, folder: Path) -> None:
         program = [sys.executable, "-c", TRAINER, server.url, str(folder)]
@@ -103,11 +104,11 @@ class Trainer:
         )
 
     def next_request(self) -> str:
-        """The path that it wants to ask for; empty when it is done."""
+        """Return the path of the request that it is about to send; empty if it has exited."""
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def go_on(self) -> None:
+    def proceed(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -134,11 +135,11 @@ def requests_of(trainer: Trainer) -> list[str]:
     paths = []
     while path := trainer.next_request():
         paths.append(path)
-        trainer.go_on()
+        trainer.proceed()
     return paths
 
 
-def test_a_step_releases_syncs_and_resumes_in_an_order_that_leaves_no_moment_without_memory(
+def test_a_step_releases_syncs_and_resumes_in_an_order_that_never_uses_missing_memory(
     servers: list[RealServer], start_trainer: Callable[[], Trainer]
 ) -> None:
     paths = requests_of(start_trainer())
@@ -151,10 +152,10 @@ def test_a_step_releases_syncs_and_resumes_in_an_order_that_leaves_no_moment_wit
         "/resume_memory_occupation",
         "/continue_generation",
     ]
-    assert talk(servers[0].url, Server.weight_version) == "synced"
+    assert with_client(servers[0].url, Server.weight_version) == "synced"
 
 
-def test_a_trainer_that_is_killed_between_or_within_any_two_requests_leaves_a_server_that_the_next_one_can_use(
+def test_after_a_kill_between_or_within_any_two_requests_the_next_trainer_can_use_the_server(
     servers: list[RealServer], start_trainer: Callable[[], Trainer], reference: Any, model: Path
 ) -> None:
     expected = greedy(reference, 6)
@@ -164,7 +165,7 @@ def test_a_trainer_that_is_killed_between_or_within_any_two_requests_leaves_a_se
     async def next_trainer(server: Server) -> None:
         missing = await missing_memory(server)
         version = await server.weight_version()
-        assert missing is Missing.NOTHING or version in (RELEASED, "synced"), "gone weights have no name"
+        assert missing is Missing.NOTHING or version in (RELEASED, "synced"), "released weights have no name"
         found.append(missing)
         await colocation.recover(server, patience_seconds=5)
         assert await missing_memory(server) is Missing.NOTHING
@@ -177,23 +178,23 @@ def test_a_trainer_that_is_killed_between_or_within_any_two_requests_leaves_a_se
             trainer = start_trainer()
             for _ in range(done):
                 trainer.next_request()
-                trainer.go_on()
+                trainer.proceed()
             trainer.next_request()
             if within:
-                trainer.go_on()  # the request may still get away, or not
+                trainer.proceed()  # the request may be sent before the kill, or not
             trainer.kill()
-            talk(servers[0].url, next_trainer)
-    assert set(found) == set(Missing), "every state was recovered from"
+            with_client(servers[0].url, next_trainer)
+    assert set(found) == set(Missing), "the trainer was killed in every state of the memory"
 
 
-def test_requests_in_flight_wait_for_the_memory_and_go_on_with_the_new_weights(
+def test_requests_in_flight_wait_for_the_memory_and_continue_with_the_new_weights(
     servers: list[RealServer], other_weights: Path, model: Path
 ) -> None:
     async def conversation(server: Server) -> None:
         await server.load_weights(str(model), "first", SECONDS)
         running = asyncio.create_task(sample(server, 480))
         while not await busy(server):
-            assert not running.done(), "it ended before anyone could look"
+            assert not running.done(), "the request ended before the server was seen to be busy"
             await asyncio.sleep(0.01)
         await colocation.release(server)
         assert await server.weight_version() == RELEASED
@@ -211,10 +212,10 @@ def test_requests_in_flight_wait_for_the_memory_and_go_on_with_the_new_weights(
         assert spans[-1]["end"] == 480
         assert (await late)["meta_info"]["weight_version"] == "second"
 
-    talk(servers[0].url, conversation)
+    with_client(servers[0].url, conversation)
 
 
-def test_what_is_not_due_is_not_ordered(servers: list[RealServer]) -> None:
+def test_only_what_is_due_is_ordered(servers: list[RealServer]) -> None:
     async def conversation(server: Server) -> None:
         before = await orders(server)
         await colocation.resume_weights(server)
@@ -232,15 +233,15 @@ def test_what_is_not_due_is_not_ordered(servers: list[RealServer]) -> None:
         assert await orders(server) == (before[0] + 2, before[1] + 4)
         assert len((await sample(server, 4))["output_ids"]) == 4
 
-    talk(servers[0].url, conversation)
+    with_client(servers[0].url, conversation)
 
 
-def test_memory_that_another_program_released_is_left_alone(servers: list[RealServer]) -> None:
+def test_memory_that_another_program_released_is_not_touched(servers: list[RealServer]) -> None:
     async def order(server: Server, verb: str, tags: str) -> None:
         await server.send("POST", f"/{verb}_memory_occupation", SECONDS, {"tags": list(tags)})
 
     async def conversation(server: Server) -> None:
-        # Tags of no memory: only the count tells of them.
+        # Tags that name no memory, so that only the counts change.
         await order(server, "release", "a")
         await order(server, "resume", "a")
         before = await orders(server)
@@ -253,56 +254,56 @@ def test_memory_that_another_program_released_is_left_alone(servers: list[RealSe
             await order(server, "resume", tag)
         assert await missing_memory(server) is Missing.NOTHING
 
-    talk(servers[0].url, conversation)
+    with_client(servers[0].url, conversation)
 
 
-def test_a_server_that_was_started_again_has_all_of_its_memory(servers: list[RealServer], other_weights: Path) -> None:
-    talk(servers[0].url, colocation.release)
+def test_a_restarted_server_has_all_of_its_memory(servers: list[RealServer], other_weights: Path) -> None:
+    with_client(servers[0].url, colocation.release)
     servers[0].restart()
-    assert talk(servers[0].url, missing_memory) is Missing.NOTHING
-    talk(servers[0].url, lambda server: colocation.recover(server, patience_seconds=5))
-    assert len(talk(servers[0].url, lambda server: sample(server, 4))["output_ids"]) == 4
+    assert with_client(servers[0].url, missing_memory) is Missing.NOTHING
+    with_client(servers[0].url, lambda server: colocation.recover(server, patience_seconds=5))
+    assert len(with_client(servers[0].url, lambda server: sample(server, 4))["output_ids"]) == 4
 
 
-def test_a_server_that_does_not_count_is_refused() -> None:
+def test_a_server_without_metrics_is_refused() -> None:
     fake = FakeServer()
     try:
         with pytest.raises(UnhealthyServerError, match="start it with --enable-metrics"):
-            talk(fake.url, colocation.release)
+            with_client(fake.url, colocation.release)
         assert fake.calls == ["/metrics"]
     finally:
         fake.close()
 
 
-# What an engine makes of fake ones that fail between a release and a sync ---------------------------------------------
+# The engine on stand-ins that fail between a release and a sync ------------------------------------------------------
 
 
 @pytest.fixture
-def sharing() -> Iterator[list[FakeSharing]]:
-    servers = [FakeSharing(), FakeSharing()]
+def colocated_servers() -> Iterator[list[FakeColocatedServer]]:
+    servers = [FakeColocatedServer(), FakeColocatedServer()]
     yield servers
     for server in servers:
         server.close()
-    assert [server.broken for server in servers] == [[], []]
+    assert [server.crashes for server in servers] == [[], []]
 
 
 @pytest.fixture(params=["disk", "tensor"])
-def engine(request: Any, sharing: list[FakeSharing], engine_on: Callable[..., Any]) -> Any:
-    """A colocated engine on both, which have weights and memory."""
-    made = colocated(engine_on, sharing, method=request.param)
+def engine(request: Any, colocated_servers: list[FakeColocatedServer], engine_on: Callable[..., Any]) -> Any:
+    """A colocated engine on both servers, which have weights and memory."""
+    made = colocated_engine(engine_on, colocated_servers, method=request.param)
     made.pool.membership.health_check_seconds = 0.1
     made.update_weights(no_weights(), 0)
     return made
 
 
-def colocated(engine_on: Callable[..., Any], servers: list[FakeSharing], **settings: Any) -> Any:
+def colocated_engine(engine_on: Callable[..., Any], servers: list[FakeColocatedServer], **settings: Any) -> Any:
     urls = [server.url for server in servers]
     made = engine_on(urls, stop=(), config=CONFIG, colocated=True, server_timeout_seconds=60.0, **settings)
     return made
 
 
-def check_all_sample(engine: Any, servers: list[FakeSharing]) -> None:
-    """From the weights of version 1, all servers."""
+def check_all_sample(engine: Any, servers: list[FakeColocatedServer]) -> None:
+    """Check that all servers sample from the weights of version 1."""
     assert sorted(engine.pool.in_rotation) == sorted(server.url for server in servers)
     assert all(not server.missing and not server.paused for server in servers)
     for server in servers:
@@ -312,66 +313,66 @@ def check_all_sample(engine: Any, servers: list[FakeSharing]) -> None:
     assert all(server.seen for server in servers)
 
 
-def test_a_server_that_is_out_when_its_memory_is_taken_comes_back_with_the_next_sync(
-    engine: Any, sharing: list[FakeSharing]
+def test_a_server_that_is_unhealthy_when_memory_is_released_is_re_admitted_with_the_next_sync(
+    engine: Any, colocated_servers: list[FakeColocatedServer]
 ) -> None:
-    sharing[0].healthy = False
+    colocated_servers[0].healthy = False
     with engine.open(SAMPLING):
-        wait_for(lambda: engine.pool.in_rotation == [sharing[1].url])
-    sharing[0].healthy = True
+        wait_for(lambda: engine.pool.in_rotation == [colocated_servers[1].url])
+    colocated_servers[0].healthy = True
     engine.release_memory()
-    assert all(server.missing and server.paused for server in sharing)
+    assert all(server.missing and server.paused for server in colocated_servers)
     engine.update_weights(no_weights(), 1)
-    check_all_sample(engine, sharing)
+    check_all_sample(engine, colocated_servers)
 
 
-def test_a_server_that_dies_without_its_memory_is_not_taken_back_before_a_sync_gives_it_all(
-    engine: Any, sharing: list[FakeSharing], caplog: pytest.LogCaptureFixture
+def test_a_server_that_dies_while_its_memory_is_released_is_re_admitted_only_with_the_next_sync(
+    engine: Any, colocated_servers: list[FakeColocatedServer], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.release_memory()
-    sharing[0].stop()
+    colocated_servers[0].stop()
     engine.update_weights(no_weights(), 1)
-    assert engine.pool.in_rotation == [sharing[1].url]
-    sharing[0].start()
+    assert engine.pool.in_rotation == [colocated_servers[1].url]
+    colocated_servers[0].start()
     asked = requests(10)
     with engine.open(SAMPLING) as stream:
         wait_for(lambda: engine.pool.status()[0].state is ServerState.NEEDS_WEIGHTS)
         stream.submit(asked)
         check(asked, [stream.get()[1] for _ in asked])
-    assert sharing[0].seen == []
+    assert colocated_servers[0].seen == []
     assert "is re-admitted" not in caplog.text
     engine.release_memory()
     engine.update_weights(no_weights(), 1)
-    check_all_sample(engine, sharing)
+    check_all_sample(engine, colocated_servers)
 
 
 @pytest.mark.parametrize("refusals", [1, 2])
-def test_a_server_that_cannot_have_its_memory_back_is_given_no_weights(
-    refusals: int, engine: Any, sharing: list[FakeSharing], caplog: pytest.LogCaptureFixture
+def test_a_server_that_cannot_resume_its_memory_gets_no_weights(
+    refusals: int, engine: Any, colocated_servers: list[FakeColocatedServer], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.release_memory()
-    # The second is that of the order with which an update ends.
-    sharing[0].refusals, sharing[0].calls = refusals, []
+    # The second refusal is of the order at the end of an update.
+    colocated_servers[0].refusals, colocated_servers[0].calls = refusals, []
     engine.update_weights(no_weights(), 1)
-    assert not [path for path in sharing[0].calls if "weights_from" in path or path == "/begin_weight_update"]
-    assert engine.pool.in_rotation == [sharing[1].url]
+    assert not [path for path in colocated_servers[0].calls if "weights_from" in path or path == "/begin_weight_update"]
+    assert engine.pool.in_rotation == [colocated_servers[1].url]
     (line,) = removals(caplog)
-    assert f"server {sharing[0].url} is removed from rotation" in line
+    assert f"server {colocated_servers[0].url} is removed from rotation" in line
     assert "did not release or resume ('weights',)" in line
     engine.release_memory()
     engine.update_weights(no_weights(), 1)
-    check_all_sample(engine, sharing)
+    check_all_sample(engine, colocated_servers)
 
 
-def test_whoever_leaves_in_mid_step_leaves_servers_without_memory_to_the_next(
-    engine: Any, sharing: list[FakeSharing], engine_on: Callable[..., Any]
+def test_a_trainer_that_exits_in_the_middle_of_a_step_leaves_the_memory_to_the_next(
+    engine: Any, colocated_servers: list[FakeColocatedServer], engine_on: Callable[..., Any]
 ) -> None:
     engine.release_memory()
-    for server in sharing:
+    for server in colocated_servers:
         server.calls.clear()
     engine.close()
-    assert [server.calls for server in sharing] == [[], []], "training may still hold the memory"
-    engine = colocated(engine_on, sharing)
-    assert all(not server.missing and not server.paused for server in sharing)
+    assert [server.calls for server in colocated_servers] == [[], []], "training may still hold the memory"
+    engine = colocated_engine(engine_on, colocated_servers)
+    assert all(not server.missing and not server.paused for server in colocated_servers)
     engine.update_weights(no_weights(), 1)
-    check_all_sample(engine, sharing)
+    check_all_sample(engine, colocated_servers)

@@ -1,4 +1,4 @@
-"""A real router in front of real servers: the trainer finds the workers behind it, each once."""
+"""Tests of real routers in front of real servers: the trainer finds the workers of each router, every one once."""
 
 import asyncio
 import subprocess
@@ -24,7 +24,7 @@ _START_SECONDS = 120
 
 @pytest.fixture
 def router(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Starts routers; gives their URLs."""
+    """A function that starts a router and returns its URL."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*workers: str, flags: tuple[str, ...] = ()) -> str:
@@ -58,17 +58,17 @@ def ask(urls: list[str], patience: float = 30.0) -> dict[str, list[str] | Server
         pool.close()
 
 
-def test_a_router_stands_for_its_workers_each_of_which_counts_once(servers: list[RealServer], router) -> None:
+def test_a_router_is_replaced_by_its_workers_each_of_which_counts_once(servers: list[RealServer], router) -> None:
     first, second = (server.url for server in servers)
     both, one = router(first, second), router(second)
     answers = ask([second, both, one])
-    assert answers[second] is None, "a server is no router"
+    assert answers[second] is None, "a server is not a router"
     assert sorted(answers[both]) == sorted([first, second])  # type: ignore[arg-type,type-var]
     assert expand(answers) == ([second, first], [])
     assert expand(ask([one, second])) == ([second], [])
 
 
-def test_workers_that_come_late_are_waited_for(servers: list[RealServer], router) -> None:
+def test_workers_that_are_added_late_are_waited_for(servers: list[RealServer], router) -> None:
     url = router()
     answers = ask([url], patience=1.0)
     (problem,) = expand(answers)[1]
@@ -82,25 +82,25 @@ def test_workers_that_come_late_are_waited_for(servers: list[RealServer], router
     assert ask([url])[url] == [servers[0].url]
 
 
-def test_what_does_not_answer_is_named_and_the_others_are_kept(servers: list[RealServer]) -> None:
-    gone = f"http://127.0.0.1:{free_port()}"
-    urls, problems = expand(ask([gone, servers[0].url], patience=0.5))
+def test_a_server_that_does_not_answer_is_named_and_the_others_are_kept(servers: list[RealServer]) -> None:
+    unused = f"http://127.0.0.1:{free_port()}"
+    urls, problems = expand(ask([unused, servers[0].url], patience=0.5))
     assert urls == [servers[0].url]
     assert len(problems) == 1
-    assert problems[0].startswith(f"rollout.servers={gone}: the server cannot be used (/workers: ")
+    assert problems[0].startswith(f"rollout.servers={unused}: the server cannot be used (/workers: ")
     assert problems[0].endswith("start it, or remove it from the list")
 
 
-def test_a_router_that_is_starting_is_asked_until_it_has_all_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_is_starting_is_asked_until_its_workers_no_longer_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_module, "_POLL_SECONDS", 0.01)
-    looks = iter([0, 1, 1, 1, 2, 2, 2, 2, 3])  # workers at each look
+    counts = iter([0, 1, 1, 1, 2, 2, 2, 2, 3])  # workers in each answer
 
     class Router:
         async def call(self, method: str, path: str, timeout_seconds: float) -> object:
-            return {"workers": [{"url": f"http://{n}:1", "worker_type": "regular"} for n in range(next(looks))]}
+            return {"workers": [{"url": f"http://{n}:1", "worker_type": "regular"} for n in range(next(counts))]}
 
     assert asyncio.run(workers_of(cast(Any, Router()), 60)) == ["http://0:1", "http://1:1"]
-    assert next(looks) == 3, "nobody has asked again"
+    assert next(counts) == 3, "the router was not asked again"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_router_that_is_starting_is_asked_until_it_has_all_of_its_workers(monk
         {"url": "http://a:1@0", "worker_type": "regular"},
     ],
 )
-def test_workers_that_cannot_be_asked_alone_are_refused(worker: dict[str, str]) -> None:
+def test_workers_that_cannot_be_used_alone_are_refused(worker: dict[str, str]) -> None:
     class Router:
         async def call(self, method: str, path: str, timeout_seconds: float) -> object:
             return {"workers": [{"url": "http://b:1", "worker_type": "regular"}, worker]}

@@ -1,4 +1,4 @@
-"""What becomes of a run when servers misbehave: fake ones that lie, hang, refuse and die on demand."""
+"""Tests of the engine on servers that misbehave: stand-ins that lie, hang, refuse requests and die on demand."""
 
 import logging
 import threading
@@ -45,19 +45,21 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 @pytest.fixture
 def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
-    """An engine on both, with weights of version 1 and less patience than a request has."""
-    made = ready(engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, server_timeout_seconds=60.0))
+    """An engine on both servers, with weights of version 1. The pool's patience is shorter than a request's timeout."""
+    made = with_frequent_health_checks(
+        engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, server_timeout_seconds=60.0)
+    )
     made.update_weights(no_weights(), version=1)
     return made
 
 
-def ready(engine: Any) -> Any:
+def with_frequent_health_checks(engine: Any) -> Any:
     engine.pool.membership.health_check_seconds = 0.1
     return engine
 
 
 def check(asked: list[CompletionRequest], completions: list[Any]) -> None:
-    """Each request has its own answer, once."""
+    """Check that each request has its own answer, once."""
     assert sorted(c.prompt_id for c in completions) == sorted(r.prompt.id for r in asked)
     prompts = {r.prompt.id: int(r.prompt.token_ids[-1]) for r in asked}
     for completion in completions:
@@ -68,6 +70,7 @@ def check(asked: list[CompletionRequest], completions: list[Any]) -> None:
 
 
 def removals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the logged removals from rotation."""
     return [
         r.getMessage()
         for r in caplog.records
@@ -76,7 +79,7 @@ def removals(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def spoiled(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An answer with other entries: of meta_info, but for output_ids."""
+    """Return a function that replaces entries of an answer: output_ids, or entries of meta_info."""
 
     def spoil(answer: dict[str, Any]) -> dict[str, Any]:
         whole = {key: changes[key] for key in changes if key == "output_ids"}
@@ -88,6 +91,7 @@ def spoiled(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def shortened(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer without its last token."""
     meta = answer["meta_info"]
     return answer | {
         "output_ids": answer["output_ids"][:-1],
@@ -96,7 +100,7 @@ def shortened(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_token(answer: dict[str, Any], token: Any, logprob: Any = -0.5) -> dict[str, Any]:
-    """The second token is another."""
+    """Return the answer with another second token."""
     meta = answer["meta_info"]
     logprobs = [entry if i != 1 else [logprob, token, None] for i, entry in enumerate(meta["output_token_logprobs"])]
     tokens = [known if i != 1 else token for i, known in enumerate(answer["output_ids"])]
@@ -104,13 +108,15 @@ def with_token(answer: dict[str, Any], token: Any, logprob: Any = -0.5) -> dict[
 
 
 def spanned(*spans: tuple[str | None, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Weights of the tokens up to an end; None: those that the server holds."""
+    """Return a function that gives an answer spans of (name of the weights, or None for the server's own; end)."""
 
     def spoil(answer: dict[str, Any]) -> dict[str, Any]:
         label = answer["meta_info"]["weight_version"]
         starts = [0, *(end for _, end in spans)]
-        told = [{"version": v or label, "start": s, "end": e} for s, (v, e) in zip(starts, spans, strict=False)]
-        return spoiled(weight_versions=told)(answer)
+        weight_versions = [
+            {"version": v or label, "start": s, "end": e} for s, (v, e) in zip(starts, spans, strict=False)
+        ]
+        return spoiled(weight_versions=weight_versions)(answer)
 
     return spoil
 
@@ -131,47 +137,56 @@ NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "null": (lambda answer: with_token(answer, 3, None), "log-probability None"),
     "half a span": (spanned((None, 3)), "does not give the weights"),
     "a span of others": (spanned((None, 3), ("x", 5)), "sampled from weights x, which are not of this run"),
-    "given up": (cut_in_half, "aborted the request: Abort"),
+    "aborted": (cut_in_half, "aborted the request: Abort"),
     "other weights": (spoiled(weight_version="1"), "sampled from weights 1, which are not of this run"),
     "stopped by text": (
         spoiled(finish_reason={"type": "stop", "matched": "NaN happened"}),
         "stopped by 'NaN happened' and ends with [",
     ),
-    "no reason to end": (spoiled(finish_reason=None), "lacks tokens, log-probabilities or a finish reason"),
-    "a word for a reason": (spoiled(finish_reason="length"), "lacks tokens, log-probabilities or a finish reason"),
+    "no finish reason": (spoiled(finish_reason=None), "lacks tokens, log-probabilities or a finish reason"),
+    "a string as finish reason": (
+        spoiled(finish_reason="length"),
+        "lacks tokens, log-probabilities or a finish reason",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NONSENSE)
-def test_nonsense_takes_the_server_out_with_one_line_and_its_requests_go_to_the_other(
+def test_a_nonsense_answer_removes_the_server_with_one_line_and_its_requests_go_to_the_other(
     name: str, fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     fakes[0].spoil, reason = NONSENSE[name]
-    engine.pool.membership.health_check_seconds = 600.0  # its health, which is good, does not bring it back
+    engine.pool.membership.health_check_seconds = 600.0  # its health check, which succeeds, does not re-admit it
     asked = requests(20)
     check(asked, list(engine.generate(asked, SAMPLING)))
     (line,) = removals(caplog)
     assert line.startswith(f"server {fakes[0].url} is removed from rotation")
     assert reason in line
     assert engine.pool.in_rotation == [fakes[1].url]
+    removed, other = engine.pool.status()
+    assert (removed.url, removed.state, removed.removals) == (fakes[0].url, ServerState.UNHEALTHY, 1)
+    assert reason in removed.reason
+    assert (other.url, other.state, other.removals, other.reason) == (fakes[1].url, ServerState.HEALTHY, 0, "")
 
 
-def test_a_hanging_server_is_noticed_by_its_health_long_before_its_requests_time_out(
+def test_a_hanging_server_fails_its_health_check_long_before_its_requests_time_out(
     fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     def hang(answer: dict[str, Any]) -> None:
-        fakes[0].healthy = len(fakes[0].seen) < 5  # ill once all of its requests have come
+        fakes[0].healthy = len(fakes[0].seen) < 5  # unhealthy once all of its requests have arrived
 
     fakes[0].spoil = hang
     asked = requests(10)
     start = time.monotonic()
     check(asked, list(engine.generate(asked, SAMPLING)))
-    assert time.monotonic() - start < 60, "none can have timed out"
+    assert time.monotonic() - start < 60, "no request can have timed out"
     assert "/health answered 503" in removals(caplog)[0]
-    assert len(fakes[0].seen) == 5, "the freest server gets a request"
+    assert len(fakes[0].seen) == 5, "a request goes to the server with the fewest running requests"
 
 
-def test_a_request_that_times_out_goes_elsewhere(fakes: list[FakeServer], engine: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_request_that_times_out_is_sent_to_another_server(
+    fakes: list[FakeServer], engine: Any, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("megatron_rlvr.engines.sglang.completions._SECONDS_PER_REQUEST", 3.0)
     monkeypatch.setattr("megatron_rlvr.engines.sglang.completions._SECONDS_PER_TOKEN", 0.01)
     fakes[0].spoil = lambda answer: None
@@ -179,16 +194,16 @@ def test_a_request_that_times_out_goes_elsewhere(fakes: list[FakeServer], engine
     check(asked, list(engine.generate(asked, SAMPLING)))
 
 
-def test_a_server_that_dies_and_returns_with_other_weights_gets_these_again(
+def test_a_server_that_restarts_with_other_weights_loads_the_current_ones(
     fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     fakes[0].delay, fakes[1].delay = 60.0, 0.05
     asked = requests(200)
     answers = engine.generate(asked, SAMPLING)
     completions = [next(answers) for _ in range(20)]
-    wait_for(lambda: fakes[0]._now == 64)
+    wait_for(lambda: fakes[0].running == 64)
     fakes[0].stop()
-    # More than the other one had: some of those that were lost are among them.
+    # More than the other server had: some of the requests lost by the first are among them.
     completions += [next(answers) for _ in range(150)]
     label = fakes[0].version
     fakes[0].version, fakes[0].loaded, fakes[0].delay = "default", [], 0.05
@@ -208,7 +223,7 @@ def test_a_server_that_dies_and_returns_with_other_weights_gets_these_again(
 @pytest.mark.parametrize(
     "fault", [500, 503, {"meta_info": {"finish_reason": {"type": "abort"}, "weight_version": ""}, "output_ids": []}]
 )
-def test_a_single_failure_costs_a_retry_and_a_row_of_them_the_server(
+def test_one_failure_is_retried_and_consecutive_failures_remove_the_server(
     fault: Any, fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     left = [2]
@@ -227,7 +242,7 @@ def test_a_single_failure_costs_a_retry_and_a_row_of_them_the_server(
     assert len(removals(caplog)) == 1
 
 
-def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[FakeServer], engine: Any):
+def test_no_healthy_server_for_too_long_is_one_error_that_names_them_all(fakes: list[FakeServer], engine: Any):
     engine.pool.patience_seconds = 2.0
     for fake in fakes:
         fake.stop()
@@ -240,54 +255,54 @@ def test_no_server_in_for_too_long_is_one_error_that_names_them_all(fakes: list[
         fake.start()
 
 
-def test_servers_that_return_in_time_go_on_where_they_were(fakes: list[FakeServer], engine: Any):
+def test_sampling_continues_when_a_server_is_re_admitted_in_time(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.stop()
 
-    def return_once_missed() -> None:
+    def restart_once_removed() -> None:
         wait_for(lambda: not engine.pool.in_rotation)
         fakes[1].start()
 
-    returning = threading.Thread(target=return_once_missed)
-    returning.start()
+    restarting = threading.Thread(target=restart_once_removed)
+    restarting.start()
     asked = requests(20)
     check(asked, list(engine.generate(asked, SAMPLING)))
-    returning.join()
+    restarting.join()
     fakes[0].start()
 
 
-def test_a_request_that_fails_everywhere_ends_the_run_with_its_reason(fakes: list[FakeServer], engine: Any):
+def test_a_request_that_fails_on_every_server_ends_sampling_with_its_reason(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.spoil = lambda answer: 500 if answer["output_ids"][0] == 3 else answer
     with pytest.raises(EngineError, match=r"completion 0 of prompt set/2 failed 4 times, .* /generate answered 500"):
         list(engine.generate(requests(8), SAMPLING))
-    assert all(server.requests_running == 0 for server in engine.pool.status()), "nothing is left in flight"
+    assert all(server.requests_running == 0 for server in engine.pool.status()), "no request may still run"
     for fake in fakes:
         fake.spoil = lambda answer: 400
     with pytest.raises(EngineError, match="is refused by"):
         list(engine.generate(requests(8), SAMPLING))
 
 
-def test_requests_in_flight_are_bounded_and_shared_evenly(fakes: list[FakeServer], engine_on: Callable[..., Any]):
+def test_requests_in_flight_are_bounded_and_distributed_by_load(fakes: list[FakeServer], engine_on: Callable[..., Any]):
     engine = engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, max_inflight=4)
     engine.update_weights(no_weights(), version=1)
     for fake in fakes:
         fake.delay = 0.2
     asked = requests(60)
     check(asked, list(engine.generate(asked, SAMPLING)))
-    assert [fake.most for fake in fakes] == [4, 4]
+    assert [fake.max_running for fake in fakes] == [4, 4]
     assert all(len(fake.seen) > 20 for fake in fakes)
     fakes[0].delay = 60.0
     fakes[0].seen, fakes[1].seen = [], []
     answers = engine.generate(asked, SAMPLING)
     for _ in range(56):
         next(answers)
-    wait_for(lambda: fakes[0]._now == 4)
+    wait_for(lambda: fakes[0].running == 4)
     assert [len(fake.seen) for fake in fakes] == [4, 56], "a slow server gets less"
     answers.close()
 
 
-def test_what_is_sent_is_the_request(fakes: list[FakeServer], engine: Any):
+def test_the_body_of_a_request(fakes: list[FakeServer], engine: Any):
     (request,) = requests(1)
     check([request], list(engine.generate([request], SAMPLING)))
     (body,) = fakes[0].seen + fakes[1].seen
@@ -307,7 +322,7 @@ def test_what_is_sent_is_the_request(fakes: list[FakeServer], engine: Any):
     }
 
 
-def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
+def test_weights_are_loaded_while_paused_and_a_server_that_fails_to_load_is_removed(
     fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     load = ["/pause_generation", "/update_weights_from_disk", "/continue_generation", "/model_info"]
@@ -319,7 +334,7 @@ def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
     assert "did not load weights" in line
     assert "disk on fire" in line
     assert fakes[0].calls[-2:] == ["/update_weights_from_disk", "/continue_generation"]
-    engine.pool.membership.health_check_seconds = 600.0  # its health does not bring it back
+    engine.pool.membership.health_check_seconds = 600.0  # its health check does not re-admit it
     asked = requests(6)
     check(asked, list(engine.generate(asked, SAMPLING)))
     assert len(fakes[1].seen) == 6
@@ -331,7 +346,7 @@ def test_weights_are_loaded_in_a_pause_and_a_server_that_fails_to_is_left_out(
     assert len(engine.pool.in_rotation) == 2
 
 
-def test_a_server_that_has_new_weights_already_is_not_doubted_while_another_is_still_loading_them(
+def test_a_server_that_already_has_new_weights_stays_in_rotation_while_another_is_loading_them(
     fakes: list[FakeServer], engine: Any, caplog: pytest.LogCaptureFixture
 ):
     answered = threading.Event()
@@ -352,21 +367,21 @@ def test_a_server_that_has_new_weights_already_is_not_doubted_while_another_is_s
     assert len(fakes[0].seen) + len(fakes[1].seen) == len(asked)
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_after_the_weights_are_exhausted(engine: Any):
-    taken = []
+def test_a_folder_that_cannot_be_written_is_an_error_raised_after_all_weights_were_gathered(engine: Any):
+    gathered = []
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for i in range(5):
-            taken.append(i)
+            gathered.append(i)
             yield f"weight.{i}", torch.zeros(1)
 
     engine.weight_sync._source = engine.weight_sync._source / "missing"
     with pytest.raises(EngineError, match=r"sync\.dir=.*: weights .* cannot be written"):
         engine.update_weights(weights(), version=2)
-    assert taken == [0, 1, 2, 3, 4], "other ranks wait in the collectives that make them"
+    assert gathered == [0, 1, 2, 3, 4], "other ranks wait in the collectives that gather them"
 
 
-def test_each_server_that_cannot_be_used_has_a_line_before_the_run(
+def test_each_server_that_cannot_be_used_is_reported_in_one_line_before_the_run(
     fakes: list[FakeServer], engine_on: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ):
     fakes[0].model_type = "llama"
@@ -380,7 +395,7 @@ def test_each_server_that_cannot_be_used_has_a_line_before_the_run(
     fakes[1].start()
 
 
-def test_a_dropped_iterator_leaves_nothing_behind_and_close_ends_the_thread(fakes: list[FakeServer], engine: Any):
+def test_a_dropped_iterator_leaves_no_requests_and_close_ends_the_thread(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.delay = 0.2
     answers = engine.generate(requests(40), SAMPLING)
@@ -394,24 +409,25 @@ def test_a_dropped_iterator_leaves_nothing_behind_and_close_ends_the_thread(fake
     engine.close()
 
 
-def test_an_abort_gives_what_there_is_and_it_is_gone_on_with(fakes: list[FakeServer], engine: Any):
+def test_an_abort_returns_partial_responses_which_can_be_resumed(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.delay = 60.0
     asked = requests(40)
     with engine.open(SAMPLING) as stream:
         stream.submit(asked)
-        wait_for(lambda: sum(fake._now for fake in fakes) == 40)
+        wait_for(lambda: sum(fake.running for fake in fakes) == 40)
+        assert sum(server.requests_running for server in engine.pool.status()) == 40
         assert stream.get(0.01) is None
-        begun = {request.prompt.id: completion for request, completion in stream.abort()}
-    assert len(begun) == 40
-    assert all(c.finish_reason == "abort" and len(c.token_ids) == 2 for c in begun.values())
+        partial = {request.prompt.id: completion for request, completion in stream.abort()}
+    assert len(partial) == 40
+    assert all(c.finish_reason == "abort" and len(c.token_ids) == 2 for c in partial.values())
     assert all(server.requests_running == 0 for server in engine.pool.status())
     for fake in fakes:
         fake.delay = 0.0
         fake.seen.clear()
     engine.update_weights(no_weights(), version=2)
     with engine.open(SAMPLING) as stream:
-        stream.submit(asked, [begun[request.prompt.id] for request in asked])
+        stream.submit(asked, [partial[request.prompt.id] for request in asked])
         found = [stream.get()[1] for _ in asked]
     for completion in found:
         first = int(completion.prompt_id.split("/")[1])
@@ -425,11 +441,11 @@ def test_an_abort_gives_what_there_is_and_it_is_gone_on_with(fakes: list[FakeSer
 
 
 @pytest.mark.parametrize(("stop", "length", "reason"), [((5,), 2, "stop"), ((), LENGTH, "length")])
-def test_an_abort_that_comes_with_the_last_token_leaves_a_response_complete(
+def test_a_response_aborted_at_its_last_token_is_complete(
     stop: tuple[int, ...], length: int, reason: str, fakes: list[FakeServer], engine_on: Callable[..., Any]
 ):
-    """A server says abort even if the token it has just sampled ends the response: nothing may be asked after it."""
-    engine = ready(engine_on([fake.url for fake in fakes], stop=stop, config=CONFIG))
+    """A server reports "abort" even if its last token ends the response, which must not be continued then."""
+    engine = with_frequent_health_checks(engine_on([fake.url for fake in fakes], stop=stop, config=CONFIG))
     engine.update_weights(no_weights(), version=1)
     asked = requests(4)[3:]
     for fake in fakes:
@@ -439,25 +455,25 @@ def test_an_abort_that_comes_with_the_last_token_leaves_a_response_complete(
     assert sum(len(fake.seen) for fake in fakes) == 1
 
 
-def test_an_abort_waits_for_servers_that_are_paused(fakes: list[FakeServer], engine: Any):
+def test_an_abort_waits_until_servers_are_resumed(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.delay = 60.0
     with engine.open(SAMPLING) as stream:
         with engine.pool.pushing_weights():
             stream.submit(requests(10))
-            wait_for(lambda: sum(fake._now for fake in fakes) == 10)
+            wait_for(lambda: sum(fake.running for fake in fakes) == 10)
             answers: list[Any] = []
             aborting = threading.Thread(target=lambda: answers.extend(stream.abort()))
             aborting.start()
-            aborting.join(1.5)  # longer than orders are repeated after
+            aborting.join(1.5)  # longer than the time after which orders are repeated
             assert [fake.aborts for fake in fakes] == [[], []]
         aborting.join(30)
     assert len(answers) == 10
     assert sum(len(fake.aborts) for fake in fakes) == 10
 
 
-def test_an_abort_of_one_request_is_of_no_other(fakes: list[FakeServer], engine: Any):
-    """A server aborts whatever has an id that begins so."""
+def test_no_request_id_is_a_prefix_of_another(fakes: list[FakeServer], engine: Any):
+    """A server that aborts an id also aborts all requests whose ids begin with it."""
     asked = requests(120)
     with engine.open(SAMPLING) as stream:
         stream.submit(asked)
@@ -467,29 +483,27 @@ def test_an_abort_of_one_request_is_of_no_other(fakes: list[FakeServer], engine:
     assert not [(one, other) for one in ids for other in ids if one != other and other.startswith(one)]
 
 
-def test_a_stream_that_is_left_ends_its_requests_on_the_servers(fakes: list[FakeServer], engine: Any):
+def test_closing_a_stream_aborts_its_requests_on_the_servers(fakes: list[FakeServer], engine: Any):
     for fake in fakes:
         fake.delay = 30.0
     with engine.open(SAMPLING) as stream:
         stream.submit(requests(10))
-        wait_for(lambda: sum(fake._now for fake in fakes) == 10)
+        wait_for(lambda: sum(fake.running for fake in fakes) == 10)
     assert sum(len(fake.aborts) for fake in fakes) == 10
-    wait_for(lambda: not any(fake._now for fake in fakes), seconds=20)
+    wait_for(lambda: not any(fake.running for fake in fakes), seconds=20)
 
 
-def test_two_streams_have_their_own_answers(fakes: list[FakeServer], engine: Any):
+def test_two_streams_get_their_own_answers(fakes: list[FakeServer], engine: Any):
     asked = requests(20)
     with engine.open(SAMPLING) as first, engine.open(SAMPLING) as second:
         first.submit(asked[:10])
         second.submit(asked[10:])
-        mine = [second.get()[1] for _ in range(10)]
+        answers = [second.get()[1] for _ in range(10)]
         check(asked[:10], [first.get()[1] for _ in range(10)])
-        check(asked[10:], mine)
+        check(asked[10:], answers)
 
 
-def test_servers_that_come_back_without_weights_want_them_where_only_a_sync_can_give_them(
-    fakes: list[FakeServer], engine: Any
-):
+def test_servers_without_weights_need_a_sync_if_nothing_else_can_provide_them(fakes: list[FakeServer], engine: Any):
     engine.pool.weights_pushed(replace(engine.pool.membership.expected, load=None, by_sync_only=True), {})
     engine.pool.patience_seconds = 60.0
     for fake in fakes:
@@ -498,7 +512,7 @@ def test_servers_that_come_back_without_weights_want_them_where_only_a_sync_can_
         list(engine.generate(requests(4), SAMPLING))
 
 
-def test_a_server_that_gets_its_weights_back_while_they_change_ends_up_with_the_newer_ones(
+def test_a_server_that_loads_weights_while_newer_ones_are_pushed_ends_up_with_the_newer_ones(
     fakes: list[FakeServer], engine: Any
 ):
     with engine.open(SAMPLING):
@@ -507,6 +521,7 @@ def test_a_server_that_gets_its_weights_back_while_they_change_ends_up_with_the_
         fakes[0].version, fakes[0].loaded, fakes[0].load_delay = "default", [], 1.0
         fakes[0].healthy = True
         wait_for(lambda: fakes[0].loaded)
+        assert engine.pool.status()[0].state is ServerState.LOADING_WEIGHTS
         fakes[0].load_delay = 0.0
         engine.update_weights(no_weights(), version=2)
         assert len(fakes[0].loaded) == 2
@@ -515,7 +530,7 @@ def test_a_server_that_gets_its_weights_back_while_they_change_ends_up_with_the_
         assert len(engine.pool.in_rotation) == 2
 
 
-def test_a_server_that_lacked_weights_and_is_gone_is_no_reason_for_a_sync(fakes: list[FakeServer], engine: Any):
+def test_an_unhealthy_server_that_needed_weights_is_no_reason_for_a_sync(fakes: list[FakeServer], engine: Any):
     engine.pool.weights_pushed(replace(engine.pool.membership.expected, load=None, by_sync_only=True), {})
 
     def state() -> ServerState:
@@ -532,7 +547,7 @@ def test_a_server_that_lacked_weights_and_is_gone_is_no_reason_for_a_sync(fakes:
         wait_for(lambda: not engine.pool.in_rotation)
         asked = requests(4)
         stream.submit(asked)
-        assert stream.get(2.0) is None, "it waits for the other, which has the weights"
+        assert stream.get(2.0) is None, "the stream waits for the other server, which has the weights"
         fakes[1].healthy = True
         check(asked, [stream.get()[1] for _ in asked])
 
@@ -541,7 +556,7 @@ def test_a_server_that_lacked_weights_and_is_gone_is_no_reason_for_a_sync(fakes:
 
 
 def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: float) -> tuple[int, int, str | None]:
-    """(requests asked for, completions, error) of this rank, which has every prompt of its replica."""
+    """Sample every prompt of this rank's replica. Returns (number of requests, number of completions, error)."""
     from megatron_rlvr.config import RewardSettings, RolloutSettings
     from megatron_rlvr.engines.sglang.connect import connect
     from megatron_rlvr.engines.sglang.engine import SglangEngine
@@ -568,7 +583,7 @@ def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: fl
         return len(mine), len(completions), failure
 
 
-def test_leaders_ask_for_their_replica_and_every_rank_learns_of_a_failure(fakes: list[FakeServer], tmp_path: Any):
+def test_leaders_sample_for_their_replica_and_a_failure_is_raised_on_every_rank(fakes: list[FakeServer], tmp_path: Any):
     (tmp_path / "model").mkdir()
     urls = [fake.url for fake in fakes]
     for fake in fakes:
@@ -577,8 +592,8 @@ def test_leaders_ask_for_their_replica_and_every_rank_learns_of_a_failure(fakes:
     for replicas, expected in shares.items():
         found = on_ranks(generate_on_ranks, 2, Layout(replicas), urls, tmp_path, 60.0)
         assert found == [(count, count, None) for count in expected]
-    assert max(fake.most for fake in fakes) <= 6, "the bound is on all ranks together"
-    # A request of one replica fails for good, and none of the other's; then those of the only leader.
+    assert max(fake.max_running for fake in fakes) <= 6, "the maximum is over all ranks"
+    # First one request of one of the two replicas fails for good, then one of the only replica.
     for fake in fakes:
         fake.spoil = lambda answer: 500 if answer["output_ids"][0] == 4 else answer
     for replicas in shares:
@@ -588,27 +603,27 @@ def test_leaders_ask_for_their_replica_and_every_rank_learns_of_a_failure(fakes:
 
 
 def announced_on_ranks(layout: Layout, folder: Any) -> bool:
-    """Whether the other rank, which is slow, knew the label when this one went on."""
+    """Return whether the other rank, which is slow, had announced the name when this rank continued."""
     from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 
     with joined_process_group():
         ranks = ranks_of(layout)
         sync = DiskSync(folder, folder, None, ranks)
 
-        def learn_late(label: str, version: int) -> None:
+        def announce_late(label: str, version: int) -> None:
             time.sleep(0.5)
             (folder / label).touch()
 
         if not ranks.is_main:
-            sync.announce = learn_late
+            sync.announce = announce_late
         return (folder / sync._announce_label(3)).exists()
 
 
-def test_no_rank_goes_on_before_all_know_what_new_weights_are_called(tmp_path: Any):
+def test_no_rank_continues_before_all_have_announced_the_name_of_new_weights(tmp_path: Any):
     assert on_ranks(announced_on_ranks, 2, Layout(((0,), (1,))), tmp_path) == [True, True]
 
 
-def test_the_fake_answers_as_the_protocol_has_it():
+def test_an_answer_of_the_stand_in_has_tokens_and_their_log_probabilities():
     answer = good_answer({"input_ids": [7], "sampling_params": {"max_new_tokens": 2}}, "x")
     assert answer["output_ids"] == [8, 9]
     assert [entry[1] for entry in answer["meta_info"]["output_token_logprobs"]] == [8, 9]

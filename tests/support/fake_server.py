@@ -1,4 +1,4 @@
-"""A server that speaks the protocol and misbehaves on demand, for faults that the real one cannot be made to show."""
+"""A stand-in for an SGLang server that misbehaves on demand, for faults that the real server cannot be made to show."""
 
 import asyncio
 import contextlib
@@ -14,20 +14,20 @@ from aiohttp import web
 VOCABULARY = 50
 
 
-def _unasked_ports() -> Iterator[int]:
-    """Ports that nobody is given who asks for any one; each once, in an order of this process alone."""
+def _unassigned_ports() -> Iterator[int]:
+    """Yield ports outside the range from which the kernel assigns free ones; each once, in random order."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
-    # SGLang takes some for itself above 22000; where the kernel gives away nearly all, none is better than another.
+    # SGLang itself takes some above 22000. If the kernel gives away nearly all ports, none is better than another.
     end = min(lowest, 22000) if lowest > 4000 else 22000
     ports = range(max(1024, end - 12000), end)
     yield from random.SystemRandom().sample(ports, len(ports))
 
 
-_ports = _unasked_ports()
+_ports = _unassigned_ports()
 
 
 def free_port() -> int:
-    """Nobody takes it by chance before it is used, however late that is, nor while a server on it starts again."""
+    """Return a free port that no process takes by chance, even if it is used late or by a server that restarts."""
     for port in _ports:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def good_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
-    """All of the tokens that were asked for, counted up from the last one of the prompt."""
+    """Return an answer with all requested tokens, which count up from the last token of the prompt."""
     last, count = body["input_ids"][-1], body["sampling_params"]["max_new_tokens"]
     tokens = [(last + i + 1) % VOCABULARY for i in range(count)]
     return {
@@ -51,30 +51,31 @@ def good_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
 
 
 def aborted(answer: dict[str, Any], length: int) -> dict[str, Any]:
-    """The answer to a request that is aborted after ``length`` tokens."""
+    """Return the answer to a request that is aborted after ``length`` tokens."""
     meta = answer["meta_info"] | {"finish_reason": {"type": "abort", "message": "Abort"}}
     meta["output_token_logprobs"] = meta["output_token_logprobs"][:length]
     return answer | {"output_ids": answer["output_ids"][:length], "meta_info": meta}
 
 
 def cut_in_half(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request that is aborted half-way."""
+    """Return the answer to a request that is aborted half-way."""
     return aborted(answer, len(answer["output_ids"]) // 2)
 
 
 class FakeServer:
-    """Serves on a loopback port from a thread of its own.
+    """A server on a loopback port, in a thread of its own.
 
     Attributes:
-        spoil: turns a good answer of /generate into what is answered: JSON, or a status; None hangs.
-        healthy: what /health answers; None hangs.
-        version: of its weights, as it tells; changed by a load, after ``load_delay``, unless ``loads`` is false.
-        load_waits: whether a load is still to wait, asked again and again.
-        loading: loads that it is busy with.
-        seen: bodies of /generate.
-        aborts: what was aborted; a request that is aborted answers with the first half of its tokens.
-        calls: paths in the order in which they were asked for, /health aside.
-        most: requests that it had at once.
+        spoil: Turns a good answer of /generate into the answer that is sent: JSON or an HTTP status; None hangs.
+        healthy: True if /health succeeds; None hangs.
+        version: Name of the weights. A load changes it after ``load_delay`` seconds, unless ``loads`` is false.
+        load_waits: Polled during a load, which waits as long as it returns True.
+        loading: Number of loads in progress.
+        delay: Seconds after which /generate answers.
+        seen: Bodies of /generate.
+        aborts: Ids of aborted requests; an aborted request is answered with the first half of its tokens.
+        calls: Requested paths in order, without /health.
+        max_running: Largest number of requests that ran at once.
     """
 
     def __init__(self) -> None:
@@ -92,7 +93,7 @@ class FakeServer:
         self.loaded: list[str] = []
         self.aborts: list[str] = []
         self._running: dict[str, asyncio.Event] = {}
-        self.most = self._now = 0
+        self.max_running = 0
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._loop = asyncio.new_event_loop()
@@ -100,11 +101,16 @@ class FakeServer:
         self._thread.start()
         self.start()
 
+    @property
+    def running(self) -> int:
+        """Number of requests that run now."""
+        return len(self._running)
+
     def start(self) -> None:
         self._runner = asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
 
     def stop(self) -> None:
-        """Refuses connections from now on, and drops those that are open."""
+        """Refuse connections from now on, and drop open ones."""
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
 
     def close(self) -> None:
@@ -113,7 +119,7 @@ class FakeServer:
         self._thread.join()
 
     async def _serve(self) -> web.AppRunner:
-        app = web.Application(middlewares=[self._note])
+        app = web.Application(middlewares=[self._record])
         app.add_routes(self._routes())
         runner = web.AppRunner(app, shutdown_timeout=0.01)
         await runner.setup()
@@ -133,7 +139,7 @@ class FakeServer:
         ]
 
     @web.middleware
-    async def _note(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _record(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if request.path != "/health":
             self.calls.append(request.path)
         return await handler(request)
@@ -145,8 +151,8 @@ class FakeServer:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         architectures = {"qwen3": ["Qwen3ForCausalLM"]}.get(self.model_type, ["OtherForCausalLM"])
-        told = {"model_type": self.model_type, "architectures": architectures, "weight_version": self.version}
-        return web.json_response(told)
+        info = {"model_type": self.model_type, "architectures": architectures, "weight_version": self.version}
+        return web.json_response(info)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"max_model_len": 512}]})
@@ -157,7 +163,8 @@ class FakeServer:
     async def _abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]
         self.aborts.append(rid)
-        if rid in self._running:  # a part of an id means nothing, but a whole one may begin others
+        # As in SGLang: a mere prefix of ids is ignored, but a complete id ends all requests whose ids begin with it.
+        if rid in self._running:
             for other in self._running:
                 if other.startswith(rid):
                     self._running[other].set()
@@ -180,47 +187,45 @@ class FakeServer:
         if "logit_bias" in body["sampling_params"]:
             return web.json_response({"error": {"message": f"keys in [0, {VOCABULARY - 1}]"}}, status=400)
         self.seen.append(body)
-        self._now += 1
-        self.most = max(self.most, self._now)
-        told_to_end = self._running[body["rid"]] = asyncio.Event()
+        abort_ordered = self._running[body["rid"]] = asyncio.Event()
+        self.max_running = max(self.max_running, self.running)
         try:
             try:
-                await asyncio.wait_for(told_to_end.wait(), self.delay)
+                await asyncio.wait_for(abort_ordered.wait(), self.delay)
                 answer: Any = cut_in_half(good_answer(body, self.version))
             except TimeoutError:
                 answer = self.spoil(good_answer(body, self.version))
             if answer is None:
                 await asyncio.sleep(3600)
         finally:
-            self._now -= 1
             del self._running[body["rid"]]
         if isinstance(answer, int):
-            return web.Response(status=answer, text="as told")
+            return web.Response(status=answer, text="as requested")
         return web.json_response(answer)
 
 
-class FakeSharing(FakeServer):
-    """One that can give up its memory, counts it as --enable-metrics does, and takes weights in buckets, too.
+class FakeColocatedServer(FakeServer):
+    """A server that also releases its memory, counts that as with --enable-metrics, and takes weights in buckets.
 
     Attributes:
-        missing: tags of the memory that it has given up.
-        paused: whether requests wait; it looks unhealthy then, at once.
-        refusals: resumptions that it will refuse.
-        broken: what would have ended a real one.
+        missing: Tags of the memory that was released and not resumed.
+        paused: True while requests wait; the health check then fails at once.
+        refusals: Number of resumptions to refuse.
+        crashes: Events that would have crashed a real server.
     """
 
     def __init__(self) -> None:
         self.refusals = 0
-        self.broken: list[str] = []
-        self._forget()
+        self.crashes: list[str] = []
+        self._reset()
         super().__init__()
 
     def start(self) -> None:
-        """As a new process: with its memory, and weights and counts of none before it."""
-        self._forget()
+        """Start as a new process would: with all memory, initial weights, and no counts."""
+        self._reset()
         super().start()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.version, self.missing, self.paused = "default", set[str](), False
         self._answered = {"/release_memory_occupation": 0, "/resume_memory_occupation": 0}
 
@@ -260,7 +265,7 @@ class FakeSharing(FakeServer):
 
     async def _continue(self, request: web.Request) -> web.Response:
         if self.missing:
-            self.broken.append("it samples without memory")
+            self.crashes.append("sampling without memory")
         self.paused = False
         return web.json_response({"status": "ok"})
 
@@ -275,7 +280,7 @@ class FakeSharing(FakeServer):
             self.refusals -= 1
             return web.Response(status=400, text="no memory")
         if not tags <= self.missing:
-            self.broken.append(f"it resumes {tags}, and lacks {self.missing}")
+            self.crashes.append(f"resuming {tags} while {self.missing} is missing")
         self.missing -= tags
         self._answered[request.path] += 1
         return web.Response()
@@ -286,12 +291,12 @@ class FakeSharing(FakeServer):
 
     async def _succeed(self, request: web.Request) -> web.Response:
         if "weights" in self.missing:
-            self.broken.append(f"{request.path} without memory")
+            self.crashes.append(f"{request.path} without memory")
         return web.json_response({"success": True})
 
     async def _load(self, request: web.Request) -> web.Response:
         if "weights" in self.missing:
-            self.broken.append("weights are loaded into memory that is not there")
+            self.crashes.append("weights loaded into memory that was released")
         return await super()._load(request)
 
     async def _generate(self, request: web.Request) -> web.Response:

@@ -1,7 +1,7 @@
-"""The real SGLang server on this machine: installed once, started from a folder, gone with the tests.
+"""Real SGLang servers on this machine: installed once, started from a model folder, ended with the tests.
 
-The environment is built by tools/install_sglang_cpu.sh in SGLANG_CPU_VENV, or in build/sglang. Where that fails, so do
-the tests.
+tools/install_sglang_cpu.sh builds the environment in SGLANG_CPU_VENV, or in build/sglang. If that fails, the tests
+fail.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from fake_server import free_port
 from megatron_rlvr.child_process import ends_with_parent
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 
-# 40 s on two idle cores; both start at once, and the machine may be busy.
+# A start takes 40 s on two idle cores; two servers start at once, and the machine may be busy.
 _START_SECONDS = 480
 _INSTALL_SECONDS = 900
-# --enable-metrics is what colocation asks for.
+# Colocation needs --enable-metrics.
 _FLAGS = (
     *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "32"),
     *("--skip-server-warmup", "--log-level", "warning", "--enable-metrics"),
@@ -34,25 +34,25 @@ _FLAGS = (
 
 
 def installed() -> Path:
-    """The Python of an environment that has SGLang."""
+    """Return the Python interpreter of an environment that has SGLang, after installing it if necessary."""
     venv = Path(os.environ.get("SGLANG_CPU_VENV", tiny.CHECKOUT / "build" / "sglang"))
     tool = tiny.CHECKOUT / "tools" / "install_sglang_cpu.sh"
     with (Path(tempfile.gettempdir()) / f"{venv.name}_{os.getuid()}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be about to do the same
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be installing it
         subprocess.run([str(tool), str(venv)], check=True, timeout=_INSTALL_SECONDS)
     return venv / "bin" / "python"
 
 
 def version_at(url: str) -> str:
-    """What a server calls its weights."""
+    """Return the name of a server's weights."""
     with urllib.request.urlopen(url + "/model_info", timeout=20) as answer:
         return json.load(answer)["weight_version"]
 
 
 class RealServer:
-    """A server that starts from the weights of ``model``, on a port that it keeps when it is started again.
+    """A server that starts with the weights of ``model``, and keeps its port when it is restarted.
 
-    ``flags`` are SGLang's, on top of those that suit all tests.
+    ``flags`` are further flags of SGLang, in addition to those of all tests.
     """
 
     def __init__(self, python: Path, model: Path, log: Path, *flags: str) -> None:
@@ -65,7 +65,7 @@ class RealServer:
         self._process: psutil.Popen | None = None
 
     def start(self) -> None:
-        """Starts it; see `wait`."""
+        """Start the server, without waiting for it; see `wait`."""
         program = ServerProgram(
             python=self._python,
             model=self._model,
@@ -74,7 +74,7 @@ class RealServer:
             device="cpu",
             flags=[*_FLAGS, *self._flags],
         )
-        # Not the checkout on PYTHONPATH: its tests/sglang would hide the package of that name.
+        # Without the checkout on PYTHONPATH: its tests/sglang would shadow the package of that name.
         environment = {key: value for key, value in program.environment.items() if key != "PYTHONPATH"}
         with self._log.open("ab") as log:
             self._process = psutil.Popen(
@@ -88,7 +88,7 @@ class RealServer:
             )
 
     def wait(self) -> None:
-        """Returns when it is healthy."""
+        """Return when the server is healthy."""
         assert self._process is not None
         deadline = time.monotonic() + _START_SECONDS
         while True:
@@ -96,32 +96,32 @@ class RealServer:
                 with urllib.request.urlopen(self.url + "/health", timeout=30):
                     return
             except (urllib.error.URLError, OSError):
-                assert self._process.poll() is None, f"the server ended by itself:\n{self.log}"
+                assert self._process.poll() is None, f"the server exited:\n{self.log}"
                 assert time.monotonic() < deadline, f"no server after {_START_SECONDS} s:\n{self.log}"
                 time.sleep(0.5)
 
     def restart(self, model: Path | None = None) -> None:
-        """Kills it, and starts it again on the same port, with the weights of ``model`` if that is given."""
+        """Kill the server, and start it on the same port, with the weights of ``model`` if that is given."""
         self.kill()
         self._model = model or self._model
         self.start()
         self.wait()
 
     def freeze(self, part: str = "") -> None:
-        """It still accepts connections, and answers nothing until `thaw`; or only its processes of that name stand."""
+        """Suspend the server, or only its processes of that name, until `thaw`. It still accepts connections."""
         for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if part in process.name():
                     process.suspend()
 
     def thaw(self) -> None:
-        """It goes on, after a `freeze`."""
+        """Continue the server after a `freeze`."""
         for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
     def kill(self) -> None:
-        """Kills it and its children, by their process ids."""
+        """Kill the server and its children, by their process ids."""
         family = self._family()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -131,12 +131,12 @@ class RealServer:
 
     @property
     def alive(self) -> bool:
-        """Whether its process is there."""
+        """True if the server's process is running."""
         return bool(self._family())
 
     def _family(self) -> list[psutil.Process]:
         if self._process is None or self._process.poll() is not None:
-            return []  # psutil would call a process that nobody has waited for a running one
+            return []  # psutil considers a process that was not reaped as running
         return [self._process, *self._process.children(recursive=True)]
 
     @property
