@@ -1,14 +1,14 @@
-"""Seconds and memory of the head (hidden states to log-probability and entropy, and back), beside what others use.
+"""Seconds and memory of the head (hidden states to log-probability and entropy, and back), beside other methods.
 
     OMP_NUM_THREADS=1 python benchmarks/head.py [--shape 4096,1024,32768] [--dtype float32] [--tensor 1] [--json FILE]
 
 The loss is minus the sum of the log-probabilities of a random fifth of the rows (--fraction). Every method is first
-held against float64 on a small input. Methods take turns, each call in a fresh process: seconds are process time of
-one thread, the best of the rounds, because other work on the machine only ever adds to a time. Peak memory is what the
-call, forward and backward, adds to the process with the inputs; "beyond" leaves out the two gradients it returns.
-With --tensor 2 the vocabulary is shared by two ranks, and a figure is that of the worse one. A peer that is not
-installed is named, and so is one that cannot run here. The bars are this project's own, set for float32; the exit
-status is 0 whether they hold or not.
+compared with float64 on a small input. Methods take turns, each call in a fresh process: seconds are process time of
+one thread, the best of the rounds, because other work on the machine only ever adds to a time. Peak memory is the
+memory that the call, forward and backward, adds to a process with the inputs; "beyond" excludes the two gradients that
+it returns. With --tensor 2 the vocabulary is sharded over two ranks, and each metric is that of the worse rank. Peers
+that are not installed, or cannot run here, are listed with the reason. The bars are this project's own, set for
+float32; the exit status is 0 whether they are met or not.
 """
 
 import argparse
@@ -32,12 +32,12 @@ import torch.distributed as dist
 from head_methods import METHODS, Inputs, Outcome, largest_errors, make_inputs
 
 DEFAULT_SHAPES = [(4096, 1024, 32768), (2048, 1024, 151936)]
-# Several of everyone's tiles and chunks except TRL's, of which no small input has more than one.
+# Large enough for several tiles or chunks of every method except TRL's, whose chunk exceeds any small input.
 CHECK_SHAPE = (1200, 64, 6002)
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.5}
 MEGABYTE = 2**20
 
-# name of the bar, what is divided or looked up, limit
+# Name of the bar, its metric, the metric that divides it (None: nothing), limit.
 BARS = (
     ("mode A / Megatron + entropy", ("a", "seconds"), ("megatron", "seconds"), 0.55),
     ("mode A / naive", ("a", "seconds"), ("naive", "seconds"), 0.52),
@@ -65,39 +65,46 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=_shape, action="append", help="S,H,V; may be repeated; default: two shapes")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        help="S,H,V (rows, hidden size, vocabulary); may be repeated; default: two shapes",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tensor", type=int, choices=[1, 2], default=1, help="ranks that share the vocabulary")
-    parser.add_argument("--rounds", type=int, default=1, help="the best of so many calls; 3 for figures to keep")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="number of calls, of which the best counts; use 3 for results to keep"
+    )
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--fraction", type=float, default=0.2, help="of the rows that carry a gradient")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--fraction", type=float, default=0.2, help="share of the rows that carry a gradient")
+    parser.add_argument("--json", help="write the metrics to this file")
     return parser.parse_args()
 
 
 def _shape(text: str) -> tuple[int, ...]:
     numbers = tuple(int(number) for number in text.split(","))
     if len(numbers) != 3 or min(numbers) < 2 or numbers[2] % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not S,H,V with an even V, as in 4096,1024,32768")
+        raise argparse.ArgumentTypeError(f"{text!r} is not S,H,V with an even V; write it like 4096,1024,32768")
     return numbers
 
 
 def run_shape(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Figures of each method, the best of the rounds, or ``why_not``."""
-    figures: dict[str, dict[str, Any]] = {}
+    """Metrics of each method, the best of the rounds, or ``why_not``."""
+    metrics: dict[str, dict[str, Any]] = {}
     for _ in range(options.rounds):
         for name in options.methods:
             again = _worst(on_ranks(options.tensor, measure, name, shape, options.dtype, options.fraction))
-            row = figures.setdefault(name, again)
+            row = metrics.setdefault(name, again)
             row |= {key: min(value, again[key]) for key, value in row.items() if isinstance(value, float)}
-    for row in figures.values():
-        if "seconds" in row and "seconds" in figures.get("a", {}):
-            row["times_mode_a"] = row["seconds"] / figures["a"]["seconds"]
-    return figures
+    for row in metrics.values():
+        if "seconds" in row and "seconds" in metrics.get("a", {}):
+            row["times_mode_a"] = row["seconds"] / metrics["a"]["seconds"]
+    return metrics
 
 
 def on_ranks(size: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``task`` on fresh processes that form one group, and what each returned; it gets the group as last argument."""
+    """Run ``task(*arguments, group)`` in ``size`` new processes that form one group; return the results by rank."""
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn")) as pool,
@@ -112,7 +119,7 @@ def _join(rank: int, size: int, store: str, task: Callable[..., Any], *arguments
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     try:
         answer = task(*arguments, dist.group.WORLD)
-        dist.barrier()  # a rank that leaves before another has finished connecting would break its connection
+        dist.barrier()  # a rank that exits before another has finished connecting would break its connection
         return answer
     finally:
         dist.destroy_process_group()
@@ -121,10 +128,10 @@ def _join(rank: int, size: int, store: str, task: Callable[..., Any], *arguments
 def measure(
     name: str, shape: tuple[int, int, int], dtype_name: str, fraction: float, group: dist.ProcessGroup
 ) -> dict[str, Any]:
-    """Checks a method, which also makes libraries load what they need at first use, then times one call of it.
+    """Check a method, so that libraries also load what they need at first use, then measure one call of it.
 
-    Returns: label, errors, agrees; seconds, forward, backward; peak_mb, gradients_mb, beyond_mb where there is a
-    backward. Or label and why_not.
+    Returns: label, errors, agrees; seconds, forward, backward; peak_mb, gradients_mb, beyond_mb if there is a
+    backward. Or label and why_not, if it cannot run.
     """
     method, dtype = METHODS[name], getattr(torch, dtype_name)
     if dist.get_world_size(group) > 1 and not method.tensor_parallel:
@@ -143,20 +150,25 @@ def measure(
 
     inputs = make_inputs(shape, dtype, fraction, group)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still ours would hide as much of the peak
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # memory that is free but not returned to the system would hide as much of the peak
     with peak_of_process() as peak:
         _, forward, backward = call(run, inputs)
-    figures: dict[str, Any] = {"label": method.label, "errors": errors, "agrees": agrees}
-    figures |= {"seconds": forward + backward, "forward": forward, "backward": backward}
+    metrics: dict[str, Any] = {"label": method.label, "errors": errors, "agrees": agrees}
+    metrics |= {"seconds": forward + backward, "forward": forward, "backward": backward}
     if method.backward:
         gradients = sum(x.grad.nbytes for x in (inputs.hidden, inputs.weight) if x.grad is not None) / MEGABYTE
         whole = peak[0] / MEGABYTE
-        figures |= {"peak_mb": whole, "gradients_mb": gradients, "beyond_mb": whole - gradients}
-    return figures
+        metrics |= {"peak_mb": whole, "gradients_mb": gradients, "beyond_mb": whole - gradients}
+    return metrics
 
 
 def call(run: Callable[[Inputs], Outcome], inputs: Inputs) -> tuple[Outcome, float, float]:
-    """Forward and backward once, and the seconds of process time of each; gradients are left in ``.grad``."""
+    """Run forward and backward once; return the outcome and the seconds of process time of each.
+
+    Gradients are accumulated in ``.grad``.
+    """
     dist.barrier(inputs.group)
     start = time.process_time()
     outcome = run(inputs)
@@ -168,9 +180,9 @@ def call(run: Callable[[Inputs], Outcome], inputs: Inputs) -> tuple[Outcome, flo
 
 @contextlib.contextmanager
 def peak_of_process() -> Iterator[list[int]]:
-    """Yields a list that afterwards holds one number: the most bytes resident, beyond those resident before.
+    """Yield a list that on exit gets one number: the most bytes resident, minus those resident before.
 
-    Linux's high-water mark is set back first: ru_maxrss of a process would remember what importing torch took.
+    Linux's high-water mark is reset first, since ru_maxrss of a process would include the import of torch.
     """
     Path("/proc/self/clear_refs").write_text("5")
     peak: list[int] = []
@@ -185,24 +197,24 @@ def _resident(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def _worst(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ranks' figures as one: the largest of each number, anything else as rank 0 has it."""
+def _worst(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the metrics of ranks: the largest of each float, any other value from rank 0."""
     merged: dict[str, Any] = {}
-    for key, value in of_ranks[0].items():
+    for key, value in by_rank[0].items():
         if isinstance(value, dict):
-            merged[key] = _worst([figures[key] for figures in of_ranks])
+            merged[key] = _worst([metrics[key] for metrics in by_rank])
         elif isinstance(value, float):
-            merged[key] = max(figures[key] for figures in of_ranks)
+            merged[key] = max(metrics[key] for metrics in by_rank)
         else:
             merged[key] = value
     return merged
 
 
 def judge(methods: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bars whose figures were measured, each with its value and whether it holds."""
+    """Bars whose metrics were measured, each with its value and whether it is met."""
     bars = []
-    for name, (method, figure), below, limit in BARS:
-        value = methods.get(method, {}).get(figure)
+    for name, (method, metric), below, limit in BARS:
+        value = methods.get(method, {}).get(metric)
         divisor = 1.0 if below is None else methods.get(below[0], {}).get(below[1])
         if value is not None and divisor is not None:
             bars.append({"name": name, "value": value / divisor, "limit": limit, "holds": value / divisor <= limit})

@@ -1,9 +1,9 @@
-"""The measured tables of docs/numerics.md, as they stand there.
+"""Print the measured tables of docs/numerics.md.
 
     OMP_NUM_THREADS=1 python benchmarks/numerics.py [entropy] [mask] [ceiling] [threshold] [scope] [sums]
 
-Without a name, all of them (about two minutes of one core, most of it float64 logits at vocabulary 151,936). All inputs
-are synthetic and seeded: tokens of a model that is mostly sure, with a fifth of forks.
+Without a name, print all of them (about two minutes of one core, most of it float64 logits at vocabulary 151,936). All
+inputs are synthetic and seeded: tokens of a model that is mostly certain, with a fifth of forks.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def entropy_tables() -> None:
 
 
 def peaked_rows(gaps: Tensor, top: float, floor: float = 0.0) -> Tensor:
-    """One row for each gap between its largest logit and four others; the rest is normal around ``floor``."""
+    """[gaps, V] logits: one at ``top``, four lower by at least the row's gap, the rest normal around ``floor``."""
     z = torch.randn(len(gaps), VOCABULARY).mul_(2.5).add_(floor)
     z[:, 0] = top
     z[:, 1:5] = (top - gaps).unsqueeze(1) - torch.rand(len(gaps), 4)
@@ -85,7 +85,7 @@ def minus_p_log_p(z: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
-# ---- what the precision of the logits does to the mask ---------------------------------------------------------------
+# ---- effect of the precision of the logits on the mask --------------------------------------------------------------
 
 
 def mask_table(tokens: int = 4096, width: int = 1024) -> None:
@@ -112,15 +112,15 @@ def mask_table(tokens: int = 4096, width: int = 1024) -> None:
     for name, entropy in {"the head: fp32 logits of bf16 inputs": head, **found}.items():
         error = (entropy.double() - truth).abs()
         wrong, ties = wrong_share(entropy, truth)
-        figures = (f"{float(error.mean()):.1e}", f"{float(error.max()):.1e}", int((entropy <= 0).sum()), ties)
-        print(row_of(name, *figures, f"{wrong:.1%}"))
+        cells = (f"{float(error.mean()):.1e}", f"{float(error.max()):.1e}", int((entropy <= 0).sum()), ties)
+        print(row_of(name, *cells, f"{wrong:.1%}"))
 
 
 def realistic_head(tokens: int, width: int) -> tuple[Tensor, Tensor]:
     """bf16 hidden states and output weight whose logits look like a reasoning model's.
 
     Rows of the weight are almost orthogonal, so a hidden state made of five of them has five high logits, and the rest
-    of the vocabulary is noise. Over half of the tokens are sure, a quarter are forks, the others in between.
+    of the vocabulary is noise. Over half of the tokens are certain, a quarter are forks, the others in between.
     """
     weight = torch.randn(VOCABULARY, width).mul_(width**-0.5).bfloat16()
     kind = torch.rand(tokens)
@@ -133,14 +133,14 @@ def realistic_head(tokens: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def wrong_share(entropy: Tensor, truth: Tensor) -> tuple[float, int]:
-    """Share of the kept tokens that are not among the true top fraction, and how many tie at the threshold."""
+    """Share of the kept tokens that are not in the true top fraction, and the number of ties at the threshold."""
     ids = torch.arange(len(truth))
     mask, info = global_top_fraction_mask(entropy.float(), FRACTION, token_ids=ids)
     kept = truth.argsort(descending=True, stable=True)[: info.kept]
     return 1 - float(mask[kept].double().mean()), info.ties
 
 
-# ---- the threshold ---------------------------------------------------------------------------------------------------
+# ---- the threshold --------------------------------------------------------------------------------------------------
 
 
 def ceiling_table() -> None:
@@ -192,18 +192,18 @@ def threshold_on_rank(rank: int, store: str, name: str, tokens: int) -> tuple[st
         dist.destroy_process_group()
 
 
-# ---- who shares a threshold, and what is averaged --------------------------------------------------------------------
+# ---- tokens that share a threshold, and means of means --------------------------------------------------------------
 
 
 def make_entropies(tokens: int, forks: float, level: float) -> Tensor:
-    """[tokens] fp32: a share of ``forks`` of ``level`` nat on average, the rest small over six orders of magnitude."""
+    """[tokens] fp32 entropies: a share ``forks`` with a mean of ``level`` nat, the rest small over six magnitudes."""
     small = 10 ** (-7 + 6 * torch.rand(tokens))
     fork = level * torch.empty(tokens).exponential_(1.0)
     return torch.where(torch.rand(tokens) < forks, fork, small)
 
 
 def make_sequences(count: int = 512) -> list[Tensor]:
-    """Entropies of the sequences of a mini-batch: they differ in length, in their share of forks and in its level."""
+    """Entropies of the sequences of a mini-batch, which differ in length, share of forks and level of forks."""
     lengths = torch.empty(count).log_normal_(7.5, 0.6).clamp(200, 8000).int().tolist()
     shares = torch.distributions.Beta(7.8, 12.2).sample((count,)).tolist()
     levels = torch.empty(count).log_normal_(0.0, 0.35).tolist()
@@ -238,7 +238,7 @@ def sums_table() -> None:
         print(row_of(name, span, f"{float(weights.min()):.2f} .. {float(weights.max()):.2f}"))
 
 
-# ---- printing --------------------------------------------------------------------------------------------------------
+# ---- printing -------------------------------------------------------------------------------------------------------
 
 
 def row_of(*cells: object) -> str:
@@ -261,11 +261,11 @@ TABLES: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all if none is named")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"one or more of {', '.join(TABLES)}; default: all")
     names = parser.parse_args().tables or list(TABLES)
     for name in names:
         if name not in TABLES:
-            parser.error(f"unknown table {name!r}; there are {', '.join(TABLES)}")
+            parser.error(f"unknown table {name!r}; choose from {', '.join(TABLES)}")
     torch.set_num_threads(1)
     for name in names:
         torch.manual_seed(0)

@@ -1,23 +1,23 @@
-"""The exact threshold over ranks, beside gathering every entropy on every rank and asking torch there.
+"""Cost of the exact threshold over ranks, beside gathering every entropy on every rank and using torch there.
 
     OMP_NUM_THREADS=1 python benchmarks/threshold.py [--tokens 1e6 1e7] [--rounds 3] [--json FILE]
 
-Two ranks on this machine, one thread each, talk over gloo and each hold ``--tokens`` entropies. These ways to keep the
-top fraction take turns:
+Two ranks on this machine, one thread each, communicate over gloo; each holds ``--tokens`` entropies. These methods of
+keeping the top fraction take turns:
 
-    ours               global_top_fraction_mask: only counts of digits travel
+    ours               global_top_fraction_mask, which communicates counts of digits only
     gather + quantile  all-gather, keep what is >= torch.quantile(all, 1 - fraction); torch refuses above 2^24 values
     gather + topk      all-gather, keep what is >= the smallest of torch.topk(all, k)
     gather + kthvalue  all-gather, keep what is >= torch.kthvalue(all, N - k + 1)
 
 CPU and wall seconds are the least of the rounds, on the slower rank: other work on the machine only ever adds to a
-time. Sent is what a rank hands to its collectives; with two ranks that is also what leaves it. Memory is the growth of
-the peak resident set over the inputs, in processes that do nothing else. Too many is how many tokens were kept beyond
-ceil(fraction * N) on three kinds of entropies:
+time. Sent is the payload of a rank's collectives; with two ranks that is also what it sends. Memory is the growth of
+the peak resident set over the inputs, in processes that do nothing else. Too many is the number of tokens kept beyond
+ceil(fraction * N), for three kinds of entropies:
 
-    all differ         exponential float32, where next to none are equal, fraction 0.2
-    30 % zero          and 30 % exactly 0, as of a policy that is certain; fraction 0.2 lies above these
-    zero at threshold  the same with fraction 0.8, so that the threshold is 0 and a third of the zeros must be dropped
+    all differ         exponential float32, hardly any of them equal, fraction 0.2
+    30 % zero          the same, but 30 % exactly 0, as for a policy that is certain; fraction 0.2, so none is kept
+    zero at threshold  the same with fraction 0.8, so the threshold is 0 and two thirds of the zeros must be dropped
 
 The defaults take about a minute. ``--tokens 1e8`` needs 16 GB and some minutes.
 """
@@ -49,7 +49,7 @@ TIMED = "all differ"
 
 
 def ours(entropies: Tensor, token_ids: Tensor, fraction: float) -> tuple[Tensor, int]:
-    """The mask of this rank's tokens, and the bytes it sent; so do the others."""
+    """Return the mask of this rank's tokens and the bytes that it sent, as every method does."""
     mask, info = global_top_fraction_mask(entropies, fraction, token_ids=token_ids, group=dist.group.WORLD)
     return mask, info.bytes_sent
 
@@ -73,12 +73,12 @@ def by_kthvalue(entropies: Tensor, token_ids: Tensor, fraction: float) -> tuple[
 def gather(entropies: Tensor) -> Tensor:
     everything = entropies.new_empty(RANKS * len(entropies))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the newest torch has a new name for it, which others lack
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for it
         dist.all_gather_into_tensor(everything, entropies)
     return everything
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, int]]] = {
+METHODS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, int]]] = {
     "ours": ours,
     "gather + quantile": by_quantile,
     "gather + topk": by_topk,
@@ -87,7 +87,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, int]]] = {
 
 
 def make_tokens(rank: int, tokens: int, zeros: float) -> tuple[Tensor, Tensor]:
-    """Entropies and token ids of a rank, made without temporaries that would raise the peak memory first."""
+    """Entropies and token ids of a rank, made without temporaries that would raise the peak memory."""
     generator = torch.Generator().manual_seed(rank)
     entropies = torch.empty(tokens).exponential_(generator=generator)
     for block in entropies.split(2**18) if zeros else ():
@@ -96,22 +96,22 @@ def make_tokens(rank: int, tokens: int, zeros: float) -> tuple[Tensor, Tensor]:
 
 
 def times(rank: int, tokens: int, rounds: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """{case: {way: its least seconds on this rank, bytes sent, and tokens too many; or why it fails}}."""
+    """Return {case: {method: least seconds on this rank, bytes sent and tokens too many; or why it fails}}."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for case, (zeros, fraction) in CASES.items():
         entropies, token_ids = make_tokens(rank, tokens, zeros)
         found[case] = {}
         for _ in range(rounds if case == TIMED else 1):
-            for name, way in WAYS.items():
-                found[case][name] = better(found[case].get(name), once(way, entropies, token_ids, fraction))
+            for name, method in METHODS.items():
+                found[case][name] = better(found[case].get(name), once(method, entropies, token_ids, fraction))
     return found
 
 
-def once(way: Callable, entropies: Tensor, token_ids: Tensor, fraction: float) -> dict[str, Any]:
+def once(method: Callable, entropies: Tensor, token_ids: Tensor, fraction: float) -> dict[str, Any]:
     dist.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        mask, sent = way(entropies, token_ids, fraction)
+        mask, sent = method(entropies, token_ids, fraction)
     except RuntimeError as error:
         return {"fails": str(error).splitlines()[0]}
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -128,13 +128,13 @@ def better(a: dict[str, Any] | None, b: dict[str, Any], choose: Callable = min) 
 
 
 def memory(rank: int, tokens: int, name: str) -> float | None:
-    """MB by which this way raises the peak over the inputs; for a process that did nothing before."""
+    """MB by which a method raises the peak over the inputs; only valid in a process that did nothing before."""
     _, fraction = CASES[TIMED]
     entropies, token_ids = make_tokens(rank, tokens, 0.0)
-    WAYS[name](entropies[:1000].clone(), token_ids[:1000], fraction)
+    METHODS[name](entropies[:1000].clone(), token_ids[:1000], fraction)
     before = peak_mb()
     try:
-        WAYS[name](entropies, token_ids, fraction)
+        METHODS[name](entropies, token_ids, fraction)
     except RuntimeError:
         return None
     return peak_mb() - before
@@ -146,7 +146,10 @@ def peak_mb() -> float:
 
 
 def on_ranks(work: Callable[..., Any], tokens: int, *arguments: Any) -> list[Any]:
-    """``work(rank, tokens, *arguments)`` in new processes that form a group, and that end before 5 to 20 minutes do."""
+    """Run ``work(rank, tokens, *arguments)`` in new processes that form a group; return the results by rank.
+
+    Raises: TimeoutError after 300 s and 1 s for each 100,000 tokens.
+    """
     seconds = 300 + tokens / 1e5
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "megatron_rlvr.algo.quantile"])
@@ -156,7 +159,9 @@ def on_ranks(work: Callable[..., Any], tokens: int, *arguments: Any) -> list[Any
         try:
             for rank in range(RANKS):
                 receiving, sending = context.Pipe(duplex=False)
-                processes.append(context.Process(target=live, args=(sending, rank, folder, work, (tokens, *arguments))))
+                processes.append(
+                    context.Process(target=run_rank, args=(sending, rank, folder, work, (tokens, *arguments)))
+                )
                 processes[-1].start()
                 sending.close()
                 answers.append(receiving)
@@ -171,7 +176,7 @@ def on_ranks(work: Callable[..., Any], tokens: int, *arguments: Any) -> list[Any
                 process.join()
 
 
-def live(answer: Connection, rank: int, folder: str, work: Callable[..., Any], arguments: tuple) -> None:
+def run_rank(answer: Connection, rank: int, folder: str, work: Callable[..., Any], arguments: tuple) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -181,27 +186,27 @@ def live(answer: Connection, rank: int, folder: str, work: Callable[..., Any], a
 
 
 def measure(tokens: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """{way: its figures}, of the slower or larger rank."""
+    """Return {method: its metrics}, those of the slower or larger rank."""
     by_rank = on_ranks(times, tokens, rounds)
-    figures = {}
-    for name in WAYS:
+    metrics = {}
+    for name in METHODS:
         first, second = (found[TIMED][name] for found in by_rank)
-        figures[name] = better(first, second, max)
-        figures[name]["tokens_too_many"] = {case: by_rank[0][case][name].get("tokens_too_many") for case in CASES}
+        metrics[name] = better(first, second, max)
+        metrics[name]["tokens_too_many"] = {case: by_rank[0][case][name].get("tokens_too_many") for case in CASES}
         peaks = on_ranks(memory, tokens, name)
-        figures[name]["extra_memory_mb"] = None if None in peaks else max(peaks)
-    return figures
+        metrics[name]["extra_memory_mb"] = None if None in peaks else max(peaks)
+    return metrics
 
 
-def show(tokens: int, figures: dict[str, dict[str, Any]]) -> None:
+def show(tokens: int, metrics: dict[str, dict[str, Any]]) -> None:
     print(f"\n{f'{RANKS} ranks x {tokens:,} tokens':<60}{'tokens too many':>57}")
     print(f"{'':<18}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'sent MB':>9}{'extra MB':>9}", end="")
     print("".join(f"{case:>19}" for case in CASES))
-    for name, row in figures.items():
+    for name, row in metrics.items():
         if "fails" in row:
             print(f"{name:<18}{'fails':>8}   {row['fails']}")
             continue
-        ratio = row["cpu_seconds"] / figures["ours"]["cpu_seconds"]
+        ratio = row["cpu_seconds"] / metrics["ours"]["cpu_seconds"]
         print(f"{name:<18}{row['cpu_seconds']:>8.3f}{ratio:>8.1f}{row['wall_seconds']:>8.3f}", end="")
         print(f"{row['bytes_sent'] / 1e6:>9.3f}{row['extra_memory_mb']:>9.0f}", end="")
         print("".join(f"{row['tokens_too_many'][case]:>19,}" for case in CASES), flush=True)
@@ -212,8 +217,8 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=float, nargs="+", default=[1e6, 1e7], metavar="N", help="entropies a rank, one table for each"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of the timings; the least counts")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=3, help="number of timings, of which the least counts")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics to this file")
     options = parser.parse_args()
 
     everything = {}

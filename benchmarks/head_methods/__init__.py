@@ -1,7 +1,7 @@
-"""The ways to the same log-probabilities, entropies and gradients that benchmarks/head.py compares, by name.
+"""Methods that benchmarks/head.py compares, by name; all compute the same log-probabilities, entropies and gradients.
 
 Every method takes the same `Inputs` and returns an `Outcome`; its loss is minus the sum of the log-probabilities of the
-selected rows (of all rows, for a dense one), so all gradients can be held against one reference.
+selected rows (of all rows, for a dense one), so all gradients can be compared with one reference.
 """
 
 from head_methods import ours, peers

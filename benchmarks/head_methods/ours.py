@@ -1,22 +1,20 @@
-"""megatron_rlvr's head in its modes, the naive form, and the matrix product that none can do without."""
+"""megatron_rlvr's head in its modes, the naive form, and the matrix product that every method needs."""
 
 import torch
 
 from head_methods.workload import Inputs, Method, Outcome
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
-
-# Rows and columns of the tiles that the bare product is taken in: those of the head on a CPU.
-PRODUCT_TILE = (1024, 2048)
+from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 
 
 def mode_a(inputs: Inputs) -> Outcome:
-    """All rows forward, the selected ones backward: the entropies of the current policy are wanted."""
+    """All rows forward, the selected ones backward, as when the entropies of the current policy select."""
     logp, entropy = vocab_parallel_logp_entropy(inputs.hidden, inputs.weight, inputs.targets, tp_group=inputs.group)
     return Outcome(-logp[inputs.selected].sum(), logp, entropy)
 
 
 def mode_b(inputs: Inputs) -> Outcome:
-    """The selected rows only: the mask is known from the old policy's entropies."""
+    """Selected rows only, as when the mask is known from the old policy's entropies."""
     logp, entropy = vocab_parallel_logp_entropy(
         inputs.hidden, inputs.weight, inputs.targets, tp_group=inputs.group, rows=inputs.selected
     )
@@ -24,13 +22,13 @@ def mode_b(inputs: Inputs) -> Outcome:
 
 
 def dense(inputs: Inputs) -> Outcome:
-    """All rows forward and backward: what training on every token costs."""
+    """All rows forward and backward: the cost of training on every token."""
     logp, entropy = vocab_parallel_logp_entropy(inputs.hidden, inputs.weight, inputs.targets, tp_group=inputs.group)
     return Outcome(-logp.sum(), logp, entropy)
 
 
 def naive(inputs: Inputs) -> Outcome:
-    """The textbook: fp32 logits, log_softmax, gather, -sum p log p, autograd."""
+    """Textbook form: fp32 logits, log_softmax, gather, -sum p log p, autograd."""
     logits = inputs.hidden.float() @ inputs.weight.float().t()
     log_p = torch.log_softmax(logits, 1)
     logp = log_p.gather(1, inputs.targets.unsqueeze(1)).squeeze(1)
@@ -40,12 +38,13 @@ def naive(inputs: Inputs) -> Outcome:
 
 
 def product(inputs: Inputs) -> Outcome:
-    """hidden @ weight^T in tiles that are thrown away, in fp32."""
+    """Product hidden @ weight^T in fp32, in the head's tiles, which are discarded."""
+    height, width = TILE_SHAPE["cpu"]
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-    tile = torch.empty(PRODUCT_TILE)
-    for columns in weight.split(PRODUCT_TILE[1]):
+    tile = torch.empty(height, width)
+    for columns in weight.split(width):
         columns = columns.float()
-        for rows in hidden.split(PRODUCT_TILE[0]):
+        for rows in hidden.split(height):
             torch.mm(rows.float(), columns.t(), out=tile[: len(rows), : len(columns)])
     return Outcome(None)
 

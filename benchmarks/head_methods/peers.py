@@ -1,8 +1,8 @@
-"""What others use for the same, called as they call it; nothing of theirs is copied.
+"""The same computation by other libraries, called as they call it themselves; none of their code is copied.
 
 megatron-core is a dependency of this project. The others are installed beside it (benchmarks/requirements.txt), without
-their dependencies: where a package's top level imports more than the function needs, the module that holds the
-function is imported from its file.
+their dependencies: if a package's top level imports more than the function needs, the module of the function is
+imported from its file.
 """
 
 import importlib
@@ -21,12 +21,12 @@ from head_methods.workload import Inputs, Method, Outcome
 
 FOLDER = Path(__file__).parents[2] / "build" / "peers"
 INSTALL = "pip install --no-deps --target build/peers -r benchmarks/requirements.txt"
-# trl.trainer.utils passes it; importing that module would take accelerate, datasets and pandas.
+# The value that trl.trainer.utils passes; importing that module would require accelerate, datasets and pandas.
 TRL_CHUNK_SIZE = 32768
 
 
 def logits_of_megatron(inputs: Inputs) -> Tensor:
-    """[S, V / ranks] fp32, as Megatron's output layer makes them: in the dtype of the weights, then cast."""
+    """[S, V / ranks] fp32 logits as from Megatron's output layer: in the dtype of the weights, then cast."""
     from megatron.core import tensor_parallel
 
     hidden = tensor_parallel.copy_to_tensor_model_parallel_region(inputs.hidden)
@@ -34,7 +34,7 @@ def logits_of_megatron(inputs: Inputs) -> Tensor:
 
 
 def logp_of_megatron(logits: Tensor, targets: Tensor) -> Tensor:
-    """Megatron's cross-entropy overwrites its logits."""
+    """[S] log-probabilities by Megatron's cross-entropy, which overwrites the logits."""
     from megatron.core import tensor_parallel
 
     return -tensor_parallel.vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
@@ -42,7 +42,7 @@ def logp_of_megatron(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def log_sum_exp_minus_mean(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[S] entropy by the formula that verl uses, in torch and outside of autograd (which verl does not do)."""
+    """[S] entropies by the formula that verl uses, in torch and outside of autograd (unlike verl)."""
     maximum = logits.amax(1)
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
     p = (logits - maximum.unsqueeze(1)).exp_()
@@ -54,7 +54,7 @@ def log_sum_exp_minus_mean(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def load_megatron() -> Callable[[Inputs], Outcome]:
-    _tell_megatron_the_ranks()
+    _initialize_megatron()
 
     def megatron(inputs: Inputs) -> Outcome:
         logits = logits_of_megatron(inputs)
@@ -66,7 +66,7 @@ def load_megatron() -> Callable[[Inputs], Outcome]:
 
 
 def load_verl() -> Callable[[Inputs], Outcome]:
-    _tell_megatron_the_ranks()
+    _initialize_megatron()
     module = _module_from_file("verl", "verl.utils.megatron.tensor_parallel")
 
     def verl(inputs: Inputs) -> Outcome:
@@ -82,7 +82,7 @@ def load_verl() -> Callable[[Inputs], Outcome]:
 
 
 def load_trl() -> Callable[[Inputs], Outcome]:
-    # Backward asks trl.trainer.utils how to gather a weight that DeepSpeed ZeRO-3 has sharded: not at all, here.
+    # Backward calls trl.trainer.utils to gather a weight that DeepSpeed ZeRO-3 has sharded; here no weight is.
     gather = ModuleType("trl.trainer.utils")
     gather.maybe_gather_lm_head_ctx = lambda *weights: nullcontext()  # type: ignore[attr-defined]
     module = _module_from_file("trl", "trl.kernels.chunked_logprob", **{"trl.trainer.utils": gather})
@@ -132,7 +132,7 @@ def load_liger_cross_entropy() -> Callable[[Inputs], Outcome]:
     return liger_cross_entropy
 
 
-def _tell_megatron_the_ranks() -> None:
+def _initialize_megatron() -> None:
     from megatron.core import parallel_state
 
     if not parallel_state.is_initialized():
@@ -140,7 +140,7 @@ def _tell_megatron_the_ranks() -> None:
 
 
 def _find(package: str) -> Path:
-    """The folder of an installed package. What is in ``FOLDER`` is found last, so it shadows nothing."""
+    """Folder of an installed package. ``FOLDER`` is searched last, so its packages shadow no others."""
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     spec = importlib.util.find_spec(package)
@@ -150,7 +150,7 @@ def _find(package: str) -> Path:
 
 
 def _module_from_file(package: str, name: str, **stand_ins: ModuleType) -> ModuleType:
-    """Module ``name`` of a package whose ``__init__`` files are not run (they import Ray, accelerate, datasets...)."""
+    """Import module ``name`` without its package's ``__init__`` files, which import Ray, accelerate and datasets."""
     folder = _find(package)
     *parents, _ = name.split(".")
     for depth in range(1, len(parents) + 1):

@@ -1,4 +1,4 @@
-"""What every method is given and what it answers, and the float64 reference that answers are held against."""
+"""Inputs and outcome of every method, and the float64 reference that outcomes are compared with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Inputs:
         hidden: [S, H] leaf, the same on all ranks.
         weight: [V / ranks, H] leaf, this rank's rows of the output weight.
         targets: [S] int64 global token ids.
-        selected: [n] int64, the rows that carry a gradient, in order.
-        group: the ranks that share the vocabulary.
+        selected: [n] int64, the rows that carry a gradient, ascending.
+        group: Ranks that share the vocabulary.
     """
 
     hidden: Tensor
@@ -29,11 +29,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A method's answer.
+    """Result of a method's forward pass.
 
     Attributes:
-        loss: what backward starts from; None for a method without one.
-        logp, entropy: [S], or [n] of the selected rows; None where the method has none.
+        loss: Scalar to differentiate; None for a method without a backward.
+        logp: [S] nats, or [n] of the selected rows; None if the method does not return it.
+        entropy: [S] nats, or [n] of the selected rows; None if the method does not return it.
     """
 
     loss: Tensor | None
@@ -43,17 +44,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """A competitor.
+    """A method to measure.
 
     Attributes:
-        label: its name in the table.
-        load: imports what it needs and returns the function; ModuleNotFoundError where that is not installed.
-        dense: whether the loss is over all rows instead of the selected ones.
-        selected_only: whether it answers for the selected rows only.
-        tensor_parallel: whether it can share the vocabulary over ranks.
-        backward: whether there is a backward to time.
-        peer: whether it is somebody else's, and may fail to run here.
-        note: what a reader must know to compare it.
+        label: Name in the table.
+        load: Imports the libraries and returns the function; raises ModuleNotFoundError if they are not installed.
+        dense: Whether the loss is over all rows instead of the selected ones.
+        selected_only: Whether the outcome has the selected rows only.
+        tensor_parallel: Whether the method supports a vocabulary sharded over ranks.
+        backward: Whether there is a backward to time.
+        peer: Whether the method is from another library, and may fail to run here.
+        note: Remark that a reader needs to compare the method.
     """
 
     label: str
@@ -69,7 +70,7 @@ class Method:
 def make_inputs(
     shape: tuple[int, int, int], dtype: torch.dtype, fraction: float, group: dist.ProcessGroup, seed: int = 0
 ) -> Inputs:
-    """A workload with flat and peaked rows: the deviation of a row's logits is log-uniform in 1 .. 10.
+    """Draw a workload with flat and peaked rows: the deviation of a row's logits is log-uniform in 1 .. 10.
 
     Every rank draws the same numbers and keeps its rows of the weight.
     """
@@ -85,9 +86,9 @@ def make_inputs(
 
 
 def largest_errors(method: Method, outcome: Outcome, inputs: Inputs) -> dict[str, float]:
-    """How far a method's answer and gradients (already in ``.grad``) are from float64, on small inputs.
+    """Errors of a method's outcome and gradients (already in ``.grad``) against float64, on small inputs.
 
-    Values by the largest difference in nats, gradients by the norm of the difference relative to the norm.
+    Returns: For values the largest difference in nats, for gradients the norm of the difference relative to the norm.
     """
     shards = [torch.empty_like(inputs.weight) for _ in range(dist.get_world_size(inputs.group))]
     dist.all_gather(shards, inputs.weight.detach(), group=inputs.group)
@@ -99,13 +100,13 @@ def largest_errors(method: Method, outcome: Outcome, inputs: Inputs) -> dict[str
     (-(logp if method.dense else logp[inputs.selected]).sum()).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    answered = inputs.selected if method.selected_only else slice(None)
+    rows = inputs.selected if method.selected_only else slice(None)
     grad_weight = weight.grad.chunk(len(shards))[dist.get_rank(inputs.group)]
     errors = {}
     if outcome.logp is not None:
-        errors["logp"] = float((outcome.logp - logp[answered]).abs().max())
+        errors["logp"] = float((outcome.logp - logp[rows]).abs().max())
     if outcome.entropy is not None:
-        errors["entropy"] = float((outcome.entropy - entropy[answered]).abs().max())
+        errors["entropy"] = float((outcome.entropy - entropy[rows]).abs().max())
     if method.backward:
         errors["dhidden"] = _relative(inputs.hidden.grad, hidden.grad)
         errors["dweight"] = _relative(inputs.weight.grad, grad_weight)
