@@ -141,7 +141,7 @@ class Learner:
             )
 
     def _mask_by_current_entropy(self, step: int) -> MaskOfEntropy:
-        """Function that selects tokens of a micro-batch by the entropies of the policy in training, inside its pass.
+        """Return a function that selects tokens of a micro-batch inside the training pass, by its current entropies.
 
         An entropy that is not finite stops only the last stage of this data-parallel replica: in the middle of a
         pipeline there is no point at which all ranks could agree. The other ranks wait until the launcher ends them,
@@ -190,12 +190,12 @@ class Learner:
         gap_sum, entropy_sum, staleness_sum, fresh_count, count = sums.tolist()
         mean_gap, limit = gap_sum / max(1.0, fresh_count), self._settings.rollout.max_logprob_gap
         if mean_gap > limit:
-            reason = "the engine sampled from other weights"
+            reason = "the engine sampled from other weights or in another precision; check sync and model.dtype"
             if least > (self._settings.rollout.overlap == "one_step"):
                 reason = f"the newest tokens are {least:g} steps old; lower rollout.max_staleness or the learning rate"
             raise LogprobGapError(
                 f"step {step}: log-probabilities at sampling differ from the policy's by {mean_gap:.3g} nats on "
-                f"average, above rollout.max_logprob_gap {limit:g}: {reason}"
+                f"average, above rollout.max_logprob_gap={limit:g}: {reason}"
             )
         return {
             "rollout/logprob_gap_mean": mean_gap,

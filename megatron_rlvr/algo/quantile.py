@@ -191,7 +191,7 @@ def _count(candidates: Tensor, shift: int, bits: int) -> Tensor:
 
 
 def _narrow(candidates: Tensor, shift: int, bits: int, digit: int, buffer: Tensor) -> Tensor:
-    """Return the candidates with this digit, moved to the front of ``buffer``, which may be where they are."""
+    """Return the candidates with this digit, moved to the front of ``buffer``, which may already hold them."""
     size = 0
     for block in _blocks(candidates):
         remaining = block[_digits(block, shift, bits) == digit]

@@ -1,4 +1,4 @@
-"""The losses against numbers worked out by hand, and against a token-by-token reference in float64."""
+"""The losses against numbers computed by hand, and against a token-by-token reference in float64."""
 
 import math
 import random
@@ -327,7 +327,7 @@ def test_without_dual_clip_an_overflow_is_finite_as_well():
 
 @every_loss
 def test_loss_and_gradients_do_not_depend_on_how_sequences_fall_into_micro_batches(settings):
-    """The sum over parts is the sum over all, and a token's gradient is the same in any company and order."""
+    """The sum over parts is the sum over all, and a token's gradient does not depend on other sequences or on order."""
     tokens = random_tokens(seed=1, n=60, sequences=7)
     whole = run(tokens, **settings)
     slope_of = dict(zip(tokens, whole.slopes, strict=True))
