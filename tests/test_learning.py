@@ -1,4 +1,4 @@
-"""The whole thing learns: a random model, rewarded for a letter, comes to write it. Real Megatron, two ranks."""
+"""A whole run learns: a random model that is rewarded for a letter learns to write it. Real Megatron, two ranks."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def many_a(prompt, response):
 
 
 def accuracies(tmp_path: Path, write_config: Callable[..., Path], name: str, **sections: dict[str, Any]) -> list[float]:
-    """Share of right answers among everything sampled in each step."""
+    """Fraction of correct answers among all completions sampled in each step."""
     (tmp_path / "letters.py").write_text(LETTER_REWARD, encoding="utf-8")
     config = write_config(
         run={"dir": str(tmp_path / name), "steps": 20},
@@ -38,7 +38,7 @@ def test_the_reward_goes_up(tmp_path, write_config):
 
 
 def test_a_whole_run_is_the_same_in_every_layout(tmp_path, write_config):
-    """Samples, mask, loss and gradient of three steps; from then on a rounding error may flip a sample."""
+    """Completions, mask, loss and gradient of three steps; later a rounding error may change a sampled token."""
     (tmp_path / "letters.py").write_text(LETTER_REWARD.replace(">= 3", ">= 1"), encoding="utf-8")
     layouts: dict[str, tuple[int, dict[str, Any]]] = {
         "one rank": (0, {}),
@@ -63,7 +63,7 @@ def test_a_whole_run_is_the_same_in_every_layout(tmp_path, write_config):
         runs[name] = [json.loads(line) for line in lines]
     compared = [key for key in runs["one rank"][0] if not key.startswith("time/") and "per_second" not in key]
     assert {"selection/threshold", "train/loss", "train/grad_norm", "reward/mean"} <= set(compared)
-    compared = [key for key in compared if "logprob_gap" not in key]  # is nothing but rounding errors
+    compared = [key for key in compared if "logprob_gap" not in key]  # consists of rounding errors
     for name, steps in runs.items():
         for step, expected in zip(steps, runs["one rank"], strict=True):
             assert {key: step[key] for key in compared} == pytest.approx(

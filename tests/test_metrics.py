@@ -1,4 +1,4 @@
-"""What a run leaves behind, read back as others would: by line, by TensorBoard's own reader, by a stub of W&B."""
+"""Logs of a run, read back as other programs read them: by line, by TensorBoard's reader, by a stub of W&B."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def lines_of(path: Path) -> list[Any]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def test_a_line_a_step_with_null_for_what_json_has_no_number_for(tmp_path: Path):
+def test_a_step_is_a_line_with_null_for_values_that_json_does_not_have(tmp_path: Path):
     log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True)
     log.write(0, {"eval/set/accuracy": 0.25})
     log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e-300, "e": 3.0})
@@ -51,18 +51,18 @@ from megatron_rlvr.config import LogSettings
 from megatron_rlvr.metrics import MetricsLog
 log = MetricsLog(Path(sys.argv[1]), LogSettings(tensorboard=False), None, enabled=True)
 for step in range(1, 4):
-    log.write(step, {f"figure {i}": i / 3 for i in range(int(sys.argv[2]))} | {"last": float("nan")})
+    log.write(step, {f"metric {i}": i / 3 for i in range(int(sys.argv[2]))} | {"last": float("nan")})
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.parametrize("metrics", [30, 3000])  # of which the latter is longer than any buffer
-def test_every_line_is_whole_when_the_process_is_killed(tmp_path: Path, metrics: int):
+def test_every_line_is_complete_when_the_process_is_killed(tmp_path: Path, metrics: int):
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(metrics)]
     assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
     lines = lines_of(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
-    expected = {f"figure {i}": i / 3 for i in range(metrics)} | {"last": None}
+    expected = {f"metric {i}": i / 3 for i in range(metrics)} | {"last": None}
     assert all(line == {"step": line["step"]} | expected for line in lines)
 
 
@@ -84,7 +84,7 @@ def test_tensorboard_gets_the_same_values(tmp_path: Path):
 
 
 class StubRun:
-    """What wandb.init returns."""
+    """Stands in for the object that wandb.init returns."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[dict[str, float], int]] = []
@@ -98,7 +98,7 @@ class StubRun:
 
 
 @pytest.mark.parametrize("project", [None, "forks"])
-def test_wandb_gets_settings_and_figures_and_is_finished_once(
+def test_wandb_gets_settings_and_metrics_and_is_finished_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str | None
 ):
     run, calls = StubRun(), []
@@ -127,7 +127,7 @@ def test_wandb_gets_settings_and_figures_and_is_finished_once(
 
 
 class Words:
-    """A tokenizer of sixteen words."""
+    """A tokenizer whose tokens are words."""
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"w\u00f6rd{i}" for i in ids)
@@ -136,16 +136,16 @@ class Words:
 def group_of(number: int) -> Group:
     prompt = Prompt(f"set/{number}", np.array([number, 15], dtype=np.int32), f"gold {number}", "set")
     completions = []
-    for sample in range(2):
-        reason: FinishReason = ("stop", "length")[sample]  # type: ignore[assignment]
-        token_ids = np.array([number, sample, 14][: 3 - sample], dtype=np.int32)
+    for index in range(2):
+        reason: FinishReason = ("stop", "length")[index]  # type: ignore[assignment]
+        token_ids = np.array([number, index, 14][: 3 - index], dtype=np.int32)
         completions.append(
-            Completion(prompt.id, sample, token_ids, np.zeros(3 - sample, np.float32), reason, 0 * token_ids)
+            Completion(prompt.id, index, token_ids, np.zeros(3 - index, np.float32), reason, 0 * token_ids)
         )
     return Group(prompt, completions, [Grade(1.0, True), Grade(-1.5, False, "timeout after 2 s")])
 
 
-def test_sampled_text_is_written_with_its_grade_a_group_after_the_other(tmp_path: Path):
+def test_sampled_text_is_written_with_its_grade_one_completion_of_each_group_at_a_time(tmp_path: Path):
     log = MetricsLog(tmp_path, LogSettings(tensorboard=False, rollouts=4), SETTINGS, enabled=True)
     groups = [group_of(number) for number in range(3)]
     log.write_rollouts(7, groups, Words())
@@ -161,7 +161,7 @@ def test_sampled_text_is_written_with_its_grade_a_group_after_the_other(tmp_path
         "finish_reason": "stop",
         "tokens": 3,
     }
-    # The first sample of every group before the second of any.
+    # The first completion of every group before the second of any.
     assert [(line["prompt_id"], line["tokens"]) for line in lines] == [
         ("set/0", 3),
         ("set/1", 3),
@@ -179,7 +179,7 @@ def test_sampled_text_is_written_with_its_grade_a_group_after_the_other(tmp_path
     log.close()
 
 
-def test_nothing_is_written_where_it_is_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_written_on_other_ranks_or_if_it_is_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
     other_rank = MetricsLog(tmp_path, LogSettings(wandb=True), SETTINGS, enabled=False)
     other_rank.write(1, {"a": 1.0})

@@ -1,4 +1,4 @@
-"""The recipes in examples/: each passes `--check` on the published shapes for its ranks, and is what the paper sets."""
+"""The recipes in examples/: each passes `--check` for its ranks on the published shapes, and has the paper's values."""
 
 import json
 import re
@@ -18,8 +18,9 @@ from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.reward.math import math_reward
-from megatron_rlvr.startup.resolve import Resolved, describe_plan, resolve
-from megatron_rlvr.train import check_megatron
+from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.layout_checks import check_megatron
+from megatron_rlvr.startup.resolve import Resolved, resolve
 
 EXAMPLES = tiny.CHECKOUT / "examples"
 PUBLISHED = Path(__file__).parent / "published"
@@ -53,7 +54,7 @@ def differences(one: str, other: str) -> set[str]:
 
 
 def numbers_of(model: str) -> dict[str, int]:
-    """The numbers that run.sh sets."""
+    """{name: number} of the numbers in run.sh."""
     text = (EXAMPLES / model / "run.sh").read_text()
     return {name: int(value) for name, value in re.findall(r"\b([A-Z_]+)=(\d+)\b", text)}
 
@@ -67,7 +68,7 @@ def prepare(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
 
 
 def dapo_row(text: str, answer: str, index: str, *, instructed: bool = True) -> dict[str, Any]:
-    """A row as BytedTsinghua-SIA publishes it."""
+    """A row of DAPO-Math-17k as BytedTsinghua-SIA publishes it."""
     content = BEFORE + text + AFTER if instructed else text
     return {
         "data_source": "math_dapo",
@@ -84,7 +85,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/ as the recipes name it, made by the program from files in the published layouts."""
+    """The folder data/ of the recipes, made by prepare_data.py from files in the published layouts."""
     folder = tmp_path_factory.mktemp("published_data")
     additions = [(f"What is {i} + {2 * i}?", str(3 * i)) for i in range(600)]
     copies = [dapo_row(text, answer, f"uuid-{text}") for _ in range(3) for text, answer in additions]
@@ -102,7 +103,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def test_dapo_is_freed_of_repeats_and_instructions_and_framed_as_in_the_paper(tmp_path: Path) -> None:
+def test_dapo_loses_duplicates_and_instructions_and_gets_the_papers_prompt(tmp_path: Path) -> None:
     rows = [dapo_row("What is $1+1$?\u2028So?", "2", "a"), dapo_row("Twice?", "4", "b"), dapo_row("Twice?", "5", "c")]
     rows = [*rows * 100, dapo_row("Bare", "7", "d", instructed=False)]
     source = tiny.write_rows(tmp_path / "dapo.parquet", rows)
@@ -148,7 +149,7 @@ def test_all_published_layouts_of_aime_give_the_same_file(tmp_path: Path) -> Non
     assert found[1:] == found[:1] * 3
 
 
-def test_what_is_prepared_is_what_the_policy_reads_and_the_reward_grades(data: Path, tmp_path: Path) -> None:
+def test_prepared_problems_are_read_by_the_policy_and_graded_by_the_reward(data: Path, tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path, chat_template=tiny.TEMPLATE)
     tokenizer = load_tokenizer(tmp_path)
     settings = settings_of("qwen3_8b/forking_20k").data
@@ -171,7 +172,7 @@ def test_what_is_prepared_is_what_the_policy_reads_and_the_reward_grades(data: P
         (["good.jsonl", "bad.jsonl"], "bad.jsonl, line 1: no column prompt"),
     ],
 )
-def test_what_cannot_be_prepared_is_one_line_and_leaves_the_old_file(
+def test_rows_that_cannot_be_prepared_are_one_line_and_leave_the_old_file(
     arguments: list[str], part: str, tmp_path: Path
 ) -> None:
     tiny.write_rows(tmp_path / "good.jsonl", [{"problem": "p", "answer": "1"}])
@@ -194,7 +195,7 @@ def test_what_cannot_be_prepared_is_one_line_and_leaves_the_old_file(
     ("model", "billions", "without_embeddings"),
     [("qwen3_8b", 8.2, 6.95), ("qwen3_14b", 14.8, 13.2), ("qwen3_32b", 32.8, 31.2)],  # Qwen's model cards
 )
-def test_the_kept_configs_have_the_published_numbers_of_parameters(
+def test_the_published_configs_have_the_published_numbers_of_parameters(
     model: str, billions: float, without_embeddings: float
 ) -> None:
     import torch
@@ -213,8 +214,7 @@ def test_the_kept_configs_have_the_published_numbers_of_parameters(
 
 @pytest.fixture
 def checkout(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A folder with all that a recipe names, from which it is checked: its model has the published shape, and no
-    weight."""
+    """Makes a folder with all files that a recipe names: the model has the published shape, and no weights."""
 
     def lay_out(recipe: str) -> Path:
         model = tmp_path / settings_of(recipe).model.path
@@ -231,9 +231,9 @@ def checkout(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 def checked(recipe: str) -> Resolved:
-    """What `--check` does, in this process."""
+    """The resolved settings of a recipe, checked as by `--check`."""
     resolved = resolve(settings_of(recipe))
-    check_megatron(resolved, running=False)
+    check_megatron(resolved.settings, resolved.hf_config, kernels=False)
     return resolved
 
 
@@ -270,7 +270,7 @@ def test_the_launch_script_prints_the_plan(checkout: Callable[[str], Path]) -> N
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_launch_script_checks_for_the_recipes_ranks(model: str, tmp_path: Path) -> None:
-    """By a python that tells what it was given."""
+    """A stand-in for python prints its arguments."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$WORLD_SIZE" "$@"\n')
     python.chmod(0o755)
@@ -281,9 +281,9 @@ def test_the_launch_script_checks_for_the_recipes_ranks(model: str, tmp_path: Pa
     assert said == f"{ranks} -m megatron_rlvr.train {config} --run.seed 3 --check\n"
 
 
-# What the recipes say ------------------------------------------------------------------------------------------------
+# Values of the recipes -----------------------------------------------------------------------------------------------
 
-# By hand from arXiv 2506.01939v2, section 5.2, and the script that its authors released.
+# Copied by hand from arXiv 2506.01939v2, section 5.2, and the script that its authors released.
 PAPER = {
     "data.max_prompt_tokens": 2048,
     "rollout.group_size": 16,
@@ -315,7 +315,7 @@ CAP = {"20k": 20480, "29k": 29696}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_hyper_parameters_are_the_papers(recipe: str) -> None:
+def test_hyper_parameters_are_those_of_the_paper(recipe: str) -> None:
     values = values_of(recipe)
     kind, size = re.fullmatch(r".*/(forking|all_tokens)_(20k|29k)", recipe).groups()  # type: ignore[union-attr]
     assert {key: values[key] for key in PAPER} == PAPER
@@ -324,25 +324,25 @@ def test_hyper_parameters_are_the_papers(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_a_reader_looks_for_stands_in_the_file(recipe: str) -> None:
+def test_every_value_of_the_paper_is_written_in_the_recipe(recipe: str) -> None:
     """A default may change; a recipe must not."""
     written = yaml.safe_load((EXAMPLES / f"{recipe}.yaml").read_text())
     stated = {f"{section}.{key}" for section, values in written.items() for key in values}
-    implied = {"rollout.overlap", "loss.rollout_correction"}  # of which the paper has nothing
+    implied = {"rollout.overlap", "loss.rollout_correction"}  # the paper does not mention them
     assert PAPER.keys() - stated == implied
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_baseline_differs_in_the_mask_alone(model: str) -> None:
+def test_a_baseline_differs_only_in_the_mask(model: str) -> None:
     mask = {"selection.keep", "selection.fraction", "run.dir"}
     assert differences(f"{model}/forking_20k", f"{model}/all_tokens_20k") == mask
-    # Its second stage goes on from its own first.
+    # Its second stage starts from the export of its own first stage.
     assert differences(f"{model}/forking_29k", f"{model}/all_tokens_29k") == mask | {"model.path"}
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["forking", "all_tokens"])
-def test_the_second_stage_goes_on_from_the_export_of_the_first_and_differs_in_length(kind: str, model: str) -> None:
+def test_the_second_stage_starts_from_the_export_of_the_first_and_differs_in_length(kind: str, model: str) -> None:
     first, second = f"{model}/{kind}_20k", f"{model}/{kind}_29k"
     assert differences(first, second) == {"run.dir", "model.path", "rollout.max_response_tokens"}
     assert settings_of(second).model.path == f"{settings_of(first).run.dir}/hf"
@@ -355,7 +355,7 @@ def test_servers_and_ranks_of_settings_and_launch_script_agree(model: str) -> No
     if settings.rollout.colocated:
         assert numbers["SERVERS"] * numbers["SERVER_TENSOR"] == numbers["RANKS"] == 8
         assert len(settings.rollout.servers) == numbers["SERVERS"]
-        assert settings.sync.method == "disk"  # a process group cannot hold two ranks of one GPU
+        assert settings.sync.method == "disk"  # a process group cannot have two ranks on one GPU
     else:
         assert numbers["TRAIN_NODES"] * numbers["RANKS_PER_NODE"] == numbers["RANKS"]
         assert len(settings.rollout.servers) == numbers["SERVER_NODES"] * 8 // numbers["SERVER_TENSOR"]
@@ -369,7 +369,7 @@ GPU_BYTES = 79.6 * 2**30  # of an H100 with 80 GB, as its driver counts
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.endswith("29k")])  # the longer is the larger
 def test_training_and_servers_fit_on_gpus_of_80_gb(recipe: str, checkout: Callable[[str], Path]) -> None:
-    """By the planner, whose metrics its own tests hold against what is measured."""
+    """According to the planner, whose own tests compare it with measurements."""
     checkout(recipe)
     settings, numbers = settings_of(recipe), numbers_of(recipe.split("/")[0])
     shared = settings.rollout.colocated
@@ -388,7 +388,7 @@ def test_training_and_servers_fit_on_gpus_of_80_gb(recipe: str, checkout: Callab
     assert done.returncode == 0, done.stderr
     best = json.loads(done.stdout)["best"]
     assert (best["parallel"]["tensor"], best["fits"]) == (settings.parallel.tensor, True)
-    if shared:  # also if the trainer keeps hold of all that a step has taken
+    if shared:  # also if the trainer's allocator keeps all memory of its peak
         share = re.search(
             r"^SERVER_SHARE=([0-9.]+)$", (EXAMPLES / recipe).with_name("run.sh").read_text(), re.MULTILINE
         )
@@ -401,7 +401,7 @@ def test_training_and_servers_fit_on_gpus_of_80_gb(recipe: str, checkout: Callab
 
 @pytest.mark.parametrize("model", ["qwen3_14b", "qwen3_32b"])
 def test_the_launch_script_submits_the_recipe_with_its_nodes(model: str, tmp_path: Path) -> None:
-    """To a `sbatch` that tells what it was given: a real one is in tests/cluster."""
+    """A stand-in for sbatch prints its arguments; tests/cluster uses a real one."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\necho "$SERVER_NODES $SERVER_TENSOR $RANKS_PER_NODE"; printf "%s\\n" "$@"\n')
     sbatch.chmod(0o755)
@@ -429,7 +429,7 @@ def test_the_launch_script_names_the_recipes(arguments: list[str], part: str, mo
     assert "all_tokens_29k" in done.stderr
 
 
-def test_wrong_settings_end_before_a_server_starts(tmp_path: Path) -> None:
+def test_wrong_settings_are_refused_before_a_server_starts(tmp_path: Path) -> None:
     command: list[str | Path] = [EXAMPLES / "qwen3_8b/run.sh", "forking_20k", "--run.stepz", "3"]
     environment = tiny.environment(PYTHON=sys.executable)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -438,8 +438,8 @@ def test_wrong_settings_end_before_a_server_starts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_shared_node_is_launched_with_the_recipes_model_and_servers(checkout: Callable[[str], Path]) -> None:
-    """As far as a machine without a GPU goes: the launcher has read its command, and looks for GPUs."""
+def test_the_launcher_of_one_node_gets_the_recipes_model_and_servers(checkout: Callable[[str], Path]) -> None:
+    """Without a GPU the launcher reads its command and then finds too few GPUs."""
     folder = checkout("qwen3_8b/forking_29k")
     python = folder / "python"  # of an environment with SGLang
     python.write_text("#!/bin/sh\n")
@@ -454,7 +454,7 @@ def test_the_shared_node_is_launched_with_the_recipes_model_and_servers(checkout
     assert "runs/qwen3_8b/forking_20k/hf is no model" in done.stderr
 
 
-def test_the_readme_points_at_what_is_there() -> None:
+def test_links_and_paths_in_the_readme_exist() -> None:
     text = (EXAMPLES / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (EXAMPLES / link).exists(), link
@@ -469,7 +469,7 @@ SCRIPTS = sorted(
 )
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_shellcheck_finds_nothing() -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
     command = [shellcheck, "--severity", "warning", "--exclude", "SC1007", "-x", "-P", "SCRIPTDIR", *SCRIPTS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

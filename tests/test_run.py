@@ -1,6 +1,6 @@
-"""Whole runs, as a user starts them: real formats, a reward function of the user's, every way to select, signals.
+"""Whole runs, as a user starts them: real data formats, a user's reward function, every selection, signals.
 
-A run spends seconds on imports, so all of them start in the background, two at a time, when the first test asks.
+A run spends seconds on imports, so all runs start in the background, two at a time, when the first test needs one.
 """
 
 import json
@@ -33,12 +33,12 @@ WHEN_TRAINED = {
     "entropy/selected_mean", "train/loss", "train/grad_norm", "train/clip_fraction",
 }  # fmt: skip
 
-PROMPTS, SAMPLES, MINI_BATCHES = 4, 4, 2  # of tiny.settings_for
+PROMPTS, MINI_BATCHES = 4, 2  # as in tiny.settings_for
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind."""
+    """A run that has ended: its folder and its output."""
 
     folder: Path
     status: int
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl. NaN and infinity, which Python would read, are no JSON."""
+        """The lines of metrics.jsonl. NaN and infinity fail: Python reads them, but they are not JSON."""
         text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
         return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
@@ -61,14 +61,14 @@ class Run:
         return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
 
     def sampled(self, step: int) -> list[dict[str, Any]]:
-        """The responses written out for people to read."""
+        """The responses of a step in rollouts/."""
         text = (self.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended that was sent a signal."""
+    """The end of a run that was sent a signal, and the processes that remained."""
 
     run: Run
     seconds: float
@@ -78,7 +78,7 @@ class Ending:
 
 # Starting all runs --------------------------------------------------------------------------------------------------
 
-# Signal, ranks under torchrun, whether it goes to all processes as Ctrl-C does in a terminal.
+# (signal, ranks under torchrun, True if it is sent to all processes as Ctrl-C in a terminal is)
 STOPS = {
     "interrupted": (signal.SIGINT, 0, True),
     "terminated": (signal.SIGTERM, 0, False),
@@ -114,7 +114,7 @@ for config in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def background(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[dict[str, "Future[Any]"]]:
-    """Every run of this file, by name, on its way."""
+    """{name: future} of every run in this file."""
     place = tmp_path_factory.mktemp("runs")
     (place / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
     pool = ThreadPoolExecutor(max_workers=2)
@@ -124,7 +124,7 @@ def background(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterato
 
 @pytest.fixture(scope="module")
 def finished(background: dict[str, "Future[Any]"]) -> Callable[[str], Run]:
-    """The run of a name, once it has ended by itself."""
+    """Waits for a run by its name, which must end by itself."""
     return lambda name: background[name].result()[name]
 
 
@@ -187,7 +187,7 @@ def _fork_all(configs: dict[str, Path], place: Path) -> dict[str, Run]:
 
 
 def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all: bool) -> Ending:
-    """Starts a run that would not end, waits for its second step, sends the signal, and looks what is left."""
+    """Start an endless run, send the signal after its second step, and collect the processes that remain."""
     with (folder.with_suffix(".stdout")).open("w+") as out, (folder.with_suffix(".stderr")).open("w+") as err:
         trainer = psutil.Popen(
             tiny.command(config, ranks=ranks),
@@ -231,7 +231,7 @@ def tensors(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "verl", "aime"])
-def test_a_model_that_is_never_right_gives_up_politely(name: str, finished: Callable[[str], Run]) -> None:
+def test_a_model_that_is_never_correct_trains_on_nothing_and_warns(name: str, finished: Callable[[str], Run]) -> None:
     run = finished(name)
     assert run.status == 0, run.stderr
     assert [line["step"] for line in run.steps] == [1, 2]
@@ -243,7 +243,7 @@ def test_a_model_that_is_never_right_gives_up_politely(name: str, finished: Call
         assert line["rollout/groups_dropped"] == line["rollout/groups_sampled"] >= PROMPTS
         assert line["train/skipped_steps"] == 0
     warnings = [line for line in run.stderr.splitlines() if "trains on 0 of 4 groups" in line]
-    assert [f"step {n} goes" in line for n, line in enumerate(warnings, start=1)] == [True, True]
+    assert [f"step {n} trains" in line for n, line in enumerate(warnings, start=1)] == [True, True]
     assert "Traceback" not in run.stderr
     assert [line for line in run.stdout.splitlines() if line.startswith("step ")][1].startswith("step 2/2")
 
@@ -265,7 +265,7 @@ def test_the_saved_settings_are_those_of_the_run(finished: Callable[[str], Run])
         assert load_settings(run.folder / "config.yaml") == load_settings(run.folder.parent / f"{name}.yaml")
 
 
-def test_prompts_reach_the_model_as_the_template_has_them(finished: Callable[[str], Run]) -> None:
+def test_prompts_reach_the_model_with_the_template_applied(finished: Callable[[str], Run]) -> None:
     texts = {text for text, _ in tiny.PROBLEMS}
     answers = {text: str(answer) for text, answer in tiny.PROBLEMS}
     for name, before, after in (
@@ -284,7 +284,7 @@ def test_prompts_reach_the_model_as_the_template_has_them(finished: Callable[[st
             assert not line["correct"]
 
 
-def test_a_tokenizer_of_ones_own_travels_with_the_export_and_with_checkpoints(finished: Callable[[str], Run]) -> None:
+def test_the_tokenizer_of_the_settings_is_in_the_export_and_in_checkpoints(finished: Callable[[str], Run]) -> None:
     from megatron_rlvr.data.tokenizer import load_tokenizer
 
     run = finished("aime")
@@ -294,7 +294,7 @@ def test_a_tokenizer_of_ones_own_travels_with_the_export_and_with_checkpoints(fi
         assert load_tokenizer(run.folder / folder).encode(text) == own.encode(text), folder
 
 
-def test_evaluation_frames_a_run(finished: Callable[[str], Run]) -> None:
+def test_a_run_is_evaluated_before_and_after_and_every_k_steps(finished: Callable[[str], Run]) -> None:
     unrewarded, even = finished("gsm8k"), finished("even")
     assert [line["step"] for line in unrewarded.lines if "eval/held_out/accuracy" in line] == [0, 2]
     assert [line["step"] for line in even.lines if "eval/held_out/accuracy" in line] == [0, 1, 2]
@@ -303,12 +303,12 @@ def test_evaluation_frames_a_run(finished: Callable[[str], Run]) -> None:
     assert even.summary["accuracy_after"] == last["eval/held_out/accuracy"]
     assert first["eval/held_out/accuracy"] * 40 == pytest.approx(round(first["eval/held_out/accuracy"] * 40))
     assert 0 < first["eval/held_out/accuracy"] <= first["eval/held_out/pass_at_2"] < 1.01
-    # The same random streams and, where nothing was learnt, the same weights.
+    # The same random streams and, as nothing was learned, the same weights.
     evaluations = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in unrewarded.lines]
     assert evaluations[0] == evaluations[2]
 
 
-# A reward that tells responses apart --------------------------------------------------------------------------------
+# A user's reward function --------------------------------------------------------------------------------------------
 
 
 def test_a_users_reward_trains(finished: Callable[[str], Run]) -> None:
@@ -331,8 +331,8 @@ def test_a_users_reward_trains(finished: Callable[[str], Run]) -> None:
 
 
 @pytest.mark.parametrize("name", ["even", "random", "weighted", "current"])
-def test_the_engine_samples_from_the_policys_weights(name: str, finished: Callable[[str], Run]) -> None:
-    # Groups carried over from the step before were sampled from other weights, and say nothing about the engine.
+def test_the_engine_samples_from_the_weights_of_the_policy(name: str, finished: Callable[[str], Run]) -> None:
+    # Groups carried over from the previous step were sampled from older weights; the metric leaves them out.
     gaps = [line["rollout/logprob_gap_mean"] for line in finished(name).steps]
     assert max(gaps) < 1e-4
     assert min(gaps) >= 0
@@ -343,17 +343,17 @@ def test_the_fraction_is_exact_in_each_mini_batch(name: str, finished: Callable[
     for line in finished(name).steps:
         kept, total = line["selection/tokens"], line["selection/tokens"] / line["selection/fraction"]
         assert total == pytest.approx(round(total))
-        assert 0.2 * total <= kept < 0.2 * total + MINI_BATCHES  # rounded up once a mini-batch
+        assert 0.2 * total <= kept < 0.2 * total + MINI_BATCHES  # rounded up once per mini-batch
 
 
-def test_the_reward_is_what_the_function_says(finished: Callable[[str], Run]) -> None:
+def test_the_reward_is_the_value_of_the_function(finished: Callable[[str], Run]) -> None:
     sampled = [line for step in (1, 2) for line in finished("even").sampled(step)]
     assert [line["correct"] for line in sampled] == [len(line["response"]) % 2 == 0 for line in sampled]
     assert [line["reward"] for line in sampled] == [1.0 if line["correct"] else -1.0 for line in sampled]
     assert {line["failure"] for line in sampled} == {None}
 
 
-def test_the_export_loads_and_has_learnt(finished: Callable[[str], Run], model: Path) -> None:
+def test_the_export_loads_and_its_weights_have_changed(finished: Callable[[str], Run], model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -369,7 +369,7 @@ def test_the_export_loads_and_has_learnt(finished: Callable[[str], Run], model: 
     assert len(AutoTokenizer.from_pretrained(export)) == 320
 
 
-def test_exports_on_the_way_are_the_model_of_their_step(finished: Callable[[str], Run], model: Path) -> None:
+def test_an_export_during_the_run_is_the_model_of_its_step(finished: Callable[[str], Run], model: Path) -> None:
     exports = finished("even").folder / "exports"
     assert sorted(path.name for path in exports.iterdir()) == ["step_000001", "step_000002"]
     start, first, second, last = map(
@@ -406,7 +406,7 @@ def first_step(run: Run) -> dict[str, Any]:
     return run.lines[0]
 
 
-def test_selection_changes_the_loss_and_not_the_rollout(finished: Callable[[str], Run]) -> None:
+def test_selection_changes_the_loss_but_not_the_rollout(finished: Callable[[str], Run]) -> None:
     names = ("bottom", "all", "current", "rollout_batch", "all_tokens", "selected_tokens")
     firsts = [first_step(finished(name)) for name in names]
     for key in ("reward/mean", "entropy/mean", "rollout/response_tokens"):
@@ -452,7 +452,7 @@ def test_the_whole_rollout_has_one_threshold(finished: Callable[[str], Run]) -> 
     assert first_step(finished("rollout_batch"))["entropy/selected_mean"] > 0
 
 
-def test_normalizers_differ_by_the_share_of_selected_tokens(finished: Callable[[str], Run]) -> None:
+def test_normalizers_differ_by_the_fraction_of_selected_tokens(finished: Callable[[str], Run]) -> None:
     paper, code = first_step(finished("all_tokens")), first_step(finished("selected_tokens"))
     share = paper["selection/fraction"]
     assert code["train/grad_norm"] == pytest.approx(paper["train/grad_norm"] / share, rel=1e-5)
@@ -480,13 +480,13 @@ def test_a_signal_ends_the_run_and_leaves_nothing_behind(name: str, background: 
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 2
     assert not (ending.run.folder / "summary.json").exists()
-    told = f"stopped by SIGINT; {ending.run.folder}/metrics.jsonl is complete"
-    assert ending.run.stderr.splitlines().count(told) == (signum == signal.SIGINT)
-    told = f"stopped by SIGTERM after step {steps[-1]}, which is saved; the same command resumes from there"
-    assert ending.run.stdout.splitlines().count(told) == (signum == signal.SIGTERM)
+    line = f"stopped by SIGINT; {ending.run.folder}/metrics.jsonl is complete"
+    assert ending.run.stderr.splitlines().count(line) == (signum == signal.SIGINT)
+    line = f"stopped by SIGTERM after step {steps[-1]}, which is saved; the same command resumes from there"
+    assert ending.run.stdout.splitlines().count(line) == (signum == signal.SIGTERM)
     assert (ending.run.folder / "checkpoints" / f"step_{steps[-1]:06d}").exists() == (signum == signal.SIGTERM)
     if not ranks:
         assert ending.run.status == {signal.SIGKILL: -signum, signal.SIGINT: 128 + signum, signal.SIGTERM: 0}[signum]
         assert "Traceback" not in ending.run.stderr
     else:
-        assert ending.run.status != 0  # the launcher's, whatever its ranks end with
+        assert ending.run.status != 0  # of the launcher, for any status of its ranks

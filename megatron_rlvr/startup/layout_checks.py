@@ -21,7 +21,7 @@ def check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int)
 
     Args:
         fields: Megatron's fields of the model (`hf.families.transformer_fields`).
-        world_size: number of ranks.
+        world_size: Number of ranks.
     """
     parallel = settings.parallel
     if world_size % parallel.replica:

@@ -42,7 +42,7 @@ def check_launch(parallel: ParallelSettings, command: str) -> None:
     """Raise SettingsError if several ranks are needed and no launcher has started this process.
 
     Args:
-        command: how to start the ranks, with ``{ranks}`` for their number.
+        command: How to start the ranks, with ``{ranks}`` for their number.
     """
     ranks = world_size(parallel)
     if ranks > 1 and "RANK" not in os.environ:

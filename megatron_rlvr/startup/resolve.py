@@ -36,11 +36,11 @@ class Resolved:
 
     Attributes:
         hf_config: config.json of the model.
-        stop_token_ids: ids that end a response, ascending.
-        train: prompts to train on.
+        stop_token_ids: Ids that end a response, ascending.
+        train: Prompts to train on.
         evaluation: {name of the set: its prompts}.
-        world_size: number of ranks.
-        start: checkpoint that the run resumes from; None for a fresh run.
+        world_size: Number of ranks.
+        start: Checkpoint that the run resumes from; None for a fresh run.
     """
 
     settings: Settings

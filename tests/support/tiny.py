@@ -1,7 +1,7 @@
-"""Whole runs in small: a random Qwen3 with a tokenizer trained on the problems, settings that name them, the command.
+"""Whole runs on a tiny scale: a random Qwen3, a tokenizer trained on the problems, settings, and the command.
 
-The problems are literals of this file, so that nothing outside the checkout is read. A random model of 2 layers says
-nothing right: rewards of the math grader are -1, and what differs between responses is their length and characters.
+The problems are literals in this file, so that nothing outside the checkout is read. A random model of 2 layers gives
+no correct answer: the math grader gives -1, and responses differ only in their length and characters.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).parents[2]
-# Set by torchrun and Slurm; what a user's own shell lacks.
+# Variables that torchrun and Slurm set, and that a user's own shell does not have.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 TEMPLATE = (
@@ -34,7 +34,7 @@ PROBLEMS: list[tuple[str, int]] = [
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """JSON lines or parquet, by the extension."""
+    """Write JSON lines or parquet, by the extension."""
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def write_gsm8k(path: Path) -> Path:
-    """The problems as GSM8K has them: question, and an answer that ends in `#### n`."""
+    """Write the problems in GSM8K's format: question, and an answer that ends in `#### n`."""
     rows = [
         {"question": text, "answer": f"Both numbers are added: <<{n - 1}+1={n}>>{n}.\n#### {n}"} for text, n in PROBLEMS
     ]
@@ -54,7 +54,7 @@ def write_gsm8k(path: Path) -> Path:
 
 
 def write_aime(path: Path) -> Path:
-    """The problems as AIME has them: problem and answer, among columns of no use here."""
+    """Write the problems in AIME's format: problem and answer, among columns that are ignored."""
     rows = [
         {"id": 60 + i, "problem": text, "solution": f"It is $\\boxed{{{n}}}$.", "answer": str(n), "url": "none"}
         for i, (text, n) in enumerate(PROBLEMS)
@@ -63,7 +63,7 @@ def write_aime(path: Path) -> Path:
 
 
 def write_verl(path: Path) -> Path:
-    """The problems as verl has them: chat messages, a nested gold answer, a nested index."""
+    """Write the problems in verl's format: chat messages, a nested gold answer, a nested index."""
     rows = [
         {
             "data_source": "additions",
@@ -78,7 +78,7 @@ def write_verl(path: Path) -> Path:
 
 
 def write_tokenizer(folder: Path, *, chat_template: str | None = None) -> None:
-    """A byte-level BPE tokenizer of 320 tokens: <|pad|> 0, <|start|> 1, <|end|> 2 (eos)."""
+    """Write a byte-level BPE tokenizer of 320 tokens: <|pad|> 0, <|start|> 1, <|end|> 2 (eos)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -104,7 +104,7 @@ def write_tokenizer(folder: Path, *, chat_template: str | None = None) -> None:
 
 
 def write_sentencepiece(path: Path) -> Path:
-    """A sentencepiece model such as Llama's, of 310 pieces: <unk> 0, <s> 1, </s> 2 (eos), bytes, pairs."""
+    """Write a sentencepiece model such as Llama's, of 310 pieces: <unk> 0, <s> 1, </s> 2 (eos), bytes, pairs."""
     import sentencepiece
 
     with path.open("wb") as file:
@@ -147,11 +147,11 @@ def model_config(**changes: Any) -> dict[str, Any]:
 
 
 def write_model(folder: Path, *, chat_template: str | None = None, experts: bool = False, **changes: Any) -> Path:
-    """A Hugging Face folder: random Qwen3 weights (fp32), config.json with ``changes``, the tokenizer.
+    """Write a Hugging Face folder: random Qwen3 weights (fp32), config.json with ``changes``, the tokenizer.
 
-    With ``experts`` it is a Qwen3-MoE of four experts, of which two see a token.
+    With ``experts`` the model is a Qwen3-MoE with four experts and top-2 routing.
 
-    The weights are 10 times larger than transformers would draw them, so that entropies differ between tokens.
+    The weights are 10 times larger than transformers draws them, so that entropies differ between tokens.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -170,7 +170,7 @@ def write_model(folder: Path, *, chat_template: str | None = None, experts: bool
 
 
 def settings_for(model: Path, train: Any, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run of 2 steps of 4 prompts x 4 samples of 16 tokens; ``sections`` are merged over them."""
+    """Settings of a run of 2 steps of 4 prompts x 4 completions of 16 tokens; ``sections`` are merged over them."""
     values: dict[str, dict[str, Any]] = {
         "run": {"dir": str(folder), "steps": 2},
         "model": {"path": str(model), "dtype": "float32"},
@@ -187,13 +187,13 @@ def settings_for(model: Path, train: Any, folder: Path, /, **sections: dict[str,
 
 
 def write_settings(path: Path, values: dict[str, Any]) -> Path:
-    """JSON is YAML."""
+    """Write settings as JSON, which is YAML."""
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return path
 
 
 REWARDS = '''\
-"""Reward functions of a user: they tell the responses of a random model apart."""
+"""A user's reward functions, which distinguish the responses of a random model."""
 
 import time
 
@@ -209,7 +209,7 @@ def slow(prompt, response):
 
 
 def command(*arguments: str | Path, ranks: int = 0) -> list[str]:
-    """The command line of a run: under torchrun with ``ranks`` processes, or by itself."""
+    """The command line of a run: under torchrun with ``ranks`` processes, or without a launcher (0)."""
     start = ["-m", "megatron_rlvr.train"]
     if ranks:
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *start]
@@ -230,7 +230,7 @@ def run_train(
     search: Sequence[Path] = (),
     variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the program to its end."""
+    """Run the program to its end."""
     return subprocess.run(
         command(*arguments, ranks=ranks),
         cwd=cwd,

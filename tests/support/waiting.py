@@ -1,4 +1,4 @@
-"""For tests that follow what they see, and not the clock."""
+"""Waiting for a condition instead of a fixed time."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    """Returns when ``condition`` is met; AssertionError if it is not in time."""
+    """Return once ``condition()`` is true; AssertionError if it is not after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not in {seconds} s"
