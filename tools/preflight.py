@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Checks a cluster before a long run: a table of what passed, what failed, and what to do about it.
+"""Checks a cluster before a long run: prints a table of what passed, what failed, and how to fix it.
 
-    torchrun --nproc-per-node 8 tools/preflight.py CONFIG.yaml             started as the run itself will be
-    torchrun ... tools/preflight.py CONFIG.yaml --rollout.servers '[http://node7:30000]'   flags of the run, too
-    python tools/preflight.py CONFIG.yaml                                  where one rank is enough
-    torchrun ... tools/preflight.py CONFIG.yaml --only servers gap         after something was put right
-    torchrun ... tools/preflight.py CONFIG.yaml --skip rehearsal --json found.json
+    torchrun --nproc-per-node 8 tools/preflight.py CONFIG.yaml             started in the same way as the run
+    torchrun ... tools/preflight.py CONFIG.yaml --rollout.servers '[http://node7:30000]'   with flags of the run
+    python tools/preflight.py CONFIG.yaml                                  if one rank is enough
+    torchrun ... tools/preflight.py CONFIG.yaml --only servers mismatch    after a fix
+    torchrun ... tools/preflight.py CONFIG.yaml --skip rehearsal --json results.json
 
-Servers must be up. One step is rehearsed by the run's own code, with its layout, engine and servers, on a few prompts
-and short responses, in a folder that is removed: run.dir is left as it is, nothing is resumed, and servers get the
-weights of model.path back. docs/preflight.md says what each line means and where its limits come from.
+Servers must be running. One step is rehearsed by the run's own code, with its layout, engine and servers, on a few
+prompts and short responses, in a temporary folder: run.dir is not changed, nothing is resumed, and servers get the
+weights of model.path back. docs/preflight.md explains each line and its limits.
 
-Exit status: 0 if nothing failed (warnings are no failures), 1 if something did, 2 and one line for wrong arguments or
-settings, 128 + n after signal n.
+Exit status: 0 if nothing failed (a warning is no failure), 1 if something did, 2 and one line on stderr for wrong
+arguments or settings, 128 + n after signal n.
 """
 
 import sys

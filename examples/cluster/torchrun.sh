@@ -18,7 +18,7 @@
 #   LOCAL_ADDR     address of this node, if the other nodes cannot resolve its host name
 #   LOG_DIR        folder for node_K.log and, after a failure, node_K.reason (runs/logs/NAME for NAME.yaml)
 #   PREFLIGHT      1 runs tools/preflight.py in place of the run, on the same ranks, servers and settings; another value
-#                  is passed to it as flags, such as "--only servers gap"
+#                  is passed to it as flags, such as "--only servers mismatch"
 #   PYTHON         Python that has megatron_rlvr (.venv/bin/python, else python3)
 #
 # common.sh lists the other variables.

@@ -1,9 +1,9 @@
-"""How fast tensors travel between the ranks, over the very groups that the layout uses.
+"""Bandwidth between the ranks, over the same groups that the layout uses.
 
-    all-reduce among n ranks     bus bandwidth = 2 (n - 1) / n * bytes / seconds, of the slowest link in a ring
-    there and back of a pair     2 * bytes / seconds
+    all-reduce over n ranks      bus bandwidth = 2 (n - 1) / n * bytes / seconds, of the slowest link in a ring
+    round trip between a pair    2 * bytes / seconds
 
-All groups of a kind are measured at the same time, as they work in a step; the best of several rounds counts.
+All groups of a kind are measured at the same time, as they are used in a step; the best of several rounds counts.
 """
 
 import socket
@@ -17,29 +17,30 @@ import torch.distributed as dist
 
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
-from megatron_rlvr.preflight.context import Site
-from megatron_rlvr.preflight.results import Finding, in_spans
+from megatron_rlvr.number_ranges import format_ranges
+from megatron_rlvr.preflight.context import PreflightContext
+from megatron_rlvr.preflight.results import CheckResult
 
 _BYTES_GPU, _BYTES_CPU = 2**28, 2**24
 _ROUNDS = 3
 
-# GB/s below which something is set up wrongly, whatever the hardware (docs/preflight.md): a PCIe 4 slot carries 32 and
-# NVLink ten times that; a network card of 100 Gbit/s carries 12.5; Ethernet of 1 Gbit/s 0.125.
+# GB/s below which the setup is wrong, on any hardware (docs/preflight.md): a PCIe 4 slot carries 32 and NVLink ten
+# times that; a network card of 100 Gbit/s carries 12.5; Ethernet of 1 Gbit/s 0.125.
 _FLOORS = {"one host": 15.0, "hosts": 3.0, "CPU": 0.1}
-# Against the median of the groups of a kind.
+# Share of the median bandwidth of a kind of group below which a group is slow.
 _SLOW_SHARE = 0.5
-_FEWEST_TO_COMPARE = 3
+_MIN_GROUPS_TO_COMPARE = 3
 
 
 @dataclass(frozen=True)
-class Rate:
-    """What a group, or a pair of neighbours in it, achieved.
+class Bandwidth:
+    """Measured bandwidth of a group, or of a pair of neighbours in it.
 
     Attributes:
-        kind: such as "tensor" or "pipeline neighbours".
-        ranks: of the world.
-        hosts: on which they are.
-        speed: GB/s.
+        kind: Kind of the group, such as "tensor" or "pipeline neighbours".
+        ranks: Its ranks, as numbered in the world.
+        hosts: Hosts of these ranks.
+        speed: Bandwidth in GB/s.
     """
 
     kind: str
@@ -49,57 +50,58 @@ class Rate:
 
     @property
     def floor(self) -> float:
-        """Below it something is set up wrongly."""
+        """GB/s below which the setup is wrong."""
         if not accelerator.has_gpu():
             return _FLOORS["CPU"]
         return _FLOORS["hosts" if len(self.hosts) > 1 else "one host"]
 
     def __str__(self) -> str:
-        return f"ranks {in_spans(self.ranks)} on {', '.join(self.hosts)}: {self.speed:.3g} GB/s"
+        return f"ranks {format_ranges(self.ranks)} on {', '.join(self.hosts)}: {self.speed:.3g} GB/s"
 
 
-def check_bandwidth(site: Site) -> Finding:
-    """All-reduce in every kind of group; there and back between neighbours in pipelines and in data parallelism."""
-    hosts = site.gather(socket.gethostname())
-    rates: list[Rate] = []
-    for kind, group in _groups(site.ranks).items():
+def check_bandwidth(context: PreflightContext) -> CheckResult:
+    """Measure all-reduces in every kind of group, and round trips of neighbours in pipelines and data parallelism."""
+    hosts = context.gather(socket.gethostname())
+    measurements: list[Bandwidth] = []
+    for kind, group in _groups(context.ranks).items():
         members = tuple(dist.get_process_group_ranks(group))
         measured = {(kind, members): _all_reduce(group)}
         if kind in ("pipeline", "data"):
             for pair, speed in _neighbours(group, members).items():
                 measured[f"{kind} neighbours", pair] = speed
-        parts = site.gather(measured)
-        everywhere = {key: min(p[key] for p in parts if key in p) for part in parts for key in part}
-        rates += [
-            Rate(name, ranks, tuple(sorted({hosts[r] for r in ranks})), speed)
-            for (name, ranks), speed in sorted(everywhere.items())
+        parts = context.gather(measured)
+        slowest = {key: min(p[key] for p in parts if key in p) for part in parts for key in part}
+        measurements += [
+            Bandwidth(name, ranks, tuple(sorted({hosts[r] for r in ranks})), speed)
+            for (name, ranks), speed in sorted(slowest.items())
         ]
-    return judged(rates)
+    return judge(measurements)
 
 
-def judged(rates: list[Rate]) -> Finding:
-    """What the rates say: each kind against its floor, and each group or pair against the median of its kind."""
-    if not rates:
-        return Finding("bandwidth", "passed", "one rank: nothing travels")
+def judge(measurements: list[Bandwidth]) -> CheckResult:
+    """Compare each kind of group with its floor, and each group or pair with the median of its kind."""
+    if not measurements:
+        return CheckResult("bandwidth", "passed", "one rank: no communication")
     parts, problems = [], []
-    for kind in dict.fromkeys(rate.kind for rate in rates):
-        alike = [rate for rate in rates if rate.kind == kind]
-        median, slowest = statistics.median(r.speed for r in alike), min(alike, key=lambda r: r.speed)
-        parts.append(f"{kind} {median:.3g} GB/s" + (f" (slowest {slowest})" if len(alike) > 1 else ""))
+    for kind in dict.fromkeys(measurement.kind for measurement in measurements):
+        same_kind = [measurement for measurement in measurements if measurement.kind == kind]
+        median = statistics.median(measurement.speed for measurement in same_kind)
+        slowest = min(same_kind, key=lambda measurement: measurement.speed)
+        parts.append(f"{kind} {median:.3g} GB/s" + (f" (slowest {slowest})" if len(same_kind) > 1 else ""))
         if slowest.speed < slowest.floor:
             problems.append(f"{kind}, {slowest}, is below {slowest.floor:g}")
-        elif len(alike) >= _FEWEST_TO_COMPARE and slowest.speed < _SLOW_SHARE * median:
-            problems.append(f"{kind}, {slowest}, is under half of the median {median:.3g}")
+        elif len(same_kind) >= _MIN_GROUPS_TO_COMPARE and slowest.speed < _SLOW_SHARE * median:
+            problems.append(f"{kind}, {slowest}, is below half of the median {median:.3g}")
     size = _BYTES_GPU if accelerator.has_gpu() else _BYTES_CPU
-    found = f"{', '.join(parts)}, with {size / 2**20:.0f} MiB"
+    message = f"{', '.join(parts)}, with {size / 2**20:.0f} MiB"
     if problems:
         remedy = f"{'; '.join(problems)}: see docs/preflight.md, bandwidth, for the usual reasons"
-        return Finding("bandwidth", "warned", found, remedy)
-    return Finding("bandwidth", "passed", found)
+        return CheckResult("bandwidth", "warned", message, remedy)
+    return CheckResult("bandwidth", "passed", message)
 
 
 def _groups(ranks: Ranks) -> dict[str, dist.ProcessGroup]:
-    """Those of more than one rank. The layout decides which, so that every rank has the same kinds."""
+    """Return {kind: group} for groups of more than one rank; the layout decides, so all ranks have the same kinds."""
     groups = {
         "tensor": ranks.tensor_group,
         "context": ranks.context_group,
@@ -118,7 +120,7 @@ def _all_reduce(group: dist.ProcessGroup) -> float:
 
 
 def _neighbours(group: dist.ProcessGroup, members: tuple[int, ...]) -> dict[tuple[int, ...], float]:
-    """{pair: GB/s} of the pairs that this rank is the first of. Pairs that share a rank are measured in turn."""
+    """Return {pair: GB/s} of the pairs whose first rank is this one. Pairs with a common rank are measured in turn."""
     data, me = _data(), dist.get_rank(group)
     found: dict[tuple[int, ...], float] = {}
     for turn in (0, 1):
@@ -128,14 +130,14 @@ def _neighbours(group: dist.ProcessGroup, members: tuple[int, ...]) -> dict[tupl
             continue
         there = members[partner]
 
-        def there_and_back(first: bool = partner > me, there: int = there) -> None:
+        def round_trip(first: bool = partner > me, there: int = there) -> None:
             for sending in (first, not first):
                 if sending:
                     dist.send(data, there, group=group)
                 else:
                     dist.recv(data, there, group=group)
 
-        seconds = _best(there_and_back)
+        seconds = _best(round_trip)
         dist.barrier()
         if partner > me:
             found[members[me], there] = 2 * data.nbytes / seconds / 1e9
@@ -148,7 +150,7 @@ def _data() -> torch.Tensor:
 
 
 def _best(move: Callable[[], object]) -> float:
-    """Seconds of the quickest of several rounds, after one that sets up connections."""
+    """Return the seconds of the fastest of several rounds, after one that sets up connections."""
     times = []
     for _ in range(1 + _ROUNDS):
         accelerator.synchronize()

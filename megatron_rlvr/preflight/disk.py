@@ -1,8 +1,4 @@
-"""Whether the run folder's file system can hold what the run will write, fast enough, and as checkpoints rely on it.
-
-Bytes a parameter in a checkpoint: its weight in `model.dtype`, and the optimizer's: Adam's two moments in fp32, and
-beside them the fp32 weight where the model's is bfloat16, or where the distributed optimizer keeps its own.
-"""
+"""Check of the run folder's file system: enough space for the run, fast, shared, and with atomic replacement."""
 
 import math
 import os
@@ -15,33 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.checkpoint.size import WEIGHT_BYTES, checkpoint_bytes
 from megatron_rlvr.checkpoint.store import FOLDER
 from megatron_rlvr.config import Settings
-from megatron_rlvr.hf.families import rows_of, tensor_shapes
-from megatron_rlvr.preflight.context import Site, existing, faults_in
-from megatron_rlvr.preflight.results import Finding, from_sentence, in_gb, in_spans
+from megatron_rlvr.hf.families import parameter_count
+from megatron_rlvr.number_ranges import format_ranges
+from megatron_rlvr.preflight.context import PreflightContext, nearest_existing, rank_failures
+from megatron_rlvr.preflight.results import CheckResult, failure, format_bytes
 
-_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
-_MOMENTS_BYTES, _MAIN_WEIGHT_BYTES = 8, 4
-
-# That a rank writes, and all ranks together at most.
-_PROBE_BYTES, _PROBES_BYTES = 2**26, 2**33
-# A network file system may keep for this long that a file is not there.
-_SEEN_SECONDS = 60.0
+# Bytes that each rank writes to measure the speed, and the most that all ranks write together.
+_PROBE_BYTES, _MAX_PROBES_BYTES = 2**26, 2**33
+# A network file system may cache for this long that a file does not exist.
+_VISIBLE_SECONDS = 60.0
 _REPLACEMENTS = 200
-# A checkpoint that takes longer is worth a word.
-_LONG_SECONDS = 300.0
+# A checkpoint that takes longer causes a warning.
+_SLOW_CHECKPOINT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a run wants of a disk.
+class DiskUse:
+    """Disk space that a run needs.
 
     Attributes:
-        checkpoint: bytes of one.
-        checkpoints: that are there at once, at most, the one that is being built among them.
-        exports: bytes of the Hugging Face folders on the way and at the end.
-        sync: bytes of the weights in `sync.dir`, the new ones beside the old.
+        checkpoint: Bytes of one checkpoint.
+        checkpoints: Maximum number of checkpoints at the same time, including one that is being built.
+        exports: Bytes of all Hugging Face folders exported during the run and at its end.
+        sync: Bytes of the weights in `sync.dir`: the new ones beside the old.
     """
 
     checkpoint: int
@@ -50,85 +45,82 @@ class Wanted:
     sync: int
 
     def __str__(self) -> str:
-        parts = [f"{self.checkpoints} checkpoint(s) of {in_gb(self.checkpoint)}"]
-        parts += [f"{in_gb(self.exports)} of exports"] if self.exports else []
-        parts += [f"{in_gb(self.sync)} for servers to load"] if self.sync else []
+        parts = [f"{self.checkpoints} checkpoint(s) of {format_bytes(self.checkpoint)}"]
+        parts += [f"{format_bytes(self.exports)} of exports"] if self.exports else []
+        parts += [f"{format_bytes(self.sync)} of weights for servers to load"] if self.sync else []
         return " + ".join(parts)
 
 
-def wanted(settings: Settings, config: Mapping[str, Any]) -> Wanted:
-    """From the number of parameters of a model with this ``config.json``."""
+def disk_use(settings: Settings, config: Mapping[str, Any]) -> DiskUse:
+    """Compute the disk space that a run needs, for a model with this ``config.json``."""
     run, parameters = settings.run, parameter_count(config)
-    weight = _WEIGHT_BYTES[settings.model.dtype]
-    main = settings.model.dtype != "float32" or bool(settings.megatron.get("use_distributed_optimizer"))
+    weight_bytes = WEIGHT_BYTES[settings.model.dtype]
     saves = 1 if not run.save_every else math.ceil(run.steps / run.save_every)
     kept = run.steps // run.keep_every if run.keep_every else 0
     exports = (run.steps // run.export_every if run.export_every else 0) + run.export
-    return Wanted(
-        checkpoint=parameters * (weight + _MOMENTS_BYTES + (_MAIN_WEIGHT_BYTES if main else 0)),
+    syncs_by_disk = settings.sync.method == "disk" and settings.rollout.engine == "sglang"
+    distributed_optimizer = bool(settings.megatron.get("use_distributed_optimizer"))
+    return DiskUse(
+        checkpoint=checkpoint_bytes(parameters, weight_bytes, distributed_optimizer=distributed_optimizer),
         checkpoints=min(saves, run.keep_last + 1 + kept),
-        exports=exports * parameters * weight,
-        sync=2 * parameters * weight if settings.sync.method == "disk" and settings.rollout.engine == "sglang" else 0,
+        exports=exports * parameters * weight_bytes,
+        sync=2 * parameters * weight_bytes if syncs_by_disk else 0,
     )
 
 
-def parameter_count(config: Mapping[str, Any]) -> int:
-    """Parameters of a model with this ``config.json``; tied ones once."""
-    return sum(math.prod(shape) for (row,) in rows_of(config) for shape in tensor_shapes(row, config))
-
-
-def check_disk(site: Site) -> Finding:
-    """Room and speed for checkpoints, one folder for all ranks, and files that are replaced in one step."""
-    settings = site.resolved.settings
-    folder = site.new_folder(Path(settings.run.dir))
-    if site.ranks.is_main:
+def check_disk(context: PreflightContext) -> CheckResult:
+    """Check space and speed for checkpoints, that all ranks share the folder, and that replacing files is atomic."""
+    settings, ranks = context.resolved.settings, context.ranks
+    folder = context.new_folder(Path(settings.run.dir))
+    if ranks.is_main:
         (folder / "0").touch()
-    waits = site.attempt(lambda: _seconds_until(folder / "0"))
-    if faults := faults_in(waits):
-        blind = in_spans([fault.rank for fault in faults])
-        return Finding(
+    if failures := rank_failures(context.try_on_all_ranks(lambda: _wait_until_visible(folder / "0"))):
+        return CheckResult(
             "disk",
             "failed",
-            f"what rank 0 writes to {folder.parent} is not seen on ranks {blind} in {_SEEN_SECONDS:.0f} s",
+            f"a file that rank 0 writes to {folder.parent} is not visible on ranks "
+            f"{format_ranges(failed.rank for failed in failures)} after {_VISIBLE_SECONDS:.0f} s",
             "choose a run.dir on a file system that all hosts share, under the same path",
         )
-    wants = wanted(settings, site.resolved.hf_config)
-    if lacking := site.gather(_lacking(settings, wants) if site.ranks.is_main else None)[0]:
-        return lacking
-    size = min(_PROBE_BYTES, _PROBES_BYTES // site.ranks.world_size)
-    times = site.attempt(lambda: _write(folder / str(site.ranks.rank), size))
-    if faults := faults_in(times):
-        return from_sentence("disk", faults[0].sentence)
-    problems = site.attempt(lambda: _problem(folder, site.ranks.world_size) if site.ranks.is_main else None)
-    if faults := faults_in(problems):
-        return from_sentence("disk", faults[0].sentence)
+    use = disk_use(settings, context.resolved.hf_config)
+    if too_small := context.gather(_too_small(settings, use) if ranks.is_main else None)[0]:
+        return too_small
+    size = min(_PROBE_BYTES, _MAX_PROBES_BYTES // ranks.world_size)
+    times = context.try_on_all_ranks(lambda: _write(folder / str(ranks.rank), size))
+    if failures := rank_failures(times):
+        return failure("disk", failures[0].sentence)
+    problems = context.try_on_all_ranks(lambda: _problem(folder, ranks.world_size) if ranks.is_main else None)
+    if failures := rank_failures(problems):
+        return failure("disk", failures[0].sentence)
     if problems[0]:
-        return Finding("disk", "failed", f"{folder.parent}: {problems[0]}", "choose a run.dir on a POSIX file system")
-    speed = site.ranks.world_size * size / max(seconds for seconds in times if isinstance(seconds, float))
-    seconds = wants.checkpoint / speed
-    _, _, free = next(_budgets(settings, wants))
-    found = f"{in_gb(free)} free at {settings.run.dir} for {wants}; {in_gb(speed)}/s from all ranks together, "
-    found += f"{seconds:.0f} s a checkpoint"
-    if seconds > _LONG_SECONDS:
+        remedy = "choose a run.dir on a POSIX file system"
+        return CheckResult("disk", "failed", f"{folder.parent}: {problems[0]}", remedy)
+    speed = ranks.world_size * size / max(seconds for seconds in times if isinstance(seconds, float))
+    seconds = use.checkpoint / speed
+    _, _, free = next(_budgets(settings, use))
+    message = (
+        f"{format_bytes(free)} free at {settings.run.dir} for {use}; {format_bytes(speed)}/s from all ranks together, "
+        f"{seconds:.0f} s per checkpoint"
+    )
+    if seconds > _SLOW_CHECKPOINT_SECONDS:
         remedy = "raise run.save_every so that saving is a small part of the run, or choose a faster file system"
-        return Finding("disk", "warned", found, remedy)
-    return Finding("disk", "passed", found)
+        return CheckResult("disk", "warned", message, remedy)
+    return CheckResult("disk", "passed", message)
 
 
-def _seconds_until(path: Path) -> float:
-    """How long it takes until a file is there. TimeoutError if it does not come."""
-    start = time.monotonic()
+def _wait_until_visible(path: Path) -> None:
+    """Wait until a file exists. Raises TimeoutError after `_VISIBLE_SECONDS`."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
     while not path.exists():
-        if time.monotonic() - start > _SEEN_SECONDS:
-            raise TimeoutError(f"{path} is not there")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} is not visible")
         with suppress(OSError):
-            os.listdir(path.parent)  # has a network file system look again
+            os.listdir(path.parent)  # makes a network file system look again
         time.sleep(0.05)
-    return time.monotonic() - start
 
 
 def _write(path: Path, size: int) -> float:
-    """Seconds for a file of so many bytes to be on the disk."""
+    """Return the seconds to write a file of ``size`` bytes and flush it to the disk."""
     block = os.urandom(min(size, 2**22))  # not zeros, which some file systems do not write
     start = time.perf_counter()
     with path.open("wb") as file:
@@ -140,41 +132,42 @@ def _write(path: Path, size: int) -> float:
 
 
 def _problem(folder: Path, ranks: int) -> str | None:
-    """Whether all ranks' files come to be seen, and what is wrong with renaming."""
+    """Wait until the files of all ranks are visible, and return what is wrong with renaming."""
     for rank in range(ranks):
-        _seconds_until(folder / str(rank))
+        _wait_until_visible(folder / str(rank))
     return renaming_problem(folder)
 
 
-def _lacking(settings: Settings, wants: Wanted) -> Finding | None:
-    for place, needed, free in _budgets(settings, wants):
+def _too_small(settings: Settings, use: DiskUse) -> CheckResult | None:
+    for place, needed, free in _budgets(settings, use):
         if needed > free:
-            return Finding(
+            return CheckResult(
                 "disk",
                 "failed",
-                f"{in_gb(free)} are free at {place}, and {in_gb(needed)} are needed: {wants}",
-                "make room, choose another folder, or keep less: run.keep_last, run.keep_every, run.export_every",
+                f"{format_bytes(free)} are free at {place}, and {format_bytes(needed)} are needed: {use}",
+                "free some space, choose another folder, or keep less: run.keep_last, run.keep_every, run.export_every",
             )
     return None
 
 
-def _budgets(settings: Settings, wants: Wanted) -> Iterator[tuple[str, int, int]]:
-    """(place, bytes needed, bytes free) of every file system that the run writes to."""
+def _budgets(settings: Settings, use: DiskUse) -> Iterator[tuple[str, int, int]]:
+    """Yield (place, bytes needed, bytes free) for every file system that the run writes to."""
     run = Path(settings.run.dir)
     saved = [path for path in (run / FOLDER).rglob("*") if path.is_file()]
-    # Checkpoints that are there have their room already.
-    at_run = max(0, wants.checkpoint * wants.checkpoints - sum(path.stat().st_size for path in saved)) + wants.exports
+    # Existing checkpoints already occupy part of the space.
+    at_run = max(0, use.checkpoint * use.checkpoints - sum(path.stat().st_size for path in saved)) + use.exports
     sync = Path(settings.sync.dir) if settings.sync.dir else run
-    together = existing(sync).stat().st_dev == existing(run).stat().st_dev
-    yield settings.run.dir, at_run + (wants.sync if together else 0), shutil.disk_usage(existing(run)).free
-    if not together:
-        yield str(sync), wants.sync, shutil.disk_usage(existing(sync)).free
+    same_file_system = nearest_existing(sync).stat().st_dev == nearest_existing(run).stat().st_dev
+    free = shutil.disk_usage(nearest_existing(run)).free
+    yield settings.run.dir, at_run + (use.sync if same_file_system else 0), free
+    if not same_file_system:
+        yield str(sync), use.sync, shutil.disk_usage(nearest_existing(sync)).free
 
 
 def renaming_problem(folder: Path) -> str | None:
-    """Why files cannot be replaced, or folders renamed, the way checkpoints do it; None if they can.
+    """Return why files cannot be replaced, or folders renamed, as checkpoints need it; None if they can.
 
-    A reader looks at a file all the while that it is replaced, and must never find it missing, empty or mixed.
+    While a file is replaced, a reader in another thread must never find it missing, empty or mixed.
     """
     path, contents = folder / "replaced", {"a" * 4096, "b" * 4096}
     path.write_text("a" * 4096, encoding="ascii")
@@ -198,11 +191,11 @@ def renaming_problem(folder: Path) -> str | None:
         over.set()
         reader.join()
     if seen - contents:
-        return "a file that is replaced is seen half-done by who reads it"
+        return "a reader can see a file that is only partly replaced"
     building = folder / "named.incomplete"
     building.mkdir()
-    (building / "inside").write_text("whole", encoding="ascii")
+    (building / "inside").write_text("complete", encoding="ascii")
     building.rename(folder / "named")
-    if building.exists() or (folder / "named" / "inside").read_text(encoding="ascii") != "whole":
-        return "a folder that is renamed loses its content"
+    if building.exists() or (folder / "named" / "inside").read_text(encoding="ascii") != "complete":
+        return "a renamed folder loses its contents"
     return None

@@ -1,79 +1,81 @@
-"""The graders of the run: whether they can tell right from wrong, and how they are used in the rehearsal."""
+"""The graders of the run: whether they tell correct from incorrect answers, and their use in the rehearsal."""
 
 from concurrent.futures import Future
 from typing import Any
 
 from megatron_rlvr.config import RewardSettings
-from megatron_rlvr.preflight.context import Site, faults_in
-from megatron_rlvr.preflight.results import Finding, from_sentence
+from megatron_rlvr.preflight.context import PreflightContext, rank_failures
+from megatron_rlvr.preflight.results import CheckResult, failure
 from megatron_rlvr.reward.graders import GraderPool, Verdict
 from megatron_rlvr.reward.math import final_answer
 from megatron_rlvr.types import Prompt
 
-# No gold answer says this.
-_WRONG = r"The answer is \boxed{-7310585786300049}."
+# A number that is the gold answer of no prompt.
+_INCORRECT = r"The answer is \boxed{-7310585786300049}."
 
 
-class ContrastingGraders(GraderPool):
-    """The run's graders, which are asked, and whose verdicts are kept and then ignored.
+class AlternatingGraders(GraderPool):
+    """Graders whose verdicts are recorded and then replaced: responses count as correct and incorrect in turn.
 
-    A model at its beginning may have nothing right, and no gradient: the answers of a prompt are taken for right and
-    wrong in turn, so that the rehearsal trains.
+    At its start a model may give no correct answer at all, which leaves no gradient. With alternating verdicts the
+    rehearsal trains in any case.
 
     Args:
-        first: number of this rank in its replica, whose ranks share a prompt's answers.
+        reward: Settings of the run's graders.
+        first: Number of this rank in its data-parallel replica, whose ranks share the responses to a prompt.
 
     Attributes:
-        verdicts: those of the graders.
+        verdicts: Real verdicts of the graders.
     """
 
     def __init__(self, reward: RewardSettings, first: int) -> None:
         super().__init__(reward.function, workers=reward.workers, timeout_seconds=reward.timeout_seconds)
         self.verdicts: list[Verdict] = []
         self._first = first
-        self._asked: dict[str, int] = {}
+        self._submitted: dict[str, int] = {}
 
     def submit(self, prompt: Prompt, response: str) -> "Future[Verdict]":
-        """The contrasting verdict, once the graders have given theirs."""
-        number = self._asked.get(prompt.id, self._first)
-        self._asked[prompt.id] = number + 1
-        contrasting: Future[Verdict] = Future()
+        """Return a future of the alternating verdict, which is done when the real verdict is."""
+        number = self._submitted.get(prompt.id, self._first)
+        self._submitted[prompt.id] = number + 1
+        alternating: Future[Verdict] = Future()
 
-        def answer(real: "Future[Verdict]") -> None:
+        def replace_verdict(real: "Future[Verdict]") -> None:
             if real.cancelled() or real.exception() is not None:
-                contrasting.cancel()
-                contrasting.set_running_or_notify_cancel()
+                alternating.cancel()
+                alternating.set_running_or_notify_cancel()
                 return
             self.verdicts.append(real.result())
-            contrasting.set_result(Verdict(number % 2 == 0, None, real.result().seconds))
+            alternating.set_result(Verdict(number % 2 == 0, None, real.result().seconds))
 
-        super().submit(prompt, response).add_done_callback(answer)
-        return contrasting
+        super().submit(prompt, response).add_done_callback(replace_verdict)
+        return alternating
 
 
-def check_grader(site: Site) -> Finding:
-    """A right and a wrong answer to the first prompt, through the graders of every rank."""
-    prompt = site.resolved.train.prompts[0]
+def check_grader(context: PreflightContext) -> CheckResult:
+    """Grade a correct and an incorrect answer to the first prompt on every rank."""
+    prompt = context.resolved.train.prompts[0]
     answers = {
-        "right": f"The answer is \\boxed{{{final_answer(prompt.answer) or prompt.answer}}}.",
-        "wrong": _WRONG,
+        "correct": f"The answer is \\boxed{{{final_answer(prompt.answer) or prompt.answer}}}.",
+        "incorrect": _INCORRECT,
     }
-    results = site.attempt(lambda: _verdicts(site.resolved.settings.reward, prompt, answers))
-    if faults := faults_in(results):
-        return from_sentence("grader", faults[0].sentence)
+    results = context.try_on_all_ranks(lambda: _verdicts(context.resolved.settings.reward, prompt, answers))
+    if failures := rank_failures(results):
+        return failure("grader", failures[0].sentence)
     verdicts: dict[str, Verdict] = next(result for result in results if isinstance(result, dict))
-    function = site.resolved.settings.reward.function
+    function = context.resolved.settings.reward.function
     values = ", ".join(f"{name} answer {verdicts[name].value}" for name in answers)
-    found = f"{function} on prompt {prompt.id}: {values} in {max(v.seconds for v in verdicts.values()):.2f} s"
-    for there in results:
-        for verdict in there.values() if isinstance(there, dict) else ():
+    message = f"{function} on prompt {prompt.id}: {values} in {max(v.seconds for v in verdicts.values()):.2f} s"
+    for on_rank in results:
+        for verdict in on_rank.values() if isinstance(on_rank, dict) else ():
             if verdict.failure is not None:
-                remedy = "correct the function, or raise reward.timeout_seconds; such answers count as wrong"
-                return Finding("grader", "failed", f"{function} on prompt {prompt.id}: {verdict.failure}", remedy)
-    if function == "math" and (verdicts["right"].value, verdicts["wrong"].value) != (True, False):
-        remedy = f"look at the answer of prompt {prompt.id}, {prompt.answer[:60]!r}; data.answer_key names its column"
-        return Finding("grader", "failed", found, remedy)
-    return Finding("grader", "passed", found)
+                problem = f"{function} on prompt {prompt.id}: {verdict.failure}"
+                remedy = "correct the function, or raise reward.timeout_seconds; such answers count as incorrect"
+                return CheckResult("grader", "failed", problem, remedy)
+    if function == "math" and (verdicts["correct"].value, verdicts["incorrect"].value) != (True, False):
+        remedy = f"check the answer of prompt {prompt.id}, {prompt.answer[:60]!r}; data.answer_key names its column"
+        return CheckResult("grader", "failed", message, remedy)
+    return CheckResult("grader", "passed", message)
 
 
 def _verdicts(reward: RewardSettings, prompt: Prompt, answers: dict[str, str]) -> dict[str, Any]:

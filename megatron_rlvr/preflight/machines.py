@@ -1,9 +1,9 @@
-"""Who takes part: hosts and clocks, versions of what computes, and the GPUs."""
+"""Checks of the machines: hosts and clocks, versions of the packages that compute, and GPUs."""
 
 import importlib.metadata
 import math
 import os
-import platform as python_platform
+import platform
 import re
 import socket
 import time
@@ -15,77 +15,83 @@ import torch.distributed as dist
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks
-from megatron_rlvr.preflight.context import Site
-from megatron_rlvr.preflight.results import Finding, in_gb, in_spans, some
+from megatron_rlvr.number_ranges import format_ranges
+from megatron_rlvr.preflight.context import PreflightContext
+from megatron_rlvr.preflight.results import CheckResult, first_few, format_bytes
 
 T = TypeVar("T")
 
-# A second is what people notice who put the logs of two hosts side by side.
-_MOST_SKEW_SECONDS = 1.0
+# A larger difference confuses people who compare the logs of two hosts.
+_MAX_SKEW_SECONDS = 1.0
 _CLOCK_ROUNDS = 5
 
-# From the oldest that setup.py allows to the newest that the tests have run with; docs/preflight.md.
+# {package: (oldest, newest)}: from the oldest that setup.py allows to the newest that the tests have run with; see
+# docs/preflight.md.
 TESTED = {
     "python": ((3, 11), (3, 13)),
     "torch": ((2, 6), (2, 13)),
     "megatron-core": ((0, 16, 1), (0, 16)),
     "transformers": ((4, 57), (5, 19)),
 }
-_ON_GPUS = ("transformer-engine", "apex", "triton")
+_GPU_PACKAGES = ("transformer-engine", "apex", "triton")
 
-# GPUs on which others hold more than this share of the memory.
-_MOST_TAKEN = 0.05
+# Share of a GPU's memory that other processes may use without a warning.
+_MAX_USED_BY_OTHERS = 0.05
 
 
 # Ranks --------------------------------------------------------------------------------------------------------------
 
 
-def join(settings: Settings, *, most_minutes: float = math.inf) -> Ranks:
-    """The process group in the run's layout. Every rank must call it.
+def join_ranks(settings: Settings, *, max_minutes: float = math.inf) -> Ranks:
+    """Join the process group in the run's layout. Every rank must call it.
 
     Args:
-        most_minutes: that a rank waits for another, if `run.timeout_minutes` is more.
+        max_minutes: Upper limit of the time for which ranks wait for each other, if `run.timeout_minutes` is larger.
 
-    Raises: SettingsError where this machine has fewer GPUs than ranks; others wait for it then, until the launcher ends
-        them or the time is up.
+    Raises: SettingsError if this machine has fewer GPUs than ranks. The other ranks then wait until the launcher ends
+        them or the time is over.
     """
-    gpus, ranks_here = accelerator.gpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < gpus < ranks_here:
+    gpus, local_ranks = accelerator.gpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < local_ranks:
         raise SettingsError(
-            f"{socket.gethostname()} has {gpus} GPUs for {ranks_here} ranks; start {gpus} ranks there, or look why "
-            "GPUs are missing (nvidia-smi)"
+            f"{socket.gethostname()} has {gpus} GPUs for {local_ranks} ranks; start {gpus} ranks there, or find out "
+            "why GPUs are missing (nvidia-smi)"
         )
-    return initialize_ranks(settings.parallel, min(settings.run.timeout_minutes, most_minutes))
+    return initialize_ranks(settings.parallel, min(settings.run.timeout_minutes, max_minutes))
 
 
-def check_ranks(site: Site) -> Finding:
-    """Hosts, and whether their clocks agree."""
-    skews = site.gather(_clock_skew(site))
-    hosts = _by_value(site.gather(socket.gethostname()))
-    found = f"{site.ranks.world_size} rank(s) on {len(hosts)} host(s): " + some(
-        [f"{host} ({in_spans(ranks)})" for host, ranks in hosts.items()]
+def check_ranks(context: PreflightContext) -> CheckResult:
+    """List the hosts, and compare their clocks."""
+    skews = context.gather(_clock_skew(context))
+    hosts = _ranks_by_value(context.gather(socket.gethostname()))
+    message = f"{context.ranks.world_size} rank(s) on {len(hosts)} host(s): " + first_few(
+        [f"{host} ({format_ranges(ranks)})" for host, ranks in hosts.items()]
     )
     worst = max(range(len(skews)), key=lambda rank: skews[rank])
     if len(hosts) > 1:
-        found += f"; clocks within {max(skews):.3f} s"
-    if skews[worst] > _MOST_SKEW_SECONDS:
+        message += f"; clocks agree within {max(skews):.3f} s"
+    if skews[worst] > _MAX_SKEW_SECONDS:
         host = next(host for host, ranks in hosts.items() if worst in ranks)
-        return Finding("ranks", "warned", found, f"set the clock of {host} by chrony or ntpd: times in logs differ")
-    return Finding("ranks", "passed", found)
+        remedy = f"synchronize the clock of {host} by chrony or ntpd, since times in logs differ"
+        return CheckResult("ranks", "warned", message, remedy)
+    return CheckResult("ranks", "passed", message)
 
 
-def _clock_skew(site: Site) -> float:
-    """Seconds between this clock and the main rank's, or less: ranks leave a barrier at different times."""
+def _clock_skew(context: PreflightContext) -> float:
+    """Return an upper bound of the seconds between this clock and the main rank's.
+
+    Ranks leave a barrier at different times, so the smallest difference of several rounds counts.
+    """
     skews = []
     for _ in range(_CLOCK_ROUNDS):
         dist.barrier()
         now = time.time()
-        skews.append(abs(now - site.gather(now)[0]))
+        skews.append(abs(now - context.gather(now)[0]))
     return min(skews)
 
 
-def _by_value(values: Sequence[T]) -> dict[T, list[int]]:
-    """{value: ranks that have it}."""
+def _ranks_by_value(values: Sequence[T]) -> dict[T, list[int]]:
+    """Return {value: ranks with that value}."""
     found: dict[T, list[int]] = {}
     for rank, value in enumerate(values):
         found.setdefault(value, []).append(rank)
@@ -95,38 +101,37 @@ def _by_value(values: Sequence[T]) -> dict[T, list[int]]:
 # Versions -----------------------------------------------------------------------------------------------------------
 
 
-def check_versions(site: Site) -> Finding:
-    """The same versions on every rank, within the range that was tested."""
-    everywhere = site.gather(_versions())
-    versions = everywhere[0]
+def check_versions(context: PreflightContext) -> CheckResult:
+    """Check that all ranks have the same versions, within the tested range."""
+    versions_by_rank = context.gather(_versions())
+    versions = versions_by_rank[0]
     present = [f"{name} {version}" for name, version in versions.items() if version]
     absent = [name for name, version in versions.items() if not version]
-    found = ", ".join(present) + (f"; without {', '.join(absent)}" if absent else "")
-    for name in sorted({name for here in everywhere for name in here}):
-        ranks = _by_value([here.get(name) for here in everywhere])
+    message = ", ".join(present) + (f"; without {', '.join(absent)}" if absent else "")
+    for name in sorted({name for here in versions_by_rank for name in here}):
+        ranks = _ranks_by_value([here.get(name) for here in versions_by_rank])
         if len(ranks) > 1:
-            differ = ", ".join(f"{version or 'none'} on ranks {in_spans(there)}" for version, there in ranks.items())
-            return Finding("versions", "failed", f"{name} differs: {differ}", "install the same on every host")
+            parts = [f"{version or 'none'} on ranks {format_ranges(there)}" for version, there in ranks.items()]
+            problem = f"{name} differs: {', '.join(parts)}"
+            return CheckResult("versions", "failed", problem, "install the same version on every host")
     outside = [
-        f"{name} {versions[name]} (tested: {_shown(oldest)} to {_shown(newest)})"
+        f"{name} {versions[name]} (tested: {_dotted(oldest)} to {_dotted(newest)})"
         for name, (oldest, newest) in TESTED.items()
-        if not within(versions[name] or "", oldest, newest)
+        if not version_in_range(versions[name] or "", oldest, newest)
     ]
     if outside:
-        return Finding(
-            "versions", "warned", found, f"not tested with {', '.join(outside)}: look at the first gap closely"
-        )
+        remedy = f"not tested with {', '.join(outside)}: check the result of mismatch"
+        return CheckResult("versions", "warned", message, remedy)
     if accelerator.has_gpu() and not accelerator.has_transformer_engine():
-        return Finding(
-            "versions", "warned", found, "install transformer-engine: the layers of this project are slower on a GPU"
-        )
-    return Finding("versions", "passed", found)
+        remedy = "install transformer-engine: this project's own layers are slower on a GPU"
+        return CheckResult("versions", "warned", message, remedy)
+    return CheckResult("versions", "passed", message)
 
 
 def _versions() -> dict[str, str | None]:
-    """{what: version}, None where it is missing; the optional ones on a GPU alone."""
-    names = [name for name in TESTED if name != "python"] + (list(_ON_GPUS) if accelerator.has_gpu() else [])
-    found: dict[str, str | None] = {"python": python_platform.python_version()}
+    """Return {package: version}, None if it is missing; optional packages are listed on a GPU only."""
+    names = [name for name in TESTED if name != "python"] + (list(_GPU_PACKAGES) if accelerator.has_gpu() else [])
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
@@ -135,54 +140,59 @@ def _versions() -> dict[str, str | None]:
     return found | accelerator.device_info().libraries
 
 
-def within(version: str, oldest: tuple[int, ...], newest: tuple[int, ...]) -> bool:
-    """Whether ``version`` is at least ``oldest``, and no later than any that begins with ``newest``."""
+def version_in_range(version: str, oldest: tuple[int, ...], newest: tuple[int, ...]) -> bool:
+    """Return whether ``version`` is at least ``oldest``, and at most the last version that starts with ``newest``."""
     numbers = tuple(map(int, re.findall(r"\d+", re.split(r"[+a-z-]", version)[0])))
     return oldest <= numbers and numbers[: len(newest)] <= newest
 
 
-def _shown(version: tuple[int, ...]) -> str:
+def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
 # Accelerators -------------------------------------------------------------------------------------------------------
 
 
-def check_accelerators(site: Site) -> Finding:
-    """The same GPUs everywhere, as many as ranks, free, and fit for the model's precision."""
-    here = (socket.gethostname(), accelerator.gpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    places = site.gather(here)
-    facts = site.gather(accelerator.device_info())
-    kinds = _by_value([fact.name for fact in facts])
-    found = "; ".join(
-        f"ranks {in_spans(ranks)}: {name}, {in_gb(facts[ranks[0]].total)}" for name, ranks in kinds.items()
+def check_accelerators(context: PreflightContext) -> CheckResult:
+    """Check that every rank has a GPU of the same type, free, and able to compute in the model's precision."""
+    settings = context.resolved.settings
+    place = (socket.gethostname(), accelerator.gpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    places = context.gather(place)
+    infos = context.gather(accelerator.device_info())
+    types = _ranks_by_value([info.name for info in infos])
+    message = "; ".join(
+        f"ranks {format_ranges(ranks)}: {name}, {format_bytes(infos[ranks[0]].total)}" for name, ranks in types.items()
     )
     without = [rank for rank, (_, gpus, _) in enumerate(places) if not gpus]
     if len(without) == len(places):
-        found = f"no GPU: {len(places)} rank(s) compute on CPUs, {in_gb(facts[0].total)} of memory in {places[0][0]}"
-        return Finding("accelerators", "passed", found)
+        memory = format_bytes(infos[0].total)
+        message = f"no GPU: {len(places)} rank(s) compute on CPUs, {memory} of memory in {places[0][0]}"
+        return CheckResult("accelerators", "passed", message)
     if without:
-        return Finding(
-            "accelerators", "failed", f"ranks {in_spans(without)} have no GPU; {found}", "look at nvidia-smi there"
-        )
-    unfit = [rank for rank, fact in enumerate(facts) if not fact.bfloat16]
-    if unfit and site.resolved.settings.model.dtype == "bfloat16":
-        remedy = "set model.dtype to float32, or take GPUs from Ampere on"
-        return Finding("accelerators", "failed", f"no bfloat16 on ranks {in_spans(unfit)}; {found}", remedy)
-    if len(kinds) > 1:
-        return Finding("accelerators", "warned", found, "take GPUs of one kind: a step waits for the slowest")
-    taken = {rank: 1 - (fact.free_at_peak + fact.peak) / fact.total for rank, fact in enumerate(facts)}
-    busy = [rank for rank, share in taken.items() if share > _MOST_TAKEN]
-    if busy and not site.resolved.settings.rollout.colocated:
-        found += f"; others hold {max(taken.values()):.0%} of the memory on ranks {in_spans(busy)}"
-        return Finding("accelerators", "warned", found, "end what else runs on these GPUs (nvidia-smi names it)")
-    idle = _idle(places)
-    if idle and site.resolved.settings.rollout.engine == "embedded":
-        return Finding("accelerators", "warned", f"{found}; {idle}", "start as many ranks as there are GPUs")
-    return Finding("accelerators", "passed", found)
+        problem = f"ranks {format_ranges(without)} have no GPU; {message}"
+        return CheckResult("accelerators", "failed", problem, "run nvidia-smi on their hosts")
+    unfit = [rank for rank, info in enumerate(infos) if not info.bfloat16]
+    if unfit and settings.model.dtype == "bfloat16":
+        remedy = "set model.dtype to float32, or use GPUs of the Ampere generation or newer"
+        return CheckResult("accelerators", "failed", f"no bfloat16 on ranks {format_ranges(unfit)}; {message}", remedy)
+    if len(types) > 1:
+        return CheckResult("accelerators", "warned", message, "use GPUs of one type: a step waits for the slowest")
+    used = {rank: 1 - (info.free_at_peak + info.peak) / info.total for rank, info in enumerate(infos)}
+    busy = [rank for rank, share in used.items() if share > _MAX_USED_BY_OTHERS]
+    if busy and not settings.rollout.colocated:
+        message += f"; other processes use {max(used.values()):.0%} of the memory on ranks {format_ranges(busy)}"
+        return CheckResult("accelerators", "warned", message, "end the other processes (nvidia-smi lists them)")
+    idle = _idle_gpus(places)
+    if idle and settings.rollout.engine == "embedded":
+        return CheckResult("accelerators", "warned", f"{message}; {idle}", "start as many ranks as there are GPUs")
+    return CheckResult("accelerators", "passed", message)
 
 
-def _idle(places: Sequence[tuple[str, int, int]]) -> str:
-    """GPUs that no rank uses, for a person."""
+def _idle_gpus(places: Sequence[tuple[str, int, int]]) -> str:
+    """Describe the GPUs without a rank.
+
+    Args:
+        places: (host, GPUs of the host, ranks of the host) of every rank.
+    """
     idle: Mapping[str, int] = {host: gpus - ranks for host, gpus, ranks in places if gpus > ranks}
     return ", ".join(f"{count} GPUs of {host} have no rank" for host, count in idle.items())

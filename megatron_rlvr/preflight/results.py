@@ -1,4 +1,4 @@
-"""What checks find, and how it is shown: rows of a table as they come, one JSON file at the end. Imports no torch."""
+"""Results of checks: a table that is printed row by row, and one JSON file at the end. Imports no torch."""
 
 import json
 import os
@@ -9,119 +9,114 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-Result = Literal["passed", "warned", "failed", "not tried"]
+Status = Literal["passed", "warned", "failed", "not tried"]
 
-_COLOURS: dict[Result, str] = {"passed": "32", "warned": "33", "failed": "31", "not tried": "2"}
-_RESULT_WIDTH, _NAME_WIDTH = 11, 14
-_MOST_COLUMNS, _LEAST_COLUMNS = 140, 60
+_COLOURS: dict[Status, str] = {"passed": "32", "warned": "33", "failed": "31", "not tried": "2"}
+_STATUS_WIDTH, _NAME_WIDTH = 11, 14
+_MAX_COLUMNS, _MIN_COLUMNS = 140, 60
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a check found.
+class CheckResult:
+    """Result of one check.
 
     Attributes:
-        name: of the check.
-        found: one sentence or two, with metrics and their units.
-        remedy: what to do about it; "" where nothing is wrong.
-        seconds: that the check took.
+        name: Name of the check.
+        status: Outcome of the check.
+        message: One or two sentences with the measured values and their units.
+        remedy: Instruction for the user; "" if nothing is wrong.
+        seconds: Duration of the check.
     """
 
     name: str
-    result: Result
-    found: str
+    status: Status
+    message: str
     remedy: str = ""
     seconds: float = 0.0
 
 
-def from_sentence(name: str, sentence: str) -> Finding:
-    """A failure from an error message of ours: what is wrong, a semicolon, what to do about it."""
-    found, _, remedy = sentence.rpartition("; ")
-    return Finding(name, "failed", found or remedy, remedy if found else "see the lines above")
+def failure(name: str, sentence: str) -> CheckResult:
+    """Return a failed result from an error message of the form `problem; remedy`."""
+    problem, _, remedy = sentence.rpartition("; ")
+    return CheckResult(name, "failed", problem or remedy, remedy if problem else "see the lines above")
 
 
 class Report:
-    """Shows findings to a person on ``rows``, and what is being done on ``notes``.
+    """Prints results as a table, and the name of each check while it runs.
 
     Args:
-        enabled: whether this rank speaks.
+        rows: Stream for the table.
+        notes: Stream for the names of running checks.
+        enabled: False on ranks that print nothing.
+        json_path: File that `close` writes as well; None for no file.
     """
 
-    def __init__(self, rows: TextIO, notes: TextIO, *, enabled: bool) -> None:
-        self.findings: list[Finding] = []
+    def __init__(self, rows: TextIO, notes: TextIO, *, enabled: bool, json_path: Path | None = None) -> None:
+        self.results: list[CheckResult] = []
         self._rows, self._notes = rows, notes
         self._enabled = enabled
+        self._json_path = json_path
         self._coloured = rows.isatty() and "NO_COLOR" not in os.environ
-        # On a terminal a note stays only until the row that it announces.
-        self._passing = notes.isatty()
+        # On a terminal, the row of a check replaces its note.
+        self._replaces_notes = notes.isatty()
 
-    def say(self, text: str) -> None:
-        """Lines above or below the table."""
+    def print(self, text: str) -> None:
+        """Print lines above or below the table."""
         if self._enabled:
             self._rows.write(text + "\n")
             self._rows.flush()
 
-    def note(self, name: str, what: str) -> None:
-        """A check has begun."""
+    def check_started(self, name: str, description: str) -> None:
+        """Print a note that a check is running."""
         if self._enabled:
-            self._notes.write(f"\r\033[K{name}: {what} ..." if self._passing else f"checking {name}: {what}\n")
+            note = f"\r\033[K{name}: {description} ..." if self._replaces_notes else f"checking {name}: {description}\n"
+            self._notes.write(note)
             self._notes.flush()
 
-    def add(self, finding: Finding) -> None:
-        """A check has ended."""
-        self.findings.append(finding)
-        if self._enabled and self._passing:
+    def add(self, result: CheckResult) -> None:
+        """Record and print the result of a check."""
+        self.results.append(result)
+        if self._enabled and self._replaces_notes:
             self._notes.write("\r\033[K")
             self._notes.flush()
-        self.say("\n".join(self._row(finding)))
+        self.print("\n".join(self._row(result)))
 
     @property
     def passed(self) -> bool:
-        """Whether nothing has failed."""
-        return all(finding.result != "failed" for finding in self.findings)
+        """True if no check failed."""
+        return all(result.status != "failed" for result in self.results)
 
     def close(self) -> None:
-        """The last line."""
-        counts = {result: sum(f.result == result for f in self.findings) for result in _COLOURS}
-        seconds = sum(finding.seconds for finding in self.findings)
-        self.say(", ".join(f"{count} {result}" for result, count in counts.items() if count) + f" in {seconds:.0f} s")
+        """Print the last line, and write the JSON file.
 
-    def write_json(self, path: Path) -> None:
-        """{"passed": ..., "checks": [{name, result, found, remedy, seconds}, ...]}"""
-        if self._enabled:
-            content = {"passed": self.passed, "checks": [asdict(finding) for finding in self.findings]}
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        Its content is {"passed": bool, "checks": [{name, status, message, remedy, seconds}, ...]}.
+        """
+        counts = {status: sum(r.status == status for r in self.results) for status in _COLOURS}
+        seconds = sum(result.seconds for result in self.results)
+        self.print(", ".join(f"{count} {status}" for status, count in counts.items() if count) + f" in {seconds:.0f} s")
+        if self._enabled and self._json_path is not None:
+            content = {"passed": self.passed, "checks": [asdict(result) for result in self.results]}
+            self._json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def _row(self, finding: Finding) -> list[str]:
-        columns = max(_LEAST_COLUMNS, min(_MOST_COLUMNS, shutil.get_terminal_size((120, 24)).columns))
-        margin = _RESULT_WIDTH + _NAME_WIDTH
-        text = textwrap.wrap(finding.found, columns - margin) or [""]
-        if finding.remedy:
-            text += textwrap.wrap(f"-> {finding.remedy}", columns - margin, subsequent_indent="   ")
-        word = finding.result.ljust(_RESULT_WIDTH)
+    def _row(self, result: CheckResult) -> list[str]:
+        columns = max(_MIN_COLUMNS, min(_MAX_COLUMNS, shutil.get_terminal_size((120, 24)).columns))
+        margin = _STATUS_WIDTH + _NAME_WIDTH
+        text = textwrap.wrap(result.message, columns - margin) or [""]
+        if result.remedy:
+            text += textwrap.wrap(f"-> {result.remedy}", columns - margin, subsequent_indent="   ")
+        status = result.status.ljust(_STATUS_WIDTH)
         if self._coloured:
-            word = f"\033[{_COLOURS[finding.result]}m{word}\033[0m"
+            status = f"\033[{_COLOURS[result.status]}m{status}\033[0m"
         first, *others = text
-        return [f"{word}{finding.name.ljust(_NAME_WIDTH)}{first}", *(" " * margin + line for line in others)]
+        return [f"{status}{result.name.ljust(_NAME_WIDTH)}{first}", *(" " * margin + line for line in others)]
 
 
-def in_spans(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as `0-2, 5`."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], number]
-        else:
-            spans.append([number])
-    return ", ".join("-".join(map(str, span)) for span in spans)
+def first_few(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def in_gb(size: float) -> str:
-    """Bytes, for a person."""
+def format_bytes(size: float) -> str:
+    """Return a size in GB or MB, for people."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

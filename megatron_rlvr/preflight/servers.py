@@ -51,7 +51,9 @@ def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | 
     untested = [version for version in distinct if not version_in_range(version, *TESTED_SGLANG)]
     if untested:
         oldest, newest = (".".join(map(str, version)) for version in TESTED_SGLANG)
-        remedy = f"SGLang {', '.join(untested)} is not tested: use {oldest} to {newest}, or check the result of mismatch"
+        remedy = (
+            f"SGLang {', '.join(untested)} is not tested: use {oldest} to {newest}, or check the result of mismatch"
+        )
         return CheckResult("servers", "warned", message, remedy), pool
     return CheckResult("servers", "passed", message), pool
 

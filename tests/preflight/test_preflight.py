@@ -1,4 +1,4 @@
-"""The preflight on real runs in small, and what its checks make of metrics that this machine does not have."""
+"""Tests of the preflight on small real runs, and of its checks on measurements that this machine does not produce."""
 
 import io
 import subprocess
@@ -12,19 +12,20 @@ import pytest
 import tiny
 from preflight_runs import Preflight, run_all, run_ranks
 
-from megatron_rlvr.config.command_line import load_settings, validate
+from megatron_rlvr.config.loading import load_settings, validate
+from megatron_rlvr.hf.families import parameter_count
 from megatron_rlvr.preflight import disk
-from megatron_rlvr.preflight.bandwidth import Rate, judged
-from megatron_rlvr.preflight.command import CHECKS, chosen
-from megatron_rlvr.preflight.machines import within
-from megatron_rlvr.preflight.results import Finding, Report, from_sentence, in_spans
+from megatron_rlvr.preflight.bandwidth import Bandwidth, judge
+from megatron_rlvr.preflight.checks import CHECKS, select_checks
+from megatron_rlvr.preflight.machines import version_in_range
+from megatron_rlvr.preflight.results import CheckResult, Report, failure
 
 NAMES = [check.name for check in CHECKS]
-FREE_PORT_OF_NOBODY = 9  # discard: nothing answers there
+UNUSED_PORT = 9  # discard: nothing answers there
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder with its content."""
+    """Return {path: content} of everything below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
@@ -38,32 +39,33 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(place: Path, model: Path, problems: Path) -> dict[str, Any]:
-    """Preflights of one rank, and what run folders held before and after."""
+    """Run preflights of one rank, and list the run folders before and after them."""
 
     def config(name: str, **sections: Any) -> Path:
         values = tiny.settings_for(model, problems, place / "runs" / name, **sections)
         return tiny.write_settings(place / f"{name}.yaml", values)
 
-    # What an earlier run that was killed has left: a run would go on from it.
-    earlier = place / "runs" / "green"
-    begun(earlier, config("green"))
-    dead = {"engine": "sglang", "servers": [f"http://127.0.0.1:{FREE_PORT_OF_NOBODY}"], "server_timeout_seconds": 1}
+    # The folder of an earlier run that was killed: a run would resume from it.
+    earlier = place / "runs" / "passing"
+    interrupted_run(earlier, config("passing"))
+    dead = {"engine": "sglang", "servers": [f"http://127.0.0.1:{UNUSED_PORT}"], "server_timeout_seconds": 1}
     runs: dict[str, list[str | Path]] = {
-        "green": [config("green"), "--longest"],
-        "red": [config("red", run={"steps": 10**9, "save_every": 1, "keep_last": 10**9}, rollout=dead)],
-        "some": [config("some"), "--only", "gap", "--model.dtype", "bfloat16"],
+        "passing": [config("passing"), "--largest-micro-batches"],
+        "failing": [config("failing", run={"steps": 10**9, "save_every": 1, "keep_last": 10**9}, rollout=dead)],
+        "some": [config("some"), "--only", "mismatch", "--model.dtype", "bfloat16"],
         "without": [config("without"), "--skip", "rehearsal", "bandwidth"],
         "refused": [config("refused"), "--parallel.tensor", "3"],
         "unknown": [config("unknown"), "--only", "bandwith"],
     }
+    runs |= {f"only {name}": [config(f"only {name}"), "--only", name] for name in NAMES}
     runs["stuck"] = ["ranks", "test_preflight", config("stuck")]
     before = listing(place / "runs")
     done = run_all(place, runs | saving(place, problems))
     return {"before": before, "after": listing(place / "runs")} | done
 
 
-def begun(folder: Path, config: Path) -> None:
-    """A run folder with a checkpoint of step 7, which the rehearsal would fail to read."""
+def interrupted_run(folder: Path, config: Path) -> None:
+    """Create a run folder with a checkpoint of step 7 that the rehearsal would fail to read."""
     (folder / "checkpoints" / "step_000007").mkdir(parents=True)
     (folder / "checkpoints" / "latest").write_text("step_000007\n", encoding="utf-8")
     settings = load_settings(config).model_dump_json()
@@ -71,60 +73,72 @@ def begun(folder: Path, config: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 7}\n', encoding="utf-8")
 
 
-def test_a_run_that_can_begin_is_green(alone: dict[str, Any]) -> None:
-    green: Preflight = alone["green"]
-    assert green.status == 0, green.stdout + green.stderr
-    assert green.results == dict.fromkeys(NAMES, "passed")
-    assert "no GPU" in green.checks["accelerators"]["found"]
-    assert "16 tokens" in green.checks["rehearsal"]["found"]
-    assert float(green.checks["gap"]["found"].split()[0]) < 1e-4, "nats, in fp32"
-    assert "with micro-batches of 512 tokens" in green.checks["memory"]["found"]
+def test_every_check_passes_for_a_run_that_can_start(alone: dict[str, Any]) -> None:
+    passing: Preflight = alone["passing"]
+    assert passing.status == 0, passing.stdout + passing.stderr
+    assert passing.results == dict.fromkeys(NAMES, "passed")
+    assert "no GPU" in passing.checks["accelerators"]["message"]
+    assert "16 tokens" in passing.checks["rehearsal"]["message"]
+    assert float(passing.checks["mismatch"]["message"].split()[0]) < 1e-4, "nats, in fp32"
+    assert "with micro-batches of 512 tokens" in passing.checks["memory"]["message"]
     for name in NAMES:
-        assert f"passed     {name}" in green.stdout
-    assert "checking rehearsal" in green.stderr, "a line for each check while it runs"
-    assert "\033" not in green.stdout, "no colours off a terminal"
+        assert f"passed     {name}" in passing.stdout
+    assert "checking rehearsal" in passing.stderr, "a line for each check while it runs"
+    assert "\033" not in passing.stdout, "no colours without a terminal"
 
 
-def test_the_run_folder_is_as_it_was_and_nothing_is_resumed(alone: dict[str, Any]) -> None:
+def test_the_run_folder_is_unchanged_and_nothing_is_resumed(alone: dict[str, Any]) -> None:
     assert alone["before"] == alone["after"]
-    assert "going on after step 7" in alone["green"].checks["settings"]["found"], "what a run would do"
+    assert "resuming after step 7" in alone["passing"].checks["settings"]["message"], "what a run would do"
 
 
-def test_a_disk_too_small_is_red_and_checks_that_do_not_need_it_go_on(alone: dict[str, Any]) -> None:
-    red: Preflight = alone["red"]
-    assert red.status == 1
-    assert red.results["disk"] == "failed"
-    assert "are free at" in red.checks["disk"]["found"]
-    assert "1000000000 checkpoint(s)" in red.checks["disk"]["found"]
-    assert "keep less: run.keep_last" in red.checks["disk"]["remedy"]
-    assert red.results["grader"] == "passed"
+def test_a_disk_that_is_too_small_fails_and_checks_that_do_not_need_it_run(alone: dict[str, Any]) -> None:
+    failing: Preflight = alone["failing"]
+    assert failing.status == 1
+    assert failing.results["disk"] == "failed"
+    assert "are free at" in failing.checks["disk"]["message"]
+    assert "1000000000 checkpoint(s)" in failing.checks["disk"]["message"]
+    assert "keep less: run.keep_last" in failing.checks["disk"]["remedy"]
+    assert failing.results["grader"] == "passed"
 
 
-def test_a_server_that_is_not_there_is_red_and_what_needs_it_says_so(alone: dict[str, Any]) -> None:
-    red: Preflight = alone["red"]
-    assert red.results["servers"] == "failed"
-    assert f"http://127.0.0.1:{FREE_PORT_OF_NOBODY} cannot be used" in red.checks["servers"]["found"]
-    assert red.checks["servers"]["remedy"] == "start it, or drop it from the list"
-    assert red.checks["rehearsal"]["found"] == "needs servers, which failed"
-    assert {red.results[name] for name in ("rehearsal", "gap", "memory", "restored")} == {"not tried"}
-    assert "failed     servers" in red.stdout
+def test_an_unreachable_server_fails_and_checks_that_need_it_say_so(alone: dict[str, Any]) -> None:
+    failing: Preflight = alone["failing"]
+    assert failing.results["servers"] == "failed"
+    assert (
+        f"rollout.servers=http://127.0.0.1:{UNUSED_PORT}: the server cannot be used"
+        in failing.checks["servers"]["message"]
+    )
+    assert failing.checks["servers"]["remedy"] == "start it, or remove it from the list"
+    assert failing.checks["rehearsal"]["message"] == "needs servers, which failed"
+    assert {failing.results[name] for name in ("rehearsal", "mismatch", "memory", "restored")} == {"not tried"}
+    assert "failed     servers" in failing.stdout
 
 
-def test_single_checks_are_tried_with_what_they_need(alone: dict[str, Any]) -> None:
+def test_selected_checks_run_with_those_that_they_need(alone: dict[str, Any]) -> None:
     some: Preflight = alone["some"]
     assert some.status == 0, some.stdout + some.stderr
-    assert list(some.checks) == ["settings", "ranks", "grader", "servers", "rehearsal", "gap", "restored"]
-    assert 1e-4 < float(some.checks["gap"]["found"].split()[0]) < 0.2, "bfloat16: flags of the run count"
+    assert list(some.checks) == ["settings", "ranks", "grader", "servers", "rehearsal", "mismatch", "restored"]
+    assert 1e-4 < float(some.checks["mismatch"]["message"].split()[0]) < 0.2, "bfloat16: flags of the run are applied"
     without: Preflight = alone["without"]
     assert without.status == 0
     assert "bandwidth" not in without.checks
-    assert without.checks["gap"]["found"] == "needs rehearsal, which was skipped"
+    assert without.checks["mismatch"]["message"] == "needs rehearsal, which was skipped"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_check_can_be_the_only_one(name: str, alone: dict[str, Any]) -> None:
+    only: Preflight = alone[f"only {name}"]
+    assert only.status == 0, only.stdout + only.stderr
+    assert only.results == {check.name: "passed" for check in select_checks([name], [])}
+    assert name in only.results
+    assert f"{len(only.results)} passed in" in only.stdout
 
 
 def test_wrong_input_is_one_line_and_status_2(alone: dict[str, Any]) -> None:
     for name, said in {
-        "refused": "start it as the run: torchrun --nproc-per-node 3",
-        "unknown": "--only bandwith is no check; choose from settings,",
+        "refused": "start it with torchrun --nproc-per-node 3",
+        "unknown": "--only bandwith: no such check; choose from settings,",
     }.items():
         found: Preflight = alone[name]
         assert (found.status, found.stdout, found.checks) == (2, "", {})
@@ -132,16 +146,18 @@ def test_wrong_input_is_one_line_and_status_2(alone: dict[str, Any]) -> None:
         assert said in found.stderr
 
 
-def test_two_data_parallel_ranks_are_green_with_their_bandwidth(place: Path, model: Path, problems: Path) -> None:
+def test_every_check_passes_on_two_data_parallel_ranks_with_their_bandwidth(
+    place: Path, model: Path, problems: Path
+) -> None:
     values = tiny.settings_for(model, problems, place / "two")
     two = run_ranks(place, "two", 2, tiny.write_settings(place / "two.yaml", values))
     assert two.status == 0, two.stdout + two.stderr
     bandwidth = two.checks["bandwidth"]
     assert two.results | {"bandwidth": "passed"} == dict.fromkeys(NAMES, "passed")
-    assert bandwidth["result"] == "passed" or "is below 0.1" in bandwidth["remedy"], "on a busy machine"
-    assert two.checks["bandwidth"]["found"].startswith("data ")
-    assert "data neighbours" in two.checks["bandwidth"]["found"]
-    assert "to 2 prompt(s)" in two.checks["rehearsal"]["found"], "one for each replica"
+    assert bandwidth["status"] == "passed" or "is below 0.1" in bandwidth["remedy"], "on a busy machine"
+    assert two.checks["bandwidth"]["message"].startswith("data ")
+    assert "data neighbours" in two.checks["bandwidth"]["message"]
+    assert "to 2 prompt(s)" in two.checks["rehearsal"]["message"], "one per data-parallel replica"
     assert two.stdout.count("passed     settings") == 1, "one rank prints"
     assert not (place / "two").exists()
     assert list(place.glob(".preflight-*")) == []
@@ -151,24 +167,25 @@ def test_two_data_parallel_ranks_are_green_with_their_bandwidth(place: Path, mod
 
 
 def together(*arguments: str) -> None:
-    """What each of two ranks does: a preflight in which two checks fail on rank 1, where rank 0 waits in the second."""
+    """Run, on each of two ranks, a preflight in which two checks fail on rank 1 while rank 0 waits in the second."""
     import torch.distributed as dist
 
-    from megatron_rlvr.preflight import bandwidth, context, machines
+    from megatron_rlvr.preflight import bandwidth, barrier, machines
     from megatron_rlvr.preflight.command import main
+    from megatron_rlvr.preflight.context import PreflightContext, PreflightError
 
-    def fails_on_rank_1(here: context.Site) -> Finding:
-        if here.ranks.rank == 1:
-            raise context.PreflightError("no luck; try again")
-        return Finding("accelerators", "passed", "well here")
+    def fails_on_rank_1(context: PreflightContext) -> CheckResult:
+        if context.ranks.rank == 1:
+            raise PreflightError("no luck; try again")
+        return CheckResult("accelerators", "passed", "fine here")
 
-    def hangs(here: context.Site) -> Finding:
-        here.new_folder(Path(here.resolved.settings.run.dir))
-        finding = fails_on_rank_1(here)
+    def hangs(context: PreflightContext) -> CheckResult:
+        context.new_folder(Path(context.resolved.settings.run.dir))
+        result = fails_on_rank_1(context)
         dist.barrier()
-        return finding
+        return result
 
-    context.STUCK_SECONDS = 10.0
+    barrier.STUCK_SECONDS = 10.0
     with (
         mock.patch.object(machines, "check_versions", fails_on_rank_1),
         mock.patch.object(bandwidth, "check_bandwidth", hangs),
@@ -176,14 +193,14 @@ def together(*arguments: str) -> None:
         main(arguments, "")
 
 
-def test_a_rank_that_fails_hangs_no_other_and_one_that_is_stuck_is_given_up(alone: dict[str, Any], place: Path) -> None:
+def test_a_rank_that_fails_hangs_no_other_rank_and_stuck_ranks_are_ended(alone: dict[str, Any], place: Path) -> None:
     stuck: Preflight = alone["stuck"]
     assert stuck.status == 1, stuck.stderr
     for name in ("versions", "bandwidth"):
         assert stuck.results[name] == "failed"
-        assert (stuck.checks[name]["found"], stuck.checks[name]["remedy"]) == ("rank 1: no luck", "try again")
+        assert (stuck.checks[name]["message"], stuck.checks[name]["remedy"]) == ("rank 1: no luck", "try again")
     assert stuck.results["accelerators"] == "passed", "a check after one that all ranks have left"
-    assert stuck.checks["disk"]["found"] == "ranks are stuck in bandwidth"
+    assert stuck.checks["disk"]["message"] == "ranks are stuck in bandwidth"
     assert {stuck.results[name] for name in NAMES[NAMES.index("disk") :]} == {"not tried"}
     assert list((place / "runs").glob(".preflight-*")) == []
 
@@ -200,7 +217,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def saving(place: Path, problems: Path) -> dict[str, list[str | Path]]:
-    """Runs of a step that save a checkpoint of a larger model."""
+    """Return one-step training runs that save a checkpoint of a larger model."""
     model = tiny.write_model(place / "larger", **LARGER)
     every = {"run": {"steps": 1, "export": False}, "rollout": {"max_rounds": 1}, "log": {"rollouts": 0}}
     return {
@@ -212,24 +229,26 @@ def saving(place: Path, problems: Path) -> dict[str, list[str | Path]]:
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_the_size_of_a_checkpoint_is_that_of_a_real_one(name: str, alone: dict[str, Any], place: Path) -> None:
+def test_the_predicted_size_of_a_checkpoint_is_that_of_a_real_one(
+    name: str, alone: dict[str, Any], place: Path
+) -> None:
     assert alone[name].status == 0, alone[name].stderr
     saved = sum(p.stat().st_size for p in (place / f"{name} saves").rglob("*.distcp"))
-    foreseen = disk.wanted(load_settings(place / f"{name}.yaml"), tiny.model_config(**LARGER)).checkpoint
-    assert foreseen < saved < 1.08 * foreseen, "every tensor has a header of some hundred bytes"
+    predicted = disk.disk_use(load_settings(place / f"{name}.yaml"), tiny.model_config(**LARGER)).checkpoint
+    assert predicted < saved < 1.08 * predicted, "every tensor has a header of a few hundred bytes"
 
 
-def test_the_room_that_a_run_needs_is_counted_at_its_worst_moment(model: Path, problems: Path, tmp_path: Path) -> None:
-    def needs(**sections: Any) -> disk.Wanted:
-        return disk.wanted(validate(tiny.settings_for(model, problems, tmp_path / "run", **sections)), config)
+def test_disk_use_is_the_maximum_over_the_run(model: Path, problems: Path, tmp_path: Path) -> None:
+    def needs(**sections: Any) -> disk.DiskUse:
+        return disk.disk_use(validate(tiny.settings_for(model, problems, tmp_path / "run", **sections)), config)
 
     config = tiny.model_config()
-    parameters = disk.parameter_count(config)
-    # By hand: a layer is q and o, k and v, gate and up and down, two norms, and those of queries and keys.
+    parameters = parameter_count(config)
+    # By hand: a layer has q and o, k and v, gate and up and down, two norms, and the norms of queries and keys.
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32 + 2 * 8
     assert parameters == 2 * 320 * 32 + 2 * layer + 32
     long = {"steps": 100, "save_every": 10, "keep_last": 2}
-    assert needs(run=long).checkpoints == 3, "the one that is built stands beside the two that are kept"
+    assert needs(run=long).checkpoints == 3, "one is being built beside the two that are kept"
     assert needs(run=long | {"keep_every": 20}).checkpoints == 8
     assert needs(run={"steps": 20, "save_every": 10, "keep_last": 5}).checkpoints == 2
     assert needs(run={"steps": 100, "save_every": 0}).checkpoints == 1
@@ -241,7 +260,7 @@ def test_the_room_that_a_run_needs_is_counted_at_its_worst_moment(model: Path, p
     assert needs(**on_servers).sync == 0
 
 
-def test_a_file_system_that_replaces_in_two_steps_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_replaces_in_two_steps_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, in_two = tmp_path / "whole", tmp_path / "in two"
     whole.mkdir()
     in_two.mkdir()
@@ -253,15 +272,15 @@ def test_a_file_system_that_replaces_in_two_steps_is_found_out(tmp_path: Path, m
         self.rename(target)
 
     monkeypatch.setattr(Path, "replace", replace_in_two_steps)
-    assert disk.renaming_problem(in_two) == "a file that is replaced is seen half-done by who reads it"
+    assert disk.renaming_problem(in_two) == "a reader can see a file that is only partly replaced"
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_largest_micro_batch_fills_the_budget_or_holds_the_longest_sequence(model: Path, problems: Path) -> None:
-    from megatron_rlvr.batching.batch import Packing
-    from megatron_rlvr.preflight.rehearsal import largest_micro_batch
+    from megatron_rlvr.batching.packing import Packing
+    from megatron_rlvr.preflight.memory import largest_micro_batch
 
     def lengths(budget: int, **packing: int) -> tuple[int, ...]:
         batch = largest_micro_batch(settings, Packing(budget=budget, **packing), vocabulary=320)
@@ -272,35 +291,35 @@ def test_the_largest_micro_batch_fills_the_budget_or_holds_the_longest_sequence(
     assert lengths(512) == (143, 143, 143, 83), "the last token of a sequence is only predicted"
     assert lengths(512, sequence_multiple=4) == (144, 144, 144, 80), "padding counts"
     assert lengths(143) == (143,)
-    assert lengths(100) == (143,), "a longer sequence gets a micro-batch of its own"
+    assert lengths(100) == (143,), "a longer sequence has a micro-batch of its own"
 
 
 # Bandwidth and versions ---------------------------------------------------------------------------------------------
 
 
-def rates(kind: str, speeds: list[float]) -> list[Rate]:
-    return [Rate(kind, (2 * i, 2 * i + 1), (f"node{i}",), speed) for i, speed in enumerate(speeds)]
+def bandwidths(kind: str, speeds: list[float]) -> list[Bandwidth]:
+    return [Bandwidth(kind, (2 * i, 2 * i + 1), (f"node{i}",), speed) for i, speed in enumerate(speeds)]
 
 
-def test_a_group_under_half_of_the_median_or_under_the_floor_is_named() -> None:
-    assert judged([]).result == "passed"
-    assert judged(rates("tensor", [1.0, 1.1, 0.6])).result == "passed"
-    slow = judged(rates("data", [2.0, 2.0]) + rates("tensor", [1.0, 1.1, 0.4]))
-    assert slow.result == "warned"
-    assert "tensor, ranks 4-5 on node2: 0.4 GB/s, is under half of the median 1" in slow.remedy
+def test_a_group_below_half_of_the_median_or_below_the_floor_is_named() -> None:
+    assert judge([]).status == "passed"
+    assert judge(bandwidths("tensor", [1.0, 1.1, 0.6])).status == "passed"
+    slow = judge(bandwidths("data", [2.0, 2.0]) + bandwidths("tensor", [1.0, 1.1, 0.4]))
+    assert slow.status == "warned"
+    assert "tensor, ranks 4-5 on node2: 0.4 GB/s, is below half of the median 1" in slow.remedy
     assert "data, " not in slow.remedy
-    assert "is below 0.1" in judged(rates("data", [0.05])).remedy
+    assert "is below 0.1" in judge(bandwidths("data", [0.05])).remedy
 
 
-def test_versions_are_within_a_range_of_leading_numbers() -> None:
-    assert within("2.13.0+cu128", (2, 6), (2, 13))
-    assert within("0.16.1", (0, 16, 1), (0, 16))
-    assert within("0.16.9", (0, 16, 1), (0, 16))
-    assert within("2.6.0a0+df5bbc09d1.nv24.12", (2, 6), (2, 13))
-    assert not within("0.16.0", (0, 16, 1), (0, 16))
-    assert not within("0.17.0", (0, 16, 1), (0, 16))
-    assert not within("2.14.0", (2, 6), (2, 13))
-    assert not within("unknown", (2, 6), (2, 13))
+def test_version_ranges_compare_leading_numbers() -> None:
+    assert version_in_range("2.13.0+cu128", (2, 6), (2, 13))
+    assert version_in_range("0.16.1", (0, 16, 1), (0, 16))
+    assert version_in_range("0.16.9", (0, 16, 1), (0, 16))
+    assert version_in_range("2.6.0a0+df5bbc09d1.nv24.12", (2, 6), (2, 13))
+    assert not version_in_range("0.16.0", (0, 16, 1), (0, 16))
+    assert not version_in_range("0.17.0", (0, 16, 1), (0, 16))
+    assert not version_in_range("2.14.0", (2, 6), (2, 13))
+    assert not version_in_range("unknown", (2, 6), (2, 13))
 
 
 # The table ----------------------------------------------------------------------------------------------------------
@@ -311,35 +330,34 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_results_are_coloured_on_a_terminal_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_coloured_on_a_terminal_unless_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    finding = Finding("disk", "failed", "x " * 100, "make room")
+    result = CheckResult("disk", "failed", "x " * 100, "free some space")
     plain, coloured, refused = io.StringIO(), Terminal(), Terminal()
-    Report(plain, io.StringIO(), enabled=True).add(finding)
-    Report(coloured, io.StringIO(), enabled=True).add(finding)
+    Report(plain, io.StringIO(), enabled=True).add(result)
+    Report(coloured, io.StringIO(), enabled=True).add(result)
     monkeypatch.setenv("NO_COLOR", "1")
-    Report(refused, io.StringIO(), enabled=True).add(finding)
+    Report(refused, io.StringIO(), enabled=True).add(result)
     assert coloured.getvalue().startswith("\033[31mfailed")
     assert plain.getvalue() == refused.getvalue()
     first, *others = plain.getvalue().splitlines()
     assert first.startswith("failed     disk          x x")
-    assert others[-1] == " " * 25 + "-> make room"
+    assert others[-1] == " " * 25 + "-> free some space"
     assert max(map(len, [first, *others])) <= 120
 
 
-def test_what_is_wrong_is_told_from_what_to_do_about_it() -> None:
-    found = from_sentence("servers", "url cannot be used (a; b); start it")
-    assert (found.found, found.remedy) == ("url cannot be used (a; b)", "start it")
-    assert in_spans([5, 0, 1, 2, 7]) == "0-2, 5, 7"
+def test_an_error_message_is_split_into_problem_and_remedy() -> None:
+    result = failure("servers", "url cannot be used (a; b); start it")
+    assert (result.message, result.remedy) == ("url cannot be used (a; b)", "start it")
 
 
-def test_needs_are_named_before_what_needs_them_and_servers_are_always_put_right() -> None:
+def test_needs_come_first_and_servers_are_restored_after_every_rehearsal() -> None:
     for number, check in enumerate(CHECKS):
         assert set(check.needs) <= set(NAMES[:number])
-    assert [c.name for c in chosen(["memory"], [])] == [
+    assert [c.name for c in select_checks(["memory"], [])] == [
         *("settings", "ranks", "grader", "servers", "rehearsal", "memory", "restored")
     ]
-    assert [c.name for c in chosen([], ["gap"])] == [name for name in NAMES if name != "gap"]
+    assert [c.name for c in select_checks([], ["mismatch"])] == [name for name in NAMES if name != "mismatch"]
 
 
 def test_help_names_every_check() -> None:
@@ -347,4 +365,4 @@ def test_help_names_every_check() -> None:
         [sys.executable, "tools/preflight.py", "--help"],
         cwd=tiny.CHECKOUT, env=tiny.environment(), capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert all(f"  {check.name:<13} {check.what}" in done.stdout for check in CHECKS)
+    assert all(f"  {check.name:<13} {check.description}" in done.stdout for check in CHECKS)

@@ -1,4 +1,4 @@
-"""The preflight with real servers: the gap that it finds, weights that it puts back, and a server of another model."""
+"""Tests of the preflight with real servers: the mismatch, the restored weights, and a server of another model."""
 
 import json
 import urllib.request
@@ -15,7 +15,7 @@ NATS = 1e-4  # in float32
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, model: Path, problems: Path, started: list[Any]) -> dict[str, Any]:
-    """Preflights on the two servers of the session, which hold other weights of the tiny model."""
+    """Run preflights on the two servers of the session, which hold other weights of the tiny model."""
     for server in started:
         if not server.alive:
             server.restart()
@@ -34,7 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, model: Path, problems: Path,
         place,
         {
             "distributed": config("distributed"),
-            "disk": [*config("disk", sync=shared), "--longest"],
+            "disk": [*config("disk", sync=shared), "--largest-micro-batches"],
             "another": config("another", larger),
         },
     )
@@ -42,13 +42,15 @@ def found(tmp_path_factory: pytest.TempPathFactory, model: Path, problems: Path,
 
 
 @pytest.mark.parametrize("name", ["distributed", "disk"])
-def test_right_servers_are_green_with_their_version_and_a_small_gap(name: str, found: dict[str, Any]) -> None:
-    green: Preflight = found[name]
-    assert green.status == 0, green.stdout + green.stderr
-    assert set(green.results.values()) == {"passed"}
-    assert "2 of this model with room for 144 tokens, sglang 0.5." in green.checks["servers"]["found"]
-    assert float(green.checks["gap"]["found"].split()[0]) < NATS
-    assert "2 server(s) held the weights sent" in green.checks["rehearsal"]["found"]
+def test_matching_servers_pass_with_their_version_and_a_small_mismatch(name: str, found: dict[str, Any]) -> None:
+    passing: Preflight = found[name]
+    assert passing.status == 0, passing.stdout + passing.stderr
+    assert set(passing.results.values()) == {"passed"}
+    assert (
+        "2 with the run's model and at least 144 tokens of context, SGLang 0.5." in passing.checks["servers"]["message"]
+    )
+    assert float(passing.checks["mismatch"]["message"].split()[0]) < NATS
+    assert "2 server(s) held the weights pushed" in passing.checks["rehearsal"]["message"]
     assert not (found["place"] / "runs").exists()
     assert list(found["place"].rglob(".preflight-*")) == []
     assert list((found["place"] / "shared").iterdir()) == []
@@ -68,14 +70,16 @@ def test_servers_hold_the_weights_of_the_model_afterwards(found: dict[str, Any],
         logprob, token, _ = meta["output_token_logprobs"][0]
         assert token == int(expected.argmax())
         assert abs(logprob - float(expected[token])) < NATS
-        assert meta["weight_version"] in found["disk"].checks["restored"]["found"], "as the last preflight named them"
+        assert meta["weight_version"] in found["disk"].checks["restored"]["message"], (
+            "the name given by the last preflight"
+        )
 
 
-def test_a_server_of_another_model_is_red_and_gets_no_weights(found: dict[str, Any]) -> None:
+def test_a_server_of_another_model_fails_and_gets_no_weights(found: dict[str, Any]) -> None:
     another: Preflight = found["another"]
     assert another.status == 1
     assert another.results["servers"] == "failed"
-    assert "serves another model (vocabulary 320, not 352)" in another.checks["servers"]["found"]
+    assert "serves another model (vocabulary 320, not 352)" in another.checks["servers"]["message"]
     assert another.checks["servers"]["remedy"] == "start it on model.path"
-    assert another.checks["rehearsal"]["found"] == "needs servers, which failed"
+    assert another.checks["rehearsal"]["message"] == "needs servers, which failed"
     assert another.results["disk"] == "passed"

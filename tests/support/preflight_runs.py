@@ -1,4 +1,4 @@
-"""Preflights as a user starts them. Imports take longer than such a run, so that one process forks several."""
+"""Preflights as a user starts them. Imports take longer than such a run, so one process forks several."""
 
 import json
 import subprocess
@@ -12,10 +12,10 @@ import tiny
 
 _TOOL = tiny.CHECKOUT / "tools" / "preflight.py"
 
-# Argument lists, one file each; what a run prints goes to files beside it.
+# Runs argument lists, which are one file each; the output of a run goes to files beside its own.
 _FORKING = """
 import importlib, json, os, runpy, socket, sys
-import megatron_rlvr.preflight.rehearsal, megatron_rlvr.preflight.bandwidth, megatron_rlvr.engines.embedded.engine
+import megatron_rlvr.preflight.runner, megatron_rlvr.engines.embedded.engine
 import megatron_rlvr.evaluation.evaluator, megatron_rlvr.learner, megatron_rlvr.rollout.synchronous
 import megatron_rlvr.train, megatron_rlvr.trainer
 
@@ -51,10 +51,13 @@ for path in paths:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What one left behind.
+    """Exit status and output of one preflight.
 
     Attributes:
-        checks: by name, as its JSON file has them; none if it wrote no file.
+        status: Exit status.
+        stdout: Printed table.
+        stderr: Printed notes and errors.
+        checks: {check: its entry in the JSON file}; {} if the preflight wrote no file.
     """
 
     status: int
@@ -64,18 +67,20 @@ class Preflight:
 
     @property
     def results(self) -> dict[str, str]:
-        """{check: result}"""
-        return {name: check["result"] for name, check in self.checks.items()}
+        """{check: status}"""
+        return {name: check["status"] for name, check in self.checks.items()}
 
 
 def run_all(place: Path, runs: Mapping[str, Sequence[str | Path]]) -> dict[str, Preflight]:
-    """Preflights of one rank each with these arguments, one after the other.
+    """Run preflights of one rank each, one after the other.
 
-    With "train" as the first argument it is a run; with "ranks", MODULE and others, two ranks call what is named
-    `together` in the module, with the others.
+    Args:
+        place: Folder for their output.
+        runs: {name: arguments}. With "train" as the first argument, the others start a training run. With "ranks" and
+            MODULE, two ranks call the module's function `together` with the other arguments.
     """
     for name, arguments in runs.items():
-        words = [*map(str, arguments), "--json", str(place / f"{name}.found.json")]
+        words = [*map(str, arguments), "--json", str(place / f"{name}.results.json")]
         (place / f"{name}.args").write_text(json.dumps(words), encoding="utf-8")
     paths = [str(place / f"{name}.args") for name in runs]
     program = [sys.executable, "-c", _FORKING, str(_TOOL), *paths]
@@ -91,8 +96,8 @@ def run_all(place: Path, runs: Mapping[str, Sequence[str | Path]]) -> dict[str, 
 
 
 def run_ranks(place: Path, name: str, ranks: int, *arguments: str | Path) -> Preflight:
-    """One preflight under torchrun."""
-    words = [*map(str, arguments), "--json", str(place / f"{name}.found.json")]
+    """Run one preflight under torchrun."""
+    words = [*map(str, arguments), "--json", str(place / f"{name}.results.json")]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), _TOOL, *words],
         cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=400, check=False,
@@ -106,5 +111,5 @@ def _of(place: Path, name: str) -> Preflight:
 
 
 def _checks(place: Path, name: str) -> dict[str, Any]:
-    path = place / f"{name}.found.json"
+    path = place / f"{name}.results.json"
     return {check["name"]: check for check in json.loads(path.read_text())["checks"]} if path.exists() else {}
