@@ -242,7 +242,7 @@ def test_a_job_ends_with_its_servers_and_waits_for_them_only_for_the_given_time(
 
     wrong = Job(slurm, run, "--batch.prompts", "0", **stand_in)
     assert wrong.ended(SOON_SECONDS) == "2:0", wrong.said()
-    assert "batch.prompts 0" in wrong.said(), "the wrong setting is reported, not the missing servers"
+    assert "batch.prompts=0: " in wrong.said(), "the wrong setting is reported, not the missing servers"
 
     never = Job(slurm, run, **stand_in, SERVER_FLAGS="--device cpu -- --never-ready", SERVER_START_SECONDS="3")
     assert never.ended(SOON_SECONDS) == "1:0", never.said()
