@@ -66,7 +66,7 @@ class AsynchronousCollector:
         self._attempts = 0
         """Number of group samplers so far, on every rank; each has counters of its own."""
         self._sampling = False
-        """Whether leaders sample: from `_start` to `_take_in`, on every rank."""
+        """True while leaders sample, from `_start` to `_take_in`; the same on every rank."""
         self._group_sampler: GroupSampler | None = None
         """Group sampler of a leader while leaders sample."""
         self._in_progress_here = 0

@@ -134,8 +134,9 @@ class GroupInProgress:
         self.graded[completion.index] = completion, grade
 
     def interrupt(self) -> None:
-        """Note that the outstanding requests were aborted."""
+        """Forget outstanding requests and, after a failure, outstanding grades: their completions are missing again."""
         self.requested.clear()
+        self.ungraded.clear()
 
     def restart(self) -> None:
         """Discard all that was sampled."""

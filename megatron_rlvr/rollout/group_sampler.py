@@ -133,6 +133,8 @@ class GroupSampler:
             self._counters.stop()
         if self._stop.is_set():
             self._counters.stop()
+        for group in self._in_progress.values():
+            group.interrupt()
         self._result.in_progress = sorted(self._in_progress.values(), key=lambda group: group.order)
         self._counters.leave()
 
@@ -203,6 +205,4 @@ class GroupSampler:
                 self._arrive(request, completion)
             elif self._settings.partial and len(completion.token_ids):
                 self._group_of[request.seed].partial[completion.index] = completion
-        for group in self._in_progress.values():
-            group.interrupt()
         self._collect_grades(wait=True)

@@ -109,7 +109,7 @@ class SynchronousCollector:
         return [GroupInProgress(o, prompt, size) for o, prompt in drawn if o % ranks.data_size == ranks.data_rank]
 
     def _take_distinct(self) -> list[GroupInProgress]:
-        """Take the first restarted group of each prompt, by which an engine tells groups apart; leave the others."""
+        """Take one restarted group for each prompt, by whose id completions are assigned; leave the others."""
         first: dict[str, GroupInProgress] = {}
         groups = self._buffer.take_in_progress()
         for group in groups:
