@@ -16,7 +16,7 @@ class RolloutSettings(Section):
     """Rollout engine and its limits, sampling, dynamic sampling, and how far sampling may be off-policy."""
 
     engine: Literal["embedded", "sglang"] = "embedded"
-    """embedded: transformers in the training processes; sglang: SGLang servers, which must be started before."""
+    """embedded: transformers in the training processes; sglang: SGLang servers, which must already be running."""
     servers: list[str] = Field(default_factory=list)
     """URLs of the SGLang servers, such as http://node7:30000; each serves the model of `model.path`."""
     group_size: int = Field(default=16, ge=2)
