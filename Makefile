@@ -1,4 +1,5 @@
 # make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
+# make check        install, then run lint, type check and the fast unit tests (a few minutes)
 # make test         install, then run lint, type check and all tests
 # make cluster      run the tests on Slurm (two loopback nodes) and on three network namespaces (part of `make test`)
 # make container    build the CPU image with buildah and run `make test` in it (needs root; takes an hour)
@@ -6,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: install quickstart test waiting computing cluster container lint packages bench clean
+.PHONY: install quickstart check test waiting computing cluster container lint packages bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -29,6 +30,12 @@ waiting:
 
 computing:
 	$(RUN)/python -m pytest -q $(WAITING:%=--ignore=%)
+
+UNITS := tests/test_words.py tests/test_imports.py tests/test_atomic.py tests/algo tests/batching tests/checkpoint \
+	tests/config tests/data tests/hf tests/rollout/test_group_buffer.py
+
+check: lint
+	$(RUN)/python -m pytest -q $(UNITS)
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

@@ -15,6 +15,8 @@ Trains a Hugging Face model by reinforcement learning with verifiable rewards on
 touches only the forking tokens, the response tokens of highest entropy in the batch (arXiv 2506.01939).
 
   CONFIG.yaml            settings of the run; every key below is also a flag, and a flag wins over the file
+                         (`extends: OTHER.yaml` in it takes all that it does not say from another file, whose path
+                         starts at the folder of CONFIG.yaml)
   --check                check the settings and all files they name, print the plan in words and exit; needs no GPU
                          and no torchrun (WORLD_SIZE=64 before the command checks a layout for 64 ranks)
   --help                 print this text
