@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings, SettingsError
+from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.families import padded_vocab_size, rope_scaling_factor, rope_theta, tied, transformer_fields
@@ -125,14 +126,15 @@ def check_passthrough(
             raise SettingsError(
                 f"unknown key megatron.{key}" + (f"; did you mean megatron.{near[0]}?" if near else "; remove it")
             )
+        written = f"megatron.{key}={shown(megatron[key])}"
         if key in owned or key in _OWNED_ELSEWHERE:
             decided_by = _OWNED_ELSEWHERE.get(key, "the model folder and the sections model and parallel")
-            raise SettingsError(f"megatron.{key} is decided by {decided_by}; remove it")
+            raise SettingsError(f"{written}: is decided by {decided_by}; remove it")
         if key.startswith("moe_") and (key not in _EXPERT_KEYS or "num_moe_experts" not in owned):
-            what = "does nothing with a dense model" if "num_moe_experts" not in owned else "would change the model"
-            raise SettingsError(f"megatron.{key} {what}; remove it")
+            what = "has no effect with a dense model" if "num_moe_experts" not in owned else "would change the model"
+            raise SettingsError(f"{written}: {what}; remove it")
         if key in _REFUSED and megatron[key]:
-            raise SettingsError(f"megatron.{key} {megatron[key]} cannot be used: {_REFUSED[key]}; remove it")
+            raise SettingsError(f"{written}: cannot be used, {_REFUSED[key]}; remove it")
 
 
 def check_kernels(megatron: Mapping[str, Any]) -> None:
@@ -148,7 +150,9 @@ def check_kernels(megatron: Mapping[str, Any]) -> None:
     }
     for key, (what, present) in kernels.items():
         if megatron.get(key) and not present():
-            raise SettingsError(f"megatron.{key} {megatron[key]} needs {what}, which this machine lacks; remove it")
+            raise SettingsError(
+                f"megatron.{key}={shown(megatron[key])}: needs {what}, which this machine lacks; remove it"
+            )
 
 
 def _config(cls: type, megatron: Mapping[str, Any], **fields: Any) -> Any:
