@@ -14,6 +14,7 @@ import tiny
 import yaml
 
 from megatron_rlvr.config import Settings
+from megatron_rlvr.config.layers import read_layers
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
@@ -326,10 +327,17 @@ def test_hyper_parameters_are_those_of_the_paper(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_value_of_the_paper_is_written_in_the_recipe(recipe: str) -> None:
     """A default may change; a recipe must not."""
-    written = yaml.safe_load((EXAMPLES / f"{recipe}.yaml").read_text())
-    stated = {f"{section}.{key}" for section, values in written.items() for key in values}
+    layers = read_layers(EXAMPLES / f"{recipe}.yaml", lambda path: yaml.safe_load(path.read_text()))
+    stated = {f"{section}.{key}" for layer in layers for section, values in layer.items() for key in values}
     implied = {"rollout.overlap", "loss.rollout_correction"}  # the paper does not mention them
     assert PAPER.keys() - stated == implied
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_recipe_of_a_model_is_whole_and_the_others_say_what_differs(model: str) -> None:
+    lines = {path.stem: path.read_text().split("extends: ") for path in (EXAMPLES / model).glob("*.yaml")}
+    assert [name for name, parts in lines.items() if len(parts) == 1] == ["forking_20k"]
+    assert all(len(parts[1].splitlines()) <= 10 for name, parts in lines.items() if name != "forking_20k")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -7,13 +7,13 @@
     advantage, selection, loss, batch, optimizer   config/training.py
 
 Sections are frozen and passed on whole. An unknown key is refused with the nearest known one, a renamed key with its
-new name (`loading.py`), a setting without effect with the setting that disables it (`no_effect.py`). Defaults follow
-the paper (arXiv 2506.01939).
+new name (`loading.py`), a setting without effect with the setting that disables it (`no_effect.py`); a file may extend
+another (`layers.py`). Defaults follow the paper (arXiv 2506.01939).
 """
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from megatron_rlvr.config.data import DataSettings as DataSettings
 from megatron_rlvr.config.data import EvaluateSettings as EvaluateSettings
@@ -30,6 +30,7 @@ from megatron_rlvr.config.run import LogSettings as LogSettings
 from megatron_rlvr.config.run import RunSettings as RunSettings
 from megatron_rlvr.config.section import Section
 from megatron_rlvr.config.section import SettingsError as SettingsError
+from megatron_rlvr.config.section import Unused as Unused
 from megatron_rlvr.config.training import AdvantageSettings as AdvantageSettings
 from megatron_rlvr.config.training import BatchSettings as BatchSettings
 from megatron_rlvr.config.training import LossSettings as LossSettings
@@ -56,6 +57,13 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Any field of Megatron's TransformerConfig, DistributedDataParallelConfig or OptimizerConfig."""
+
+    _unused: tuple[Unused, ...] = PrivateAttr(default=())
+
+    @property
+    def unused(self) -> tuple[Unused, ...]:
+        """Settings of a file that a later file or flag made ineffective; see `layers.py`."""
+        return self._unused
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """Settings from a YAML file and flags, and back to YAML, with every error as one sentence. Imports no torch.
 
-A flag is ``--section.key value`` or ``--section.key=value``. It wins over the file, and a later flag over an earlier.
+A flag is ``--section.key value`` or ``--section.key=value``. It wins over the file, and a later flag over an earlier. A
+file may extend another, and a flag may switch off what a file has settings for (`layers.py`).
 """
 
 import difflib
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_rlvr.config import Settings, SettingsError
+from megatron_rlvr.config.layers import Layers, read_layers
+from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.yaml_format import Dumper, Loader, shown
 
 RENAMED = {
@@ -23,7 +26,7 @@ RENAMED = {
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
-    """Read settings from a YAML file, with flags on top.
+    """Read settings from a YAML file, with flags on top. `Settings.unused` lists what a later layer switched off.
 
     Args:
         path: The settings file.
@@ -31,10 +34,25 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
 
     Raises: SettingsError for the first error found.
     """
-    values = _read_yaml(Path(path))
-    for key, value in _parse_flags(overrides or []):
-        _set(values, key, value)
-    return validate(values)
+    layers = Layers()
+    for layer in read_layers(Path(path), _read_yaml):
+        layers.add(layer)
+    flags = _parse_flags(overrides or [])
+    for key, value in flags:
+        _set(layers.values, key, value)
+    layers.close([".".join(key.split(".")[:2]) for key, _ in flags])
+    layers.drop_settings_of_other_objectives()
+    while True:
+        try:
+            settings = Settings.model_validate(layers.values)
+        except ValidationError as error:
+            found = error.errors()[0]
+            cause = found.get("ctx", {}).get("error")
+            if not (isinstance(cause, NoEffectError) and layers.drop(cause.row)):
+                raise SettingsError(_explain(found)) from None
+        else:
+            settings._unused = tuple(layers.unused)
+            return settings
 
 
 def validate(values: dict[str, Any]) -> Settings:

@@ -101,8 +101,20 @@ NO_EFFECT: tuple[NoEffect, ...] = (
 )
 
 
+class NoEffectError(ValueError):
+    """A setting without effect.
+
+    Attributes:
+        row: The row of the table that applies.
+    """
+
+    def __init__(self, message: str, row: NoEffect) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 def check_no_effect(settings: BaseModel) -> None:
-    """Raise ValueError if a setting has no effect, for the first row of the table that applies."""
+    """Raise NoEffectError if a setting has no effect, for the first row of the table that applies."""
     for row in NO_EFFECT:
         if message := row.message(settings):
-            raise ValueError(message)
+            raise NoEffectError(message, row)

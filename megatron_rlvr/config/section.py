@@ -1,5 +1,8 @@
 """The base of all sections of the settings, and the error of settings that cannot be used."""
 
+from dataclasses import dataclass
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from megatron_rlvr.errors import InputError
@@ -7,6 +10,23 @@ from megatron_rlvr.errors import InputError
 
 class SettingsError(InputError):
     """Settings that cannot be used. The message is one sentence: `key=value: problem; remedy`."""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A setting that was left out because a later file or flag switched its feature off.
+
+    Attributes:
+        key: The setting, such as "evaluate.samples".
+        value: Its value in the file.
+        other: The setting that switched the feature off.
+        other_value: The value of ``other``.
+    """
+
+    key: str
+    value: Any
+    other: str
+    other_value: Any
 
 
 class Section(BaseModel):

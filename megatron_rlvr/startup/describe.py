@@ -1,6 +1,7 @@
 """The plan in words: a few lines that say what a run is going to do, for a person to read before it does."""
 
 from megatron_rlvr.config import Settings
+from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.startup.resolve import Resolved
 
@@ -22,6 +23,10 @@ def describe_plan(resolved: Resolved) -> str:
         "evaluation": _evaluation(resolved),
         "run": f"{s.run.steps} steps into {s.run.dir}{start}",
     }
+    if s.unused:
+        lines["not used"] = "; ".join(
+            f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused
+        )
     return "\n".join(f"{subject:<11} {text}" for subject, text in lines.items())
 
 

@@ -42,7 +42,11 @@ def test_one_server_is_a_list_of_one_in_the_file_and_as_a_flag(write_config: Cal
         (SERVERS | {"servers": ["node1:30000"]}, {}, ["rollout.servers=node1:30000: not the URL", "http://HOST:PORT"]),
         (SERVERS | {"servers": ["http://node1:30000/"]}, {}, ["rollout.servers=", "not the URL"]),
         (SERVERS | {"servers": ["http://a b:1"]}, {}, ["rollout.servers=", "not the URL"]),
-        (SERVERS | {"servers": ["http://a:1", "http://b:1", "http://a:1"]}, {}, ["rollout.servers=http://a:1: given twice"]),
+        (
+            SERVERS | {"servers": ["http://a:1", "http://b:1", "http://a:1"]},
+            {},
+            ["rollout.servers=http://a:1: given twice"],
+        ),
         (SERVERS, {"sync": {"dir": "/x"}}, ["sync.dir=/x: has no effect with sync.method=distributed"]),
         (
             SERVERS,
