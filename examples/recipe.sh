@@ -1,6 +1,7 @@
 # Common part of each model's run.sh, which sources this file with its own arguments after setting MODEL (its folder)
 # and RANKS. Sets `recipe` and `config`, and leaves the flags in "$@". With --check among the flags, it checks the
-# settings and files and exits. shellcheck shell=bash disable=SC2034,SC2154
+# settings and files and exits.
+# shellcheck shell=bash disable=SC2034,SC2154
 . "$(dirname "${BASH_SOURCE[0]}")/cluster/common.sh"
 
 [ $# -gt 0 ] || refuse "name a recipe: forking_20k, all_tokens_20k, forking_29k or all_tokens_29k"

@@ -1,11 +1,11 @@
-"""Imports point one way, and each outside thing has its rooms: the rules as tables, checked on the syntax trees.
+"""Imports point one way: the table on docs/architecture.md is the rule, checked on the syntax trees.
 
-Imports inside functions count as well; imports for a type checker alone have a table of their own.
+Imports inside functions count as well; those that only a type checker sees are marked with ``*`` in the table.
 """
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,92 +15,41 @@ import pytest
 import megatron_rlvr
 
 PACKAGE = Path(megatron_rlvr.__file__).parent
-
-EVERYTHING = {"*"}
-MAY_IMPORT: dict[str, set[str]] = {
-    # room: what of ours it may import, packages as a whole or single modules of them
-    "types": set(),
-    "config": set(),
-    "signals": set(),
-    "pulse": set(),
-    "durable": set(),
-    "checkpoints": {"config", "durable"},
-    "platform": set(),
-    "progress": set(),
-    "protocols": {"types"},
-    "algo": {"types", "config"},
-    "data": {"types"},
-    "reward": {"types", "protocols"},
-    "hf": {"algo", "durable"},
-    "batch": {"types", "algo"},
-    "mini_batches": {"types", "algo", "batch"},
-    "trimming": {"types", "algo", "batch"},
-    "policy": {"config", "durable", "platform", "algo", "batch", "hf", "protocols"},
-    "rollout": {"types", "config", "platform", "protocols", "data", "reward", "policy.ranks"},
-    "sync": {
-        *("types", "config", "platform", "protocols", "policy", "hf"),
-        *("rollout.agreement", "rollout.server", "rollout.servers"),
-    },
-    "learner": {"config", "protocols", "algo", "batch", "mini_batches", "trimming", "policy"},
-    "evaluate": {"types", "config", "rollout", "policy.ranks"},
-    "metrics": {"types", "config"},
-    "command_line": {"config"},
-    "resolve": {"config", "data", "hf", "checkpoints"},
-    "planning": {"config", "hf", "resolve"},
-    "trainer": {
-        *("types", "config", "platform", "protocols", "algo", "batch", "mini_batches", "policy", "rollout", "sync"),
-        *("learner", "evaluate", "metrics", "progress", "checkpoints", "signals"),
-    },
-    "assembly": EVERYTHING,
-    "train": EVERYTHING,
-    "preflight": {
-        *("types", "config", "platform", "algo", "batch", "checkpoints", "command_line", "hf", "policy", "resolve"),
-        *("reward", "rollout", "signals", "assembly", "train"),
-    },
-}
-MAY_IMPORT_FOR_TYPES: dict[str, set[str]] = {"protocols": {"algo"}}
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 ONLY_IN: dict[str, set[str]] = {
-    # library: rooms that may import it
-    "megatron": {"policy", "hf", "platform"},
-    "aiohttp": {"rollout.server", "rollout.servers"},
+    # library: rooms and modules that may import it
+    "megatron": {"policy", "checkpoint", "convert", "distributed"},
+    "aiohttp": {"engines.sglang"},
     "torch.distributed": {
-        "algo",
-        "mini_batches",
-        "learner",
-        "policy",
-        "platform",
-        "pulse",
-        "rollout",
-        "evaluate",
-        "sync",
-        "train",
-        "preflight",
+        *("algo", "batching", "distributed", "policy", "checkpoint", "learner", "evaluation"),
+        *("rollout", "engines.sglang", "startup", "preflight"),
     },
 }
 
-# These answer a user's mistake in a moment: importing them, and what they import, does not import torch.
-WITHOUT_TORCH = (
-    *("types", "config", "protocols", "command_line", "resolve", "metrics", "progress", "train"),
-    *("checkpoints", "durable", "signals", "preflight.command"),
-)
-WITHOUT_TORCH_PACKAGES = ("data", "reward", "hf.families", "hf.files", "planning")
+# They answer a mistake in a second: importing them, and all that they import, does not import torch.
+WITHOUT_TORCH = {
+    *("types", "errors", "protocols", "atomic", "child_process", "config", "metrics", "progress", "signals", "train"),
+    *("data", "reward", "hf.families", "hf.files", "checkpoint.store", "planner"),
+    *("startup.resolve", "startup.describe", "startup.run_folder", "preflight.command"),
+}
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 
 DEVICE_WORDS = re.compile(r"cuda|nccl|gloo", re.IGNORECASE)
-# Megatron's names for things that work on any device.
-MEGATRON_NAMES = {"model_parallel_cuda_manual_seed", "get_data_parallel_group_gloo"}
+# Names of Megatron and torch for things that work on any device, and keys of a table by device type.
+DEVICE_NAMES = {"model_parallel_cuda_manual_seed", "get_data_parallel_group_gloo"}
+NAMES_DEVICES = {"distributed", "algo.tile_shape", "planner.memory"}
 
-MOST_LINES = 500
+MOST_LINES = 450
 NAMES_FOR_EVERYTHING = {"utils", "util", "helpers", "common", "misc", "tools", "lib"}
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module; of ours without the package's name, such as ``policy.ranks``."""
+    """One imported module; of this package without its name, such as ``policy.weights``."""
 
     name: str
-    ours: bool
+    internal: bool
     line: int
     for_types: bool
     at_once: bool  # when the module is imported, not when a function is called
@@ -135,9 +84,9 @@ def _imports(node: ast.AST, for_types: bool, at_once: bool) -> Iterator[Import]:
         elif isinstance(child, ast.Attribute) and ast.unparse(child) == "torch.distributed":
             names = ["torch.distributed"]
         for name in names:
-            ours = name.split(".")[0] == "megatron_rlvr"
+            internal = name.split(".")[0] == "megatron_rlvr"
             line = getattr(child, "lineno", 0)
-            yield Import(_module(name) if ours else name, ours, line, for_types, at_once)
+            yield Import(_module(name) if internal else name, internal, line, for_types, at_once)
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             yield from _imports(ast.Module(child.body, []), True, at_once)
             yield from _imports(ast.Module(child.orelse, []), for_types, at_once)
@@ -147,63 +96,118 @@ def _imports(node: ast.AST, for_types: bool, at_once: bool) -> Iterator[Import]:
 
 
 def _module(name: str) -> str:
-    """``megatron_rlvr.distributed.ranks.Ranks`` is the module ``policy.ranks``."""
+    """``megatron_rlvr.policy.weights.WeightMap`` is in the module ``policy.weights``."""
     parts = name.split(".")[1:]
     while parts and ".".join(parts) not in modules():
         parts.pop()
     return ".".join(parts)
 
 
-def room_of(module: str) -> str:
-    return module.split(".")[0]
+# The table ----------------------------------------------------------------------------------------------------------
 
 
-def within(module: str, rooms: set[str]) -> bool:
-    parts = module.split(".")
-    return "*" in rooms or any(".".join(parts[: i + 1]) in rooms for i in range(len(parts)))
+def table_in(page: str) -> dict[str, set[str]]:
+    """{room: rooms that it may import}, from the page's block of lines ``room <- room, room*``."""
+    block = re.search(r"^```\n((?:[\w.]+ +<-.*\n(?: .*\n)*)+)```$", page, flags=re.MULTILINE)
+    assert block, "the table of imports is not on the page"
+    lines = [line.split("<-") for line in re.sub(r"\n +", " ", block[1]).splitlines()]
+    table = {room.strip(): set(re.findall(r"[\w.]+\*?", allowed)) for room, allowed in lines}
+    assert len(table) == len(lines), "a room has two lines"
+    return table
 
 
-def test_every_module_has_a_room_in_the_table():
-    assert {room_of(name) for name in modules()} - {""} <= MAY_IMPORT.keys()
+@cache
+def table() -> Mapping[str, set[str]]:
+    return table_in(PAGE.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_imports_of_ours_point_one_way(room):
-    wrong = []
-    for module in (name for name in modules() if room_of(name) == room):
-        for found in imports_of(module):
-            allowed = MAY_IMPORT[room] | {room} | (MAY_IMPORT_FOR_TYPES.get(room, set()) if found.for_types else set())
-            if found.ours and not within(found.name, allowed):
-                wrong.append(f"{module}, line {found.line}: {found.name}")
-    assert wrong == []
+def room_of(module: str, rooms: Iterable[str]) -> str | None:
+    """The longest entry of the table that is the module or contains it."""
+    return max((room for room in rooms if within(module, {room})), key=len, default=None)
 
 
-def test_the_table_has_no_circles():
-    """Beyond the room that wires everything together."""
-    left = {room: {room_of(m) for m in allowed} for room, allowed in MAY_IMPORT.items() if allowed != EVERYTHING}
-    while free := [room for room, needs in left.items() if not needs & left.keys()]:
-        for room in free:
-            del left[room]
-    assert left == {}
+def within(module: str, rooms: Iterable[str]) -> bool:
+    return any(module == room or module.startswith(room + ".") for room in rooms)
+
+
+def room_imports() -> dict[str, dict[str, str]]:
+    """{room: {room that it imports, with ``*`` if only for types: an example}}."""
+    found: dict[str, dict[str, str]] = {room: {} for room in table()}
+    for module in modules():
+        room = room_of(module, table())
+        for each in imports_of(module) if room else ():
+            other = room_of(each.name, table())
+            if each.internal and other and other != room:
+                found[room].setdefault(other + "*" * each.for_types, f"{module}, line {each.line}: {each.name}")
+    return {
+        r: {o: e for o, e in others.items() if o.removesuffix("*") not in others or o[-1] != "*"}
+        for r, others in found.items()
+    }
+
+
+def circles(edges: Mapping[str, Iterable[str]]) -> set[str]:
+    """Nodes that are on a circle, or between two circles."""
+    left = {node: set(targets) for node, targets in edges.items()}
+    for direction in (left, None):
+        edges_now = direction or {n: {m for m, targets in left.items() if n in targets} for n in left}
+        while free := [node for node in left if not edges_now[node] & left.keys()]:
+            for node in free:
+                del left[node]
+    return set(left)
+
+
+def test_every_module_is_in_a_room_of_the_table():
+    outside = [name for name in modules() if room_of(name, table()) is None]
+    assert [name for name in outside if name and modules()[name][1].body] == [], "only empty packages are in no room"
+    assert [room for room in table() if not any(within(name, {room}) for name in modules())] == []
+
+
+def test_rooms_import_what_the_table_says_and_use_all_of_it():
+    found = room_imports()
+    extra = {
+        f"{room} <- {other} ({where})"
+        for room in found
+        for other, where in found[room].items()
+        if other not in table()[room]
+    }
+    unused = {f"{room} <- {other}" for room, allowed in table().items() for other in allowed - found[room].keys()}
+    assert extra == set(), "not in the table"
+    assert unused == set(), "nothing uses this permission"
+
+
+def test_the_table_is_in_order():
+    """Each room imports only rooms above its own line, so there is no circle."""
+    seen: set[str] = set()
+    for room, allowed in table().items():
+        above = {other for other in allowed if other.removesuffix("*") in seen or other[-1] == "*"}
+        assert allowed - above == set(), f"{room} imports rooms below its line"
+        seen.add(room)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    edges = {m: {e.name for e in imports_of(m) if e.internal and e.name != m} for m in modules()}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}) == {"b", "c"}
+    assert circles(edges) == set()
+
+
+# Libraries ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_libraries_are_imported_in_their_rooms_only(library):
-    def uses(found: Import) -> bool:
-        return not found.ours and (found.name + ".").startswith(library + ".")
-
-    wrong = [
-        f"{module}, line {found.line}"
+    users = {
+        module: found.line
         for module in modules()
         for found in imports_of(module)
-        if uses(found) and not within(module, ONLY_IN[library])
-    ]
-    assert wrong == []
-    assert any(uses(found) for module in modules() for found in imports_of(module)), "the rule is about something"
+        if not found.internal and within(found.name, {library})
+    }
+    assert {f"{m}, line {line}" for m, line in users.items() if not within(m, ONLY_IN[library])} == set()
+    unused = {room for room in ONLY_IN[library] if not any(within(module, {room}) for module in users)}
+    assert unused == set(), "nothing uses this permission"
 
 
-def test_what_answers_a_mistake_does_not_import_torch_first():
-    starts = [m for m in modules() if m in WITHOUT_TORCH or within(m, set(WITHOUT_TORCH_PACKAGES))]
+def test_modules_that_answer_a_mistake_do_not_import_torch():
+    starts = [module for module in modules() if within(module, WITHOUT_TORCH)]
     assert len(starts) > len(WITHOUT_TORCH)
     wrong = []
     for start in starts:
@@ -213,11 +217,15 @@ def test_what_answers_a_mistake_does_not_import_torch_first():
             for found in imports_of(module):
                 if not found.at_once or found.for_types:
                     continue
-                if found.ours and found.name not in seen:
-                    seen.add(found.name)
-                    to_do.append(found.name)
-                elif not found.ours and found.name.split(".")[0] in HEAVY:
-                    wrong.append(f"{start} by way of {module}, line {found.line}: {found.name}")
+                if not found.internal:
+                    if found.name.split(".")[0] in HEAVY:
+                        wrong.append(f"{start} through {module}, line {found.line}: {found.name}")
+                    continue
+                parts = found.name.split(".")
+                for name in (".".join(parts[: n + 1]) for n in range(len(parts))):  # packages run first
+                    if name not in seen:
+                        seen.add(name)
+                        to_do.append(name)
     assert wrong == []
 
 
@@ -231,14 +239,14 @@ def device_words(tree: ast.Module) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Constant) and id(node) not in texts:
             words.append(node.value)
         for word in words:
-            if isinstance(word, str) and DEVICE_WORDS.search(word) and word not in MEGATRON_NAMES:
+            if isinstance(word, str) and DEVICE_WORDS.search(word) and word not in DEVICE_NAMES:
                 yield getattr(node, "lineno", 0), word
 
 
-def test_only_the_platform_names_cuda_nccl_or_gloo():
+def test_only_the_room_of_devices_names_cuda_nccl_or_gloo():
     found = {module: sorted(set(device_words(tree))) for module, (_, tree) in modules().items()}
-    assert found.pop("platform")
-    assert {module: words for module, words in found.items() if words} == {}
+    assert {module: words for module, words in found.items() if words and not within(module, NAMES_DEVICES)} == {}
+    assert [room for room in NAMES_DEVICES if not any(found[m] for m in found if within(m, {room}))] == []
 
 
 def test_no_file_is_too_long_and_none_is_a_place_for_everything():

@@ -15,6 +15,7 @@ import tiny
 import yaml
 from waiting import wait_for
 
+import megatron_rlvr
 from megatron_rlvr.config.loading import load_settings
 
 FOLDER = tiny.CHECKOUT / "examples/kubernetes"
@@ -105,6 +106,11 @@ def test_the_job_starts_the_recipe_with_its_ranks_and_servers() -> None:
     assert int(command["port"]) == server["ports"][0]["containerPort"] == port
     assert command["model-path"] == f"{trainer['workingDir']}/{settings.model.path}"
     assert int(command["tp-size"]) == server["resources"]["limits"]["nvidia.com/gpu"]
+
+
+def test_all_containers_use_the_image_of_this_version() -> None:
+    images = {container["image"] for pod in pods() for container in containers(pod)}
+    assert images == {f"registry.example.com/megatron_rlvr:{megatron_rlvr.__version__}"}
 
 
 def test_pods_find_each_other() -> None:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlvr.algo import tiles
-from megatron_rlvr.algo.tile_shape import TILE_SHAPE
+from megatron_rlvr.algo.tile_shape import tile_shape
 
 
 def vocab_parallel_logp_entropy(
@@ -102,7 +102,7 @@ class _Shard:
     fuse: bool
 
     def column_tiles(self, device: torch.device) -> Iterator[slice]:
-        width = TILE_SHAPE.get(device.type, TILE_SHAPE["cuda"])[1]
+        width = tile_shape(device.type)[1]
         return (slice(start, min(start + width, self.columns)) for start in range(0, self.columns, width))
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class _Shard:
 
 
 def _row_tiles(rows: int, device: torch.device) -> Iterator[slice]:
-    height = TILE_SHAPE.get(device.type, TILE_SHAPE["cuda"])[0]
+    height = tile_shape(device.type)[0]
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 

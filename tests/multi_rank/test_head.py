@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megatron_rlvr.algo import head, tiles, tiles_triton
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
+from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 
 POSITIONS, HIDDEN, PADDED_VOCAB = 24, 8, 64
-WHOLE_TILES = head.TILE_SHAPE["cpu"]
+WHOLE_TILES = TILE_SHAPE["cpu"]
 TINY_TILES = (7, 5)  # rows, columns: neither divides a size
 
 
@@ -58,7 +59,7 @@ def head_of(case: Case, group=None, device: str = "cpu") -> Outcome:
     hidden = hidden.to(device, copy=True).requires_grad_()
     weight = case.weight.chunk(size)[rank].to(device, copy=True).requires_grad_()
     with (
-        mock.patch.dict(head.TILE_SHAPE, {device: case.tiles}),
+        mock.patch.dict(TILE_SHAPE, {device: case.tiles}),
         mock.patch.object(head, "_kernels", return_value=KERNELS[case.kernels]),
     ):
         logp, entropy = vocab_parallel_logp_entropy(

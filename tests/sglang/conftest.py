@@ -1,4 +1,4 @@
-"""Two real servers for the whole session, which start from weights that no test wants: they must be given others."""
+"""Two real servers for the whole session, started with weights that no test expects: tests must push others."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from real_servers import RealServer, installed
 
 @pytest.fixture(scope="session")
 def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights a fifth larger."""
+    """Folder of the tiny model with weights that are 20 % larger."""
     from safetensors.torch import load_file, save_file
 
     folder = tiny.write_model(tmp_path_factory.mktemp("other") / "model")
@@ -40,7 +40,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, other_weights: Path) -> It
 
 @pytest.fixture
 def servers(started: list[RealServer]) -> list[RealServer]:
-    """Two servers that are up, whatever an earlier test has done to them."""
+    """Two running servers; one that an earlier test has killed is started."""
     dead = [server for server in started if not server.alive]
     for server in dead:
         server.start()
@@ -51,7 +51,7 @@ def servers(started: list[RealServer]) -> list[RealServer]:
 
 @pytest.fixture(autouse=True)
 def _logs_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that fails shows what its servers have said."""
+    """Print the servers' logs when a test fails."""
     failed_before = request.session.testsfailed
     yield
     if request.session.testsfailed > failed_before and "started" in request.fixturenames:
@@ -61,7 +61,7 @@ def _logs_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[Any]:
-    """This process as the only rank of a world."""
+    """The ranks of a world of this process alone."""
     from megatron_rlvr.distributed.ranks import Ranks
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -76,7 +76,7 @@ def one_rank() -> Iterator[Any]:
 
 @pytest.fixture
 def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Makes engines on servers, which hold no weights of theirs yet."""
+    """Factory of engines on servers, to which no weights were pushed yet."""
     from sync_runs import sync_by
 
     from megatron_rlvr.config import RolloutSettings
@@ -90,10 +90,10 @@ def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[.
         urls: list[str], stop: tuple[int, ...] = (2,), max_sequence_tokens: int = 512, **settings: Any
     ) -> SglangEngine:
         config = read_config(model) | settings.pop("config", {})
-        way = {"method": settings.pop("method", "disk"), "bucket_bytes": settings.pop("bucket_bytes", 2**20)}
+        sync_options = {"method": settings.pop("method", "disk"), "bucket_bytes": settings.pop("bucket_bytes", 2**20)}
         rollout = RolloutSettings(engine="sglang", servers=urls, **settings)
         pool = connect(rollout, one_rank, config, max_sequence_tokens=max_sequence_tokens)
-        sync = sync_by(**way, folder=tmp_path / "sync", source=model, pool=pool, ranks=one_rank)
+        sync = sync_by(**sync_options, folder=tmp_path / "sync", source=model, pool=pool, ranks=one_rank)
         engine = SglangEngine(
             pool,
             sync,

@@ -1,4 +1,4 @@
-"""What examples/kubernetes asks servers: one that is paused for new weights is alive and not ready."""
+"""Test of the probes in examples/kubernetes: a server that is paused for a weight sync is alive and not ready."""
 
 import urllib.error
 import urllib.request
@@ -20,7 +20,7 @@ def status(server: RealServer, path: str, method: str = "GET") -> int:
 
 
 def probes() -> dict[str, str]:
-    """{probe: path} of the manifest."""
+    """Return {probe: path} from the manifest."""
     text = (Path(tiny.CHECKOUT) / "examples" / "kubernetes" / "servers.yaml").read_text(encoding="utf-8")
     sets = [document for document in yaml.safe_load_all(text) if document["kind"] in ("StatefulSet", "Deployment")]
     (container,) = sets[0]["spec"]["template"]["spec"]["containers"]
@@ -31,7 +31,7 @@ def test_a_paused_server_is_alive_and_not_ready(servers: list[RealServer]) -> No
     paths = probes()
     assert {"livenessProbe", "readinessProbe"} <= paths.keys()
     found = []
-    for act in ("/continue_generation", "/pause_generation", "/continue_generation"):
-        assert status(servers[0], act, "POST") == 200
+    for action in ("/continue_generation", "/pause_generation", "/continue_generation"):
+        assert status(servers[0], action, "POST") == 200
         found.append((status(servers[0], paths["livenessProbe"]), status(servers[0], paths["readinessProbe"])))
     assert found == [(200, 200), (200, 503), (200, 200)]

@@ -1,4 +1,4 @@
-"""Sampling from the real SGLang server, against transformers, the embedded engine and a whole run."""
+"""Tests of sampling on real SGLang servers, against transformers, the embedded engine and in whole runs."""
 
 import itertools
 import json
@@ -26,13 +26,13 @@ def sampling(tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Any:
     return SimpleNamespace(temperature=temperature, top_p=top_p, max_response_tokens=tokens)
 
 
-def requests(count: int, samples: int = 1) -> list[CompletionRequest]:
-    dice = np.random.default_rng(0)
+def requests(count: int, group_size: int = 1) -> list[CompletionRequest]:
+    rng = np.random.default_rng(0)
     prompts = [
-        Prompt(f"set/{i}", dice.integers(3, 320, size=4 + 3 * (i % 12)).astype(np.int32), "", "set")
+        Prompt(f"set/{i}", rng.integers(3, 320, size=4 + 3 * (i % 12)).astype(np.int32), "", "set")
         for i in range(count)
     ]
-    return [request for prompt in prompts for request in requests_for(prompt, samples, 0, "test")]
+    return [request for prompt in prompts for request in requests_for(prompt, group_size, 0, "test")]
 
 
 def weights_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -41,7 +41,7 @@ def weights_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def logprobs_of(model: Any, request: CompletionRequest, completion: Completion, temperature: float = 1.0) -> np.ndarray:
-    """By one forward over prompt and response."""
+    """Return the log-probabilities of the response, from one forward pass over prompt and response."""
     prompt = request.prompt.token_ids
     tokens = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
     logits = model(input_ids=tokens[None]).logits[0, len(prompt) - 1 : -1].double() / temperature
@@ -62,11 +62,11 @@ def in_order(asked: list[CompletionRequest], completions: Any) -> list[Completio
     return [found[request.prompt.id, request.index] for request in asked]
 
 
-def test_greedy_tokens_and_logprobs_are_those_of_transformers(servers, engine_on, reference):
+def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(servers, engine_on, reference):
     engine = engine_on([server.url for server in servers], stop=())
     engine.update_weights(weights_of(reference), version=7)
     asked = requests(24)
-    # 2 is the model's own end of a response, at which a server stops whoever asks.
+    # 2 is the model's own stop token, at which a server ends every response.
     completions = in_order(asked, engine.generate(asked, sampling(20)))
     for request, completion in zip(asked, completions, strict=True):
         expected = greedy(reference, request, 20)
@@ -77,22 +77,22 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(servers, engine_on
     assert sum(len(c.token_ids) for c in completions) > 300
 
 
-def test_sampled_logprobs_are_those_of_the_tempered_model_before_top_p(servers, engine_on, reference):
+def test_log_probabilities_are_those_at_the_temperature_before_top_p(servers, engine_on, reference):
     engine = engine_on([server.url for server in servers])
     engine.update_weights(weights_of(reference), version=0)
-    asked = requests(4, samples=4)
+    asked = requests(4, group_size=4)
     completions = in_order(asked, engine.generate(asked, sampling(16, temperature=0.7, top_p=0.8)))
     for request, completion in zip(asked, completions, strict=True):
         assert np.abs(completion.logprobs - logprobs_of(reference, request, completion, 0.7)).max() < TOLERANCE
-    assert len({tuple(c.token_ids.tolist()) for c in completions}) > 8, "the samples of a prompt differ"
+    assert len({tuple(c.token_ids.tolist()) for c in completions}) > 8, "the completions of a prompt differ"
 
 
 def test_responses_end_as_with_the_embedded_engine(servers, engine_on, reference, model: Path):
     asked = requests(12)
-    # Tokens that greedy responses do say, one of them at the very end.
-    said = [greedy(reference, request, 8) for request in asked]
-    early = {2, said[0][3]}
-    last = next(tokens[7] for tokens in said if tokens[7] not in tokens[:7] and not early & set(tokens))
+    # Tokens that occur in greedy responses, one of them at the very end.
+    responses = [greedy(reference, request, 8) for request in asked]
+    early = {2, responses[0][3]}
+    last = next(tokens[7] for tokens in responses if tokens[7] not in tokens[:7] and not early & set(tokens))
     stop = tuple(sorted(early | {last}))
     embedded = EmbeddedEngine(str(model), device=torch.device("cpu"), stop_token_ids=stop, pad_token_id=0)
     embedded.update_weights(weights_of(reference), version=1)
@@ -107,7 +107,7 @@ def test_responses_end_as_with_the_embedded_engine(servers, engine_on, reference
     assert ends == {("stop", False), ("stop", True), ("length", True)}
 
 
-def test_after_a_disk_sync_servers_sample_from_the_new_weights_and_old_ones_are_gone(
+def test_after_a_disk_sync_servers_sample_from_the_new_weights_and_old_folders_are_removed(
     servers, engine_on, reference, tmp_path: Path
 ):
     engine = engine_on([server.url for server in servers])
@@ -128,7 +128,7 @@ def test_after_a_disk_sync_servers_sample_from_the_new_weights_and_old_ones_are_
     assert not (tmp_path / "sync").exists()
 
 
-def test_what_would_kill_or_confuse_a_server_is_refused_before_it_is_sent(servers, engine_on, reference):
+def test_a_request_that_would_crash_a_server_is_refused_before_it_is_sent(servers, engine_on, reference):
     engine = engine_on([servers[0].url])
     engine.update_weights(weights_of(reference), version=0)
     for token_ids in ([5, 320], [-1], []):
@@ -140,7 +140,7 @@ def test_what_would_kill_or_confuse_a_server_is_refused_before_it_is_sent(server
     assert len(list(engine.generate(requests(2), sampling(4)))) == 2
 
 
-def test_another_vocabulary_is_found_out_before_weights_are_sent(servers, engine_on):
+def test_another_vocabulary_is_detected_before_weights_are_pushed(servers, engine_on):
     from megatron_rlvr.config import SettingsError
 
     with pytest.raises(SettingsError, match=r"serves another model \(vocabulary 320, not 352\)"):
@@ -149,38 +149,38 @@ def test_another_vocabulary_is_found_out_before_weights_are_sent(servers, engine
         engine_on([servers[0].url], max_sequence_tokens=513)
 
 
-def test_an_abort_is_answered_at_once_and_gone_on_with_to_the_token(servers, engine_on, reference):
-    # 2, the model's own end, is known to the engine as in a run: an abort may find a response just ended by it.
+def test_an_aborted_response_is_returned_at_once_and_resumes_at_the_exact_token(servers, engine_on, reference):
+    # The engine knows the model's own stop token 2, as in a run: an aborted response may just have ended with it.
     engine = engine_on([server.url for server in servers], stop=(2,))
     engine.update_weights(weights_of(reference), version=0)
     asked, length = requests(12), 470
     whole = [greedy(reference, request, length) for request in asked[:2]]
-    begun: dict[str, Completion | None] = {request.prompt.id: None for request in asked}
+    partial: dict[str, Completion | None] = {request.prompt.id: None for request in asked}
     aborts = 0
     for patience in itertools.count(3):
-        left = [r for r in asked if begun[r.prompt.id] is None or begun[r.prompt.id].finish_reason == "abort"]
+        left = [r for r in asked if partial[r.prompt.id] is None or partial[r.prompt.id].finish_reason == "abort"]
         if not left:
             break
         with engine.open(sampling(length)) as stream:
             asked_at = time.monotonic()
-            stream.submit(left, [begun[request.prompt.id] for request in left])
-            time.sleep(0.1 * patience)  # longer each time: a busy machine gets on, too
+            stream.submit(left, [partial[request.prompt.id] for request in left])
+            time.sleep(0.1 * patience)  # longer each time, so that the test also ends on a busy machine
             answers = stream.abort()
         if not aborts and time.monotonic() - asked_at < 1:
-            assert all(len(c.token_ids) < length for _, c in answers), "ends were not waited for"
+            assert all(len(c.token_ids) < length for _, c in answers), "abort does not wait for responses to end"
         aborts += sum(c.finish_reason == "abort" and len(c.token_ids) > 0 for _, c in answers)
         for request, completion in answers:
-            before = begun[request.prompt.id]
+            before = partial[request.prompt.id]
             assert before is None or len(completion.token_ids) >= len(before.token_ids)
-            begun[request.prompt.id] = completion
+            partial[request.prompt.id] = completion
     assert aborts > 6
     for request in asked:
-        completion = begun[request.prompt.id]
+        completion = partial[request.prompt.id]
         assert completion.finish_reason == ("stop" if completion.token_ids[-1] == 2 else "length")
         assert np.abs(completion.logprobs - logprobs_of(reference, request, completion)).max() < TOLERANCE
     for request, expected in zip(asked, whole, strict=False):
         expected = expected[: expected.index(2) + 1] if 2 in expected else expected
-        assert begun[request.prompt.id].token_ids.tolist() == expected
+        assert partial[request.prompt.id].token_ids.tolist() == expected
 
 
 RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
@@ -190,7 +190,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "parallel": {"tensor": 2},
             "sync": {"bucket_bytes": 20_000},
-            # So few rounds that the surplus of one step matters in the next.
+            # So few rounds that the groups carried over from one step matter in the next.
             "rollout": {"partial": True, "oversampling": 3.0, "max_rounds": 2},
         },
     ),
@@ -207,7 +207,7 @@ def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model
     ranks, sections = RUNS[name]
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
     rollout = {"group_size": 4, "max_response_tokens": 16, "max_rounds": 4}
-    # A batch may be all surplus of the step before, and how far these steps go from its weights is checked by nobody.
+    # A batch may consist of groups carried over, whose mismatch after a step is not bounded in this test.
     rollout |= {"engine": "sglang", "servers": [server.url for server in servers], "max_logprob_gap": 1e9}
     settings = tiny.settings_for(
         model,
@@ -233,11 +233,11 @@ def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model
     assert overlap or any(line["rollout/staleness_min"] == 0 for line in lines[1:])
     if overlap:
         assert lines[2]["rollout/staleness_mean"] > 0
-        assert 1 <= lines[2]["rollout/staleness_max"] <= 2  # surplus of the first step may have waited
+        assert 1 <= lines[2]["rollout/staleness_max"] <= 2  # groups of the first step may have been carried over
     assert not (tmp_path / "run" / "sync").exists()
 
 
-def test_a_server_that_dies_costs_its_requests_in_flight_and_comes_back_with_the_weights(
+def test_requests_of_a_server_that_dies_go_to_the_other_and_it_is_re_admitted_with_the_weights(
     servers, engine_on, reference, caplog: pytest.LogCaptureFixture
 ):
     engine = engine_on([server.url for server in servers], max_inflight=8)
@@ -253,9 +253,9 @@ def test_a_server_that_dies_costs_its_requests_in_flight_and_comes_back_with_the
         expected = greedy(reference, request, 100)
         expected = expected[: expected.index(2) + 1] if 2 in expected else expected
         assert completion.token_ids.tolist() == expected
-    out = [record.getMessage() for record in caplog.records if "is removed from rotation" in record.getMessage()]
-    assert len(out) == 1
-    assert out[0].startswith(f"server {servers[1].url} is removed from rotation")
+    removals = [record.getMessage() for record in caplog.records if "is removed from rotation" in record.getMessage()]
+    assert len(removals) == 1
+    assert removals[0].startswith(f"server {servers[1].url} is removed from rotation")
     assert engine.pool.in_rotation == [servers[0].url]
     servers[1].start()
     servers[1].wait()

@@ -283,6 +283,22 @@ def test_a_request_that_fails_on_every_server_ends_sampling_with_its_reason(fake
         list(engine.generate(requests(8), SAMPLING))
 
 
+def test_a_defect_in_reading_an_answer_is_raised_where_the_answers_are_awaited(
+    fakes: list[FakeServer], engine: Any, monkeypatch: pytest.MonkeyPatch
+):
+    encode = engine.codec.encode
+
+    def encode_with_defect(*arguments: Any) -> Any:
+        request = encode(*arguments)
+        request.read = lambda answer: 1 / 0
+        return request
+
+    monkeypatch.setattr(engine.codec, "encode", encode_with_defect)
+    with pytest.raises(ZeroDivisionError):
+        list(engine.generate(requests(1), SAMPLING))
+    assert all(server.requests_running == 0 for server in engine.pool.status())
+
+
 def test_requests_in_flight_are_bounded_and_distributed_by_load(fakes: list[FakeServer], engine_on: Callable[..., Any]):
     engine = engine_on([fake.url for fake in fakes], stop=(), config=CONFIG, max_inflight=4)
     engine.update_weights(no_weights(), version=1)

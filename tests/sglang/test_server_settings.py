@@ -1,4 +1,4 @@
-"""Settings of servers: what is refused before a run, and what the plan says."""
+"""Tests of the settings of servers: combinations that are refused before a run, and the printed plan."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_one_server_is_a_list_of_one_in_the_file_and_as_a_flag(write_config: Cal
         ({}, {"sync": {"method": "disk"}}, ["sync.method=disk: has no effect with rollout.engine=embedded"]),
     ],
 )
-def test_settings_that_do_nothing_or_cannot_be_are_refused(
+def test_settings_without_effect_or_in_conflict_are_refused(
     rollout: dict[str, Any], sections: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -78,21 +78,21 @@ def test_settings_that_do_nothing_or_cannot_be_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_the_cache_of_the_embedded_engine_does_not_bound_servers() -> None:
+def test_the_kv_cache_of_the_embedded_engine_does_not_limit_servers() -> None:
     data = {"train": "a.jsonl", "max_prompt_tokens": 60000}
     assert settings(SERVERS, data=data).rollout.servers == SERVERS["servers"]
     with pytest.raises(SettingsError, match=r"rollout\.max_batch_tokens=65536: cannot hold"):
         settings({}, data=data)
 
 
-def test_the_plan_names_the_servers_and_the_way_of_weights(write_config: Callable[..., Path]) -> None:
+def test_the_plan_names_the_servers_and_the_sync_method(write_config: Callable[..., Path]) -> None:
     resolved = resolve(load_settings(write_config(rollout={**SERVERS, "max_response_tokens": 16})))
     (line,) = [line for line in describe_plan(resolved).splitlines() if line.startswith("rollout")]
     assert "at temperature 1 from 2 SGLang server(s), which get weights by distributed; groups" in line
     assert "SGLang" not in describe_plan(resolve(load_settings(write_config())))
 
 
-def test_weights_of_an_earlier_run_are_found_and_a_sync_folder_must_be_writable(
+def test_weights_of_an_earlier_run_count_as_run_files_and_a_sync_folder_must_be_writable(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     assert "sync" in RUN_FILES

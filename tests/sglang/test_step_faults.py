@@ -1,7 +1,7 @@
-"""Whole steps on real servers that die, freeze, come back with other weights, or run out of memory in mid-generation.
+"""Tests of whole steps on real servers that die, freeze, restart with other weights, or run out of memory.
 
 The collector, the engine, the graders and the servers are real. Each step must end with its number of groups, all
-sampled from the weights of this run and graded once, and what happened must stand in the log.
+sampled from the weights of this run and graded once, and every removal from rotation must be in the log.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.sampler import request_seed
 from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
-PROMPTS, SAMPLES, LENGTH = 6, 8, 150
+PROMPTS, GROUP_SIZE, LENGTH = 6, 8, 150
 
 PARITY_REWARD = """\
 import os
@@ -60,7 +60,7 @@ def graders(tmp_path: Path) -> Iterator[Any]:
 
 
 class Steps:
-    """Steps of a run of one rank, and faults in the middle of them."""
+    """Steps of a run of one rank, with faults in the middle of them."""
 
     def __init__(self, engine: Any, ranks: Any, graders: Any, reference: Any, journal: Path, length: int) -> None:
         from megatron_rlvr.data.cursor import PromptCursor
@@ -71,20 +71,20 @@ class Steps:
         self.engine, self.reference, self.journal = engine, reference, journal
         self.syncs = 0
         self.step = 0
-        self.judged: list[tuple[str, int]] = []
+        self.submitted: list[tuple[str, int]] = []
         reward = RewardSettings(overlong_buffer=0)
         sampler = Sampler(engine, PlainTokenizer(), graders, reward, leaders_only=True)  # type: ignore[arg-type]
         submit = sampler.submit_to_graders
 
-        def note(prompt: Prompt, completion: Completion) -> Any:
-            self.judged.append((prompt.id, completion.index))
+        def record(prompt: Prompt, completion: Completion) -> Any:
+            self.submitted.append((prompt.id, completion.index))
             return submit(prompt, completion)
 
-        sampler.submit_to_graders = note  # type: ignore[method-assign]
+        sampler.submit_to_graders = record  # type: ignore[method-assign]
         settings = RolloutSettings(
             engine="sglang",
             servers=["http://localhost:1"],
-            group_size=SAMPLES,
+            group_size=GROUP_SIZE,
             max_response_tokens=length,
             partial=True,
             oversampling=1.5,
@@ -106,44 +106,44 @@ class Steps:
         self.engine.update_weights(self.reference.state_dict().items(), version=0)
 
     def take(self, fault: Callable[[], None] = lambda: None) -> None:
-        """One step, with ``fault`` at the answer that would be the eighth; the batch is checked."""
+        """Run one step with ``fault`` at the eighth answer, and check the batch."""
         self.step += 1
         answers, encode = 0, self.engine.codec.encode
         due, over = threading.Event(), threading.Event()
 
-        def striking(*arguments: Any) -> Any:
+        def encode_with_fault(*arguments: Any) -> Any:
             made = encode(*arguments)
             read = made.read
 
-            def strike(answer: Any) -> Any:
-                # Where answers are read, so that none is while the fault strikes: the other requests are half done.
+            def read_with_fault(answer: Any) -> Any:
+                # The fault occurs while an answer is read, so that no other is: the other requests are unfinished.
                 nonlocal answers
                 answers += 1
-                if answers == SAMPLES:
+                if answers == GROUP_SIZE:
                     due.set()
                     assert over.wait(60)
                 return read(answer)
 
-            made.read = strike
+            made.read = read_with_fault
             return made
 
         def on_finished(count: int) -> None:
-            # In this thread: a server ends with the thread that has started it.
+            # In the main thread, because a server ends with the thread that has started it.
             if due.is_set() and not over.is_set():
                 fault()
                 over.set()
 
-        self.engine.codec.encode = striking
+        self.engine.codec.encode = encode_with_fault
         try:
             rollout = self.collector.collect(self.step, on_finished)
         finally:
             self.engine.codec.encode = encode
-        assert answers >= SAMPLES
+        assert answers >= GROUP_SIZE
         assert rollout.size == PROMPTS
         assert len(rollout.groups) == PROMPTS
         for ordered in rollout.groups:
             group = ordered.group
-            assert len(group.completions) == SAMPLES
+            assert len(group.completions) == GROUP_SIZE
             assert group.informative
             for completion in group.completions[:2]:
                 assert completion.finish_reason == "length" or completion.token_ids[-1] == 2
@@ -152,7 +152,9 @@ class Steps:
                 assert np.abs(expected - completion.logprobs).max() < TOLERANCE
                 assert set(completion.weight_versions.tolist()) == {0}
         graded = self.journal.read_text().splitlines()
-        assert len(graded) == len(self.judged) == len(set(self.judged)) >= SAMPLES, "nothing is graded twice"
+        assert len(graded) == len(self.submitted) == len(set(self.submitted)) >= GROUP_SIZE, (
+            "no completion is graded twice"
+        )
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def usable_within(steps: Steps, count: int, seconds: float) -> None:
             time.sleep(0.1)
 
 
-def test_one_of_two_is_killed_and_comes_back_with_other_weights_which_it_is_rid_of(
+def test_one_of_two_is_killed_and_restarts_with_other_weights_which_are_replaced(
     servers: list[RealServer], steps_on: Any, other_weights: Path, caplog: pytest.LogCaptureFixture
 ):
     steps = steps_on(servers)
@@ -213,7 +215,7 @@ def test_one_of_two_is_frozen_for_30_seconds(servers: list[RealServer], steps_on
 
 
 @pytest.mark.parametrize("method", ["disk", "distributed"])
-def test_all_are_gone_and_come_back_with_other_weights(
+def test_all_are_killed_and_restart_with_other_weights(
     method: str, servers: list[RealServer], steps_on: Any, caplog: pytest.LogCaptureFixture
 ):
     steps = steps_on(servers, method=method, server_timeout_seconds=900.0)
@@ -227,13 +229,15 @@ def test_all_are_gone_and_come_back_with_other_weights(
     steps.take(restart_both)
     pool = steps.engine.pool
     assert version_at(pool.in_rotation[0]) == pool.membership.expected.label, (
-        "started anew they have other weights, of another name"
+        "restarted servers have other weights, of another name"
     )
-    assert steps.syncs == (1 if method == "disk" else 2), "a folder outlasts the servers, a broadcast does not"
+    assert steps.syncs == (1 if method == "disk" else 2), (
+        "restarted servers can load a folder again, but not a broadcast"
+    )
     assert all(len(removals(caplog, server)) >= 1 for server in servers)
 
 
-def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
+def test_all_are_killed_for_good_and_what_was_sampled_is_kept(
     servers: list[RealServer], steps_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     steps = steps_on(servers, length=450)
@@ -241,11 +245,11 @@ def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
     patience = pool.patience_seconds
     buffer = steps.collector._buffer
     finished, add = [], buffer.add
-    # Some of them may have one grade for all completions, and are not kept.
+    # A group whose completions all have one grade is not kept.
     monkeypatch.setattr(buffer, "add", lambda groups: finished.extend(groups) or add(groups))
 
     def kill_both() -> None:
-        pool.patience_seconds = 3.0  # for this alone: it is also what servers have to load weights in
+        pool.patience_seconds = 3.0  # only here, because it is also the time in which servers must load weights
         for server in servers:
             server.kill()
 
@@ -254,8 +258,8 @@ def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
     assert all(server.url in str(caught.value) for server in servers)
     assert "\n" not in str(caught.value)
     graded = len((tmp_path / "graded").read_text().splitlines())
-    assert graded >= SAMPLES
-    assert sum(len(group.graded) for group in buffer.in_progress) + SAMPLES * len(finished) == graded
+    assert graded >= GROUP_SIZE
+    assert sum(len(group.graded) for group in buffer.in_progress) + GROUP_SIZE * len(finished) == graded
     assert buffer.ready == [group for group in finished if group.group.informative]
     for server in servers:
         server.start()
@@ -268,7 +272,7 @@ def test_all_are_gone_for_good_and_what_was_sampled_is_kept(
 
 @contextmanager
 def garbage(port: int) -> Iterator[None]:
-    """Something on ``port`` that answers every connection with what is no HTTP."""
+    """Answer every connection to ``port`` with bytes that are not HTTP."""
     with socket.create_server(("127.0.0.1", port), reuse_port=False) as listener:
         listener.settimeout(0.1)
         stop = threading.Event()
@@ -279,7 +283,7 @@ def garbage(port: int) -> Iterator[None]:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     continue
-                with connection, contextlib.suppress(OSError):  # whoever asked may have gone again
+                with connection, contextlib.suppress(OSError):  # the client may have disconnected
                     connection.sendall(bytes(range(256)))
 
         thread = threading.Thread(target=serve)
@@ -308,7 +312,7 @@ def test_a_port_that_answers_garbage(
             engine_on([server.url for server in servers], server_timeout_seconds=2.0)
 
 
-def test_a_server_without_memory_for_all_its_requests_takes_turns(steps_on: Any, other_weights: Path, tmp_path: Path):
+def test_a_server_without_memory_for_all_its_requests_retracts_some(steps_on: Any, other_weights: Path, tmp_path: Path):
     small = RealServer(
         installed(),
         other_weights,
@@ -325,26 +329,26 @@ def test_a_server_without_memory_for_all_its_requests_takes_turns(steps_on: Any,
         retractions: list[int] = []
         encode = steps.engine.codec.encode
 
-        def spying(*arguments: Any) -> Any:
+        def encode_with_record(*arguments: Any) -> Any:
             made = encode(*arguments)
             read = made.read
 
-            def note(answer: Any) -> Any:
+            def read_with_record(answer: Any) -> Any:
                 retractions.append(answer["meta_info"].get("num_retractions", 0))
                 return read(answer)
 
-            made.read = note
+            made.read = read_with_record
             return made
 
-        steps.engine.codec.encode = spying
+        steps.engine.codec.encode = encode_with_record
         steps.take()
-        assert sum(retractions) > 0, "or it had memory enough"
+        assert sum(retractions) > 0, "otherwise the server had enough memory"
     finally:
         small.kill()
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGKILL"])
-def test_servers_are_idle_after_the_trainer_is_gone_and_a_saved_step_goes_on(
+def test_servers_are_idle_after_the_trainer_has_exited_and_a_saved_step_resumes(
     signal_name: str, servers: list[RealServer], model: Path, problems: Path, tmp_path: Path
 ):
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
@@ -379,18 +383,18 @@ def test_servers_are_idle_after_the_trainer_is_gone_and_a_saved_step_goes_on(
                 time.sleep(0.1)
             if signal_name == "SIGKILL":
                 for server in servers:
-                    # A lost client is looked for every 4 s, and its requests may end by themselves sooner.
+                    # The server looks for disconnected clients every 4 s; the requests might end by themselves sooner.
                     server.freeze("sglang::scheduler")
             else:
-                time.sleep(0.5)  # in which the busy server samples the first tokens of 4 to 8 s
+                time.sleep(0.5)  # the busy server samples the first tokens of requests that take 4 to 8 s
             before = sum(map(aborted, servers))
             trainer.send_signal(getattr(signal, signal_name))
-            began = time.monotonic()
+            start = time.monotonic()
             trainer.wait(timeout=60)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - start
             deadline = time.monotonic() + 60
             while sum(map(aborted, servers)) == before:
-                assert time.monotonic() < deadline, "requests are not ended, but waited for"
+                assert time.monotonic() < deadline, "the requests are not aborted"
                 time.sleep(0.2)
         finally:
             trainer.kill()
@@ -399,19 +403,19 @@ def test_servers_are_idle_after_the_trainer_is_gone_and_a_saved_step_goes_on(
                 server.thaw()
     deadline = time.monotonic() + 60
     while not all(idle(server) for server in servers):
-        assert time.monotonic() < deadline, "a request goes on without anyone to read its answer"
+        assert time.monotonic() < deadline, "a request still runs, and no client reads its answer"
         time.sleep(0.2)
     if signal_name == "SIGTERM":
         assert (trainer.returncode, seconds < 40) == (0, True)
         assert "stopped by SIGTERM after step" in (tmp_path / "out").read_text()
-        went_on_in_the_middle(folder, config, model)
+        check_that_it_resumes(folder, config, model)
 
 
-def went_on_in_the_middle(folder: Path, config: Path, model: Path) -> None:
-    """What a run that was stopped while it sampled has saved, and that it goes on with it."""
+def check_that_it_resumes(folder: Path, config: Path, model: Path) -> None:
+    """Check what a run that was stopped while it sampled has saved, and that the next run resumes with it."""
     last = latest_checkpoint(folder / "checkpoints")
     assert last is not None
-    assert last.number == 1, "the signal came while it sampled"
+    assert last.number == 1, "the signal arrived while the run sampled"
     state = last.state()["collector"]
     partial = [part for group in state["in_progress"] for part in group.partial.values()]
     assert partial
@@ -423,7 +427,9 @@ def went_on_in_the_middle(folder: Path, config: Path, model: Path) -> None:
     sampled = read_lines(folder / "rollouts" / f"step_{last.step + 1:06d}.jsonl")
     tokenizer = load_tokenizer(str(model))
     texts = [tokenizer.decode(part.token_ids.tolist()[:20]) for part in partial]
-    assert [text for text in texts if any(line["response"].startswith(text) for line in sampled)], "it began anew"
+    assert [text for text in texts if any(line["response"].startswith(text) for line in sampled)], (
+        "the responses were not resumed"
+    )
     steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
     assert steps == list(range(1, last.step + 2))
 
@@ -433,7 +439,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def idle(server: RealServer) -> bool:
-    """Only an idle server empties its cache."""
+    """Return whether the server has no requests: only an idle server flushes its cache."""
     request = urllib.request.Request(server.url + "/flush_cache", data=b"{}", method="POST")
     try:
         with urllib.request.urlopen(request, timeout=30):
@@ -445,13 +451,13 @@ def idle(server: RealServer) -> bool:
 
 
 def aborted(server: RealServer) -> float:
-    """Requests that it was told to end, or whose client it has found gone."""
+    """Return the number of requests that were aborted, or whose client had disconnected."""
     with urllib.request.urlopen(server.url + "/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("sglang:num_aborted_requests_total"))
 
 
-def test_weights_change_under_a_running_request_and_each_token_says_which(
+def test_each_token_has_the_version_of_its_weights_when_they_change_during_a_request(
     servers: list[RealServer], engine_on: Any, reference: Any
 ):
     engine = engine_on([server.url for server in servers], max_inflight=4)
@@ -460,7 +466,7 @@ def test_weights_change_under_a_running_request_and_each_token_says_which(
     changed = {name: 1.1 * tensor for name, tensor in reference.state_dict().items()}
     with engine.open(sampling(450, temperature=1.0)) as stream:
         stream.submit(asked)
-        # They end at any time, so that of the eight that are running then most have tokens before and after.
+        # They end at random times, so that most of the eight requests that run during the push have tokens of both.
         found = [stream.get() for _ in range(8)]
         engine.update_weights(changed.items(), version=1)
         found += [stream.get() for _ in asked[8:]]
@@ -477,27 +483,27 @@ def test_weights_change_under_a_running_request_and_each_token_says_which(
     assert mixed > 2
 
 
-# On a server that is not real --------------------------------------------------------------------------------------
+# On a stand-in for a server -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    """One that serves the tiny model, as far as it tells."""
+    """A stand-in that reports the vocabulary of the tiny model."""
     monkeypatch.setattr("fake_server.VOCABULARY", tiny.model_config()["vocab_size"])
     server = FakeServer()
     yield server
     server.close()
 
 
-def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_sampled(
+def test_a_run_without_servers_ends_with_one_line_and_resumes_with_what_was_sampled(
     fake: FakeServer, model: Path, problems: Path, tmp_path: Path
 ):
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
-    folder, prompts, samples = tmp_path / "run", 2, 3
-    good = prompts * samples + samples + 1  # the second step's first group, and one sample of the other
+    folder, prompts, group_size = tmp_path / "run", 2, 3
+    good = prompts * group_size + group_size + 1  # the second step's first group, and one completion of the other
 
     def die(answer: dict[str, Any]) -> Any:
-        # Requests come one by one, so that what came before this one is known to the trainer.
+        # Requests are sent one by one, so that the trainer has the answers to all earlier ones.
         if len(fake.seen) <= good:
             return answer
         fake.healthy = False
@@ -511,11 +517,11 @@ def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_samp
         rollout={
             "engine": "sglang",
             "servers": [fake.url],
-            "group_size": samples,
+            "group_size": group_size,
             "max_response_tokens": 16,
             "dynamic_sampling": False,
             "max_inflight": 1,
-            "max_logprob_gap": 1e9,  # what it answers is nobody's
+            "max_logprob_gap": 1e9,  # its answers do not come from the policy's weights
             "server_timeout_seconds": 15.0,
         },
         batch={"prompts": prompts, "mini_batch_prompts": prompts, "tokens_per_micro_batch": 512},
@@ -526,10 +532,10 @@ def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_samp
     del settings["rollout"]["max_rounds"]
     config = tiny.write_settings(tmp_path / "config.yaml", settings)
     ended = tiny.run_train(config, cwd=tmp_path)
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 1, said
-    assert "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("megatron_rlvr: ")]
+    output = ended.stdout + ended.stderr
+    assert ended.returncode == 1, output
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("megatron_rlvr: ")]
     assert "rollout.server_timeout_seconds=15: no server was healthy for 15 s (" in line
     assert fake.url in line
 
@@ -539,25 +545,25 @@ def test_a_run_without_servers_ends_with_one_line_and_goes_on_with_what_was_samp
     state = last.state()["collector"]
     held = [(g.order, c) for g in state["ready"] for c in g.group.completions]
     held += [(group.order, c) for group in state["in_progress"] for c, _ in group.graded.values()]
-    assert len(held) == samples + 1
+    assert len(held) == group_size + 1
     fake.spoil, fake.healthy = lambda answer: answer, True
     fake.seen.clear()
     again = tiny.run_train(config, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     asked = [body["sampling_params"]["sampling_seed"] for body in fake.seen]
-    assert len(asked) == len(set(asked)) == 2 * prompts * samples - len(held)
+    assert len(asked) == len(set(asked)) == 2 * prompts * group_size - len(held)
     assert not set(asked) & {request_seed(0, f"train/{order}", c.prompt_id, c.index) for order, c in held}
     lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["rollout/groups_sampled"] for line in lines] == [prompts] * 3
 
 
-def test_servers_that_nobody_gives_their_weights_get_a_sync_when_patience_is_over(fake: FakeServer, engine_on: Any):
+def test_servers_that_no_rank_gives_their_weights_need_a_sync_when_patience_is_over(fake: FakeServer, engine_on: Any):
     engine = engine_on([fake.url])
     engine.update_weights(iter({"weight": torch.zeros(1)}.items()), version=0)
     pool = engine.pool
     pool.membership.health_check_seconds = 0.1
-    pool.weights_pushed(replace(pool.membership.expected, load=None), {})  # as on a rank that leaves this to another
+    pool.weights_pushed(replace(pool.membership.expected, load=None), {})  # as on a rank that leaves loading to another
 
     def state() -> ServerState:
         (server,) = pool.status()
@@ -569,7 +575,7 @@ def test_servers_that_nobody_gives_their_weights_get_a_sync_when_patience_is_ove
         fake.healthy = True
         wait_for(lambda: state() is ServerState.NEEDS_WEIGHTS, 60)
         stream.submit(requests(1))
-        assert stream.get(1.0) is None, "the other may still give it the weights"
+        assert stream.get(1.0) is None, "another rank may still have it load the weights"
         fake.version = pool.membership.expected.label
         assert stream.get(60.0) is not None
         assert state() is ServerState.HEALTHY
@@ -582,8 +588,8 @@ def test_servers_that_nobody_gives_their_weights_get_a_sync_when_patience_is_ove
             stream.get(60.0)
 
 
-def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> list[int]:
-    """Ranks whose sampling was not over when this one entered a collective, in each of two calls of `generate`."""
+def generate_and_count(layout: Layout, url: str, model: Path, folder: Path) -> list[int]:
+    """Return, for two calls of `generate`, how many ranks still sampled when this rank entered the final collective."""
     from unittest import mock
 
     from megatron_rlvr.config import RolloutSettings
@@ -603,13 +609,13 @@ def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> li
         store, on_all, missing = process_group.store(), sglang.raise_on_all_ranks, []
         for call in range(2):
 
-            def look(failure: Exception | None, key: str = f"over/{call}") -> None:
+            def count_missing(failure: Exception | None, key: str = f"over/{call}") -> None:
                 missing.append(ranks.world_size - store.add(key, 0))
                 on_all(failure)
 
-            # The first rank has most to do.
+            # The first rank has the most requests.
             mine = requests(12 if ranks.is_main else 2) if ranks.replica_rank == 0 else []
-            with mock.patch.object(sglang, "raise_on_all_ranks", look):
+            with mock.patch.object(sglang, "raise_on_all_ranks", count_missing):
                 answers = engine.generate(mine, sampling(16))
                 found = [next(answers) for _ in mine]
                 store.add(f"over/{call}", 1)
@@ -620,8 +626,8 @@ def generate_and_look(layout: Layout, url: str, model: Path, folder: Path) -> li
 
 
 @pytest.mark.parametrize("replicas", [((0, 1),), ((0,), (1,))], ids=["one leader", "two leaders"])
-def test_who_has_no_requests_or_is_done_waits_outside_of_collectives(
+def test_ranks_without_requests_wait_for_the_others_outside_of_collectives(
     replicas: Any, fake: FakeServer, model: Path, tmp_path: Path
 ):
     fake.delay = 1.0
-    assert on_ranks(generate_and_look, 2, Layout(replicas), fake.url, model, tmp_path) == [[0, 0]] * 2
+    assert on_ranks(generate_and_count, 2, Layout(replicas), fake.url, model, tmp_path) == [[0, 0]] * 2

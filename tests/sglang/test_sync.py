@@ -1,4 +1,4 @@
-"""New weights on real servers: they are the policy's, whoever gathers them, and whatever servers do meanwhile."""
+"""Tests of weight sync to real servers: they get the policy's weights from any layout, and failures stay local."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ from megatron_rlvr.engines.sglang.weight_sync.distributed import _address_toward
 METHODS = ["disk", "distributed", "tensor"]
 IN_BUCKETS = ["distributed", "tensor"]
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2)]
-# Smaller than the embedding: it travels alone, and the rest in several buckets.
+# Smaller than the embedding, which is a bucket of its own; the rest needs several buckets.
 BUCKET_BYTES = 20_000
 
 
@@ -35,14 +35,14 @@ def ranks() -> Iterator[Ranks]:
 
 
 def scaled(model: Any, factor: float) -> Any:
-    """A copy of the model with all weights multiplied."""
+    """Return a copy of the model with all weights multiplied."""
     copy = type(model)(model.config).eval()
     copy.load_state_dict({name: factor * tensor for name, tensor in model.state_dict().items()})
     return copy
 
 
 def weights_of(model: Any, during: Callable[[], Any] = lambda: None) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights, with something that happens halfway."""
+    """Yield all weights, and call ``during`` half-way."""
     tensors = list(model.state_dict().items())
     yield from tensors[: len(tensors) // 2]
     during()
@@ -50,7 +50,7 @@ def weights_of(model: Any, during: Callable[[], Any] = lambda: None) -> Iterator
 
 
 def check(engine: Any, model: Any, urls: list[str], version: int) -> None:
-    """Servers, these and no others, sample from the model."""
+    """Check that exactly these servers are in rotation and sample from the model."""
     assert sorted(engine.pool.in_rotation) == sorted(urls)
     asked = requests(8)
     for request, completion in zip(asked, in_order(asked, engine.generate(asked, sampling(12, 1.0))), strict=True):
@@ -66,7 +66,7 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["one_rank", "tensor", "pipeline"])
-def test_servers_have_the_logprobs_of_the_policy_that_gave_them_its_weights(
+def test_servers_have_the_log_probabilities_of_the_policy_that_pushed_its_weights(
     layout: Layout, servers, ranks: Ranks, model: Path, reference, tmp_path: Path
 ):
     urls = [server.url for server in servers]
@@ -80,13 +80,13 @@ def test_servers_have_the_logprobs_of_the_policy_that_gave_them_its_weights(
         on_servers = main.on_servers[method]
         assert len(main.sequences[method]) == 4 * PROMPTS
         by_transformers = {
-            (number << 20) + place: logprob
+            (number << 20) + position: logprob
             for number, (prompt, response) in enumerate(main.sequences[method])
-            for place, logprob in enumerate(logprobs_after(trained, prompt, response))
+            for position, logprob in enumerate(logprobs_after(trained, prompt, response))
         }
         in_policy = {token: logp for rank in found for token, logp in rank.in_policy[method].items()}
-        assert mean_gap(on_servers, in_policy) < TOLERANCE, method
-        assert mean_gap(on_servers, by_transformers) < TOLERANCE, method
+        assert mean_difference(on_servers, in_policy) < TOLERANCE, method
+        assert mean_difference(on_servers, by_transformers) < TOLERANCE, method
 
 
 @torch.no_grad()
@@ -95,13 +95,13 @@ def logprobs_after(model: Any, prompt: list[int], response: list[int]) -> list[f
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].tolist()
 
 
-def mean_gap(a: dict[int, float], b: dict[int, float]) -> float:
+def mean_difference(a: dict[int, float], b: dict[int, float]) -> float:
     assert a.keys() == b.keys()
     return sum(abs(a[token] - b[token]) for token in a) / len(a)
 
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
-def test_each_sync_replaces_all_weights_and_says_what_it_sent(method: str, servers, engine_on, reference):
+def test_each_push_replaces_all_weights_and_has_metrics(method: str, servers, engine_on, reference):
     urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
     groups = []
@@ -109,16 +109,16 @@ def test_each_sync_replaces_all_weights_and_says_what_it_sent(method: str, serve
         model = scaled(reference, factor)
         engine.update_weights(weights_of(model), version)
         check(engine, model, urls, version)
-        sent = engine.weight_sync.last_push
-        assert sent.bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
-        assert sent.largest_bucket == model.get_input_embeddings().weight.nbytes > BUCKET_BYTES
-        assert (sent.servers, sent.buckets > 4, sent.seconds > 0) == (2, True, True)
+        push = engine.weight_sync.last_push
+        assert push.bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+        assert push.largest_bucket == model.get_input_embeddings().weight.nbytes > BUCKET_BYTES
+        assert (push.servers, push.buckets > 4, push.seconds > 0) == (2, True, True)
         groups.append(dict(getattr(engine.weight_sync, "groups", {})))
-    assert groups[0] == groups[1] == groups[2], "made once"
+    assert groups[0] == groups[1] == groups[2], "groups are created once"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, servers, engine_on, reference):
+def test_a_running_request_continues_with_the_new_weights(method: str, servers, engine_on, reference):
     url, version = servers[0].url, 4
     engine = engine_on([url], method=method)
     engine.update_weights(weights_of(reference), version - 1)
@@ -127,16 +127,16 @@ def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, ser
     over = threading.Event()
     answers: list[tuple[int, dict[str, Any]]] = []
 
-    def ask_on(count: int) -> None:
+    def send_repeatedly(count: int) -> None:
         parameters = {"max_new_tokens": count, "ignore_eos": True, "temperature": 1.0}
         body = {"input_ids": [5, 6, 7], "return_logprob": True, "sampling_params": parameters}
         while not over.is_set():
             answers.append((count, post(url + "/generate", body)["meta_info"]))
 
-    # Of unlike lengths, and as many as it takes: whenever the weights change, one of them is in its middle.
-    lines = [threading.Thread(target=ask_on, args=(count,)) for count in (450, 310)]
-    for line in lines:
-        line.start()
+    # Two lengths, repeated as often as necessary: whenever the weights change, one of the requests is in its middle.
+    senders = [threading.Thread(target=send_repeatedly, args=(count,)) for count in (450, 310)]
+    for sender in senders:
+        sender.start()
     try:
         deadline = time.monotonic() + 120
         while not answers:
@@ -145,8 +145,8 @@ def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, ser
         engine.update_weights(weights_of(new_model), version)
     finally:
         over.set()
-        for line in lines:
-            line.join()
+        for sender in senders:
+            sender.join()
     mixed = [(count, meta) for count, meta in answers if len(meta["weight_versions"]) == 2]
     assert mixed
     for count, meta in mixed:
@@ -159,12 +159,12 @@ def test_a_request_that_is_running_goes_on_with_the_new_weights(method: str, ser
         logprobs = np.array([logprob for logprob, _, _ in meta["output_token_logprobs"]])
         for span, model in ((first, reference), (second, new_model)):
             expected = np.array(logprobs_after(model, [5, 6, 7], tokens))
-            gap = np.abs(logprobs - expected)[span["start"] : span["end"]]
-            assert gap.max() < TOLERANCE, span
+            difference = np.abs(logprobs - expected)[span["start"] : span["end"]]
+            assert difference.max() < TOLERANCE, span
 
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
-def test_a_server_that_refuses_halfway_is_left_out_and_comes_back_with_the_next_sync(
+def test_a_server_that_fails_halfway_is_removed_and_re_admitted_with_the_next_sync(
     method: str, servers, engine_on, reference, caplog: pytest.LogCaptureFixture
 ):
     urls = [server.url for server in servers]
@@ -181,17 +181,17 @@ def test_a_server_that_refuses_halfway_is_left_out_and_comes_back_with_the_next_
 
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
-def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str, servers, engine_on, reference):
+def test_a_server_that_hangs_halfway_delays_the_others_for_a_bounded_time(method: str, servers, engine_on, reference):
     urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
     engine.update_weights(weights_of(reference), 0)
     model, patience = scaled(reference, 0.9), engine.pool.patience_seconds
-    engine.pool.patience_seconds = 20.0  # for this alone: it bounds what all servers may take for each order
+    engine.pool.patience_seconds = 20.0  # only here, because it bounds every order to every server
     start = time.monotonic()
     try:
         engine.update_weights(weights_of(model, servers[1].freeze), 1)
-        # Unbounded it would be what a broadcast has of patience, 10 to 30 minutes.
-        assert time.monotonic() - start < 20 + 20 + 60, "one bucket's time, one for the order to go on, and reserve"
+        # Without a bound it would be the timeout of a broadcast, 10 to 30 minutes.
+        assert time.monotonic() - start < 20 + 20 + 60, "one bucket, the order to resume, and some reserve"
         check(engine, model, urls[:1], 1)
     finally:
         servers[1].thaw()
@@ -204,7 +204,7 @@ def test_a_server_that_hangs_halfway_costs_the_others_a_bounded_time(method: str
 
 
 @pytest.mark.parametrize("method", IN_BUCKETS)
-def test_a_fault_of_the_trainer_halfway_leaves_no_server_paused_or_current(method: str, servers, engine_on, reference):
+def test_an_error_of_the_trainer_halfway_leaves_no_server_paused_or_current(method: str, servers, engine_on, reference):
     urls = [server.url for server in servers]
     engine = engine_on(urls, method=method, bucket_bytes=BUCKET_BYTES)
     engine.update_weights(weights_of(reference), 0)
@@ -222,7 +222,7 @@ def test_a_fault_of_the_trainer_halfway_leaves_no_server_paused_or_current(metho
     check(engine, reference, urls, 2)
 
 
-def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update_are_taken_up_by_the_next(
+def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update_work_with_the_next(
     servers, engine_on, reference
 ):
     urls = [server.url for server in servers]
@@ -234,7 +234,7 @@ def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update_are_taken
     check(engine, reference, urls, 0)
 
 
-def test_a_server_that_was_restarted_joins_anew_and_one_that_dies_halfway_is_left_out_at_once(
+def test_a_restarted_server_joins_again_and_one_that_dies_halfway_is_removed_at_once(
     servers, engine_on, reference, caplog: pytest.LogCaptureFixture
 ):
     urls = [server.url for server in servers]
@@ -252,26 +252,26 @@ def test_a_server_that_was_restarted_joins_anew_and_one_that_dies_halfway_is_lef
     assert time.monotonic() - start < 30
     check(engine, reference, urls[:1], 2)
     engine.weight_sync.close()
-    deadline = time.monotonic() + 20  # a broadcast would give up after 30 s
+    deadline = time.monotonic() + 20  # a broadcast would end after 30 s
     while "weights" in [thread.name for thread in threading.enumerate()]:
-        assert time.monotonic() < deadline, "a broadcast is left behind"
+        assert time.monotonic() < deadline, "a broadcast is still running"
         time.sleep(0.1)
 
 
-def test_buckets_hold_every_tensor_in_order_at_places_that_its_receiver_can_work_out():
-    dice = torch.Generator().manual_seed(0)
+def test_buckets_hold_every_tensor_in_order_at_an_offset_that_its_receiver_can_compute():
+    rng = torch.Generator().manual_seed(0)
     dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
     tensors = {}
     for i in range(200):
-        shape = torch.randint(1, 7, (int(torch.randint(0, 4, (), generator=dice)),), generator=dice).tolist()
-        tensors[f"t{i}"] = torch.randint(0, 200, shape, generator=dice).to(dtypes[i % 7 % 4])
+        shape = torch.randint(1, 7, (int(torch.randint(0, 4, (), generator=rng)),), generator=rng).tolist()
+        tensors[f"t{i}"] = torch.randint(0, 200, shape, generator=rng).to(dtypes[i % 7 % 4])
     tensors["large"] = torch.arange(300.0).reshape(3, 100).T
     tensors["last"] = torch.ones(2, 2)
-    most, found, memories = 1000, {}, set()
-    for bucket in buckets(tensors.items(), most, torch.device("cpu")):
-        assert bucket.bytes <= most or bucket.names == ["large"]
+    max_bytes, found, buffers = 1000, {}, set()
+    for bucket in buckets(tensors.items(), max_bytes, torch.device("cpu")):
+        assert bucket.bytes <= max_bytes or bucket.names == ["large"]
         if bucket.names != ["large"]:
-            memories.add(bucket.data.untyped_storage().data_ptr())
+            buffers.add(bucket.data.untyped_storage().data_ptr())
         start = 0
         for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
             assert start % dtype.itemsize == 0
@@ -283,10 +283,10 @@ def test_buckets_hold_every_tensor_in_order_at_places_that_its_receiver_can_work
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    assert len(memories) == 1, "one bucket of memory for all"
-    assert list(buckets([], most, torch.device("cpu"))) == []
+    assert len(buffers) == 1, "all buckets share one buffer"
+    assert list(buckets([], max_bytes, torch.device("cpu"))) == []
 
 
-def test_servers_of_this_machine_are_told_its_loopback_address():
+def test_servers_on_this_machine_get_its_loopback_address():
     assert _address_toward("http://127.0.0.1:30000") == "127.0.0.1"
     assert _address_toward("http://localhost") in ("127.0.0.1", "::1")
