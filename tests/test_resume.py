@@ -387,9 +387,8 @@ def test_resume_and_overwrite_decide_from_which_checkpoint_a_run_starts(place: P
     assert start_of(place, "decided", earlier, run={"overwrite": True, "resume": "never"}) is None
     with pytest.raises(SettingsError, match=r"holds an earlier run .* set run.overwrite to true"):
         start_of(place, "decided", earlier, run={"resume": "never"})
-    with pytest.raises(
-        SettingsError, match=r"^run.overwrite=true: would delete the checkpoint that run.resume=must requires"
-    ):
+    deletes = r"^run.overwrite=true: would delete the checkpoint that run.resume=must requires"
+    with pytest.raises(SettingsError, match=deletes):
         start_of(place, "decided", earlier, run={"overwrite": True, "resume": "must"})
     with pytest.raises(SettingsError, match=r"^run.resume=must: there is no checkpoint in"):
         start_of(place, "elsewhere", [], run={"resume": "must"})

@@ -14,7 +14,7 @@ _TOOL = tiny.CHECKOUT / "tools" / "preflight.py"
 
 # Runs argument lists, which are one file each; the output of a run goes to files beside its own.
 _FORKING = """
-import importlib, json, os, runpy, socket, sys
+import importlib, json, os, runpy, socket, sys, traceback
 import megatron_rlvr.preflight.runner, megatron_rlvr.engines.embedded.engine
 import megatron_rlvr.evaluation.evaluator, megatron_rlvr.learner, megatron_rlvr.rollout.synchronous
 import megatron_rlvr.train, megatron_rlvr.trainer
@@ -42,6 +42,8 @@ for path in paths:
             status = 0
         except SystemExit as left:
             status = left.code
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -87,7 +89,7 @@ def run_all(place: Path, runs: Mapping[str, Sequence[str | Path]]) -> dict[str, 
     subprocess.run(
         program,
         cwd=place,
-        env=tiny.environment([place, Path(__file__).parent]),
+        env=tiny.environment([place, Path(__file__).parent, tiny.CHECKOUT / "tests" / "preflight"]),
         check=True,
         timeout=400,
         capture_output=True,
