@@ -18,7 +18,6 @@ from megatron_rlvr.planner.roofline import Efficiency
 from megatron_rlvr.planner.shapes import ModelShape
 from megatron_rlvr.planner.workload import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Workload
 
-
 DESCRIPTION = """\
 Estimates memory, time and the best layouts of a run from config.json alone; needs no GPU and no weights.
 

@@ -19,7 +19,6 @@ from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.process import check_launch, is_main, leave, print_error, quiet_libraries
 from megatron_rlvr.startup.resolve import Resolved, resolve
 
-
 DESCRIPTION = """\
 Checks a cluster before a long run: prints a table of what passed, what failed, and how to fix it.
 

@@ -1,6 +1,5 @@
 """The command ``rlvr serve``: starts SGLang servers and supervises them."""
 
-
 import argparse
 import contextlib
 import os

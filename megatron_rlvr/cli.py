@@ -1,0 +1,87 @@
+"""The command ``rlvr``: trains, plans, checks a cluster, serves, converts.
+
+    rlvr train CONFIG.yaml          train; starts the ranks itself
+    rlvr plan CONFIG.yaml ...       memory and time of a layout, from config.json alone
+    rlvr preflight CONFIG.yaml      check a cluster before a long run
+    rlvr serve MODEL                start SGLang servers on this machine
+    rlvr convert to-megatron ...    Hugging Face folder to megatron-core checkpoint
+    rlvr convert to-hf ...          megatron-core checkpoint to Hugging Face folder
+    rlvr VERB --help                everything about one of them
+
+Exit status: 0; 1 after a fault; 2 and one line on stderr for wrong input; 128 + n after signal n. `rlvr VERB --help`
+has what is particular to a verb.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from megatron_rlvr import __version__
+from megatron_rlvr.errors import RlvrError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit status; some verbs exit by themselves."""
+    verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        sys.stdout.write(__doc__)
+        return 0
+    if verb == "--version":
+        sys.stdout.write(f"rlvr {__version__}\n")
+        return 0
+    if verb not in VERBS:
+        sys.stderr.write(f"rlvr: unknown verb {verb!r}; choose from {', '.join(VERBS)}\n")
+        return 2
+    try:
+        return VERBS[verb](rest)
+    except RlvrError as error:
+        sys.stderr.write(f"megatron_rlvr: {' '.join(str(error).split())}\n")
+        return error.exit_status
+
+
+def _train(arguments: list[str]) -> int:
+    from megatron_rlvr import train
+    from megatron_rlvr.launch import launched, run_on_ranks
+
+    if launched() or not arguments or {"--help", "-h", "--check"} & set(arguments):
+        train.main(arguments)
+        return 0
+    return run_on_ranks("train", arguments)
+
+
+def _preflight(arguments: list[str]) -> int:
+    from megatron_rlvr.launch import launched, run_on_ranks
+    from megatron_rlvr.preflight import command
+
+    if launched() or not arguments or {"--help", "-h"} & set(arguments):
+        command.main(arguments, "rlvr preflight")
+    return run_on_ranks("preflight", arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    from megatron_rlvr.planner import command
+
+    return command.main(arguments, "rlvr plan")
+
+
+def _serve(arguments: list[str]) -> int:
+    from megatron_rlvr.engines.sglang.launcher import command
+
+    return command.main(arguments, "rlvr serve")
+
+
+def _convert(arguments: list[str]) -> int:
+    from megatron_rlvr.convert import command
+
+    return command.main(arguments, "rlvr convert")
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "plan": _plan,
+    "preflight": _preflight,
+    "serve": _serve,
+    "convert": _convert,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
