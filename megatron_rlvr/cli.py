@@ -12,6 +12,7 @@ Exit status: 0; 1 after a fault; 2 and one line on stderr for wrong input; 128 +
 has what is particular to a verb.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -40,21 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     from megatron_rlvr import train
-    from megatron_rlvr.launch import launched, run_on_ranks
+    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks, split_ranks_flag
 
-    if launched() or not arguments or {"--help", "-h", "--check"} & set(arguments):
-        train.main(arguments)
-        return 0
-    return run_on_ranks("train", arguments)
+    if launched():
+        end_with_launcher()
+    elif "--check" in arguments:
+        ranks, arguments = split_ranks_flag(arguments)
+        if ranks is not None:
+            os.environ["WORLD_SIZE"] = str(ranks)
+    elif arguments and not {"--help", "-h"} & set(arguments):
+        return run_on_ranks("train", arguments)
+    train.main(arguments)
+    return 0
 
 
 def _preflight(arguments: list[str]) -> int:
-    from megatron_rlvr.launch import launched, run_on_ranks
+    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks
     from megatron_rlvr.preflight import command
 
-    if launched() or not arguments or {"--help", "-h"} & set(arguments):
-        command.main(arguments, "rlvr preflight")
-    return run_on_ranks("preflight", arguments)
+    if launched():
+        end_with_launcher()
+    elif arguments and not {"--help", "-h"} & set(arguments):
+        return run_on_ranks("preflight", arguments)
+    command.main(arguments, "rlvr preflight")
 
 
 def _plan(arguments: list[str]) -> int:

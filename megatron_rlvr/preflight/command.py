@@ -22,11 +22,11 @@ from megatron_rlvr.startup.resolve import Resolved, resolve
 DESCRIPTION = """\
 Checks a cluster before a long run: prints a table of what passed, what failed, and how to fix it.
 
-    rlvr preflight CONFIG.yaml                             starts as many ranks as rlvr train
-    torchrun --nproc-per-node 8 tools/preflight.py CONFIG.yaml             started by another launcher, as the run
-    rlvr preflight CONFIG.yaml --rollout.servers '[http://node7:30000]'   with flags of the run
-    rlvr preflight CONFIG.yaml --only servers mismatch                    after a fix
+    rlvr preflight CONFIG.yaml                                   as many ranks as `rlvr train`, or --ranks N
+    rlvr preflight CONFIG.yaml --rollout.servers '[http://node7:30000]'     with flags of the run
+    rlvr preflight CONFIG.yaml --only servers mismatch           after a fix
     rlvr preflight CONFIG.yaml --skip rehearsal --json results.json
+    torchrun --nproc-per-node 8 tools/preflight.py CONFIG.yaml   by another launcher, in the same way as the run
 
 Servers must be running. One step is rehearsed by the run's own code, with its layout, engine and servers, on a few
 prompts and short responses, in a temporary folder: run.dir is not changed, nothing is resumed, and servers get the
