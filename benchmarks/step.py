@@ -8,19 +8,19 @@ DAPO's loss, no KL term, and the same Adam. Ours is this package's engine, polic
 top_entropy_quantile 0.2, sampling by transformers' generate; it is installed as benchmarks/requirements.txt says.
 
 Each arm has a process of one thread, and they take turns step by step, so that other work on the machine meets both.
-Seconds are process time, each figure the least of the rounds, after one step to warm up. Of a step,
-    generation   is sampling the responses,
+Seconds are process time, each number the least of the rounds, after one step to warm up. The phases of a step are
+    generation   sampling the responses,
     scoring      the pass without gradient over them,
     training     selection, forward, backward and the optimizer,
-    other        decoding, rewards, advantages, packing or padding; ours also hands its weights to its engine.
-Peak MB is all that a process ever had in memory; "before" is that before the first step, mostly libraries.
-Below each table stands whether both arms did the same work. The exit status is always 0.
+    other        decoding, rewards, advantages, packing or padding; ours also pushes its weights to its engine.
+Peak MB is the peak memory of a process; "before" is the peak before the first step, mostly libraries. The line below
+each table reports whether both arms did the same work. The exit status is always 0.
 
 Cases:
     short    16 prompts x 8 samples x 64 tokens, 4 layers of 128, vocabulary 512
     medium   4 x 8 x 512, the same model
     long     1 x 4 x 2,048, 4 layers of 256, vocabulary 32,768; takes minutes
-    tiny     2 x 4 x 8, to see that it runs
+    tiny     2 x 4 x 8, to check that the program runs
 """
 
 import argparse
@@ -49,7 +49,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 PHASES = ("generation", "scoring", "training", "other", "total")
-# figure, what it is called, digits after the point
+# metric, its label, digits after the point
 ROWS = (
     *((phase, f"{phase}, s", 3) for phase in PHASES),
     ("tokens_per_second", "tokens per CPU second", 0),
@@ -87,7 +87,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_case(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
-    """For each arm the metrics of `summary`, or ``why_not``."""
+    """Return for each arm the metrics of `summary`, or ``why_not``."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         maker = context.Process(target=write_model, args=(case, Path(folder)))
@@ -110,7 +110,7 @@ def run_case(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def serve(arm: str, case: Case, folder: str, steps: int, pipe: Connection) -> None:
-    """The process of an arm. What is in ``FOLDER`` is found last, so it shadows nothing."""
+    """Body of an arm's process. ``FOLDER`` is searched last, so its packages shadow no others."""
     warnings.simplefilter("ignore")
     if arm != "ours":
         sys.path.append(str(FOLDER))
@@ -125,7 +125,7 @@ def serve(arm: str, case: Case, folder: str, steps: int, pipe: Connection) -> No
 
 
 def answer(pipe: Connection, wake: bool = False) -> dict[str, Any]:
-    """An arm's next message, for which it is woken once it is set up."""
+    """Receive an arm's next message; ``wake`` starts the step that it reports."""
     try:
         if wake:
             pipe.send(None)
@@ -135,7 +135,7 @@ def answer(pipe: Connection, wake: bool = False) -> dict[str, Any]:
 
 
 def summary(setup: dict[str, Any], *steps: dict[str, Any]) -> dict[str, Any]:
-    """An arm's metrics: seconds are the least of the steps but the first, the rest as in the last step.
+    """Return an arm's metrics: the least seconds of all steps but the first, other metrics of the last step.
 
     ``first`` is the step that warmed up, and the only one whose weights are the same in both arms.
     """
@@ -150,7 +150,7 @@ def summary(setup: dict[str, Any], *steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(case: Case, arms: dict[str, dict[str, Any]]) -> list[str]:
-    """In which respects an arm's work was not what the case asks for; empty where all of it was."""
+    """Return a sentence for each respect in which an arm's work is not that of the case."""
     tokens = case.prompts * case.samples * case.response
     found = []
     for arm, row in arms.items():
@@ -160,7 +160,7 @@ def differences(case: Case, arms: dict[str, dict[str, Any]]) -> list[str]:
             found.append(f"{arm} sampled {row['tokens']:,} tokens")
         if row["updates"] != UPDATES:
             found.append(f"{arm} took {row['updates']:.0f} optimizer steps")
-        # Equal entropies come together in TRL, and a prompt's samples all begin with the same one.
+        # TRL keeps all ties at its threshold, and all responses to a prompt begin with the same entropy.
         if abs(row["selected"] - FRACTION * tokens) > UPDATES * case.samples:
             found.append(f"{arm} selected {row['selected']:,.0f} tokens")
     entropies = [row["first"]["entropy"] for row in arms.values() if "why_not" not in row]

@@ -1,4 +1,4 @@
-"""One training step's learning: score all mini-batches, then select tokens of and train on one after the other."""
+"""Learning in one training step: score all mini-batches, then select tokens of each and take an optimizer step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

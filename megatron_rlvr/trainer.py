@@ -4,7 +4,7 @@ Each step:
     1. collect: sample groups from the rollout engine and grade them (rollout/)
     2. learn: advantages, packed mini-batches, scores, selection, one optimizer step per mini-batch (learner.py)
     3. sync: push the new weights to the rollout engine (engines/)
-    4. now and then: evaluate, save a checkpoint, export the model
+    4. every so many steps: evaluate, save a checkpoint, export the model
 """
 
 import time

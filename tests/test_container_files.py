@@ -56,7 +56,7 @@ MAX_MEGABYTES = 20
 
 
 def in_context(path: str) -> bool:
-    """Whether the build context includes the file ``path`` of the checkout, by Docker's rules.
+    """Return whether the build context includes the file ``path`` of the checkout, by Docker's rules.
 
     The last line that matches the file or a folder above it decides.
     """

@@ -262,6 +262,6 @@ def test_other_nodes_wait_for_node_0(start: Start) -> None:
 
 
 def catches(pid: int, signum: int) -> bool:
-    """Whether a process has a handler of the signal, from /proc."""
+    """Return whether a process has a handler of the signal, from /proc."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(status["SigCgt"], 16) >> (signum - 1) & 1)

@@ -1,6 +1,6 @@
-"""The two trainers that benchmarks/step.py lets take turns, and what both are given.
+"""The two trainers that benchmarks/step.py runs in turn, and their common workload.
 
-An arm is a module with ``run(case, folder, steps, pipe)``. It sets itself up from a model folder, sends the megabytes
-that it occupies then, and for each training step waits for a message and answers with a dict of metrics (`workload`).
-The modules of the arms import torch and more; this one and `workload` do not, so that the program stays small.
+An arm is a module with ``run(case, folder, steps, pipe)``. It loads the model of a folder, sends the megabytes that its
+process then occupies, and for each training step waits for a message and answers with a dict of metrics. The modules of
+the arms import torch; this one and `workload` do not, so that the main process stays small.
 """

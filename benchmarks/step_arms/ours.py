@@ -23,7 +23,7 @@ from step_arms.workload import Case, Stopwatch
 
 
 def run(case: Case, folder: str, steps: int, pipe: Connection) -> None:
-    """Takes ``steps`` training steps, one a message; see the package."""
+    """Take ``steps`` training steps, one per message; see `step_arms`."""
     torch.set_num_threads(1)
     arm = Arm(case, folder, steps)
     pipe.send({"before_mb": workload.resident_mb()})
@@ -79,7 +79,7 @@ class Arm:
         self.engine.update_weights(self.policy.export_weights(), version=0)
 
     def step(self, step: int) -> dict[str, float]:
-        """One training step and its metrics."""
+        """Take one training step; return its metrics."""
         with self.watch("total"):
             with self.watch("generation"):
                 completions = self.sample(step)
@@ -105,7 +105,7 @@ class Arm:
         return list(self.engine.generate(requests, self.settings.rollout))
 
     def mini_batches(self, completions: Sequence[Completion]) -> list[MiniBatch]:
-        """Decodes (as TRL does, though the reward needs no text), grades, and packs."""
+        """Decode (as TRL does, though the reward needs no text), grade, and pack."""
         by_prompt: dict[str, list[Completion]] = {}
         for completion in sorted(completions, key=lambda c: c.index):
             by_prompt.setdefault(completion.prompt_id, []).append(completion)
@@ -127,7 +127,7 @@ class Arm:
 
 
 def _halves(mini_batches: list[MiniBatch]) -> list[MiniBatch]:
-    """Two mini-batches, also where there is but one prompt, of which TRL takes the responses in two halves too."""
+    """Return two mini-batches; of a single prompt each has half of the responses, as with TRL."""
     if len(mini_batches) == workload.UPDATES:
         return mini_batches
     (whole,) = mini_batches

@@ -1,7 +1,7 @@
 """TRL's arm: its GRPOTrainer as a user would set it up for the same training, with a stopwatch around its phases.
 
-Nothing is left out of it except what ours leaves out too (files, logs), and activation checkpointing, which is on by
-default and would cost it time.
+Only files and logs are left out, as in our own arm, and activation checkpointing, which is on by default and would make
+it slower.
 """
 
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from step_arms.workload import Case, Stopwatch
 
 
 def run(case: Case, folder: str, steps: int, pipe: Connection) -> None:
-    """Takes ``steps`` training steps, one a message; see the package."""
+    """Take ``steps`` training steps, one per message; see `step_arms`."""
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [" ".join(map(str, ids)) for ids in workload.prompts_of(case)]
@@ -69,7 +69,7 @@ def config_of(case: Case, folder: str, steps: int) -> GRPOConfig:
 
 
 def half_right_in_groups(size: int) -> Any:
-    """The reward as a function of TRL's: all responses of a rollout, group after group."""
+    """Return the reward as TRL calls it: with all responses of a rollout, group after group."""
 
     def reward(completion_ids: list[list[int]], **unused: Any) -> list[float]:
         groups = [completion_ids[i : i + size] for i in range(0, len(completion_ids), size)]
@@ -108,7 +108,7 @@ class TimedTrainer(GRPOTrainer):
         return mask
 
     def take_metrics(self) -> dict[str, float]:
-        """Metrics since the last call, the seconds of the whole and the optimizer steps aside."""
+        """Return the metrics since the last call, without the number of optimizer steps."""
         seconds = self.watch.take()
         metrics = {
             "generation": seconds["generation"],
@@ -126,7 +126,7 @@ class TimedTrainer(GRPOTrainer):
 
 
 class TurnTaker(TrainerCallback):
-    """Makes a rollout and its optimizer steps one turn: waits for a message before it, answers after it."""
+    """Waits for a message before each rollout with its optimizer steps, and answers after it."""
 
     def __init__(self, trainer: TimedTrainer, pipe: Connection) -> None:
         self._trainer = trainer

@@ -1,7 +1,7 @@
-"""What both arms are given: sizes, prompts, reward, hyperparameters, and a stopwatch. Imports no torch.
+"""Common workload of both arms: sizes, prompts, reward, hyperparameters, and a stopwatch. Imports no torch.
 
 No response ends before its cap, since the stop token lies outside the model's vocabulary, so both arms sample exactly
-the same number of tokens. The reward looks at token ids and is right for half of each group, so every response has an
+the same number of tokens. The reward depends on token ids and is 1 for half of each group, so every response has an
 advantage and none can be left out.
 """
 
@@ -18,7 +18,7 @@ FRACTION = 0.2
 LEARNING_RATE = 1e-4
 CLIP_LOW, CLIP_HIGH, CLIP_GRAD = 0.2, 0.28, 1.0
 BETA2, EPSILON = 0.999, 1e-8
-# Optimizer steps a rollout, each on one half of the responses: with a single one TRL scores nothing beforehand.
+# Optimizer steps per rollout, each on one half of the responses: with a single one TRL scores nothing beforehand.
 UPDATES = 2
 PAD = 0
 PROMPT_TOKENS = (24, 40)
@@ -116,12 +116,12 @@ class Stopwatch:
         self._seconds[phase] += time.process_time() - start
 
     def take(self) -> dict[str, float]:
-        """What was measured since the last time."""
+        """Return {phase: seconds} since the last call."""
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds
 
 
 def resident_mb() -> float:
-    """The most megabytes that this process has had in memory."""
+    """Return the peak memory of this process in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

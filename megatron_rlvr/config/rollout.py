@@ -30,7 +30,8 @@ class RolloutSettings(Section):
     dynamic_sampling: bool = True
     """Replace groups that are all correct or all incorrect, which carry no gradient, by groups of other prompts."""
     max_rounds: int = Field(default=10, ge=1)
-    """Sample at most this many times `batch.prompts` groups in a step; then train on the informative ones so far."""
+    """Maximum number of sampling rounds per step (with servers: of prompts, as a multiple of `batch.prompts`). Then the
+    step trains on the informative groups so far."""
     max_batch_rows: int = Field(default=256, ge=1)
     """Embedded engine: maximum number of completions in the running batch of a rank."""
     max_batch_tokens: int = Field(default=65536, ge=1)

@@ -1,4 +1,4 @@
-"""Runs the checks after `settings` one after the other on all ranks, and hands later checks what earlier ones made."""
+"""Runs the checks after `settings` in order on all ranks; some make objects that later ones use."""
 
 import logging
 import math

@@ -162,7 +162,7 @@ class AsynchronousCollector:
             )
 
     def _take_in_or_raise(self, on_finished: Callable[[int], None]) -> None:
-        """Take in the results. A failure on any rank is raised on all, except missing weights, which need a re-sync."""
+        """Collect the results. A failure on any rank is raised on all, except missing weights, which need a re-sync."""
         self._take_in(on_finished)
         failure, self._failure = self._failure, None
         raise_on_all_ranks(failure)

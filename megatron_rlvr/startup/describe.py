@@ -7,7 +7,7 @@ from megatron_rlvr.startup.resolve import Resolved
 
 
 def describe_plan(resolved: Resolved) -> str:
-    """Return the plan of a run, one line a subject."""
+    """Return the plan of a run, one line per subject."""
     s = resolved.settings
     overlong = f", overlong penalty over the last {s.reward.overlong_buffer} tokens" if s.reward.overlong_buffer else ""
     start = f", resuming after step {resolved.start.step}" if resolved.start else ""

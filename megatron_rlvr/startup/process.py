@@ -47,7 +47,7 @@ def check_launch(parallel: ParallelSettings, command: str) -> None:
     ranks = world_size(parallel)
     if ranks > 1 and "RANK" not in os.environ:
         raise SettingsError(
-            f"{ranks} ranks are needed, and this is one process; start it with {command.format(ranks=ranks)}"
+            f"{ranks} ranks are needed, and this is one process; start it with {command.replace('{ranks}', str(ranks))}"
         )
 
 

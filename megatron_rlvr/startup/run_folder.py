@@ -1,7 +1,7 @@
 """The run folder, `run.dir`: its files, how far an earlier run got in it, and its preparation for a new run.
 
 config.yaml        the resolved settings
-metrics.jsonl      one object a training step
+metrics.jsonl      one object per training step
 rollouts/          sampled responses as text
 skipped/           mini-batches with a non-finite loss or gradient
 tensorboard/       the metrics for TensorBoard

@@ -50,8 +50,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def run_tool(*arguments: str | Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `rlvr convert`; writing a file beyond ``largest_file`` bytes fails as on a full disk."""
+def run_tool(
+    *arguments: str | Path, largest_file: int | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `rlvr convert` with environment variables; writing a file beyond ``largest_file`` bytes fails as on a full disk."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # type: ignore[type-var]
@@ -59,7 +61,7 @@ def run_tool(*arguments: str | Path, largest_file: int | None = None) -> subproc
     return subprocess.run(
         [sys.executable, "tools/convert.py", *map(str, arguments)],
         cwd=tiny.CHECKOUT,
-        env=tiny.environment(),
+        env=tiny.environment(**variables),
         capture_output=True,
         text=True,
         timeout=120,
@@ -323,11 +325,12 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path):
     tiny.write_model(tmp_path / "model", **sizes)
     total = (tmp_path / "model" / SINGLE).stat().st_size / 2**20
     largest = 2 * 4096 * 512 * 4 / 2**20  # gate and up
-    done = run_tool("-c", MEMORY, tmp_path / "model", tmp_path)
+    # With this threshold malloc returns every freed tensor at once; by default it keeps a few, and how many is chance.
+    done = run_tool("-c", MEMORY, tmp_path / "model", tmp_path, MALLOC_MMAP_THRESHOLD_=str(2**20))
     assert done.returncode == 0, done.stderr
     there, back = map(float, done.stdout.split())
     assert total > 24 * largest
-    assert largest < there <= back < 4 * largest + 32 < total / 3, done.stdout  # malloc keeps freed memory
+    assert largest < there <= back < 3 * largest < total / 3, done.stdout
 
 
 def test_the_benchmark_gets_the_weights_back_and_a_missing_mbridge_is_named(tmp_path):

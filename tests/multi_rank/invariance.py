@@ -2,13 +2,13 @@
 
     python tests/multi_rank/invariance.py [--only TEXT] [--write-golden]
 
-prints a table with a line a layout: whether the same tokens are selected; the largest relative difference of any
-parameter's gradient (its norm against the norm of the gradient on one rank, fp32) and which parameter it is; and, for
+prints a table with one line per layout: whether the same tokens are selected; the largest relative difference of any
+parameter's gradient (its norm over the norm of the gradient on one rank, fp32) and which parameter it is; and, for
 eight training steps of the whole program, the largest relative difference of threshold, loss, gradient norm and reward
-to `tests/golden/eight_steps.json`. Exit status 1 where a line is out of tolerance. `--write-golden` makes that file
-anew from one rank: a change to it is a change of what the trainer computes, and belongs into the commit's message.
+from `tests/golden/eight_steps.json`. The exit status is 1 if a line is out of tolerance. `--write-golden` writes that
+file again from one rank: a change of it is a change of what the trainer computes, and must be explained in the commit.
 
-Gradients are compared as Hugging Face names them, whole, after Megatron's reduction and before clipping.
+Unsharded gradients are compared by their Hugging Face names, after Megatron's reduction and before clipping.
 """
 
 import argparse
@@ -90,7 +90,7 @@ LINES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """What a rank did with the rollout batch."""
+    """Result of one rank for the rollout batch."""
 
     kept: list[int]
     threshold: float
@@ -145,13 +145,13 @@ def whole_gradients(policy: Any) -> dict[str, torch.Tensor]:
 
 
 def relative_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest of all parameters, and which one it is."""
+    """Largest relative difference of the gradients of all parameters, and the name of that parameter."""
     assert found.keys() == wanted.keys()
     return max((float((found[n] - g).norm() / g.norm()), n) for n, g in wanted.items())
 
 
 def write_models(folder: Path) -> dict[bool, str]:
-    """Random models with dense and with sparse layers, by whether they have experts."""
+    """Random models with dense layers (False) and with MoE layers (True)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -161,7 +161,7 @@ def write_models(folder: Path) -> dict[bool, str]:
 
 
 def gradient_table(lines: tuple[Line, ...], ranks: Ranks, folder: Path) -> Iterator[tuple[Line, bool, float, str]]:
-    """(line, same tokens selected, largest relative difference of a gradient, whose) of each layout."""
+    """(line, same tokens selected, largest relative difference of a gradient, its parameter) of each layout."""
     models = write_models(folder)
     alone = {
         experts: ranks.run(on_rank, 1, model, GROUPS, Line("", Layout(), experts))[0]
@@ -207,7 +207,7 @@ def eight_steps(line: Line, folder: Path) -> dict[str, list[float]]:
 
 
 def golden_difference(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> float:
-    """Largest difference of any figure at any step, relative to the figure's largest value."""
+    """Largest difference of any metric at any step, relative to the metric's largest value."""
     assert all(len(found[name]) == len(wanted[name]) == GOLDEN_STEPS for name in GOLDEN_METRICS)
     return max(
         abs(a - b) / max(map(abs, wanted[name]))
@@ -224,7 +224,7 @@ def golden() -> dict[bool, dict[str, list[float]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="lines whose name holds this text")
-    parser.add_argument("--write-golden", action="store_true", help="make the golden file anew, from one rank")
+    parser.add_argument("--write-golden", action="store_true", help="write the golden file again, from one rank")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

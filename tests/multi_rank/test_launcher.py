@@ -1,4 +1,4 @@
-"""The launcher itself: it must report what went wrong on a rank, and outlive a rank that hangs."""
+"""The launcher itself: it must report the failure of a rank, and outlive a rank that hangs."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def all_hang():
     time.sleep(600)
 
 
-def test_ranks_are_used_again_and_what_goes_wrong_on_one_is_told():
+def test_ranks_are_used_again_and_the_failure_of_one_is_reported():
     ranks = Ranks(most=3)
     first, again = ranks.run(rank_and_sum, 3, 10), ranks.run(rank_and_sum, 2, 0)
     assert [answer[:2] for answer in first] == [(0, 33), (1, 33), (2, 33)]

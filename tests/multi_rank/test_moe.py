@@ -1,7 +1,7 @@
-"""A policy with sparse layers, experts shared or not, against transformers and plain autograd.
+"""A policy with MoE layers, with and without expert parallelism, against transformers and plain autograd.
 
-Routing is a discontinuity: where two experts are nearly as good, the last bit of fp32 decides. The seeds are chosen so
-that in every pass of the reference the margin of that decision is wide, and the tests look whether it is.
+Routing is discontinuous: if two experts have nearly the same score, the last bit of fp32 decides. The seeds are chosen
+such that in every pass of the reference the margin of that decision is wide, and the tests check that it is.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ EVERY_LAYOUT = (
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Random models: experts weighed by their share among the chosen, or by the softmax over all."""
+    """Random models: experts weighted by their share among the top-k, or by the softmax over all."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     made = {}
@@ -83,7 +83,7 @@ def on_disk(folder: str) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def wide_margins() -> Iterator[None]:
-    """Every router that runs inside prefers its last chosen expert clearly to the next one."""
+    """Check that every router that runs in the block prefers the last of its top-k experts clearly to the next one."""
     margins: list[float] = []
 
     def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -100,7 +100,7 @@ def wide_margins() -> Iterator[None]:
 
 
 def with_experts_apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What transformers fuses in memory, under the names of checkpoints."""
+    """Weights by their names in checkpoints, in which experts are separate; transformers fuses them in memory."""
     apart = {}
     for name, tensor in weights.items():
         prefix, _, kind = name.rpartition(".experts.")
@@ -163,7 +163,7 @@ def test_five_training_steps_are_those_of_plain_autograd_in_every_layout(ranks: 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, EXPERT, SEQUENCE_EXPERT])
 def test_bfloat16_training_stays_near_that_of_plain_autograd(ranks: Ranks, folders, layout):
-    """As near as routing allows: some tokens go to other experts."""
+    """Tolerances are wide, because rounding routes some tokens to other experts."""
     recipe = Recipe(steps=2)
     wanted = train(folders["shares"], GROUPS, recipe)
     weights = with_experts_apart(wanted.weights)
@@ -199,5 +199,5 @@ def test_experts_that_do_not_fit_their_configuration_are_refused_by_name(ranks: 
         folder = tmp_path / str(number)
         shutil.copytree(folders["shares"], folder)
         save_file(tensors, folder / "model.safetensors")
-        (told,) = ranks.run(refused, 1, str(folder))
-        assert message in told
+        (error,) = ranks.run(refused, 1, str(folder))
+        assert message in error

@@ -172,9 +172,9 @@ def test_weights_that_do_not_fit_their_configuration_are_refused_by_name(ranks: 
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(folders["untied"], folder)
         save_file(tensors, folder / "model.safetensors")
-        (told,) = ranks.run(refused, 1, str(folder))
-        assert message in told
-        assert str(folder) in told
+        (error,) = ranks.run(refused, 1, str(folder))
+        assert message in error
+        assert str(folder) in error
 
 
 # Training -----------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def kept_over(traces: list[RankTrace]) -> list[list[int]]:
 
 
 def assert_same_training(traces: list[RankTrace], wanted: Trace, layout: Layout) -> None:
-    """Every rank tells the same story, and it is the wanted one: to 1e-4, and in fact to a few units of fp32."""
+    """Check that every rank has the reference's selection, loss, gradient norms and weights, to a few units of fp32."""
     assert kept_over(traces) == wanted.kept, layout
     for trace in traces:
         assert trace.loss == pytest.approx(wanted.loss, rel=1e-5, abs=1e-6, nan_ok=True), layout
@@ -212,7 +212,7 @@ def largest_change(folder: str, trace: Trace) -> float:
 
 @pytest.mark.parametrize(("name", "layouts"), [("untied", EVERY_LAYOUT), ("tied", TIED_LAYOUTS)])
 def test_five_training_steps_are_those_of_plain_autograd_in_every_layout(ranks: Ranks, folders, name, layouts):
-    """The top 20 % of each mini-batch, two mini-batches a step."""
+    """The top 20 % of each mini-batch, two mini-batches per step."""
     recipe = Recipe()
     wanted = train(folders[name], GROUPS, recipe)
     assert largest_change(folders[name], wanted) > 5e-3, "there was training"

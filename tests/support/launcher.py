@@ -1,8 +1,8 @@
 """Ranks for tests: processes on this machine that run a function together, and that a hang cannot outlive.
 
 Starting a process costs seconds of imports, so processes are started once and used again: `Ranks.run` hands the first
-n of them a function, its arguments and a world of their own (RANK, WORLD_SIZE and a free port of the loopback). What
-they return comes back in rank order. If one fails or the time is up, all are killed by their process id, and the next
+n of them a function, its arguments and a world of their own (RANK, WORLD_SIZE and a free port of the loopback), and
+returns their results in rank order. If one fails or the time is up, all are killed by their process id, and the next
 call starts new ones.
 """
 
@@ -22,7 +22,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("spawn")
-# When one rank has failed the others may be waiting for it in a collective, or be about to tell why they failed.
+# When one rank has failed, the others may wait for it in a collective, or be about to report their own failure.
 _GRACE_SECONDS = 1.0
 # Each world leaves a few threads behind, whatever is done to end it.
 _RUNS_OF_A_PROCESS = 40
@@ -41,7 +41,7 @@ class Ranks:
         self._runs = 0
 
     def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
-        """``function(*arguments)`` on ``size`` ranks at once, and what each returned.
+        """Call ``function(*arguments)`` on ``size`` ranks at once; return the result of each.
 
         The function is found by its name in its module, and joins a process group itself where it wants one
         (`joined_process_group`, or the package's own). Arguments and results are pickled.
@@ -65,7 +65,7 @@ class Ranks:
         raise AssertionError("not reached")
 
     def stop(self) -> None:
-        """Ends the processes, whatever they are doing."""
+        """Kill the processes, whatever they are doing."""
         for process, connection in self._processes:
             connection.close()
             process.kill()
@@ -112,7 +112,7 @@ def _free_port() -> int:
 
 
 def _serve(connection: Connection) -> None:
-    """A rank's life: one request after the other, until the test session is gone."""
+    """Body of a rank's process: serve one request after the other until the test session ends."""
     warnings.simplefilter("ignore")
     os.environ["OMP_NUM_THREADS"] = "1"  # torch is imported by the first function that needs it
     while True:
@@ -126,13 +126,13 @@ def _serve(connection: Connection) -> None:
         except Exception:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
-        # Process groups live in reference cycles, each with threads that wake all the time: a hundred of them would
-        # take the machine.
+        # Process groups are in reference cycles, each with threads that wake all the time: a hundred of them would
+        # slow down the machine.
         gc.collect()
 
 
 def _answers(connections: list[Connection], timeout: float) -> list[Any]:
-    """What every rank returned, or RankError with what the first to fail said."""
+    """Return the result of every rank; RankError with the tracebacks if one fails."""
     results: dict[int, Any] = {}
     failures: list[str] = []
     deadline = time.monotonic() + timeout

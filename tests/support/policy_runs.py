@@ -1,4 +1,4 @@
-"""What the ranks of the policy tests do: train, score and export with the package itself, in one layout.
+"""Functions for the ranks of the policy tests: they train, score and export with the package itself, in one layout.
 
 Megatron's groups are torn down at the end, so that all layouts share one set of processes.
 """
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is cut."""
+    """Layout of a run, token budget of its micro-batches, and its ``megatron:`` section."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -50,7 +50,7 @@ class Run:
 
 @dataclass
 class RankTrace(Trace):
-    """What one rank saw; the kept tokens are those of its own micro-batches."""
+    """Trace of one rank; the kept tokens are those of its own micro-batches."""
 
     data_rank: int = 0
     last_stage: bool = True
@@ -128,7 +128,7 @@ def norms_built_into_linears() -> Iterator[None]:
 
 
 def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_groups: int) -> list[Any]:
-    """This rank's mini-batches of groups that are dealt out to the data-parallel ranks in turn."""
+    """This rank's mini-batches of groups that are assigned to the data-parallel ranks in turn."""
     from megatron_rlvr.batching.mini_batches import build_mini_batches
     from megatron_rlvr.types import Completion, Grade, Prompt
     from megatron_rlvr.types import Group as TypedGroup
@@ -161,7 +161,7 @@ def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_gr
 
 
 def settings_of(recipe: Recipe) -> Any:
-    """The package's settings that say what the recipe says."""
+    """The package's settings with the values of the recipe."""
     from megatron_rlvr.config import Settings
 
     selection = {"keep": recipe.keep, "fraction": recipe.fraction, "scope": recipe.scope, "entropy": recipe.entropy}
@@ -179,15 +179,15 @@ def settings_of(recipe: Recipe) -> Any:
 
 
 def trained(run: Run) -> RankTrace:
-    """A training run through the learner, and what this rank saw of it."""
+    """Train with the learner; return this rank's trace."""
     from megatron_rlvr.learner import Learner
     from megatron_rlvr.startup.assembly import make_loss
 
     settings = settings_of(run.recipe)
     with policy_of(run.folder, run.layout, run.recipe, run.dtype) as policy:
         trace = RankTrace(data_rank=policy.ranks.data_rank, last_stage=policy.ranks.last_stage)
-        # Megatron's own linear layers took their choice when they were made: this reaches the output layer only, since
-        # theirs needs apex.
+        # Megatron's own linear layers read this field when they are built, and fusing theirs needs apex, so setting it
+        # here affects the output layer only.
         policy._config.gradient_accumulation_fusion = run.fuse_output_gradient
         mini_batches = mini_batches_of(policy, run.groups, run.layout.budget, run.recipe.mini_batch_groups)
         learner = Learner(settings, _recording(policy, trace), make_loss(settings.loss))
@@ -203,7 +203,7 @@ def trained(run: Run) -> RankTrace:
 
 
 def _recording(policy: Any, trace: RankTrace) -> Any:
-    """The policy, with every mini-batch written down on its way."""
+    """The policy, with every mini-batch that it trains on recorded in ``trace``."""
     train_step = policy.train_step
 
     def recorded(batches: Any, masks: Any, old_logp: Any, loss: Any, count: int) -> dict[str, float]:
@@ -300,7 +300,7 @@ def memory_of_a_weight_sync(folder: str, layout: Layout, bucket_bytes: int) -> t
 
 
 def refused(folder: str) -> str:
-    """Why the policy cannot be made from a folder."""
+    """Message of the error with which a policy cannot be built from a folder."""
     from megatron_rlvr.hf.families import ModelError
 
     try:

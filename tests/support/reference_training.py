@@ -1,7 +1,7 @@
-"""The training step once more, the obvious way: transformers' model in float64, unpacked sequences, plain autograd.
+"""Independent reference of the training step: transformers' model in float64, unpacked sequences, plain autograd.
 
-Nothing of the package is used here but its settings' names. Sequences are padded on the right, which causal attention
-cannot see; log-probabilities and entropies come from whole softmaxes; the optimizer is torch's own.
+Of the package, only the names of settings are used. Sequences are padded on the right, which causal attention
+cannot see; log-probabilities and entropies are those of whole softmaxes; the optimizer is torch's own.
 """
 
 import math
@@ -20,7 +20,7 @@ Group = tuple[list[int], list[list[int]], list[float]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does, in the words of the package's settings."""
+    """Settings of a run, by the names of the package's settings."""
 
     steps: int = 5
     mini_batch_groups: int = 4
@@ -44,7 +44,7 @@ class Recipe:
 
 @dataclass
 class Trace:
-    """What happened: one entry a mini-batch, and the weights at the end under Hugging Face names."""
+    """Trace of a run: one entry per mini-batch, and the weights at the end under Hugging Face names."""
 
     kept: list[list[int]] = field(default_factory=list)
     threshold: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Trace:
 
 
 def make_groups(count: int, vocabulary: int, seed: int, longest: int = 40) -> list[Group]:
-    """Prompts of 1 to 10 and responses of 1 to ``longest`` random tokens; in every group one is right and one wrong."""
+    """Prompts of 1 to 10 and responses of 1 to ``longest`` random tokens; every group is informative."""
     random = np.random.default_rng(seed)
 
     def tokens(most: int) -> list[int]:
@@ -94,7 +94,7 @@ def token_scores(model: Any, sequences: Sequence[tuple[list[int], list[int]]], t
 def train(
     folder: str, groups: list[Group], recipe: Recipe, micro_batches: list[list[list[int]]] | None = None
 ) -> Trace:
-    """All steps on the same groups. ``micro_batches`` gives the sample numbers of each, for scope micro_batch."""
+    """Train on the same groups in all steps. ``micro_batches``: sequences of each, for scope micro_batch."""
     model = load(folder)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
@@ -141,7 +141,7 @@ def train(
 
 
 def _kept(parts: list[list[int]], entropy: dict[int, Tensor], recipe: Recipe) -> tuple[list[tuple[int, int]], float]:
-    """(sample, position) of the tokens of highest entropy of each part, and the last part's lowest that is kept."""
+    """(sequence, position) of each part's tokens of highest entropy, and the last part's lowest such entropy."""
     kept: list[tuple[int, int]] = []
     threshold = math.nan
     for part in parts:

@@ -182,7 +182,7 @@ class Dispatcher:
             self._retry(queued, member, reason)
 
     def _fail_streams(self, task: "asyncio.Task[None]", error: BaseException) -> None:
-        """Give an unexpected exception of a task to all streams, whose threads would wait for ever otherwise."""
+        """Give an unexpected exception of a task to all streams, whose threads would wait forever otherwise."""
         for member in self._membership.members:
             member.running.pop(task, None)  # no task waits for its answer any more
         for stream in self.streams:

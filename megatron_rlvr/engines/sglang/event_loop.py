@@ -48,7 +48,7 @@ class EventLoopThread:
     # For coroutines in the thread -------------------------------------------------------------------------------------
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Start a task. If it fails, `on_failure` is called: other threads might wait for its result for ever."""
+        """Start a task. If it fails, `on_failure` is called: other threads might wait for its result forever."""
         task = self._loop.create_task(coroutine)
         task.add_done_callback(self._report)
         return task

@@ -211,7 +211,7 @@ class Membership:
         self.on_removed(member, lost, reason)
 
     async def watch(self, member: Member) -> None:
-        """Check a server's health for ever; remove it from rotation, and re-admit it."""
+        """Check a server's health forever: remove it from rotation when it fails, re-admit it when it recovers."""
         while True:
             pause = self.health_check_seconds
             if not member.healthy:

@@ -96,7 +96,7 @@ class BucketSync(WeightSync):
 
     @abstractmethod
     def _pack(self, bucket: Bucket) -> Any:
-        """Return a bucket in the form that `_send` takes; done once for all servers."""
+        """Return a bucket in the form that `_send` takes; called once for all servers."""
 
     @abstractmethod
     async def _send(self, server: Server, packed: Any, timeout_seconds: float) -> None:
