@@ -55,9 +55,9 @@ def split_ranks_flag(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
 
 def default_ranks(settings: Settings) -> int:
     """Return the number of GPUs of this machine; without a GPU, the ranks of one copy of the model."""
-    import torch
+    from megatron_rlvr.distributed.accelerator import gpu_count  # imports torch
 
-    return torch.cuda.device_count() or settings.parallel.replica
+    return gpu_count() or settings.parallel.replica
 
 
 def run_on_ranks(verb: str, arguments: Sequence[str]) -> int:

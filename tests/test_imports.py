@@ -23,7 +23,7 @@ ONLY_IN: dict[str, set[str]] = {
     "aiohttp": {"engines.sglang"},
     "torch.distributed": {
         *("algo", "batching", "distributed", "policy", "checkpoint", "learner", "evaluation"),
-        *("rollout", "engines.sglang", "startup", "preflight"),
+        *("rollout", "engines.sglang", "startup", "preflight", "launch"),
     },
 }
 

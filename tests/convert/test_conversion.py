@@ -53,7 +53,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def run_tool(
     *arguments: str | Path, largest_file: int | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `rlvr convert` with environment variables; writing a file beyond ``largest_file`` bytes fails as on a full disk."""
+    """Run `rlvr convert` with environment variables; a file beyond ``largest_file`` bytes fails as on a full disk."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # type: ignore[type-var]
