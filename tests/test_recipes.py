@@ -253,7 +253,7 @@ def test_every_recipe_is_accepted_for_its_ranks(recipe: str, checkout: Callable[
     assert plan["ranks"] == LAYOUTS[model]
     assert plan["prompts"] == "600 from 1 file(s)"
     assert plan["evaluation"] == (
-        "aime24 (20 problems), aime25 (20 problems) x 32 samples, before and after, every 5 steps"
+        "aime24 (20 problems), aime25 (20 problems) x 32 completions, before and after, every 5 steps"
     )
     assert plan["run"] == f"100 steps into runs/{recipe}"
     whole = "all response tokens" in plan["mask"]
@@ -307,7 +307,7 @@ PAPER = {
     "optimizer.warmup_steps": 10,
     "optimizer.weight_decay": 0.1,
     "optimizer.clip_grad": 1.0,
-    "evaluate.samples": 32,
+    "evaluate.group_size": 32,
     "evaluate.temperature": 1.0,
     "evaluate.top_p": 0.7,
 }

@@ -143,7 +143,7 @@ def _start_all(pool: ThreadPoolExecutor, place: Path, model: Path) -> dict[str, 
 
     # A random model never answers: with 0 for an incorrect answer, all rewards are 0.
     unrewarded, even = {"incorrect": 0.0}, {"function": "rewards:even"}
-    evaluate = {"sets": [{"path": str(aime), "name": "held_out"}], "samples": 2}
+    evaluate = {"sets": [{"path": str(aime), "name": "held_out"}], "group_size": 2}
     runs: dict[str, Future[Any]] = {
         "gsm8k": alone("gsm8k", reward=unrewarded, evaluate=evaluate),
         "verl": alone("verl", ranks=2, start=chat, train=verl, reward=unrewarded, data={"suffix": " Box it."}),

@@ -67,7 +67,7 @@ class EvaluateSettings(Section):
 
     sets: list[EvaluationFileSettings] = Field(default_factory=list)
     """Problem sets: paths, or {path, name}. Without any, nothing is evaluated."""
-    samples: int = Field(default=32, ge=1)
+    group_size: int = Field(default=32, ge=1)
     """Number of completions per problem; the accuracy is their mean (avg@32 in the paper)."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature; 0: greedy."""
@@ -85,9 +85,9 @@ class EvaluateSettings(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"evaluate.sets: two sets have the name {twice[0]!r}; give one of them another name")
-        if self.sets and self.temperature == 0 and self.samples > 1:
+        if self.sets and self.temperature == 0 and self.group_size > 1:
             raise ValueError(
-                f"evaluate.samples={self.samples}: completions are all the same with evaluate.temperature=0; set 1"
+                f"evaluate.group_size={self.group_size}: with evaluate.temperature=0 all completions are alike; set 1"
             )
         return self
 

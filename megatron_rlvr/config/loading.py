@@ -19,6 +19,7 @@ from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.yaml_format import Dumper, Loader, shown
 
 RENAMED = {
+    "evaluate.samples": "evaluate.group_size",
     "reward.wrong": "reward.incorrect",
     "rollout.samples_per_prompt": "rollout.group_size",
 }

@@ -91,7 +91,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     ),
     NoEffect("optimizer.decay_steps", "optimizer.schedule", ("constant",), "there is no decay", _SET_COSINE),
     NoEffect("optimizer.min_learning_rate", "optimizer.schedule", ("constant",), "there is no decay", _SET_COSINE),
-    NoEffect("evaluate.samples", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
+    NoEffect("evaluate.group_size", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
     NoEffect("evaluate.temperature", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
     NoEffect("evaluate.top_p", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
     NoEffect(

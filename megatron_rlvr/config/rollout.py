@@ -16,7 +16,7 @@ class RolloutSettings(Section):
     """Rollout engine and its limits, sampling, dynamic sampling, and how far sampling may be off-policy."""
 
     engine: Literal["embedded", "sglang"] = "embedded"
-    """embedded: transformers in the training processes; sglang: SGLang servers, which must be started before."""
+    """embedded: transformers in the training processes; sglang: SGLang servers, which must already be running."""
     servers: list[str] = Field(default_factory=list)
     """URLs of the SGLang servers, such as http://node7:30000; each serves the model of `model.path`."""
     group_size: int = Field(default=16, ge=2)
@@ -30,8 +30,8 @@ class RolloutSettings(Section):
     dynamic_sampling: bool = True
     """Replace groups that are all correct or all incorrect, which carry no gradient, by groups of other prompts."""
     max_rounds: int = Field(default=10, ge=1)
-    """Maximum number of sampling rounds per step (with servers: of prompts, as a multiple of `batch.prompts`). Then the
-    step trains on the informative groups so far."""
+    """Maximum number of sampling rounds per step, or with servers of prompts, as a multiple of `batch.prompts`. Then
+    the step trains on the informative groups so far."""
     max_batch_rows: int = Field(default=256, ge=1)
     """Embedded engine: maximum number of completions in the running batch of a rank."""
     max_batch_tokens: int = Field(default=65536, ge=1)

@@ -17,19 +17,19 @@ class RunSettings(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all randomness: prompt order, sampling, random selection."""
     eval_every: int = Field(default=0, ge=0)
-    """Evaluate every this many steps; 0: only before and after training."""
+    """Number of steps between evaluations; 0: evaluate only before and after training."""
     export: bool = True
     """Write the trained model in Hugging Face format to `DIR/hf` after the last step."""
     export_every: int = Field(default=0, ge=0)
-    """Write the model in Hugging Face format to `DIR/exports/step_N` every this many steps; 0: never."""
+    """Number of steps between exports in Hugging Face format to `DIR/exports/step_N`; 0: no exports during training."""
     save_every: int = Field(default=10, ge=0)
-    """Save a checkpoint every this many steps; 0: only after the last step, and when SIGTERM stops the run."""
+    """Number of steps between checkpoints; 0: save only after the last step, and when SIGTERM stops the run."""
     async_save: bool = False
     """Write checkpoints in the background of the next step; the host's memory must hold a copy of the checkpoint."""
     keep_last: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep; older ones are deleted."""
     keep_every: int = Field(default=0, ge=0)
-    """Also keep the checkpoints of every this many steps, a multiple of `run.save_every`; 0: none."""
+    """Also keep the checkpoints of steps that this number divides, a multiple of `run.save_every`; 0: none."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: resume if `run.dir` has a checkpoint; never: start fresh; must: fail if there is none."""
     grace_seconds: float = Field(default=40.0, gt=0)

@@ -17,7 +17,7 @@ class Unused:
     """A setting that was left out because a later file or flag switched its feature off.
 
     Attributes:
-        key: The setting, such as "evaluate.samples".
+        key: The setting, such as "evaluate.group_size".
         value: Its value in the file.
         other: The setting that switched the feature off.
         other_value: The value of ``other``.

@@ -76,8 +76,8 @@ class Evaluator:
 
     def _requests(self, prompts: Sequence[Prompt]) -> Sequence[CompletionRequest]:
         """Return the requests of this rank."""
-        ranks, samples = self._ranks, self._settings.samples
-        requests = [r for prompt in prompts for r in requests_for(prompt, samples, self._seed, "evaluate")]
+        ranks, size = self._ranks, self._settings.group_size
+        requests = [r for prompt in prompts for r in requests_for(prompt, size, self._seed, "evaluate")]
         return self._sampler.share_of(requests[ranks.data_rank :: ranks.data_size], ranks)
 
     def _metrics(self, prompts: Sequence[Prompt], on_finished: Callable[[int], None]) -> dict[str, float]:
@@ -90,7 +90,7 @@ class Evaluator:
         solved = {prompt_id for prompt_id, correct, _, _ in all_ranks if correct}
         return {
             "accuracy": sum(correct for _, correct, _, _ in all_ranks) / len(all_ranks),
-            f"pass_at_{self._settings.samples}": len(solved) / len(prompts),
+            f"pass_at_{self._settings.group_size}": len(solved) / len(prompts),
             "response_tokens_mean": sum(tokens for _, _, tokens, _ in all_ranks) / len(all_ranks),
             "truncated_fraction": sum(truncated for _, _, _, truncated in all_ranks) / len(all_ranks),
         }

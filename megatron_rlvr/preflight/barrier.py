@@ -47,7 +47,7 @@ class CheckBarrier:
         with self._watched(name):
             try:
                 here = check()
-            except Exception as error:
+            except Exception as error:  # a failed check, whatever it is, becomes a row of the table
                 here = self._context.failure(error)
                 self._store.set(f"{name}/failure", json.dumps([here.rank, here.sentence]))
             if self._store.add(f"{name}/left", 1) == self._context.ranks.world_size:

@@ -71,7 +71,7 @@ class PreflightContext:
         here: T | RankFailure
         try:
             here = action()
-        except Exception as error:
+        except Exception as error:  # reported by the rank that gathers the results
             here = self.failure(error)
         return self.gather(here)
 

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from megatron_rlvr.config import SettingsError
 from megatron_rlvr.distributed import process_group
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang.pool import ServerPool
+from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.preflight import bandwidth, disk, grading, machines, memory, rehearsal, servers
 from megatron_rlvr.preflight.barrier import CheckBarrier
 from megatron_rlvr.preflight.checks import Check, unmet_need
@@ -121,11 +121,11 @@ def _join(checks: Sequence[Check], resolved: Resolved, report: Report, *, max_mi
     start = time.perf_counter()
     try:
         return machines.join_ranks(resolved.settings, max_minutes=max_minutes)
-    except (SettingsError, RuntimeError) as error:
+    except (RlvrError, RuntimeError) as error:
         if not is_main():
             print_error(error)
             leave(1)
-        if isinstance(error, SettingsError):
+        if isinstance(error, RlvrError):
             result = failure("ranks", str(error))
         else:
             logger.exception("the ranks did not join")

@@ -128,7 +128,7 @@ class GroupSampler:
                     self._sample(stream)
                 finally:
                     self._abort(stream)
-        except Exception as error:
+        except Exception as error:  # raised by the collector, on every rank
             self._result.failure = error
             self._counters.stop()
         if self._stop.is_set():

@@ -120,6 +120,9 @@ class SynchronousCollector:
     def _sample(self, groups: Sequence[GroupInProgress], on_finished: Callable[[int], None]) -> list[FinishedGroup]:
         """Sample and grade the groups of this replica to their end; all ranks of the replica return the same."""
         size = self._settings.group_size
+        for group in groups:
+            group.restart()  # the engine samples whole groups
+            group.request()
         requests = [r for g in groups for r in requests_for(g.prompt, size, self._seed, f"train/{g.order}")]
         graded = self._sampler.run(
             self._sampler.share_of(requests, self._ranks),
@@ -129,7 +132,9 @@ class SynchronousCollector:
         )
         graded = _interleave(gather(graded, self._ranks.replica_objects))
         for i, group in enumerate(groups):
-            group.graded = dict(enumerate(graded[i * size : (i + 1) * size]))
+            for completion, grade in graded[i * size : (i + 1) * size]:
+                group.arrive(completion)
+                group.add_grade(completion, grade)
         return [group.finish() for group in groups]
 
 

@@ -124,4 +124,4 @@ def _evaluation(resolved: Resolved) -> str:
         return "none"
     sets = ", ".join(f"{name} ({len(prompts)} problems)" for name, prompts in resolved.evaluation.items())
     every = f", every {s.run.eval_every} steps" if s.run.eval_every else ""
-    return f"{sets} x {s.evaluate.samples} samples, before and after{every}"
+    return f"{sets} x {s.evaluate.group_size} completions, before and after{every}"

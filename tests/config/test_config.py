@@ -43,7 +43,7 @@ OF_THE_PAPER = {
     "optimizer.warmup_steps": 10,
     "optimizer.weight_decay": 0.1,
     "optimizer.clip_grad": 1.0,
-    "evaluate.samples": 32,
+    "evaluate.group_size": 32,
     "evaluate.top_p": 0.7,
     "evaluate.temperature": 1.0,
 }
@@ -63,7 +63,7 @@ CHANGED = REQUIRED | {
     "selection": {"keep": "all"},
     "loss": {"dual_clip": None},
     "optimizer": {"learning_rate": 3e-4, "schedule": "cosine", "decay_steps": 100, "min_learning_rate": 1e-7},
-    "evaluate": {"sets": ["a/aime.jsonl", {"path": "b/aime.jsonl", "name": "1e5"}], "samples": 4},
+    "evaluate": {"sets": ["a/aime.jsonl", {"path": "b/aime.jsonl", "name": "1e5"}], "group_size": 4},
     "log": {"tensorboard": False, "wandb": True, "wandb_project": "2024-01-01"},
     "megatron": {"recompute_granularity": "full", "recompute_num_layers": 1, "init_method_std": 0.5},
 }

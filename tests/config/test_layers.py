@@ -32,7 +32,7 @@ BASE: dict[str, Any] = {
         "correction_cap": 3.0,
         "normalizer": "selected_tokens",
     },
-    "evaluate": {"sets": ["aime.jsonl"], "samples": 16, "temperature": 0.5, "top_p": 0.9},
+    "evaluate": {"sets": ["aime.jsonl"], "group_size": 16, "temperature": 0.5, "top_p": 0.9},
     "megatron": {"recompute_granularity": "full"},
 }
 
@@ -110,7 +110,7 @@ def test_an_error_in_the_extended_file_names_that_file(tmp_path: Path):
 OFF = [
     (
         ["--evaluate.sets", "[]"],
-        {"run.eval_every", "evaluate.samples", "evaluate.temperature", "evaluate.top_p"},
+        {"run.eval_every", "evaluate.group_size", "evaluate.temperature", "evaluate.top_p"},
         "evaluate.sets",
     ),
     (
@@ -190,5 +190,5 @@ def test_a_contradiction_within_a_file_is_an_error(tmp_path: Path):
 def test_a_flag_for_a_feature_that_the_file_has_switched_off_is_an_error(tmp_path: Path):
     values = {key: value for key, value in BASE.items() if key != "evaluate"} | {"run": {"dir": "r", "steps": 1}}
     path = write(tmp_path / "config.yaml", values)
-    with pytest.raises(SettingsError, match=r"evaluate\.samples=8: has no effect with evaluate\.sets=\[\]"):
-        load_settings(path, ["--evaluate.samples", "8"])
+    with pytest.raises(SettingsError, match=r"evaluate\.group_size=8: has no effect with evaluate\.sets=\[\]"):
+        load_settings(path, ["--evaluate.group_size", "8"])

@@ -59,7 +59,7 @@ def evaluate_twice(layout: Layout, folder: Path) -> Outcome:
     from megatron_rlvr.rollout.sampler import Sampler
 
     files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
-    settings = EvaluateSettings(sets=files, samples=SAMPLES, temperature=0.5, top_p=0.25)
+    settings = EvaluateSettings(sets=files, group_size=SAMPLES, temperature=0.5, top_p=0.25)
     with joined_process_group(), start_graders(folder) as graders:
         engine = ScriptedEngine()
         # The reward settings are those of training: neither they nor a penalty for length may enter an accuracy.
@@ -172,7 +172,7 @@ def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) ->
                 raise WeightsMissingError("no server holds the current weights")
 
     files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
-    settings = EvaluateSettings(sets=files, samples=SAMPLES, temperature=0.5, top_p=0.25)
+    settings = EvaluateSettings(sets=files, group_size=SAMPLES, temperature=0.5, top_p=0.25)
     with joined_process_group(), start_graders(folder) as graders:
         engine = ForgettingEngine()
         sampler = Sampler(engine, PlainTokenizer(), graders, RewardSettings())  # type: ignore[arg-type]

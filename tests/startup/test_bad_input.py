@@ -153,7 +153,7 @@ IMPOSSIBLE_TOGETHER = [
         "optimizer.min_learning_rate=1.0", "optimizer.learning_rate=1e-06", "lower it",
     ),
     ("--evaluate.sets=[a/x.jsonl, b/x.jsonl]", "evaluate.sets: ", "two sets have the name 'x'", "another name"),
-    ("--evaluate.sets=a.jsonl --evaluate.temperature=0", "evaluate.samples=32", "temperature=0", "set 1"),
+    ("--evaluate.sets=a.jsonl --evaluate.temperature=0", "evaluate.group_size=32", "temperature=0", "set 1"),
     ("--rollout.max_batch_tokens=20000", "rollout.max_batch_tokens=20000", "20480", "raise it"),
 ]  # fmt: skip
 
@@ -195,7 +195,7 @@ WITHOUT_EFFECT = [
         "--optimizer.min_learning_rate=1", "optimizer.min_learning_rate=1.0", "optimizer.schedule=constant",
         "set cosine",
     ),
-    ("--evaluate.samples=4", "evaluate.samples=4", "evaluate.sets=[]", "name a set"),
+    ("--evaluate.group_size=4", "evaluate.group_size=4", "evaluate.sets=[]", "name a set"),
     ("--evaluate.temperature=0", "evaluate.temperature=0.0", "evaluate.sets=[]", "name a set"),
     ("--log.wandb_project=mine", "log.wandb_project=mine", "log.wandb=false", "set log.wandb to true"),
 ]  # fmt: skip

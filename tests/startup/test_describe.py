@@ -115,10 +115,10 @@ def test_the_plan_names_what_differs_from_the_paper(resolve_with: Resolve, probl
         resolve_with(
             loss={"normalizer": "selected_tokens"},
             rollout={"dynamic_sampling": False, "max_rounds": 10},
-            evaluate={"sets": {"path": str(problems), "name": "adds"}, "samples": 3},
+            evaluate={"sets": {"path": str(problems), "name": "adds"}, "group_size": 3},
             run={"eval_every": 5},
         )
     )
     assert "/ the number of selected tokens of the mini-batch" in plan
     assert "no dynamic sampling" in plan
-    assert "adds (20 problems) x 3 samples, before and after, every 5 steps" in plan
+    assert "adds (20 problems) x 3 completions, before and after, every 5 steps" in plan

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from megatron_rlvr.engines.embedded.kv_cache import KVCache
 from megatron_rlvr.engines.embedded.sampling import sample_tokens
+from megatron_rlvr.errors import FaultError
 from megatron_rlvr.protocols import Sampling
 from megatron_rlvr.types import Completion, CompletionRequest
 
@@ -122,7 +123,7 @@ class RunningBatch:
         )
         tokens, logprobs = tokens_on_device.cpu().numpy(), logprobs_on_device.cpu().numpy()
         if not np.isfinite(logprobs).all():
-            raise RuntimeError(f"weights of version {self._version} produce logits that are not finite")
+            raise FaultError(f"weights of version {self._version} produce logits that are not finite; check model.path")
         self._tokens[rows, produced] = tokens
         self._logprobs[rows, produced] = logprobs
         self._latest[rows] = tokens
