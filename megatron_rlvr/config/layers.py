@@ -4,8 +4,8 @@ Settings are read in layers: the file that ``extends:`` names (which may extend 
 later layer wins, key by key; a list is replaced as a whole.
 
 A later layer may switch a feature off for which an earlier one has settings, such as ``--evaluate.sets '[]'`` for a
-recipe with ``evaluate.group_size``. These settings are then left out and reported as not used. Within one layer, a setting
-without effect is an error (`no_effect.py`): its author expects it to do something.
+recipe with ``evaluate.group_size``. These settings are then left out and reported as not used. Within one layer, a
+setting without effect is an error (`no_effect.py`): its author expects it to do something.
 
 Example::
 
