@@ -91,7 +91,7 @@ ENV TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
 
 
 FROM ${VARIANT} AS complete
-# For tools/launch_sglang.py --python: runs the server with its own libraries, not with those of the image's torch.
+# For tools/serve.py --python: runs the server with its own libraries, not with those of the image's torch.
 RUN printf '%s\n' '#!/bin/sh' \
     'LD_LIBRARY_PATH=$(printf %s "${LD_LIBRARY_PATH:-}" | tr : "\n" | grep -v -- -packages/ | paste -sd:)' \
     'export LD_LIBRARY_PATH' 'exec /opt/sglang/bin/python "$@"' >/usr/local/bin/sglang-python && \

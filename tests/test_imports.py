@@ -23,7 +23,7 @@ ONLY_IN: dict[str, set[str]] = {
     "aiohttp": {"engines.sglang"},
     "torch.distributed": {
         *("algo", "batching", "distributed", "policy", "checkpoint", "learner", "evaluation"),
-        *("rollout", "engines.sglang", "startup", "preflight"),
+        *("rollout", "engines.sglang", "startup", "preflight", "launch"),
     },
 }
 
@@ -38,7 +38,14 @@ HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 DEVICE_WORDS = re.compile(r"cuda|nccl|gloo", re.IGNORECASE)
 # Names of Megatron and torch for things that work on any device, and keys of a table by device type.
 DEVICE_NAMES = {"model_parallel_cuda_manual_seed", "get_data_parallel_group_gloo"}
-NAMES_DEVICES = {"distributed", "algo.tile_shape", "planner.memory"}
+# The last two set CUDA_VISIBLE_DEVICES of other processes.
+NAMES_DEVICES = {
+    "distributed",
+    "algo.tile_shape",
+    "planner.memory",
+    "convert.command",
+    "engines.sglang.launcher.command",
+}
 
 MOST_LINES = 450
 NAMES_FOR_EVERYTHING = {"utils", "util", "helpers", "common", "misc", "tools", "lib"}

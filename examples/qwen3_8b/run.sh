@@ -32,7 +32,7 @@ except SettingsError as error:
 PYTHON_CODE
 ) || exit 2
 export GPUS_PER_NODE=$RANKS LOG_DIR=${LOG_DIR:-$PWD/runs/logs/${MODEL}_$recipe}
-exec "$PYTHON" "$ROOT/tools/launch_sglang.py" "$model" --python "${SERVER_PYTHON:-$PYTHON}" \
+exec "$PYTHON" "$ROOT/tools/serve.py" "$model" --python "${SERVER_PYTHON:-$PYTHON}" \
     --servers "$SERVERS" --tensor "$SERVER_TENSOR" --colocated --memory-share "$SERVER_SHARE" --restart \
     --run-dir "$LOG_DIR" \
     --then "$ROOT/examples/cluster/torchrun.sh" "$config" --rollout.servers '{servers}' "$@"

@@ -9,16 +9,19 @@ from megatron_rlvr.config import Settings
 from megatron_rlvr.config.loading import fields
 
 USAGE = """\
-usage: torchrun --nproc-per-node N -m megatron_rlvr.train CONFIG.yaml [--check] [--section.key VALUE ...]
+usage: rlvr train CONFIG.yaml [--ranks N] [--check] [--section.key VALUE ...]
+       torchrun ... -m megatron_rlvr.train CONFIG.yaml [--section.key VALUE ...]
 
 Trains a Hugging Face model by reinforcement learning with verifiable rewards on megatron-core: the policy gradient
 touches only the forking tokens, the response tokens of highest entropy in the batch (arXiv 2506.01939).
 
-  CONFIG.yaml            settings of the run; every key below is also a flag, and a flag wins over the file
-                         (`extends: OTHER.yaml` in it takes all that it does not say from another file, whose path
-                         starts at the folder of CONFIG.yaml)
-  --check                check the settings and all files they name, print the plan in words and exit; needs no GPU
-                         and no torchrun (WORLD_SIZE=64 before the command checks a layout for 64 ranks)
+  CONFIG.yaml            settings of the run. `extends: OTHER.yaml` in it takes all that it does not say from another
+                         file, whose path starts at the folder of CONFIG.yaml
+  --section.key VALUE    every key below is also a flag, and a flag wins over the file
+  --ranks N              ranks that rlvr starts on this machine (default: one per GPU; without a GPU, as many as one
+                         copy of the model needs)
+  --check                check the settings and all files they name, print the plan in words and exit; needs no GPU.
+                         With --ranks 64 it checks the layout for 64 ranks
   --help                 print this text
 """
 

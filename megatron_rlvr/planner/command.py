@@ -18,16 +18,41 @@ from megatron_rlvr.planner.roofline import Efficiency
 from megatron_rlvr.planner.shapes import ModelShape
 from megatron_rlvr.planner.workload import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Workload
 
+DESCRIPTION = """\
+Estimates memory, time and the best layouts of a run from config.json alone; needs no GPU and no weights.
 
-def main(arguments: Sequence[str], description: str) -> int:
+    rlvr plan CONFIG.yaml --gpus 64 --gpu h100
+    rlvr plan --model DIR --gpus 64 --gpu h100 --prompts 512 --group-size 16 \\
+        --prompt-tokens 2048 --response-tokens 20480 --mean-response-tokens 8000
+
+With CONFIG.yaml, model, lengths, batch and layout are the run's; its own layout is listed first, then others. With
+--model, options give them instead. Every layout in the table is one that the trainer accepts, with the least activation
+checkpointing (recompute) with which it fits. Below the table are memory by part and time by phase of the best layout
+(or of the requested one), the assumption behind each estimate, and the settings to paste.
+
+How much is known: bytes of weights, gradients, optimizer and KV cache are counted and exact to a percent; activations
+to a few percent for this project's own layers, counted from the source for Transformer Engine's; seconds are a roofline
+with given shares of the peaks, good for comparing layouts, and otherwise as accurate as --mfu, --bandwidth-share and
+--mean-response-tokens. docs/planning.md has the formulas.
+
+  columns   tp cp pp vp ep dp   parallel.tensor, context, pipeline, virtual_pipeline, expert; data-parallel replicas
+            GiB, free           peak of training on the fullest GPU, and what remains of the memory it may use
+            rollout .. total    seconds of a step's phases; tokens/s: response tokens trained on
+
+Exit status: 0; 1 if the requested layout, or every layout, does not fit (the output says by how much); 2 and one line
+on stderr if the input is wrong.
+"""
+
+
+def main(arguments: Sequence[str], program: str) -> int:
     """Print a plan and return the exit status: 0, or 1 if the requested layout, or every layout, does not fit.
 
     Exits with status 2 and one line on stderr if the input is wrong.
 
     Args:
-        description: Text of --help.
+        program: Name of the command in messages.
     """
-    parser = _parser(description)
+    parser = _parser(program)
     options = parser.parse_args(list(arguments))
     try:
         inputs, own = _inputs(options)
@@ -71,9 +96,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        description=description,
+        prog=program,
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s (CONFIG.yaml | --model DIR) --gpus N --gpu TYPE [OPTIONS]",

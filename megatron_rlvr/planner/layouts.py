@@ -26,7 +26,7 @@ from megatron_rlvr.startup import layout_checks
 RESERVE = 0.10
 # Bytes that a server keeps on shared GPUs after releasing its memory: context and CUDA graphs. A guess.
 RELEASED_SERVER = 3 * GIB
-# Share of its GPUs that a server uses for weights and KV cache: the default of tools/launch_sglang.py.
+# Share of its GPUs that a server uses for weights and KV cache: the default of `rlvr serve`.
 SERVER_SHARE = 0.85
 # Bytes per second of weight sync. `sync.method` disk: writing a folder, and reading it by all servers at once, a guess.
 # tensor: measured on a CPU, see docs/LOG.md.

@@ -180,7 +180,7 @@ def settings_yaml(plan: Plan) -> str:
     share = (rollout.weights + rollout.cache) / plan.inputs.device.memory
     colocated = " --colocated" if plan.inputs.shared else ""
     return (
-        f"{text}\n# SGLang servers: rollout.max_inflight {max(1, int(rollout.capacity))}; tools/launch_sglang.py MODEL "
+        f"{text}\n# SGLang servers: rollout.max_inflight {max(1, int(rollout.capacity))}; tools/serve.py MODEL "
         f"--tensor {rollout.tensor} --memory-share {share:.2f}{colocated}"
     )
 

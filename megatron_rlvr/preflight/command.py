@@ -19,16 +19,33 @@ from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.process import check_launch, is_main, leave, print_error, quiet_libraries
 from megatron_rlvr.startup.resolve import Resolved, resolve
 
+DESCRIPTION = """\
+Checks a cluster before a long run: prints a table of what passed, what failed, and how to fix it.
 
-def main(arguments: Sequence[str], description: str) -> NoReturn:
+    rlvr preflight CONFIG.yaml                                   as many ranks as `rlvr train`, or --ranks N
+    rlvr preflight CONFIG.yaml --rollout.servers '[http://node7:30000]'     with flags of the run
+    rlvr preflight CONFIG.yaml --only servers mismatch           after a fix
+    rlvr preflight CONFIG.yaml --skip rehearsal --json results.json
+    torchrun --nproc-per-node 8 tools/preflight.py CONFIG.yaml   by another launcher, in the same way as the run
+
+Servers must be running. One step is rehearsed by the run's own code, with its layout, engine and servers, on a few
+prompts and short responses, in a temporary folder: run.dir is not changed, nothing is resumed, and servers get the
+weights of model.path back. docs/preflight.md explains each line and its limits.
+
+Exit status: 0 if nothing failed (a warning is no failure), 1 if something did, 2 and one line on stderr for wrong
+arguments or settings, 128 + n after signal n.
+"""
+
+
+def main(arguments: Sequence[str], program: str) -> NoReturn:
     """Run the preflight.
 
     Exits with 0 if no check failed, 1 if one did, 2 for wrong input, and 128 + n for signal n.
 
     Args:
-        description: Text of --help.
+        program: Name of the command in messages.
     """
-    options, flags = _parse(arguments, description)
+    options, flags = _parse(arguments, program)
     quiet_libraries()
     signals = Signals()
     if is_main():  # launchers end the other ranks
@@ -61,13 +78,14 @@ def main(arguments: Sequence[str], description: str) -> NoReturn:
     leave(0 if report.passed else 1)
 
 
-def _parse(arguments: Sequence[str], description: str) -> tuple[argparse.Namespace, list[str]]:
+def _parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
     """Return the preflight's own options, and the flags of the run."""
     parser = _Parser(
-        description=description,
+        prog=program,
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="torchrun ... %(prog)s CONFIG.yaml [OPTIONS] [--section.key VALUE ...]",
+        usage="%(prog)s CONFIG.yaml [OPTIONS] [--section.key VALUE ...]",
         epilog="checks:\n" + "\n".join(f"  {check.name:<13} {check.description}" for check in CHECKS),
     )
     add = parser.add_argument

@@ -82,7 +82,7 @@ class TwoHosts:
 
     def serve(self, port: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """The launcher of the server."""
-        command = [sys.executable, str(tiny.CHECKOUT / "tools" / "launch_sglang.py"), str(self.run.place / "model")]
+        command = [sys.executable, str(tiny.CHECKOUT / "tools" / "serve.py"), str(self.run.place / "model")]
         command += ["--host", self.hosts.address(SERVERS), "--port", str(port), "--python", str(installed())]
         command += ["--run-dir", str(self.run.place / "servers"), *SERVER_FLAGS.split()]
         environment = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "eth0"}

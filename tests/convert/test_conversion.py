@@ -19,7 +19,7 @@ from megatron_rlvr.convert.conversion import check_layout, to_hugging_face, to_m
 from megatron_rlvr.hf.families import ModelError
 from megatron_rlvr.hf.files import INDEX, SINGLE
 
-TO_MEGATRON, TO_HUGGING_FACE = "tools/convert_hf_to_megatron.py", "tools/convert_megatron_to_hf.py"
+TO_MEGATRON, TO_HUGGING_FACE = "to-megatron", "to-hf"
 NORM = "model.layers.1.self_attn.q_norm.weight"
 
 
@@ -53,13 +53,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def run_tool(
     *arguments: str | Path, largest_file: int | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a tool with environment variables; writing a file beyond ``largest_file`` bytes fails as on a full disk."""
+    """Run `rlvr convert` with environment variables; a file beyond ``largest_file`` bytes fails as on a full disk."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # type: ignore[type-var]
 
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, "tools/convert.py", *map(str, arguments)],
         cwd=tiny.CHECKOUT,
         env=tiny.environment(**variables),
         capture_output=True,

@@ -24,7 +24,7 @@ import tiny
 from fake_server import free_port
 from real_servers import installed
 
-TOOL = tiny.CHECKOUT / "tools" / "launch_sglang.py"
+TOOL = tiny.CHECKOUT / "tools" / "serve.py"
 _SECONDS = 60
 _REAL_SECONDS = 480
 

@@ -1,25 +1,4 @@
-#!/usr/bin/env python3
-"""Start SGLang servers on this machine, supervise them, and stop them with the run that uses them.
-
-    python tools/launch_sglang.py MODEL                                   one server per GPU
-    python tools/launch_sglang.py MODEL --tensor 4 --servers 2            two servers of four GPUs each
-    python tools/launch_sglang.py MODEL --device cpu --servers 1          without a GPU, for tests; dense models only
-    python tools/launch_sglang.py MODEL -- --context-length 32768         flags after -- are passed to SGLang
-    python tools/launch_sglang.py MODEL --then torchrun --nproc-per-node 8 -m megatron_rlvr.train CONFIG.yaml \\
-        --rollout.engine sglang --rollout.servers {servers}
-
-The program reports which servers are ready, prints the settings that name them, and keeps running. The output of each
-server is in DIR/servers/PORT.log (DIR is --run-dir). DIR/servers.json names the URLs and process ids as soon as all
-servers are ready, and is removed at the end.
-
-The servers and all their processes are stopped when this program gets SIGINT, SIGTERM or SIGHUP (a second signal kills
-them at once), when its parent process exits (unless started by nohup), when the process of --until-pid exits, or when
-COMMAND exits. COMMAND starts once all servers are ready. It gets ROLLOUT_SERVERS=URL,URL in its environment, {servers}
-in its arguments becomes [URL, URL], and signals are forwarded to it.
-
-Exit status: the status of COMMAND; 0 after the exit of the parent or of --until-pid; 128 + n after signal n; 1 if a
-server exits before all are ready, or the last one afterwards; 2 and one line on stderr if the input is wrong.
-"""
+"""The command ``rlvr serve``: starts SGLang servers and supervises them."""
 
 import argparse
 import contextlib
@@ -35,13 +14,41 @@ from typing import NoReturn
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram, start_time
 
+DESCRIPTION = """\
+Start SGLang servers on this machine, supervise them, and stop them with the run that uses them.
+
+    rlvr serve MODEL                                   one server per GPU
+    rlvr serve MODEL --tensor 4 --servers 2            two servers of four GPUs each
+    rlvr serve MODEL --device cpu --servers 1          without a GPU, for tests; dense models only
+    rlvr serve MODEL -- --context-length 32768         flags after -- are passed to SGLang
+    rlvr serve MODEL --then rlvr train CONFIG.yaml \\
+        --rollout.engine sglang --rollout.servers {servers}
+
+The program reports which servers are ready, prints the settings that name them, and keeps running. The output of each
+server is in DIR/servers/PORT.log (DIR is --run-dir). DIR/servers.json names the URLs and process ids as soon as all
+servers are ready, and is removed at the end.
+
+The servers and all their processes are stopped when this program gets SIGINT, SIGTERM or SIGHUP (a second signal kills
+them at once), when its parent process exits (unless started by nohup), when the process of --until-pid exits, or when
+COMMAND exits. COMMAND starts once all servers are ready. It gets ROLLOUT_SERVERS=URL,URL in its environment, {servers}
+in its arguments becomes [URL, URL], and signals are forwarded to it.
+
+Exit status: the status of COMMAND; 0 after the exit of the parent or of --until-pid; 128 + n after signal n; 1 if a
+server exits before all are ready, or the last one afterwards; 2 and one line on stderr if the input is wrong.
+"""
+
 _MEMORY_SHARE, _COLOCATED_SHARE = 0.85, 0.5
 
 
-def main() -> int:
-    words, then = _split(sys.argv[1:], "--then")
+def main(arguments: Sequence[str], program: str) -> int:
+    """Run the servers; return the exit status of `DESCRIPTION`.
+
+    Args:
+        program: Name of the command in messages.
+    """
+    words, then = _split(arguments, "--then")
     words, flags = _split(words, "--")
-    parser = _parser()
+    parser = _parser(program)
     options = parser.parse_args(words)
     if then is not None and not then:
         parser.error("--then: no command follows; write a command after it")
@@ -69,9 +76,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog=program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="%(prog)s MODEL [FLAGS] [-- SGLANG_FLAG ...] [--then COMMAND ...]",
     )  # fmt: skip
     add = parser.add_argument
@@ -192,8 +199,5 @@ def _check_free(host: str, port: int) -> None:
 def _say(text: str) -> None:
     # A closed terminal must not end this program before it has stopped the servers.
     with contextlib.suppress(OSError):
-        print(text, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,96 @@
+"""The command ``rlvr``: trains, plans, checks a cluster, serves, converts.
+
+    rlvr train CONFIG.yaml          train; starts the ranks itself
+    rlvr plan CONFIG.yaml ...       memory and time of a layout, from config.json alone
+    rlvr preflight CONFIG.yaml      check a cluster before a long run
+    rlvr serve MODEL                start SGLang servers on this machine
+    rlvr convert to-megatron ...    Hugging Face folder to megatron-core checkpoint
+    rlvr convert to-hf ...          megatron-core checkpoint to Hugging Face folder
+    rlvr VERB --help                everything about one of them
+
+Exit status: 0; 1 after a fault; 2 and one line on stderr for wrong input; 128 + n after signal n. `rlvr VERB --help`
+has what is particular to a verb.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megatron_rlvr import __version__
+from megatron_rlvr.errors import RlvrError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit status; some verbs exit by themselves."""
+    verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        sys.stdout.write(__doc__)
+        return 0
+    if verb == "--version":
+        sys.stdout.write(f"rlvr {__version__}\n")
+        return 0
+    if verb not in VERBS:
+        sys.stderr.write(f"rlvr: unknown verb {verb!r}; choose from {', '.join(VERBS)}\n")
+        return 2
+    try:
+        return VERBS[verb](rest)
+    except RlvrError as error:
+        sys.stderr.write(f"megatron_rlvr: {' '.join(str(error).split())}\n")
+        return error.exit_status
+
+
+def _train(arguments: list[str]) -> int:
+    from megatron_rlvr import train
+    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks, split_ranks_flag
+
+    if launched():
+        end_with_launcher()
+    elif "--check" in arguments:
+        ranks, arguments = split_ranks_flag(arguments)
+        if ranks is not None:
+            os.environ["WORLD_SIZE"] = str(ranks)
+    elif arguments and not {"--help", "-h"} & set(arguments):
+        return run_on_ranks("train", arguments)
+    train.main(arguments)
+    return 0
+
+
+def _preflight(arguments: list[str]) -> int:
+    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks
+    from megatron_rlvr.preflight import command
+
+    if launched():
+        end_with_launcher()
+    elif arguments and not {"--help", "-h"} & set(arguments):
+        return run_on_ranks("preflight", arguments)
+    command.main(arguments, "rlvr preflight")
+
+
+def _plan(arguments: list[str]) -> int:
+    from megatron_rlvr.planner import command
+
+    return command.main(arguments, "rlvr plan")
+
+
+def _serve(arguments: list[str]) -> int:
+    from megatron_rlvr.engines.sglang.launcher import command
+
+    return command.main(arguments, "rlvr serve")
+
+
+def _convert(arguments: list[str]) -> int:
+    from megatron_rlvr.convert import command
+
+    return command.main(arguments, "rlvr convert")
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "plan": _plan,
+    "preflight": _preflight,
+    "serve": _serve,
+    "convert": _convert,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Starts the ranks of a command on this machine, and ends with their exit status.
+
+torchrun's agent starts and watches the ranks. It runs in a thread, where it leaves signals alone, so that this process
+can forward them: torchrun itself would kill ranks 30 s after SIGTERM, even while they save a checkpoint. Nothing is
+printed about a rank that has printed its own error and exited; torchrun's own report has 30 lines.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rlvr.child_process import end_with_parent
+from megatron_rlvr.config import Settings, SettingsError
+from megatron_rlvr.config.loading import load_settings
+
+RANKS_FLAG = "--ranks"
+_POLL_SECONDS = 0.2
+_LAUNCHER = "MEGATRON_RLVR_LAUNCHER"  # process id, in the environment of ranks
+
+
+def launched() -> bool:
+    """Return whether this process is a rank that a launcher, such as torchrun, has started."""
+    return "RANK" in os.environ
+
+
+def end_with_launcher() -> None:
+    """Called in a rank: if `run_on_ranks` has started it, it is killed when that process ends, even by SIGKILL."""
+    if launcher := os.environ.get(_LAUNCHER):
+        end_with_parent(int(launcher))
+
+
+def split_ranks_flag(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Return the value of ``--ranks N``, or None without that flag, and the other arguments.
+
+    Raises: SettingsError if N is missing or not an int above 0.
+    """
+    rest, ranks = [], None
+    words = iter(arguments)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name != RANKS_FLAG:
+            rest.append(word)
+            continue
+        text = text if equals else next(words, "")
+        if not text.isdecimal() or int(text) < 1:
+            raise SettingsError(f"{RANKS_FLAG} {text}: not an int above 0; give the number of ranks on this machine")
+        ranks = int(text)
+    return ranks, rest
+
+
+def default_ranks(settings: Settings) -> int:
+    """Return the number of GPUs of this machine; without a GPU, the ranks of one copy of the model."""
+    from megatron_rlvr.distributed.accelerator import gpu_count  # imports torch
+
+    return gpu_count() or settings.parallel.replica
+
+
+def run_on_ranks(verb: str, arguments: Sequence[str]) -> int:
+    """Run ``rlvr VERB ARGUMENTS`` on all ranks and return the exit status.
+
+    Args:
+        verb: A verb that does its work in this process where a launcher has started it.
+        arguments: A settings file, ``--ranks N`` and flags.
+
+    Returns: 0 if every rank succeeded, else the status of the first rank that failed, 128 + n if signal n killed it.
+    Raises: SettingsError if the settings cannot be read.
+    """
+    ranks, arguments = split_ranks_flag(arguments)
+    # Read here as well, to fail before torch is imported, and to know the layout.
+    options = ("--only", "--skip", "--json", "--full-length", "--largest-micro-batches")
+    flags = [] if any(option in arguments for option in options) else arguments[1:]
+    settings = load_settings(arguments[0], flags) if arguments else None
+    if ranks is None:
+        ranks = default_ranks(settings) if settings else 1
+    os.environ[_LAUNCHER] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several ranks would slow each other down
+    return _Launch([sys.executable, "-m", "megatron_rlvr.cli", verb, *arguments], ranks).run()
+
+
+class _Launch:
+    """One start of all ranks.
+
+    Args:
+        command: Command of each rank.
+        ranks: Number of ranks.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int) -> None:
+        self._command = command
+        self._ranks = ranks
+        self._signals: list[int] = []
+        self._status = 1
+
+    def run(self) -> int:
+        """Run the ranks to their end and return the exit status."""
+        for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(handled) is not signal.SIG_IGN:
+                signal.signal(handled, lambda signum, frame: self._signals.append(signum))
+        agent = threading.Thread(target=self._run_agent, name="agent", daemon=True)
+        agent.start()
+        forwarded = 0
+        while agent.is_alive():
+            agent.join(_POLL_SECONDS)
+            for signum in self._signals[forwarded:]:
+                self._forward(signum)
+                forwarded += 1
+        return self._status
+
+    def _run_agent(self) -> None:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=self._ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=_POLL_SECONDS,
+        )
+        program, *arguments = self._command
+        try:
+            elastic_launch(config, program)(*arguments)
+            self._status = 0
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            self._status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+            if failure.exitcode < 0 and not self._signals:
+                name = signal.Signals(-failure.exitcode).name
+                sys.stderr.write(f"megatron_rlvr: rank {rank} was killed by {name}; run the same command to resume\n")
+
+    def _forward(self, signum: int) -> None:
+        """Send a signal to the ranks, which are the children of this process."""
+        import psutil
+
+        for child in psutil.Process().children():
+            if _is_rank(child):
+                child.send_signal(signum)
+
+
+def _is_rank(process: Any) -> bool:
+    """Return whether a child process is a rank, and not a helper of torch."""
+    import psutil
+
+    try:
+        return "megatron_rlvr.cli" in process.cmdline()
+    except psutil.Error:
+        return False
