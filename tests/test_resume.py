@@ -12,9 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import asynchronous_runs
 import numpy as np
 import pytest
-import test_asynchronous
 import tiny
 from launcher import Ranks
 from safetensors.torch import load_file
@@ -339,22 +339,19 @@ class Resuming:
 
 
 def run_resumed_cases(*arguments: Any) -> Any:
-    """`test_asynchronous.run_cases` with such collectors."""
+    """`asynchronous_runs.run_cases` with such collectors."""
     from unittest import mock
 
     from megatron_rlvr.rollout import asynchronous as streaming
 
     Resuming.collector = streaming.AsynchronousCollector
     with mock.patch.object(streaming, "AsynchronousCollector", Resuming):
-        return test_asynchronous.run_cases(*arguments)
+        return asynchronous_runs.run_cases(*arguments)
 
 
-def test_groups_in_progress_and_partial_responses_resume_and_nothing_is_graded_or_trained_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "user_reward.py").write_text(test_asynchronous.JOURNAL_REWARD, encoding="ascii")
-    monkeypatch.setattr(test_asynchronous, "run_cases", run_resumed_cases)
-    test_asynchronous.test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(REPLICAS[5], tmp_path)
+def test_groups_in_progress_and_partial_responses_resume_and_nothing_is_graded_or_trained_twice(tmp_path: Path) -> None:
+    (tmp_path / "user_reward.py").write_text(asynchronous_runs.JOURNAL_REWARD, encoding="ascii")
+    asynchronous_runs.assert_nothing_is_lost_or_done_twice(REPLICAS[5], tmp_path, run_resumed_cases)
 
 
 # Choice of the checkpoint to resume from -----------------------------------------------------------------------------

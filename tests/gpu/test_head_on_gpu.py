@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_head import (
+from head_cases import (
     all_combinations,
     assert_close,
     expected,

@@ -5,9 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from policy_runs import Layout, scored_and_exported
+from policy_runs import GROUPS, SHAPE, Layout, scored_and_exported
 from reference_training import load, make_groups, token_scores
-from test_policy import GROUPS, SHAPE
 
 from megatron_rlvr.distributed import accelerator
 

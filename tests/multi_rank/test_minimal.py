@@ -10,9 +10,8 @@ import pytest
 import tiny
 import torch
 from launcher import Ranks
-from policy_runs import Run, trained
+from policy_runs import SHAPE, Run, trained
 from reference_training import Recipe, make_groups
-from test_policy import SHAPE
 
 PAGE = tiny.CHECKOUT / "examples" / "minimal.py"
 GROUPS = make_groups(12, 150, seed=5)

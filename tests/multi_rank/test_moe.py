@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 from launcher import Ranks
-from policy_runs import Layout, Run, refused, saved, scored_and_exported, trained
+from policy_runs import Layout, Run, assert_same_training, refused, saved, scored_and_exported, trained
 from reference_training import Recipe, load, make_groups, token_scores, train
 from safetensors.torch import load_file, save_file
-from test_policy import assert_same_training
 
 VOCAB = 150
 GROUPS = make_groups(8, VOCAB, seed=0)

@@ -16,8 +16,9 @@ import pytest
 import tiny
 import torch
 from fake_server import FakeColocatedServer, FakeServer
+from pool_runs import CONFIG, SAMPLING, check, no_weights, removals, requests
 from real_servers import RealServer
-from test_server_faults import CONFIG, SAMPLING, check, no_weights, removals, requests, wait_for
+from waiting import wait_for
 
 from megatron_rlvr.engines.sglang import colocation
 from megatron_rlvr.engines.sglang.client import RequestRefusedError, Server, UnhealthyServerError

@@ -5,13 +5,13 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling
 from waiting import wait_for
 
 from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
@@ -19,33 +19,9 @@ from megatron_rlvr.protocols import EngineError
 from megatron_rlvr.rollout.sampler import requests_for
 from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
-TOLERANCE = 1e-4  # nats, in float32
-
-
-def sampling(tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Any:
-    return SimpleNamespace(temperature=temperature, top_p=top_p, max_response_tokens=tokens)
-
-
-def requests(count: int, group_size: int = 1) -> list[CompletionRequest]:
-    rng = np.random.default_rng(0)
-    prompts = [
-        Prompt(f"set/{i}", rng.integers(3, 320, size=4 + 3 * (i % 12)).astype(np.int32), "", "set")
-        for i in range(count)
-    ]
-    return [request for prompt in prompts for request in requests_for(prompt, group_size, 0, "test")]
-
 
 def weights_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     return iter(model.state_dict().items())
-
-
-@torch.no_grad()
-def logprobs_of(model: Any, request: CompletionRequest, completion: Completion, temperature: float = 1.0) -> np.ndarray:
-    """Return the log-probabilities of the response, from one forward pass over prompt and response."""
-    prompt = request.prompt.token_ids
-    tokens = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
-    logits = model(input_ids=tokens[None]).logits[0, len(prompt) - 1 : -1].double() / temperature
-    return logits.log_softmax(-1).gather(-1, tokens[len(prompt) :, None])[:, 0].numpy()
 
 
 @torch.no_grad()
@@ -54,12 +30,6 @@ def greedy(model: Any, request: CompletionRequest, count: int) -> list[int]:
     for _ in range(count):
         tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
     return tokens[-count:]
-
-
-def in_order(asked: list[CompletionRequest], completions: Any) -> list[Completion]:
-    found = {(c.prompt_id, c.index): c for c in completions}
-    assert len(found) == len(asked)
-    return [found[request.prompt.id, request.index] for request in asked]
 
 
 def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(servers, engine_on, reference):

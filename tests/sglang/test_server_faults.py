@@ -5,34 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fake_server import VOCABULARY, FakeServer, aborted, cut_in_half, good_answer
+from pool_runs import CONFIG, LENGTH, SAMPLING, check, no_weights, removals, requests
 from scripted import Layout, joined_process_group, on_ranks, ranks_of
 from waiting import wait_for
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.engines.sglang.membership import ServerState
 from megatron_rlvr.protocols import EngineError, WeightsMissingError
-from megatron_rlvr.rollout.sampler import requests_for
-from megatron_rlvr.types import CompletionRequest, Prompt
-
-LENGTH = 5
-SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, max_response_tokens=LENGTH)
-CONFIG = {"vocab_size": VOCABULARY, "architectures": ["Qwen3ForCausalLM"]}
-
-
-def requests(count: int) -> list[CompletionRequest]:
-    prompts = [Prompt(f"set/{i}", np.array([1, i % VOCABULARY], dtype=np.int32), "", "set") for i in range(count)]
-    return [request for prompt in prompts for request in requests_for(prompt, 1, 0, "test")]
-
-
-def no_weights() -> Iterator[tuple[str, torch.Tensor]]:
-    return iter({"weight": torch.zeros(1)}.items())
 
 
 @pytest.fixture
@@ -56,26 +40,6 @@ def engine(fakes: list[FakeServer], engine_on: Callable[..., Any]) -> Any:
 def with_frequent_health_checks(engine: Any) -> Any:
     engine.pool.membership.health_check_seconds = 0.1
     return engine
-
-
-def check(asked: list[CompletionRequest], completions: list[Any]) -> None:
-    """Check that each request has its own answer, once."""
-    assert sorted(c.prompt_id for c in completions) == sorted(r.prompt.id for r in asked)
-    prompts = {r.prompt.id: int(r.prompt.token_ids[-1]) for r in asked}
-    for completion in completions:
-        last = prompts[completion.prompt_id]
-        assert completion.token_ids.tolist() == [(last + i + 1) % VOCABULARY for i in range(LENGTH)]
-        assert completion.logprobs.tolist() == [-0.25, -0.5, -0.75, -1.0, -1.25]
-        assert (completion.finish_reason, completion.weight_versions.tolist()) == ("length", [1] * LENGTH)
-
-
-def removals(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the logged removals from rotation."""
-    return [
-        r.getMessage()
-        for r in caplog.records
-        if r.levelno == logging.WARNING and "removed from rotation" in r.getMessage()
-    ]
 
 
 def spoiled(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -25,9 +25,8 @@ import tiny
 import torch
 import torch.distributed as dist
 from fake_server import FakeServer
-from real_servers import RealServer, installed, version_at
+from real_servers import TOLERANCE, RealServer, installed, logprobs_of, requests, sampling, version_at
 from scripted import Layout, PlainTokenizer, joined_process_group, on_ranks, prompts_of, ranks_of, start_graders
-from test_real_servers import TOLERANCE, logprobs_of, requests, sampling
 from waiting import wait_for
 
 from megatron_rlvr.checkpoint.store import latest_checkpoint

@@ -13,9 +13,8 @@ import pytest
 import torch
 from launcher import Ranks
 from policy_runs import Layout
-from real_servers import version_at
+from real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling, version_at
 from sync_runs import PROMPTS, Synced, trained_and_synced
-from test_real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling
 
 from megatron_rlvr.engines.sglang.weight_sync.buckets import buckets
 from megatron_rlvr.engines.sglang.weight_sync.distributed import _address_toward

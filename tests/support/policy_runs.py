@@ -11,10 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from reference_training import Group, Recipe, Trace
+from reference_training import Group, Recipe, Trace, make_groups
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+VOCAB = 150  # Megatron pads it to 256
+GROUPS = make_groups(8, VOCAB, seed=0)
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    # Neither is the default, so that they have to be read.
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
 
 
 @dataclass(frozen=True)
@@ -316,3 +334,24 @@ def saved(folder: str, layout: Layout, target: str) -> None:
 
     with policy_of(folder, layout) as policy:
         export_policy(policy, Path(target))
+
+
+def assert_same_training(traces: list[RankTrace], wanted: Trace, layout: Layout) -> None:
+    """Check that every rank has the reference's selection, loss, gradient norms and weights, to a few units of fp32."""
+    assert kept_over(traces) == wanted.kept, layout
+    for trace in traces:
+        assert trace.loss == pytest.approx(wanted.loss, rel=1e-5, abs=1e-6, nan_ok=True), layout
+        assert trace.grad_norm == pytest.approx(wanted.grad_norm, rel=2e-5, nan_ok=True), layout
+        assert trace.clip_fraction == pytest.approx(wanted.clip_fraction, abs=1e-6), layout
+        assert trace.skipped == wanted.skipped, layout
+        assert trace.weights.keys() == wanted.weights.keys()
+        for name, weight in wanted.weights.items():
+            assert (trace.weights[name] - weight).abs().max() < 5e-6, (layout, name)
+
+
+def kept_over(traces: list[RankTrace]) -> list[list[int]]:
+    """For each mini-batch the tokens that were trained on, each by exactly one replica."""
+    replicas = {trace.data_rank: trace for trace in traces if trace.last_stage}
+    kept = [[t for part in parts for t in part] for parts in zip(*(r.kept for r in replicas.values()), strict=True)]
+    assert all(len(tokens) == len(set(tokens)) for tokens in kept)
+    return [sorted(tokens) for tokens in kept]

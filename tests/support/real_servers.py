@@ -15,13 +15,19 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import psutil
 import tiny
+import torch
 from fake_server import free_port
 
 from megatron_rlvr.child_process import ends_with_parent
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
+from megatron_rlvr.rollout.sampler import requests_for
+from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 
 # A start takes 40 s on two idle cores; two servers start at once, and the machine may be busy.
 _START_SECONDS = 480
@@ -142,3 +148,34 @@ class RealServer:
     @property
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")[-8000:]
+
+
+TOLERANCE = 1e-4  # nats, in float32
+
+
+def sampling(tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Any:
+    return SimpleNamespace(temperature=temperature, top_p=top_p, max_response_tokens=tokens)
+
+
+def requests(count: int, group_size: int = 1) -> list[CompletionRequest]:
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(f"set/{i}", rng.integers(3, 320, size=4 + 3 * (i % 12)).astype(np.int32), "", "set")
+        for i in range(count)
+    ]
+    return [request for prompt in prompts for request in requests_for(prompt, group_size, 0, "test")]
+
+
+@torch.no_grad()
+def logprobs_of(model: Any, request: CompletionRequest, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+    """Return the log-probabilities of the response, from one forward pass over prompt and response."""
+    prompt = request.prompt.token_ids
+    tokens = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
+    logits = model(input_ids=tokens[None]).logits[0, len(prompt) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1).gather(-1, tokens[len(prompt) :, None])[:, 0].numpy()
+
+
+def in_order(asked: list[CompletionRequest], completions: Any) -> list[Completion]:
+    found = {(c.prompt_id, c.index): c for c in completions}
+    assert len(found) == len(asked)
+    return [found[request.prompt.id, request.index] for request in asked]

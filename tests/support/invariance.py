@@ -1,6 +1,6 @@
 """Mask and gradients of one rollout batch, and eight steps of a run, in every layout beside those of one rank.
 
-    python tests/multi_rank/invariance.py [--only TEXT] [--write-golden]
+    python tests/support/invariance.py [--only TEXT] [--write-golden]
 
 prints a table with one line per layout: whether the same tokens are selected; the largest relative difference of any
 parameter's gradient (its norm over the norm of the gradient on one rank, fp32) and which parameter it is; and, for
@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 import tiny
 import torch
