@@ -94,10 +94,10 @@ def main() -> None:
     torch.set_num_threads(1)
     model = make_model()
     engine = EmbeddedEngine(
-        model.config,
+        model.config,  # type: ignore[arg-type]
         device=torch.device("cpu"),
         stop_token_ids=[STOP],
-        pad_token_id=PAD,  # type: ignore[arg-type]
+        pad_token_id=PAD,
     )
     engine.update_weights(model.state_dict().items(), version=0)
     requests = make_requests(options.prompts, options.group_size)

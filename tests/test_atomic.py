@@ -40,7 +40,11 @@ def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         fsync(handle)
 
     def named(move: Any) -> Any:
-        return lambda path, target: (seen.append(f"{path.name} > {target.name}"), move(path, target))[1]
+        def moved(path: Path, target: Path) -> Any:
+            seen.append(f"{path.name} > {target.name}")
+            return move(path, target)
+
+        return moved
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "replace", named(replace))

@@ -142,9 +142,9 @@ def room_imports() -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {room: {} for room in table()}
     for module in modules():
         room = room_of(module, table())
-        for each in imports_of(module) if room else ():
+        for each in imports_of(module):
             other = room_of(each.name, table())
-            if each.internal and other and other != room:
+            if room and each.internal and other and other != room:
                 found[room].setdefault(other + "*" * each.for_types, f"{module}, line {each.line}: {each.name}")
     return {
         r: {o: e for o, e in others.items() if o.removesuffix("*") not in others or o[-1] != "*"}

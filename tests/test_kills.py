@@ -148,8 +148,9 @@ def test_fifty_kills_lose_nothing_but_time(place: Path) -> None:
         for key in wanted:
             if not key.startswith(("time/", "rollout/tokens_per_second")):
                 assert found[key] == wanted[key], (wanted["step"], key)
-    found, wanted = (load_file(place / name / "hf" / "model.safetensors") for name in ("killed", "uninterrupted"))
-    assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
+    weights = load_file(place / "killed" / "hf" / "model.safetensors")
+    whole = load_file(place / "uninterrupted" / "hf" / "model.safetensors")
+    assert [key for key in whole if (weights[key] != whole[key]).any()] == []
     assert sorted(path.name for path in (place / "killed" / "checkpoints").iterdir()) == [
         "latest", "settings.json", f"step_{STEPS - 1:06d}", f"step_{STEPS:06d}",
     ]  # fmt: skip
@@ -163,7 +164,7 @@ class Terminated:
 
 
 def terminate(
-    config: Path, folder: Path, ranks: int, *, signals: int = 1, gap: float = 0.0, before: Callable[[], None] = int
+    config: Path, folder: Path, ranks: int, *, signals: int = 1, gap: float = 0.0, before: Callable[[], object] = int
 ) -> Terminated:
     """Call ``before`` after two steps, then send SIGTERM to each rank, at different moments, and wait for the end."""
     with config.with_suffix(".stdout").open("w+") as out:

@@ -479,7 +479,17 @@ SCRIPTS = sorted(
 
 def test_shellcheck_finds_nothing() -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
-    command = [shellcheck, "--severity", "warning", "--exclude", "SC1007", "-x", "-P", "SCRIPTDIR", *SCRIPTS]
+    command: list[str | Path] = [
+        shellcheck,
+        "--severity",
+        "warning",
+        "--exclude",
+        "SC1007",
+        "-x",
+        "-P",
+        "SCRIPTDIR",
+        *SCRIPTS,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert len(SCRIPTS) > 8
     assert (done.stdout, done.stderr) == ("", "")

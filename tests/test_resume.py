@@ -244,9 +244,9 @@ def test_a_run_resumes_in_another_layout(
     assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
     for found, wanted in zip(metrics(folder), metrics(uninterrupted["data 2"]), strict=True):
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-    found, wanted = weights(folder), weights(uninterrupted["data 2"])
+    mine, theirs = weights(folder), weights(uninterrupted["data 2"])
     # Adam moves a weight by up to the learning rate, 1e-3, in each of 16 steps.
-    assert max(float(np.abs(found[key] - wanted[key]).max()) for key in wanted) < 1e-4
+    assert max(float(np.abs(mine[key] - theirs[key]).max()) for key in theirs) < 1e-4
 
 
 def test_an_export_that_cannot_be_written_is_an_error_on_all_ranks_and_keeps_the_checkpoint(

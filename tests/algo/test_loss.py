@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -191,7 +192,8 @@ def reference(tokens: list[Token], objective="dapo", low=0.2, high=0.28, dual=No
     differences = defaultdict(list)
     for t in tokens:
         differences[t.sequence].append(t.logp - t.old)
-    losses, slopes, sums = [], [], defaultdict(float)
+    losses, slopes = [], []
+    sums: dict[str, float] = defaultdict(float)
     for t in tokens:
         own = t.logp - t.old
         ratio = math.exp(
@@ -381,7 +383,7 @@ def test_every_objective_is_a_function_of_tensors_and_numbers():
     old_logp = torch.zeros(2, dtype=torch.float64)
     logp = torch.tensor([2.0, 0.5], dtype=torch.float64).log()
     advantages, sequence = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    bounds = {"clip_low": 0.2, "clip_high": 0.28}
+    bounds: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
     dapo = dapo_loss(logp, old_logp, advantages, dual_clip=None, **bounds)
     gspo = gspo_loss(logp, old_logp, advantages, sequence, sequences=1, **bounds)
     cispo = cispo_loss(logp, old_logp, advantages, clip_high=0.28)

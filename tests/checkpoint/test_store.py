@@ -31,7 +31,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def run(root: Path, **changes: Any) -> RunSettings:
-    return RunSettings(**{"dir": str(root.parent), "steps": 9, "save_every": 1, "keep_last": 1} | changes)
+    values: dict[str, Any] = {"dir": str(root.parent), "steps": 9, "save_every": 1, "keep_last": 1}
+    return RunSettings(**values | changes)
 
 
 def write(folder: Path, finish: Callable[[Path], None], same: Path | None, *, background: bool) -> Callable[[], None]:

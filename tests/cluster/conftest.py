@@ -12,7 +12,7 @@ from cluster_runs import Run
 
 
 @pytest.fixture(scope="module")
-def new_run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Callable[..., Run]]:
+def new_run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Callable[..., Any]]:
     """Creates runs on the tiny model, with a reward by which half of the responses are correct."""
     place = tmp_path_factory.mktemp("cluster")
     (place / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
@@ -21,7 +21,7 @@ def new_run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[C
 
     made = []
 
-    def make(name: str, kind: type[Run] = Run, **sections: Any) -> Run:
+    def make(name: str, kind: type[Run] = Run, **sections: Any) -> Any:
         made.append(kind(place, name, sections))
         return made[-1]
 

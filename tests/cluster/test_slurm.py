@@ -118,7 +118,7 @@ def weights(run: Run) -> dict[str, np.ndarray]:
 
 
 def test_a_run_on_two_nodes_that_was_preempted_and_killed_equals_one_that_was_never_stopped(
-    slurm: LoopbackSlurm, new_run: Callable[..., Run]
+    slurm: LoopbackSlurm, new_run: Callable[..., Any]
 ) -> None:
     run = new_run("stopped", run={"save_every": 5})
     run.write(FOR_EVER)
@@ -132,7 +132,7 @@ def test_a_run_on_two_nodes_that_was_preempted_and_killed_equals_one_that_was_ne
     job.wait(lambda: len(run.lines()) >= saved + 2, "second step of the second life")
     job.interrupt("scontrol", "requeue")
     assert len(run.lines()) == run.saved() > saved
-    saved = [saved, run.saved()]
+    stops = [saved, run.saved()]
     assert job.ends()[1:] == ["the trainer exited with status 0 after SIGTERM"]
 
     job.wait(lambda: len(run.lines()) >= saved[1] + 3, "third step of the third life")
@@ -149,7 +149,7 @@ def test_a_run_on_two_nodes_that_was_preempted_and_killed_equals_one_that_was_ne
     again = Job(slurm, run, "--run.steps", str(last))
     assert again.ended(START_SECONDS) == "0:0", again.said()
     assert again.ends() == ["the trainer exited with status 0"]
-    for log, step in ((job.said(), saved[0]), (job.said(), saved[1]), (again.said(), last - 2)):
+    for log, step in ((job.said(), stops[0]), (job.said(), stops[1]), (again.said(), last - 2)):
         assert f"resuming after step {step}" in log
     assert [line["step"] for line in run.lines()] == list(range(1, last + 1))
 
@@ -173,7 +173,7 @@ def train_on_one_node(run: Run) -> None:
 
 
 def test_the_quickstart_is_preempted_after_its_server_was_killed_and_resumes_with_a_new_one(
-    slurm: LoopbackSlurm, new_run: Callable[..., Run]
+    slurm: LoopbackSlurm, new_run: Callable[..., Any]
 ) -> None:
     run = new_run("serving", QuickstartRun, run={"save_every": 0}, rollout={"server_timeout_seconds": START_SECONDS})
     run.prepare()
@@ -206,7 +206,7 @@ def test_the_quickstart_is_preempted_after_its_server_was_killed_and_resumes_wit
 
 
 def test_the_preflight_runs_on_the_nodes_and_ranks_of_the_run(
-    slurm: LoopbackSlurm, new_run: Callable[..., Run]
+    slurm: LoopbackSlurm, new_run: Callable[..., Any]
 ) -> None:
     run = new_run("before")
     run.write(5)
@@ -230,7 +230,7 @@ http.server.HTTPServer(("", int(sys.argv[sys.argv.index("--port") + 1])), Health
 
 
 def test_a_job_ends_with_its_servers_and_waits_for_them_only_for_the_given_time(
-    slurm: LoopbackSlurm, new_run: Callable[..., Run]
+    slurm: LoopbackSlurm, new_run: Callable[..., Any]
 ) -> None:
     run = new_run("standing_in")
     run.write(FOR_EVER)

@@ -168,7 +168,11 @@ def test_the_cap_of_a_correction_is_two_and_without_correction_there_is_none(
 
 def accepted_losses() -> list[dict[str, Any]]:
     """Every objective with every correction, each with the defaults and with every key written that it accepts."""
-    own = {"dapo": {"clip_low": 0.1, "dual_clip": None}, "gspo": {"clip_low": 0.1}, "cispo": {}}
+    own: dict[str, dict[str, Any]] = {
+        "dapo": {"clip_low": 0.1, "dual_clip": None},
+        "gspo": {"clip_low": 0.1},
+        "cispo": {},
+    }
     cases: list[dict[str, Any]] = [{}]
     for objective, correction, written in product(BOUNDS, ("none", "tis", "mis"), (False, True)):
         case: dict[str, Any] = {"objective": objective, "rollout_correction": correction}

@@ -56,12 +56,13 @@ def run_tool(
     """Run `rlvr convert` with environment variables; a file beyond ``largest_file`` bytes fails as on a full disk."""
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # type: ignore[type-var]
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     return subprocess.run(
         [sys.executable, "tools/convert.py", *map(str, arguments)],
         cwd=tiny.CHECKOUT,
-        env=tiny.environment(**variables),
+        env=tiny.environment((), **variables),
         capture_output=True,
         text=True,
         timeout=120,
@@ -76,7 +77,9 @@ def test_a_round_trip_keeps_weights_and_other_files_and_verifies_logits(model, t
     back = run_tool(TO_HUGGING_FACE, tmp_path / "checkpoint", tmp_path / "back", "--shard-size", "3e-5", "--verify")
     assert back.returncode == 0, back.stderr
     for done in (there, back):
-        assert float(re.search(r"differ by (\S+) at most", done.stdout)[1]) < 1e-4
+        difference = re.search(r"differ by (\S+) at most", done.stdout)
+        assert difference is not None
+        assert float(difference[1]) < 1e-4
         assert "converting" in done.stderr
         assert "100%" in done.stderr
     wanted, found = weights_of(model), weights_of(tmp_path / "back")
@@ -321,7 +324,7 @@ print(there - before, peak() - before)
 
 
 def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 16}
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 16}
     tiny.write_model(tmp_path / "model", **sizes)
     total = (tmp_path / "model" / SINGLE).stat().st_size / 2**20
     largest = 2 * 4096 * 512 * 4 / 2**20  # gate and up

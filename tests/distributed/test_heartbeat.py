@@ -81,7 +81,7 @@ def test_ranks_whose_store_has_closed_report_the_main_rank(three: Any) -> None:
 
 
 def test_a_world_of_one_rank_starts_no_thread() -> None:
-    with Heartbeat(dist.HashStore(), 0, 1, 0.1, pytest.fail) as heartbeat:
+    with Heartbeat(dist.HashStore(), 0, 1, 0.1, lambda rank: pytest.fail(f"rank {rank} is lost")) as heartbeat:
         assert heartbeat._threads == []
 
 

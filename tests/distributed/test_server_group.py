@@ -41,12 +41,13 @@ def test_only_groups_with_servers_are_created_without_a_watchdog(before, group_o
     c10d = torch.distributed.distributed_c10d
     make, found, within, second_has_joined = c10d._new_process_group_helper, {}, threading.Event(), threading.Event()
 
-    def slowly(*arguments: Any, group_name: str, **options: Any) -> Any:
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        group_name = options["group_name"]
         if group_name == "first":
             within.set()
             assert second_has_joined.wait(60)
         found[group_name] = os.environ.get(variable)
-        return make(*arguments, group_name=group_name, **options)
+        return make(*arguments, **options)
 
     monkeypatch.setattr(c10d, "_new_process_group_helper", slowly)
     first = threading.Thread(target=group_of_one("first").join, args=(60.0,))

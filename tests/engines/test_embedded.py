@@ -1,6 +1,7 @@
 """Tests of the embedded engine against transformers: a forward without a KV cache, and ``generate``."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from megatron_rlvr.types import CompletionRequest, Prompt
 VOCABULARY = 61
 STOP = 7
 CPU = torch.device("cpu")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -28,7 +29,7 @@ SHAPE = {
 }
 CONFIGS = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
-    "qwen3_moe": Qwen3MoeConfig(
+    "qwen3_moe": Qwen3MoeConfig(  # type: ignore[call-arg]
         **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1
     ),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
@@ -77,7 +78,8 @@ def by_request(completions):
 
 def watch_forwards(engine):
     """Return two lists that grow with every forward of the engine's model: rows prefilled and rows decoded."""
-    prefilled, decoded = [], []
+    prefilled: list[int] = []
+    decoded: list[int] = []
 
     def record(module, args, kwargs):
         (decoded if "position_ids" in kwargs else prefilled).append(len(kwargs["input_ids"]))

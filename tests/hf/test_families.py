@@ -363,7 +363,7 @@ def test_rows_of_experts_are_yielded_together_with_those_of_the_other_expert_ran
     assert sorted(row.megatron for rows in two for row in rows) == sorted(row.megatron for row in one)
     assert [rows for rows in two if len(rows) == 1] == [(row,) for row in one if not row.of_expert]
     together = [
-        [int(re.search(r"local_experts\.(\d)", row.megatron)[1]) for row in rows] for rows in two if len(rows) > 1
+        [int(re.findall(r"local_experts\.(\d)", row.megatron)[0]) for row in rows] for rows in two if len(rows) > 1
     ]
     assert together == [[0, 2], [1, 3]] * (5 * 2), "in every layer, for both matrices"
     for rows in two:

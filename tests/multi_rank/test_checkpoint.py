@@ -360,7 +360,7 @@ def test_only_torchs_adam_gets_a_step_count_per_parameter():
     from megatron_rlvr.checkpoint.megatron.sharded_state import load_optimizer
 
     def loaded_state(optimizer: Any) -> dict[str, Any]:
-        loaded = {"optimizer": {"state": {}}}
+        loaded: dict[str, Any] = {"optimizer": {"state": {}}}
         load_optimizer(mock.Mock(spec=["optimizer", "load_state_dict"], optimizer=optimizer), loaded)
         return loaded["optimizer"]["state"]
 

@@ -1,5 +1,6 @@
 """Losses of sequences that are sharded over the ranks of a group, against the same tokens on one rank."""
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -102,7 +103,9 @@ def test_sharded_sequences_have_the_loss_and_gradient_of_one_rank(ranks: Ranks) 
         slopes = torch.zeros_like(whole.slopes)
         for rank, part in enumerate(parts):
             slopes[case.rank == rank] = part.slopes
-        torch.testing.assert_close(slopes, whole.slopes, rtol=1e-12, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            slopes, whole.slopes, rtol=1e-12, atol=0, msg=functools.partial("{}: {}".format, name)
+        )
         assert sum(part.loss for part in parts) == pytest.approx(whole.loss, rel=1e-12), name
         for metric, value in whole.metrics.items():
             assert sum(part.metrics[metric] for part in parts) == pytest.approx(value, rel=1e-12, abs=1e-12), name

@@ -208,7 +208,7 @@ def test_a_rank_that_fails_hangs_no_other_rank_and_stuck_ranks_are_ended(alone: 
 # Disk ---------------------------------------------------------------------------------------------------------------
 
 
-LARGER = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+LARGER: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"model": {"dtype": "float32"}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},

@@ -175,6 +175,7 @@ def save_while_servers_fail(layout: Layout, folder: Path, failure: Exception) ->
     class FailingStream(TricklingStream):
         """Every leader gets four answers; then the first stream of one fails, and the others are silent."""
 
+        engine: "FailingEngine"
         answers_left = 4
 
         def get(self, timeout_seconds: float) -> Any:

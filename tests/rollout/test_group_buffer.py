@@ -161,7 +161,7 @@ def restart_and_split(layout: Layout) -> Any:
 def test_stale_groups_are_restarted_and_the_batch_has_the_first_drawn_of_the_others(layout: Layout):
     size = layout.world_size
     for rank, (in_progress, batch, total_ready, ready) in enumerate(on_ranks(restart_and_split, size, layout)):
-        restarted = [(order, []) for order in range(4) if order % size == rank]
+        restarted: list[tuple[int, list[int]]] = [(order, []) for order in range(4) if order % size == rank]
         assert in_progress == [*restarted, (20, []), (21, [1])]
         assert batch == [(order - 4, order) for order in range(4, 9) if order % size == rank]
         assert total_ready == 3

@@ -120,8 +120,9 @@ class Launcher:
         return self.output.read_text(encoding="utf-8")
 
     def ready(self, seconds: float = _SECONDS) -> dict[str, Any]:
-        assert self.process is not None
-        wait_for(lambda: self.record.exists() or self.process.poll() is not None, "servers", seconds)
+        process = self.process
+        assert process is not None
+        wait_for(lambda: self.record.exists() or process.poll() is not None, "servers", seconds)
         assert self.record.exists(), self.said()
         return json.loads(self.record.read_text(encoding="utf-8"))
 

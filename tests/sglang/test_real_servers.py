@@ -125,10 +125,10 @@ def test_an_aborted_response_is_returned_at_once_and_resumes_at_the_exact_token(
     engine.update_weights(weights_of(reference), version=0)
     asked, length = requests(12), 470
     whole = [greedy(reference, request, length) for request in asked[:2]]
-    partial: dict[str, Completion | None] = {request.prompt.id: None for request in asked}
+    partial: dict[str, Completion] = {}
     aborts = 0
     for patience in itertools.count(3):
-        left = [r for r in asked if partial[r.prompt.id] is None or partial[r.prompt.id].finish_reason == "abort"]
+        left = [r for r in asked if r.prompt.id not in partial or partial[r.prompt.id].finish_reason == "abort"]
         if not left:
             break
         with engine.open(sampling(length)) as stream:
@@ -176,7 +176,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 def test_a_run_on_servers_samples_from_its_own_weights(name: str, servers, model: Path, problems: Path, tmp_path: Path):
     ranks, sections = RUNS[name]
     (tmp_path / "rewards.py").write_text(tiny.REWARDS, encoding="utf-8")
-    rollout = {"group_size": 4, "max_response_tokens": 16, "max_rounds": 4}
+    rollout: dict[str, Any] = {"group_size": 4, "max_response_tokens": 16, "max_rounds": 4}
     # A batch may consist of groups carried over, whose mismatch after a step is not bounded in this test.
     rollout |= {"engine": "sglang", "servers": [server.url for server in servers], "max_logprob_gap": 1e9}
     settings = tiny.settings_for(

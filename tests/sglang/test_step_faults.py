@@ -243,9 +243,15 @@ def test_all_are_killed_for_good_and_what_was_sampled_is_kept(
     pool = steps.engine.pool
     patience = pool.patience_seconds
     buffer = steps.collector._buffer
-    finished, add = [], buffer.add
+    finished: list[Any] = []
+    add = buffer.add
+
+    def note(groups: Any) -> None:
+        finished.extend(groups)
+        add(groups)
+
     # A group whose completions all have one grade is not kept.
-    monkeypatch.setattr(buffer, "add", lambda groups: finished.extend(groups) or add(groups))
+    monkeypatch.setattr(buffer, "add", note)
 
     def kill_both() -> None:
         pool.patience_seconds = 3.0  # only here, because it is also the time in which servers must load weights

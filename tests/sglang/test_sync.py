@@ -262,8 +262,8 @@ def test_buckets_hold_every_tensor_in_order_at_an_offset_that_its_receiver_can_c
     dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
     tensors = {}
     for i in range(200):
-        shape = torch.randint(1, 7, (int(torch.randint(0, 4, (), generator=rng)),), generator=rng).tolist()
-        tensors[f"t{i}"] = torch.randint(0, 200, shape, generator=rng).to(dtypes[i % 7 % 4])
+        sizes = torch.randint(1, 7, (int(torch.randint(0, 4, (), generator=rng)),), generator=rng).tolist()
+        tensors[f"t{i}"] = torch.randint(0, 200, sizes, generator=rng).to(dtypes[i % 7 % 4])
     tensors["large"] = torch.arange(300.0).reshape(3, 100).T
     tensors["last"] = torch.ones(2, 2)
     max_bytes, found, buffers = 1000, {}, set()

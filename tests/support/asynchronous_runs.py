@@ -167,7 +167,7 @@ class WatchedSampler(Sampler):
 
 
 def collector_of(
-    case: Case, engine: Any, prompts: Sequence[Any], ranks: Any, graders: Any, store: Any, **more: Any
+    case: Case, engine: Any, prompts: list[Prompt], ranks: Any, graders: Any, store: Any, **more: Any
 ) -> Any:
     """The real collector of a rank, on a scripted engine."""
     import torch.distributed as dist

@@ -138,7 +138,8 @@ def whole_gradients(policy: Any) -> dict[str, torch.Tensor]:
                         dist.get_rank(buffer.data_parallel_group)
                     ]
                     dist.all_gather_into_tensor(bucket.grad_data, mine.clone(), group=buffer.data_parallel_group)
-    gradients: Any = {name: p.main_grad for name, p in global_parameters(policy.chunks).items()}
+    parameters: dict[str, Any] = global_parameters(policy.chunks)
+    gradients = {name: parameter.main_grad for name, parameter in parameters.items()}
     return {name: tensor.clone() for name, tensor in policy._weights.export(gradients)}
 
 

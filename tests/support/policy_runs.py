@@ -62,7 +62,7 @@ class Run:
     groups: list[Group]
     recipe: Recipe = field(default_factory=Recipe)
     layout: Layout = field(default_factory=Layout)
-    dtype: str = "float32"
+    dtype: Any = "float32"
     fuse_output_gradient: bool = False
 
 
@@ -78,7 +78,7 @@ class RankTrace(Trace):
 
 
 @contextlib.contextmanager
-def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: str = "float32") -> Iterator[Any]:
+def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: Any = "float32") -> Iterator[Any]:
     """A policy in a world of its own, torn down at the end; without a recipe it only scores."""
     from megatron.core import parallel_state
 
@@ -252,7 +252,7 @@ def scored_and_exported(
     groups: list[Group],
     layout: Layout,
     temperature: float,
-    dtype: str = "float32",
+    dtype: Any = "float32",
     built_in_norms: bool = False,
 ) -> tuple[dict[int, tuple[float, float]], dict[str, Tensor]]:
     """{token id: (log-probability, entropy)} of this rank's micro-batches, and the exported weights."""

@@ -1,7 +1,7 @@
 """Requests to a pool of fake servers, and checks of their answers."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +31,7 @@ def no_weights() -> Iterator[tuple[str, torch.Tensor]]:
     return iter({"weight": torch.zeros(1)}.items())
 
 
-def check(asked: list[CompletionRequest], completions: list[Any]) -> None:
+def check(asked: Sequence[CompletionRequest], completions: list[Any]) -> None:
     """Check that each request has its own answer, once."""
     assert sorted(c.prompt_id for c in completions) == sorted(r.prompt.id for r in asked)
     prompts = {r.prompt.id: int(r.prompt.token_ids[-1]) for r in asked}

@@ -32,12 +32,12 @@ def training_sequence(number, prompt, response, advantage=0.5):
 
 def unpacked(packed: MicroBatch, i: int) -> TrainingSequence:
     """Sequence ``i`` of a stream, read token by token; checks padding, rows and token ids on the way."""
-    start = packed.cu_seqlens[i].item()
+    start = int(packed.cu_seqlens[i])
     mine = [r for r in range(len(packed.rows)) if packed.sequence[r] == i]
     rows = packed.rows[mine].tolist()
-    stop = rows[-1] + 1
-    assert stop <= packed.cu_seqlens[i + 1]
-    assert packed.tokens[stop : packed.cu_seqlens[i + 1]].tolist() == [0] * (packed.cu_seqlens[i + 1].item() - stop)
+    stop, following = int(rows[-1]) + 1, int(packed.cu_seqlens[i + 1])
+    assert stop <= following
+    assert packed.tokens[stop:following].tolist() == [0] * (following - stop)
     whole = [packed.tokens[start].item()]
     for position in range(start, stop):
         whole.append(packed.targets[position].item())
