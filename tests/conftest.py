@@ -4,7 +4,7 @@ Tests marked ``gpu`` run where there is a GPU; elsewhere they are skipped, and t
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import tiny
 import torch
+from launcher import forget_process_groups
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on the CPU
@@ -22,7 +23,29 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+# Rooms whose tests share servers or daemons: a worker of pytest-xdist runs the whole room. They take longest, so they
+# are started first. Of other rooms a worker runs a file at a time.
+SHARED_ROOMS = ("tests/sglang/", "tests/cluster/")
+
+
+def room_of(name: str) -> str:
+    """Return the scope in which one worker runs the test ``name``: a room or a file."""
+    return next((room for room in SHARED_ROOMS if name.startswith(room)), name.split("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return room_of(nodeid)
+
+    return Rooms(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: room_of(item.nodeid) not in SHARED_ROOMS)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
@@ -34,6 +57,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("not run on this machine")
         for name in skipped:
             terminalreporter.line(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_groups_are_left() -> Iterator[None]:
+    """Process groups that a module leaves behind have threads that slow down all later tests."""
+    yield
+    forget_process_groups()
 
 
 @pytest.fixture(scope="session")

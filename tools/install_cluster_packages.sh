@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs the packages for tests/cluster on Debian or Ubuntu: Slurm, which the tests run on loopback, and the tools for
-# network namespaces. Does nothing if all are installed. Takes 15 s and 45 MB. Starts no service: the tests start their
-# own daemons.
+# Installs the packages for tests of clusters and containers on Debian or Ubuntu: Slurm, which the tests run on loopback,
+# the tools for network namespaces, and buildah. Does nothing if all are installed. Starts no service: the tests start
+# their own daemons.
 set -euo pipefail
 
 missing=()
@@ -13,6 +13,7 @@ need sbatch slurm-client
 need munged munge
 need ip iproute2
 need pgrep procps
+need buildah buildah
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

@@ -73,39 +73,3 @@ def test_closing_a_group_on_the_cpu_destroys_it(group_of_one, monkeypatch):
     group.close()
     group.close()
     assert (ended, group_names()) == ([None], [])
-
-
-def test_an_nccl_connection_that_does_not_end_blocks_no_other_thread(group_of_one, monkeypatch):
-    stuck, ended = threading.Event(), []
-
-    def abort(group: Any) -> None:
-        assert stuck.wait(60)
-        ended.append(threading.current_thread())
-
-    monkeypatch.setattr(torch.distributed.ProcessGroup, "abort", abort)
-    monkeypatch.setattr(
-        torch.distributed, "destroy_process_group", lambda group: pytest.fail("destroying the group would wait")
-    )
-    monkeypatch.setattr(server_group, "_CLOSE_SECONDS", 60.0)
-    registered = registry_sizes()
-    for _ in range(2):  # the group with the same server is created again while the old one is still being aborted
-        group = group_of_one("server")
-        group.join(60.0)
-        assert group_names() == ["server"]
-        group.backend = "nccl"
-        group.close()
-        assert group_names() == []
-    assert ended == []
-    assert registry_sizes() == registered, "torch would destroy it a second time with the world"
-    stuck.set()
-    process_group.shut_down()
-    assert len(ended) == 2
-    assert threading.current_thread() not in ended
-
-
-def registry_sizes() -> dict[str, int]:
-    """Number of groups in each of torch's registries."""
-    world = torch.distributed.distributed_c10d._world
-    names = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag")
-    in_tags = sum(map(len, world.tags_to_pg.values()))
-    return {name: len(getattr(world, name)) for name in names} | {"tags_to_pg": in_tags}

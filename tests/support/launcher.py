@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 import warnings
@@ -21,11 +22,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+import psutil
+
 _CONTEXT = multiprocessing.get_context("spawn")
 # When one rank has failed, the others may wait for it in a collective, or be about to report their own failure.
 _GRACE_SECONDS = 1.0
-# Each world leaves a few threads behind, whatever is done to end it.
-_RUNS_OF_A_PROCESS = 40
+# A process group that is still referred to has threads that wake a hundred times a second each. A process with more
+# threads than this is replaced before the next run.
+_MOST_THREADS = 120
 
 
 class RankError(AssertionError):
@@ -38,7 +42,6 @@ class Ranks:
     def __init__(self, most: int = 4) -> None:
         self._most = most
         self._processes: list[tuple[SpawnProcess, Connection]] = []
-        self._runs = 0
 
     def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
         """Call ``function(*arguments)`` on ``size`` ranks at once; return the result of each.
@@ -46,9 +49,6 @@ class Ranks:
         The function is found by its name in its module, and joins a process group itself where it wants one
         (`joined_process_group`, or the package's own). Arguments and results are pickled.
         """
-        self._runs += 1
-        if self._runs % _RUNS_OF_A_PROCESS == 0:
-            self.stop()
         for again in (True, False):
             self._start()
             port = _free_port()
@@ -56,7 +56,10 @@ class Ranks:
             for rank, (_, connection) in enumerate(chosen):
                 connection.send_bytes(pickle.dumps((_world(rank, size, port), function, arguments)))
             try:
-                return _answers([connection for _, connection in chosen], timeout)
+                results = _answers([connection for _, connection in chosen], timeout)
+                if any(_threads(process) > _MOST_THREADS for process, _ in chosen):
+                    self.stop()
+                return results
             except RankError as error:
                 self.stop()
                 # Another program may take the port between its choice and its use.
@@ -65,9 +68,12 @@ class Ranks:
         raise AssertionError("not reached")
 
     def stop(self) -> None:
-        """Kill the processes, whatever they are doing."""
-        for process, connection in self._processes:
+        """End the processes; those that are still busy after a second are killed, whatever they are doing."""
+        for _, connection in self._processes:
             connection.close()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for process, _ in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
         for process, _ in self._processes:
             process.join()
@@ -121,14 +127,27 @@ def _serve(connection: Connection) -> None:
         except (EOFError, OSError):
             return
         os.environ.update(environment)
+        answer: Any
         try:
             answer = (True, function(*arguments))
         except Exception:
             answer = (False, traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
-        # Process groups are in reference cycles, each with threads that wake all the time: a hundred of them would
-        # slow down the machine.
-        gc.collect()
+        answer, reply = None, pickle.dumps(answer)
+        forget_process_groups()
+        connection.send_bytes(reply)
+
+
+def forget_process_groups() -> None:
+    """Drop the references to process groups that outlive a run: reference cycles, and keys of Megatron's caches."""
+    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    if rotary is not None:
+        rotary.RotaryEmbedding.forward.cache_clear()
+    gc.collect()
+
+
+def _threads(process: SpawnProcess) -> int:
+    assert process.pid is not None
+    return psutil.Process(process.pid).num_threads()
 
 
 def _answers(connections: list[Connection], timeout: float) -> list[Any]:
