@@ -63,5 +63,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "sglang": ["sglang", "sglang-router"],
         "wandb": ["wandb"],
+        "plot": ["matplotlib"],
     },
 )

@@ -10,7 +10,7 @@ import sys
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.help import help_text
-from megatron_rlvr.config.loading import load_settings
+from megatron_rlvr.config.loading import load_settings, to_yaml
 from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
@@ -22,7 +22,7 @@ from megatron_rlvr.startup.run import run
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check the input, then train, or with ``--check`` print the plan.
+    """Check the input, then train, or with ``--check`` print the resolved settings and the plan.
 
     Exits with 0, 1 after a fault, 2 for wrong input, and 128 + n for signal n that ended it at once.
     """
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(stopped.exit_status)
     with graders:
         if check:
-            print(describe_plan(resolved))
+            print(f"{to_yaml(resolved.settings)}\n{describe_plan(resolved)}")
         else:
             run(resolved, graders, signals)
 

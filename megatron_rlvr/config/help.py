@@ -20,8 +20,8 @@ touches only the forking tokens, the response tokens of highest entropy in the b
   --section.key VALUE    every key below is also a flag, and a flag wins over the file
   --ranks N              ranks that rlvr starts on this machine (default: one per GPU; without a GPU, as many as one
                          copy of the model needs)
-  --check                check the settings and all files they name, print the plan in words and exit; needs no GPU.
-                         With --ranks 64 it checks the layout for 64 ranks
+  --check                check the settings and all files they name, print all settings as YAML and the plan in words,
+                         and exit; needs no GPU. With --ranks 64 it checks the layout for 64 ranks
   --help                 print this text
 """
 

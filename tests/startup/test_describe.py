@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+import yaml
 from resolving import Resolve
 
 from megatron_rlvr.config.loading import load_settings, validate
@@ -38,7 +39,12 @@ def test_check_prints_the_plan_and_starts_nothing(write_config: Callable[..., Pa
         variables={"WORLD_SIZE": "64", "WITNESS": str(tmp_path / "witness")},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    plan = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    settings, words = done.stdout.split("\n\n")
+    assert yaml.safe_load(settings)["selection"]["fraction"] == 0.1
+    assert yaml.safe_load(settings)["parallel"]["pipeline"] == 2
+    (tmp_path / "printed.yaml").write_text(settings, encoding="utf-8")
+    assert load_settings(tmp_path / "printed.yaml") == load_settings(config, ["--selection.fraction=0.1"])
+    plan = dict(line.split(maxsplit=1) for line in words.splitlines())
     assert plan["ranks"] == "64 = tensor 2 x pipeline 2 x data 16 with sequence parallel"
     assert plan["mask"] == (
         "the policy gradient touches the 10 % of response tokens with the highest entropy, of a mini-batch over all "
@@ -68,7 +74,7 @@ def _prompts_over(config: Path, limit: int) -> int:
 def test_help_ends_with_status_0(tmp_path: Path) -> None:
     done = tiny.run_train("--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: torchrun")
+    assert done.stdout.startswith("usage: rlvr train")
     assert "--selection.fraction" in done.stdout
 
 
