@@ -1,13 +1,14 @@
 # make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
-# make check        install, then run lint, type check and the fast unit tests (a few minutes)
-# make test         install, then run lint, type check and all tests
-# make cluster      run the tests on Slurm (two loopback nodes) and on three network namespaces (part of `make test`)
-# make container    build the CPU image with buildah and run `make test` in it (needs root; takes an hour)
+# make check        install, then lint, types, unit tests and one test of each promise (five minutes)
+# make test         install, then lint, types and all tests but those of `make soak` (25 minutes on two cores)
+# make soak         install, then the tests that take patience, and the container (hours)
+# make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (part of `make test`)
+# make container    build the CPU image with buildah and run `make test` in it (needs root; part of `make soak`)
 VENV ?= .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: install quickstart check test waiting computing cluster container lint packages bench clean
+.PHONY: install quickstart check test soak cluster container lint packages peers bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -19,23 +20,27 @@ quickstart: install
 packages:
 	@tools/install_cluster_packages.sh || true
 
-# Two processes in parallel: tests that mostly wait for servers, Slurm jobs and networks, and tests that compute.
+# Three workers on two cores, because many tests wait for servers, Slurm jobs and networks.
+PYTEST := $(RUN)/python -m pytest -q --numprocesses 3 --dist loadscope --no-loadscope-reorder
+
+# Seconds of every test are written to build/tests.xml; coverage of the package is printed.
 test: lint packages
-	@$(MAKE) --no-print-directory --jobs 2 --keep-going waiting computing
+	@mkdir -p build
+	$(PYTEST) -m "not soak" --cov --cov-report=term --junitxml=build/tests.xml
 
-WAITING := tests/sglang tests/cluster
-
-waiting:
-	$(RUN)/python -m pytest -q $(WAITING)
-
-computing:
-	$(RUN)/python -m pytest -q $(WAITING:%=--ignore=%)
-
+PROMISES := tests/test_learning.py::test_the_reward_goes_up \
+	"tests/multi_rank/test_invariance.py::test_eight_steps_are_those_of_the_golden_file[tensor 2, sequence]" \
+	tests/engines/test_embedded.py tests/multi_rank/test_minimal.py \
+	tests/sglang/test_server_faults.py::test_a_request_that_times_out_is_sent_to_another_server
 UNITS := tests/test_words.py tests/test_imports.py tests/test_atomic.py tests/algo tests/batching tests/checkpoint \
 	tests/config tests/data tests/hf tests/rollout/test_group_buffer.py
 
 check: lint
-	$(RUN)/python -m pytest -q $(UNITS)
+	$(PYTEST) $(UNITS) $(PROMISES)
+
+soak: lint packages peers
+	$(PYTEST) -m soak
+	tests/container.sh
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster
@@ -48,7 +53,11 @@ lint: install
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-bench: install
+# What the benchmarks compare with, outside of the environment of the tests.
+peers: install
+	$(RUN)/python -m pip install --quiet --no-deps --target build/peers -r benchmarks/requirements.txt
+
+bench: install peers
 	for program in benchmarks/*.py; do echo "== $$program"; $(RUN)/python $$program || exit 1; done
 
 clean:

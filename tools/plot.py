@@ -3,8 +3,8 @@
     tools/plot.py runs/quickstart --output docs/quickstart.svg
     tools/plot.py runs/forking runs/all_tokens --metrics reward/accuracy rollout/response_tokens_mean --output both.png
 
-One panel a metric, one line a run, with every step as a dot. Needs matplotlib (pip install matplotlib). The format of the
-picture follows the suffix of --output: svg, png, pdf.
+One panel a metric, one line a run, with every step as a dot. Needs matplotlib (pip install matplotlib). The format of
+the picture follows the suffix of --output: svg, png, pdf.
 """
 
 import argparse
