@@ -187,6 +187,7 @@ def test_the_numerics_program_refuses_a_table_that_does_not_exist():
     assert "unknown table 'entropies'" in done.stderr
 
 
+@pytest.mark.soak
 def test_the_step_on_long_responses_grows_by_less_than_its_logits(tmp_path):
     finished = run_program(
         "benchmarks/long_response.py", "--lengths", "512", "4096", "--json", str(tmp_path / "metrics.json")

@@ -260,3 +260,16 @@ def test_no_file_is_too_long_and_none_is_a_place_for_everything():
     lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, (path, _) in modules().items()}
     assert {module: length for module, length in lengths.items() if length > MOST_LINES} == {}
     assert [module for module in modules() if NAMES_FOR_EVERYTHING & set(module.split("."))] == []
+
+
+def test_no_test_imports_another():
+    tests = Path(__file__).parent
+    found = [
+        (str(path.relative_to(tests)), name)
+        for path in sorted(tests.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+        if name.split(".")[-1].startswith("test_")
+    ]
+    assert found == []

@@ -24,6 +24,7 @@ from waiting import wait_for
 from megatron_rlvr.checkpoint.store import latest_checkpoint
 
 KILLS, STEPS = 50, 160
+SOME_KILLS, SOME_STEPS = 5, 25
 
 # Forks processes of the run until one ends by itself, and kills each of the first KILLS at a random moment: some while
 # they start, some at any time after their first new step, some while a checkpoint is being written; none after more
@@ -126,33 +127,39 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text if line.endswith("\n")]
 
 
-def test_fifty_kills_lose_nothing_but_time(place: Path) -> None:
-    config(place, "uninterrupted", steps=STEPS, save_every=0)
-    config(place, "killed", steps=STEPS)
-    (ending,) = run_with_kills(place, "uninterrupted", 0)
-    assert ending[0] == 0, (place / "uninterrupted.yaml.out").read_text()
+@pytest.mark.parametrize(
+    ("kills", "total"),
+    [(SOME_KILLS, SOME_STEPS), pytest.param(KILLS, STEPS, marks=pytest.mark.soak)],
+    ids=["five kills", "fifty kills"],
+)
+def test_kills_lose_nothing_but_time(kills: int, total: int, place: Path) -> None:
+    whole, killed = f"uninterrupted_{kills}", f"killed_{kills}"
+    config(place, whole, steps=total, save_every=0)
+    config(place, killed, steps=total)
+    (ending,) = run_with_kills(place, whole, 0)
+    assert ending[0] == 0, (place / f"{whole}.yaml.out").read_text()
     began = time.monotonic()
-    killed = run_with_kills(place, "killed", KILLS)
+    lives = run_with_kills(place, killed, kills)
     seconds = time.monotonic() - began
-    config_path = str(place / "killed.yaml")
+    config_path = str(place / f"{killed}.yaml")
     assert [p.pid for p in psutil.process_iter(["cmdline"]) if config_path in (p.info["cmdline"] or [])] == []
-    statuses = [status for status, _, _ in killed]
-    assert statuses == [-signal.SIGKILL] * KILLS + [0], (place / "killed.yaml.out").read_text(encoding="utf-8")
-    steps = [int(last.removeprefix("step_") or 0) for _, _, last in killed]
+    statuses = [status for status, _, _ in lives]
+    assert statuses == [-signal.SIGKILL] * kills + [0], (place / f"{killed}.yaml.out").read_text(encoding="utf-8")
+    steps = [int(last.removeprefix("step_") or 0) for _, _, last in lives]
     assert steps == sorted(steps)
-    print(f"{KILLS} kills, {sum(saving for _, saving, _ in killed)} while saving, {seconds:.0f} s")
-    assert any(saving for _, saving, _ in killed)
+    print(f"{kills} kills, {sum(saving for _, saving, _ in lives)} while saving, {seconds:.0f} s")
+    assert any(saving for _, saving, _ in lives) or kills < KILLS
 
-    assert [line["step"] for line in lines(place / "killed")] == list(range(1, STEPS + 1))
-    for found, wanted in zip(lines(place / "killed"), lines(place / "uninterrupted"), strict=True):
+    assert [line["step"] for line in lines(place / killed)] == list(range(1, total + 1))
+    for found, wanted in zip(lines(place / killed), lines(place / whole), strict=True):
         for key in wanted:
             if not key.startswith(("time/", "rollout/tokens_per_second")):
                 assert found[key] == wanted[key], (wanted["step"], key)
-    weights = load_file(place / "killed" / "hf" / "model.safetensors")
-    whole = load_file(place / "uninterrupted" / "hf" / "model.safetensors")
-    assert [key for key in whole if (weights[key] != whole[key]).any()] == []
-    assert sorted(path.name for path in (place / "killed" / "checkpoints").iterdir()) == [
-        "latest", "settings.json", f"step_{STEPS - 1:06d}", f"step_{STEPS:06d}",
+    weights = load_file(place / killed / "hf" / "model.safetensors")
+    wanted_weights = load_file(place / whole / "hf" / "model.safetensors")
+    assert [key for key in wanted_weights if (weights[key] != wanted_weights[key]).any()] == []
+    assert sorted(path.name for path in (place / killed / "checkpoints").iterdir()) == [
+        "latest", "settings.json", f"step_{total - 1:06d}", f"step_{total:06d}",
     ]  # fmt: skip
 
 

@@ -14,13 +14,8 @@ from invariance import (
 from launcher import Ranks
 from policy_runs import Layout
 
-WHOLE_RUNS = (
-    "tensor 2, sequence",
-    "pipeline 2, 2 virtual stages",
-    "data 2, distributed optimizer",
-    "data 2 x context 2",
-    "experts, expert 2",
-)
+WHOLE_RUNS = ("tensor 2, sequence", "experts, expert 2")
+SOAKED_RUNS = ("pipeline 2, 2 virtual stages", "data 2, distributed optimizer", "data 2 x context 2")
 
 
 def test_mask_and_gradients_are_those_of_one_rank_in_every_layout(ranks: Ranks, tmp_path):
@@ -31,7 +26,11 @@ def test_mask_and_gradients_are_those_of_one_rank_in_every_layout(ranks: Ranks, 
 
 @pytest.mark.parametrize(
     "line",
-    [Line("one rank", Layout()), *(line for line in LINES if line.name in WHOLE_RUNS)],
+    [
+        Line("one rank", Layout()),
+        *(line for line in LINES if line.name in WHOLE_RUNS),
+        *(pytest.param(line, marks=pytest.mark.soak) for line in LINES if line.name in SOAKED_RUNS),
+    ],
     ids=lambda line: line.name,
 )
 def test_eight_steps_are_those_of_the_golden_file(line: Line, tmp_path):

@@ -60,6 +60,21 @@ EVERY_LAYOUT = (
     Layout(pipeline=2, data=2, expert=2, budget=90),
     replace(EXPERT, megatron=(("use_distributed_optimizer", True),)),
 )
+# Layouts of `make test`; `make soak` has the rest.
+SOME_LAYOUTS = (ONE_RANK, EXPERT, SEQUENCE_EXPERT, EVERY_LAYOUT[10], EVERY_LAYOUT[11])
+IN_LAYOUTS = pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        pytest.param("shares", SOME_LAYOUTS, id="shares"),
+        pytest.param("softmax", (ONE_RANK, EXPERT), id="softmax"),
+        pytest.param(
+            "shares",
+            tuple(layout for layout in EVERY_LAYOUT if layout not in SOME_LAYOUTS),
+            id="shares, all others",
+            marks=pytest.mark.soak,
+        ),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +129,7 @@ def with_experts_apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return apart
 
 
-@pytest.mark.parametrize(("name", "layouts"), [("shares", EVERY_LAYOUT), ("softmax", (ONE_RANK, EXPERT))])
+@IN_LAYOUTS
 def test_scores_are_those_of_transformers_and_the_export_is_the_input_bit_by_bit(ranks: Ranks, folders, name, layouts):
     temperature = 0.8
     with torch.no_grad(), wide_margins():
@@ -141,7 +156,7 @@ def test_a_bfloat16_export_is_the_input_rounded(ranks: Ranks, folders, layout):
             assert torch.equal(exported[name], tensor.bfloat16()), name
 
 
-@pytest.mark.parametrize(("name", "layouts"), [("shares", EVERY_LAYOUT), ("softmax", (ONE_RANK, EXPERT))])
+@IN_LAYOUTS
 def test_five_training_steps_are_those_of_plain_autograd_in_every_layout(ranks: Ranks, folders, name, layouts):
     """Gradient norms included, though each expert's gradient is on one rank and all others' are on several."""
     recipe = Recipe()

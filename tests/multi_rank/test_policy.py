@@ -61,8 +61,20 @@ EVERY_LAYOUT = (
         megatron=(("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1)),
     ),
 )
+# Layouts of `make test`: each dimension once, alone or with others; `make soak` has the rest.
+SOME_LAYOUTS = (ONE_RANK, SEQUENCE_PIPELINE, SEQUENCE_DATA, CONTEXT, VIRTUAL_PIPELINE, EVERY_LAYOUT[15])
+OTHER_LAYOUTS = tuple(layout for layout in EVERY_LAYOUT if layout not in SOME_LAYOUTS)
 # Where the embedding is also the output layer, its gradient comes from both ends of the pipeline.
 TIED_LAYOUTS = (ONE_RANK, SEQUENCE, PIPELINE, SEQUENCE_PIPELINE, VIRTUAL_PIPELINE)
+IN_LAYOUTS = pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        pytest.param("untied", SOME_LAYOUTS, id="untied"),
+        pytest.param("tied", (SEQUENCE_PIPELINE,), id="tied"),
+        pytest.param("untied", OTHER_LAYOUTS, id="untied, all others", marks=pytest.mark.soak),
+        pytest.param("tied", TIED_LAYOUTS, id="tied, all", marks=pytest.mark.soak),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +99,7 @@ def on_disk(folder: str) -> dict[str, torch.Tensor]:
     return load_file(f"{folder}/model.safetensors")
 
 
-@pytest.mark.parametrize(("name", "layouts"), [("untied", EVERY_LAYOUT), ("tied", TIED_LAYOUTS)])
+@IN_LAYOUTS
 def test_scores_are_those_of_transformers_and_the_export_is_the_input_bit_by_bit(ranks: Ranks, folders, name, layouts):
     temperature = 0.8
     sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
@@ -175,7 +187,7 @@ def largest_change(folder: str, trace: Trace) -> float:
     return max(float((weight - before[name]).abs().max()) for name, weight in trace.weights.items())
 
 
-@pytest.mark.parametrize(("name", "layouts"), [("untied", EVERY_LAYOUT), ("tied", TIED_LAYOUTS)])
+@IN_LAYOUTS
 def test_five_training_steps_are_those_of_plain_autograd_in_every_layout(ranks: Ranks, folders, name, layouts):
     """The top 20 % of each mini-batch, two mini-batches per step."""
     recipe = Recipe()

@@ -420,6 +420,7 @@ while not os.path.exists("seen"):
     assert real_launcher.left() == []
 
 
+@pytest.mark.soak
 def test_no_process_of_a_real_server_remains_after_a_crash_of_it_or_of_the_launcher(real_launcher: Launcher):
     flags = ("--python", str(installed()), "--restart", "--", *SMALL)
     process = real_launcher.start(*CPU, *flags)

@@ -199,6 +199,7 @@ def test_one_of_two_is_killed_and_restarts_with_other_weights_which_are_replaced
     assert len(removals(caplog, servers[1])) == 1
 
 
+@pytest.mark.soak
 def test_one_of_two_is_frozen_for_30_seconds(servers: list[RealServer], steps_on: Any):
     steps = steps_on(servers)
     timer = threading.Timer(30, servers[0].thaw)
