@@ -10,8 +10,8 @@ response tokens with the highest entropy. For token t of response i with advanta
 
 where tau is the k-th largest entropy of the mini-batch, k = ceil(rho N), and N counts all of its response tokens.
 
-The trainer does the same, and tests/multi_rank/test_minimal.py compares one step of both. Left out here: everything that makes it
-fast, large or safe, such as parallelism, packing, servers, killable graders, surplus groups, checkpoints, metrics.
+The trainer does the same, and tests/multi_rank/test_minimal.py compares one step of both. Left out here: everything
+that makes it fast, large or safe, such as parallelism, packing, servers, killable graders, surplus groups, checkpoints.
 """
 
 import argparse
