@@ -161,9 +161,9 @@ def test_a_bad_row_of_parquet_is_named_by_its_row(write_rows):
 
 def test_a_missing_column_names_those_that_exist(write_rows):
     path = write_rows("odd.jsonl", [{"Problem": "p", "Answer": "1"}])
-    with pytest.raises(DataError, match=r"line 1: no column prompt or .* among Problem, Answer; set prompt_key to"):
+    with pytest.raises(DataError, match=r"line 1: no column prompt or .* Problem, Answer; set data\.prompt_key to"):
         read_records(path)
-    with pytest.raises(DataError, match=r"no column reward_model.ground_truth or answer among .*; set answer_key to"):
+    with pytest.raises(DataError, match=r"no column reward_model.ground_truth or answer .*; set data\.answer_key to"):
         read_records(path, prompt_key="Problem")
     with pytest.raises(DataError, match=r"no column nope among Problem, Answer"):
         read_records(path, prompt_key="Problem", answer_key="Answer", id_key="nope")
