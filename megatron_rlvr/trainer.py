@@ -174,8 +174,8 @@ class Trainer:
         if step == 1 and share >= _MOSTLY_TRUNCATED:
             cap = self.settings.rollout.max_response_tokens
             self.progress.say(
-                f"step 1: {100 * share:.0f} % of the responses reached rollout.max_response_tokens={cap}, and none of "
-                "the stop tokens in the plan ended them; read rollouts/, and add the token that should have to "
+                f"in step 1, {100 * share:.0f} % of the responses reached rollout.max_response_tokens={cap}, and none "
+                "of the stop tokens in the plan ended them; read rollouts/, and add the token that should have to "
                 "rollout.stop, or raise the cap"
             )
 

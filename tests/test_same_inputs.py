@@ -44,6 +44,14 @@ def started(tmp_path_factory: pytest.TempPathFactory, model: Path, ranks: Ranks)
     return place
 
 
+def copy(started: Path, place: Path) -> Path:
+    """Copy the run with everything that it reads, as if it had started there."""
+    shutil.copytree(started, place)
+    settings = place / "run" / "checkpoints" / "settings.json"
+    settings.write_text(settings.read_text(encoding="utf-8").replace(str(started), str(place)), encoding="utf-8")
+    return place
+
+
 def config(place: Path, steps: int, **sections: Any) -> Path:
     values = tiny.settings_for(
         place / "model",
@@ -66,8 +74,7 @@ def moments(place: Path, step: int) -> set[str]:
 
 
 def test_the_clock_stands_still_for_all_ranks_and_in_a_resumed_run(started: Path, ranks: Ranks, tmp_path: Path) -> None:
-    place = tmp_path / "copy"
-    shutil.copytree(started, place)
+    place = copy(started, tmp_path / "copy")
     recorded = json.loads((place / "run" / "checkpoints" / "settings.json").read_text())["inputs"]["clock"]
     (first,) = moments(place, 1)
     assert first == recorded
@@ -120,8 +127,7 @@ def remove_row(place: Path) -> None:
 def test_a_resumed_run_that_would_read_something_else_is_refused(
     edit: Callable[[Path], None], message: str, started: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "copy"
-    shutil.copytree(started, place)
+    place = copy(started, tmp_path / "copy")
     run = config(place, steps=3)
     assert resolve(load_settings(run)).start is not None
     edit(place)

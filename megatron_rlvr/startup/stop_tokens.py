@@ -34,7 +34,7 @@ class StopToken:
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.text!r} ({self.id}), {' and '.join(self.reasons)}"
+        return f"{self.text!r} ({self.id}): {', '.join(self.reasons)}"
 
 
 def find_stop_tokens(

@@ -59,7 +59,7 @@ def test_the_end_of_turn_of_the_template_in_use_is_a_stop_token(
     eos = ("eos of the tokenizer", "eos of config.json")
     chat = resolve_with(model=base_model())
     assert reasons(chat) == {PAD: eos, END: (TURN,)}
-    assert plan(chat)["stop"] == f"'<|pad|>' (0), {' and '.join(eos)}; '<|end|>' (2), {TURN}"
+    assert plan(chat)["stop"] == f"'<|pad|>' (0): eos of the tokenizer, eos of config.json; '<|end|>' (2): {TURN}"
     assert reasons(resolve_with(model=base_model(), data={"template": "plain"})) == {PAD: eos}
     assert reasons(resolve_with(model=base_model(template=None))) == {PAD: eos}
 
