@@ -33,7 +33,7 @@ _PROBLEM, _ANSWER, _NEXT_PROBLEM = "PROBLEM-OF-A-USER", "ANSWER-OF-A-MODEL", "NE
 
 @dataclass(frozen=True, slots=True)
 class EndOfTurn:
-    """What a chat template writes after the content of an assistant's message.
+    """Text that a chat template writes after the content of an assistant's message.
 
     Attributes:
         text: The special token that ends the turn; without one, the text up to the next turn.

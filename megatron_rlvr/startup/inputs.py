@@ -1,4 +1,4 @@
-"""What a run reads besides its settings and weights, and whether a resumed run still reads the same.
+"""Record of what a run reads besides its settings and weights, and the check that a resumed run reads the same.
 
 The record is part of `checkpoints/settings.json`, written when the run first starts:
 
