@@ -29,6 +29,9 @@ from megatron_rlvr.protocols import EngineError, RolloutEngine, WeightsMissingEr
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
 from megatron_rlvr.signals import Signals
 
+# Share of truncated responses from which the end of a response is probably not recognized.
+_MOSTLY_TRUNCATED = 0.95
+
 
 class Trainer:
     """Trains a policy with parts that `startup/assembly.py` makes. All ranks make the same calls.
@@ -110,6 +113,7 @@ class Trainer:
                     self.save()
                     self.checkpoints.complete()
                     raise
+            self._warn_of_truncation(step, rollout)
             self.log.write_rollouts(step, rollout.sampled, self.collector.tokenizer)
             if self.settings.rollout.overlap == "one_step" and step < self.settings.run.steps:
                 self.collector.begin(step + 1)
@@ -163,6 +167,17 @@ class Trainer:
         if step == 0:
             self.log.write(0, metrics)
         return metrics
+
+    def _warn_of_truncation(self, step: int, rollout: Rollout) -> None:
+        """Say after the first rollout of the run if nearly no response ended by itself."""
+        share = rollout.metrics.get("rollout/truncated_fraction", 0.0)
+        if step == 1 and share >= _MOSTLY_TRUNCATED:
+            cap = self.settings.rollout.max_response_tokens
+            self.progress.say(
+                f"in step 1, {100 * share:.0f} % of the responses reached rollout.max_response_tokens={cap}, and none "
+                "of the stop tokens in the plan ended them; read rollouts/, and add the token that should have to "
+                "rollout.stop, or raise the cap"
+            )
 
     def _stop_is_wanted(self) -> bool:
         """Return on every rank whether SIGTERM has arrived on any; ranks get it at different moments."""

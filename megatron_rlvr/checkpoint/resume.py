@@ -20,6 +20,7 @@ from megatron_rlvr.config import Settings, SettingsError
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
+_INPUTS = "inputs"
 
 # Settings that may differ when a run resumes: how long it lasts, what it writes, and where and how fast it runs.
 _MAY_CHANGE = {
@@ -64,16 +65,24 @@ def checkpoint_to_resume(settings: Settings, earlier: list[str]) -> Checkpoint |
     return latest  # None: the earlier run ended before its first checkpoint, and starts again
 
 
-def prepare_checkpoints(settings: Settings, start: Checkpoint | None) -> None:
+def inputs_at_start(settings: Settings) -> dict[str, Any]:
+    """Return the record of inputs that `prepare_checkpoints` wrote when the run started; empty if it has none."""
+    return (_read_settings(Path(settings.run.dir) / FOLDER / _SETTINGS) or {}).get(_INPUTS, {})
+
+
+def prepare_checkpoints(settings: Settings, start: Checkpoint | None, inputs: Mapping[str, Any] | None = None) -> None:
     """Prepare the checkpoint folder of a run that resumes from ``start``, or starts from scratch if it is None.
 
     A fresh run writes its settings. Checkpoints newer than ``start``, left by a run that was killed, are removed.
+
+    Args:
+        inputs: JSON-compatible record of what a fresh run reads, for `inputs_at_start`.
     """
     root = Path(settings.run.dir) / FOLDER
     root.mkdir(parents=True, exist_ok=True)
     if start is None:
         (root / LATEST).unlink(missing_ok=True)
-        atomic.write_text(root / _SETTINGS, json.dumps(settings.model_dump(), indent=1))
+        atomic.write_text(root / _SETTINGS, json.dumps(settings.model_dump() | {_INPUTS: inputs or {}}, indent=1))
     newer = [found for found in complete_checkpoints(root) if start is None or found.order > start.order]
     remove_checkpoints(root, newer)
 

@@ -1,6 +1,6 @@
 """Training checkpoints in a run folder: their names, when one is due, which are kept, and the latest one.
 
-    checkpoints/settings.json     settings that the run started with (written by `resume`)
+    checkpoints/settings.json     settings and inputs that the run started with (written by `resume`)
     checkpoints/step_000020/      a complete checkpoint; until it is complete, it is named step_000020.incomplete
     checkpoints/step_000020.1/    the same weights, with what was sampled for step 21 before SIGTERM stopped the run
     checkpoints/latest            the name of the latest checkpoint; changed after everything else

@@ -18,6 +18,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from megatron_rlvr.config.data import DataSettings as DataSettings
 from megatron_rlvr.config.data import EvaluateSettings as EvaluateSettings
 from megatron_rlvr.config.data import EvaluationFileSettings as EvaluationFileSettings
+from megatron_rlvr.config.data import FileSettings as FileSettings
 from megatron_rlvr.config.data import PromptFileSettings as PromptFileSettings
 from megatron_rlvr.config.data import evaluation_name as evaluation_name
 from megatron_rlvr.config.model import ModelSettings as ModelSettings

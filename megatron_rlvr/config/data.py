@@ -1,11 +1,20 @@
 """Settings of prompts: those to train on, and those to evaluate on."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_rlvr.config.section import Section
+from megatron_rlvr.config.yaml_format import shown
+
+# Set by the trainer, or decided by other settings.
+_OWN_VARIABLES = {
+    *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "strftime_now"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask",),
+}
 
 
 def _expand_paths(values: Any, key: str) -> Any:
@@ -16,11 +25,22 @@ def _expand_paths(values: Any, key: str) -> Any:
     return values | {key: [{"path": file} if isinstance(file, str) else file for file in files]}
 
 
-class PromptFileSettings(Section):
-    """One file of `data.train`."""
+class FileSettings(Section):
+    """One file of problems."""
 
     path: str
     """A .jsonl or .parquet file of problems."""
+    prompt_key: str | None = None
+    """Column of the problem; null: one of the known names."""
+    answer_key: str | None = None
+    """Column of the gold answer; null: one of the known names."""
+    id_key: str | None = None
+    """Column of the problem's id; null: one of the known names."""
+
+
+class PromptFileSettings(FileSettings):
+    """One file of `data.train`; its columns are those of `data.prompt_key` and so on, unless it has its own."""
+
     weight: float | None = Field(default=None, gt=0)
     """Share of the prompts drawn from this file, relative to the other files; null: its number of prompts."""
 
@@ -29,9 +49,11 @@ class DataSettings(Section):
     """Problems to train on, and how they become prompts."""
 
     train: list[PromptFileSettings] = Field(min_length=1)
-    """Files of problems: paths, or {path, weight}."""
+    """Files of problems: paths, or {path, weight, prompt_key, answer_key, id_key}."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: the text itself; auto: chat if the tokenizer has a template."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}."""
     system: str | None = None
     """System message of every prompt; null: none."""
     suffix: str = ""
@@ -41,23 +63,39 @@ class DataSettings(Section):
     shuffle: bool = True
     """Shuffle each file again in every epoch; false: keep the file's order."""
     prompt_key: str | None = None
-    """Column of the problem; null: one of the known names."""
+    """Column of the problem in the files of `data.train`; null: one of the known names."""
     answer_key: str | None = None
-    """Column of the gold answer; null: one of the known names."""
+    """Column of the gold answer in the files of `data.train`; null: one of the known names."""
     id_key: str | None = None
-    """Column of the problem's id; null: one of the known names."""
+    """Column of the problem's id in the files of `data.train`; null: one of the known names."""
 
     @model_validator(mode="before")
     @classmethod
     def _paths_are_files(cls, values: Any) -> Any:
         return _expand_paths(values, "train")
 
+    @model_validator(mode="after")
+    def _combination(self) -> "DataSettings":
+        for name, value in self.template_kwargs.items():
+            key = f"data.template_kwargs.{name}={shown(value)}"
+            if name in _OWN_VARIABLES:
+                raise ValueError(f"{key}: is set by the trainer; remove it")
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise ValueError(f"{key}: not a value of JSON; give a bool, int, float, str, list or mapping") from None
+        for key in ("prompt_key", "answer_key", "id_key"):
+            if getattr(self, key) is not None and all(getattr(file, key) is not None for file in self.train):
+                raise ValueError(
+                    f"data.{key}={shown(getattr(self, key))}: has no effect, as every file of data.train has its own "
+                    f"{key}; remove it"
+                )
+        return self
 
-class EvaluationFileSettings(Section):
-    """One file of `evaluate.sets`."""
 
-    path: str
-    """A .jsonl or .parquet file of problems."""
+class EvaluationFileSettings(FileSettings):
+    """One file of `evaluate.sets`, which is read by its own columns, whatever those of `data.train` are."""
+
     name: str | None = None
     """Name of the set in the metrics, `eval/NAME/accuracy`; null: the file's name without its ending."""
 
@@ -66,7 +104,7 @@ class EvaluateSettings(Section):
     """Problem sets to evaluate on, and how they are sampled."""
 
     sets: list[EvaluationFileSettings] = Field(default_factory=list)
-    """Problem sets: paths, or {path, name}. Without any, nothing is evaluated."""
+    """Problem sets: paths, or {path, name, prompt_key, answer_key, id_key}. Without any, nothing is evaluated."""
     group_size: int = Field(default=32, ge=1)
     """Number of completions per problem; the accuracy is their mean (avg@32 in the paper)."""
     temperature: float = Field(default=1.0, ge=0)

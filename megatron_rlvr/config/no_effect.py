@@ -59,6 +59,7 @@ _SET_COSINE = "remove it, or set cosine"
 
 NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect("run.keep_every", "run.save_every", (0,), "no checkpoints are saved on the way"),
+    NoEffect("data.template_kwargs", "data.template", ("plain",), "there is no chat template to read them"),
     NoEffect("run.eval_every", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
     NoEffect(
         *("parallel.sequence", "parallel.tensor", (1,), "it shards over tensor-parallel ranks"),

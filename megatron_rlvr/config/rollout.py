@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_rlvr.config.section import Section
 from megatron_rlvr.config.yaml_format import shown
@@ -27,6 +27,9 @@ class RolloutSettings(Section):
     """Nucleus sampling: probability mass of the tokens to sample from; 1: the whole distribution."""
     max_response_tokens: int = Field(default=20480, ge=1, lt=2**20)
     """Longest response in tokens; longer ones are truncated."""
+    stop: list[str | int] = Field(default_factory=list)
+    """Further tokens that end a response, as texts or ids. The end of turn of the chat template and the eos tokens of
+    tokenizer, config.json and generation_config.json always end one; the plan lists all of them."""
     dynamic_sampling: bool = True
     """Replace groups that are all correct or all incorrect, which carry no gradient, by groups of other prompts."""
     max_rounds: int = Field(default=10, ge=1)
@@ -59,9 +62,19 @@ class RolloutSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_server_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("servers"), str):
-            return values | {"servers": [values["servers"]]}
+    def _one_is_a_list(cls, values: Any) -> Any:
+        """Read one server or one stop token as a list of it."""
+        if not isinstance(values, dict):
+            return values
+        single = {key: [values[key]] for key in ("servers", "stop") if isinstance(values.get(key), str | int)}
+        return values | single
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _tokens(cls, values: Any) -> Any:
+        for value in values if isinstance(values, list) else []:
+            if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+                raise ValueError(f"rollout.stop={shown(value)}: not a token; give its text or its id")
         return values
 
     @model_validator(mode="after")

@@ -1,30 +1,25 @@
-"""Prompts of a run: prompt files are read, rendered as text, tokenized, and filtered by length.
-
-The text of a prompt is made of messages = [system message, if set] + the row's messages (plain text is one user
-message), with `suffix` appended to the last content. The template decides how messages become text:
-
-    chat    the tokenizer's chat template, up to where the assistant's answer starts
-    plain   the contents joined by blank lines, after the start tokens that the model expects (Llama's <s>)
-    auto    chat if the tokenizer has a chat template, else plain
+"""Prompts of a run: prompt files are read, rendered as text (template.py), tokenized, and filtered by length.
 
 Equal texts are tokenized once and share one array: DAPO-Math repeats each of its 17 thousand problems a hundred times.
+How many problems are distinct is counted, and each file has a digest of what was read from it.
 """
 
+import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
-from megatron_rlvr.data.records import Message, Record, read_records
+from megatron_rlvr.data.records import Columns, Record, RecordFile
 from megatron_rlvr.data.rows import DataError
-from megatron_rlvr.data.tokenizer import Tokenizer, TokenizerError
+from megatron_rlvr.data.template import PromptTemplate, Template
+from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.types import Prompt
-
-Template = Literal["auto", "chat", "plain"]
 
 ENCODE_BATCH = 1024
 
@@ -39,6 +34,7 @@ class PromptFile:
             prompts, which makes every prompt equally likely.
         name: Prefix of the prompts' ids, and name of the set in metrics; None for the file's stem. Unique in a set.
         prompt_key, answer_key, id_key: Columns to read instead of those found by name.
+        settings: Section of the settings that has these keys, for messages.
     """
 
     path: str | Path
@@ -47,25 +43,40 @@ class PromptFile:
     prompt_key: str | None = None
     answer_key: str | None = None
     id_key: str | None = None
+    settings: str = "data"
 
 
 @dataclass(frozen=True, slots=True)
 class FilePrompts:
-    """Prompts of one file: ``PromptSet.prompts[start : start + count]``, with ``count`` at least 1."""
+    """Prompts of one file: ``PromptSet.prompts[start : start + count]``, with ``count`` at least 1.
+
+    Attributes:
+        columns: Columns that were read.
+        digests: {part: digest of that part of all prompts, in order}; see `digests`.
+    """
 
     name: str
     start: int
     count: int
     weight: float
     dropped_too_long: int
+    columns: Columns | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts of one or more files, with unique ids, in the order of the files and of their rows."""
+    """Prompts of one or more files, with unique ids, in the order of the files and of their rows.
+
+    Attributes:
+        distinct: Number of distinct token sequences among the prompts; None if it was not counted.
+        ambiguous: Number of these that have more than one gold answer.
+    """
 
     prompts: list[Prompt]
     files: tuple[FilePrompts, ...]
+    distinct: int | None = None
+    ambiguous: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -83,6 +94,8 @@ def load_prompts(
     template: Template = "auto",
     system: str | None = None,
     suffix: str = "",
+    template_kwargs: Mapping[str, Any] | None = None,
+    now: datetime | None = None,
     show_progress: bool = True,
 ) -> PromptSet:
     """Read and tokenize the prompts of all files.
@@ -91,45 +104,49 @@ def load_prompts(
         files: Prompt files, at least one.
         tokenizer: Tokenizer of the model.
         max_prompt_tokens: Maximum prompt length in tokens. Longer prompts are dropped and counted, never truncated.
-        template: "auto", "chat" or "plain"; see the module docstring.
+        template: "auto", "chat" or "plain"; see template.py.
         system: System message for every prompt, or None.
         suffix: Text appended to every problem, such as "\\nPut the final answer within \\\\boxed{}."
+        template_kwargs: Variables of the chat template.
+        now: Moment that a chat template sees which reads the clock; None for the clock itself.
         show_progress: Show a progress bar if stderr is a terminal. Set it on one rank only.
 
     Raises:
         DataError: If a file is malformed, no prompt of a file is short enough, two files have the same name, a weight
-            is not positive, a row has its own system message although ``system`` is set, or the chat template rejects a
-            row.
+            is not positive, or the template cannot be applied (`PromptTemplate`).
     """
     if not files:
         raise DataError("no prompt files; name at least one in data.train")
-    if template not in ("auto", "chat", "plain"):
-        raise DataError(f"data.template={template}: unknown template; choose auto, chat or plain")
-    chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
+    names = _names(files)
+    to_text = PromptTemplate(tokenizer, template, system=system, suffix=suffix, variables=template_kwargs, now=now)
     prompts: list[Prompt] = []
     loaded: list[FilePrompts] = []
-    for file, name in zip(files, _names(files), strict=True):
-        records = read_records(
-            file.path, name=name, prompt_key=file.prompt_key, answer_key=file.answer_key, id_key=file.id_key
+    answers = _Answers()
+    for file, name in zip(files, names, strict=True):
+        reader = RecordFile(
+            file.path,
+            name=name,
+            prompt_key=file.prompt_key,
+            answer_key=file.answer_key,
+            id_key=file.id_key,
+            settings=file.settings,
         )
-        texts = [_text(record, tokenizer, chat, system, suffix) for record in records]
-        start_ids = [] if chat else tokenizer.start_ids
-        token_ids = _tokenize(texts, tokenizer, start_ids, f"tokenizing {name}", show_progress)
-        kept = [
-            Prompt(record.id, ids, record.answer, record.source, record.extra)
-            for record, ids in zip(records, token_ids, strict=True)
-            if len(ids) <= max_prompt_tokens
-        ]
-        if not kept:
-            shortest = min(len(ids) for ids in token_ids)
+        records, numbers, texts = _rendered(reader, to_text)
+        token_ids = _tokenize(texts, tokenizer, to_text, f"tokenizing {name}", show_progress)
+        fits = [len(ids) <= max_prompt_tokens for ids in token_ids]
+        if not any(fits):
             raise DataError(
                 f"data.max_prompt_tokens={max_prompt_tokens}: all {len(records)} prompts of {file.path} are longer; "
-                f"raise it to {shortest} or more"
+                f"raise it to {min(map(len, token_ids))} or more"
             )
+        kept = [(record, number) for record, number in zip(records, numbers, strict=True) if fits[number]]
         weight = float(len(kept)) if file.weight is None else float(file.weight)
-        loaded.append(FilePrompts(name, len(prompts), len(kept), weight, len(records) - len(kept)))
-        prompts += kept
-    return PromptSet(prompts, tuple(loaded))
+        dropped = len(records) - len(kept)
+        digests = _digests(kept, token_ids)
+        loaded.append(FilePrompts(name, len(prompts), len(kept), weight, dropped, reader.columns, digests))
+        prompts += [Prompt(r.id, token_ids[number], r.answer, r.source, r.extra) for r, number in kept]
+        answers.add(kept, token_ids)
+    return PromptSet(prompts, tuple(loaded), answers.distinct, answers.ambiguous)
 
 
 def _names(files: Sequence[PromptFile]) -> list[str]:
@@ -150,34 +167,89 @@ def _names(files: Sequence[PromptFile]) -> list[str]:
     return list(names)
 
 
-def _text(record: Record, tokenizer: Tokenizer, chat: bool, system: str | None, suffix: str) -> str:
-    messages: list[Message] = (
-        [{"role": "user", "content": record.prompt}] if isinstance(record.prompt, str) else record.prompt
-    )
-    if system is not None:
-        if any(message["role"] == "system" for message in messages):
-            raise DataError(f"prompt {record.id} has its own system message; unset data.system or remove the message")
-        messages = [{"role": "system", "content": system}, *messages]
-    messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + suffix}]
-    if not chat:
-        return "\n\n".join(message["content"] for message in messages)
-    try:
-        return tokenizer.render_chat(messages)
-    except TokenizerError as error:
-        raise DataError(f"prompt {record.id}: {error}") from error
+def _rendered(records: RecordFile, template: PromptTemplate) -> tuple[list[Record], list[int], list[str]]:
+    """Return the records, for each the number of its text, and the distinct texts."""
+    kept: list[Record] = []
+    numbers: list[int] = []
+    texts: dict[str, int] = {}
+    number_of: dict[int, int] = {}  # by the identity of the problem, as equal problems of a file are one object
+    for record in records:
+        number = number_of.get(id(record.prompt))
+        if number is None:
+            number = number_of[id(record.prompt)] = texts.setdefault(template.text(record), len(texts))
+        kept.append(record)
+        numbers.append(number)
+    return kept, numbers, list(texts)
 
 
 def _tokenize(
-    texts: list[str], tokenizer: Tokenizer, start_ids: list[int], title: str, show_progress: bool
+    texts: list[str], tokenizer: Tokenizer, template: PromptTemplate, title: str, show_progress: bool
 ) -> list[np.ndarray]:
-    """Return token ids [P] int32 for each text; equal texts share one array, which is therefore read-only."""
-    distinct = list(dict.fromkeys(texts))
-    arrays: dict[str, np.ndarray] = {}
-    for batch in _batches(distinct, title, show_progress):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            arrays[text] = np.array(start_ids + ids, dtype=np.int32)
-            arrays[text].flags.writeable = False
-    return [arrays[text] for text in texts]
+    """Return read-only token ids [P] int32 for each text."""
+    arrays = []
+    for batch in _batches(texts, title, show_progress):
+        for ids in tokenizer.encode_batch(batch):
+            arrays.append(np.array(template.with_start(ids), dtype=np.int32))
+            arrays[-1].flags.writeable = False
+    return arrays
+
+
+def _digests(rows: Sequence[tuple[Record, int]], token_ids: Sequence[np.ndarray]) -> dict[str, str]:
+    """Return a digest of each part of the prompts of a file, in order.
+
+    Args:
+        rows: (record, index of its token ids).
+    """
+    tokens: dict[int, bytes] = {}
+    problems: dict[int, bytes] = {}
+    others: dict[int, bytes] = {}
+    for record, number in rows:
+        if number not in tokens:
+            tokens[number] = _short_hash(token_ids[number].tobytes())
+        if id(record.prompt) not in problems:  # equal ones are one object
+            problems[id(record.prompt)] = _short_hash(repr(record.prompt).encode())
+        if id(record.extra) not in others:
+            others[id(record.extra)] = _short_hash(repr(sorted(record.extra.items())).encode())
+    parts: dict[str, Iterable[bytes]] = {
+        "ids": (f"{record.id}\0{record.source}\0".encode() for record, _ in rows),
+        "problems": (problems[id(record.prompt)] for record, _ in rows),
+        "answers": (f"{record.answer}\0".encode() for record, _ in rows),
+        "other columns": (others[id(record.extra)] for record, _ in rows),
+        "prompts": (tokens[number] for _, number in rows),
+    }
+    digests = {}
+    for part, values in parts.items():
+        whole = hashlib.blake2b(digest_size=16)
+        for value in values:
+            whole.update(value)
+        digests[part] = whole.hexdigest()
+    return digests
+
+
+def _short_hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+class _Answers:
+    """Gold answers of each distinct prompt over all files."""
+
+    def __init__(self) -> None:
+        self._answer_of: dict[bytes, str] = {}
+        self._ambiguous: set[bytes] = set()
+
+    def add(self, rows: Sequence[tuple[Record, int]], token_ids: Sequence[np.ndarray]) -> None:
+        keys = [_short_hash(ids.tobytes()) for ids in token_ids]
+        for record, number in rows:
+            if self._answer_of.setdefault(keys[number], record.answer) != record.answer:
+                self._ambiguous.add(keys[number])
+
+    @property
+    def distinct(self) -> int:
+        return len(self._answer_of)
+
+    @property
+    def ambiguous(self) -> int:
+        return len(self._ambiguous)
 
 
 def _batches(texts: list[str], title: str, show_progress: bool) -> Iterator[list[str]]:

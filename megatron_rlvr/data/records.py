@@ -3,7 +3,7 @@
 The first row decides which columns are read, by the first name that is present in each list:
 
     prompt   prompt, messages, problem, question           text, or chat messages [{role, content}, ...]
-    answer   reward_model.ground_truth, answer             text or a number; 27.0 is read as "27"
+    answer   reward_model.ground_truth, answer             text or a number, which becomes its decimal digits
     id       id, idx, extra_info.index                     else the line or row number, counted from 1
     source   source, data_source                           else the file's name
 
@@ -11,16 +11,21 @@ These names cover files written for this project, verl's layout (DAPO-Math), GSM
 nested column. If the prompt column is `question` and the first answer contains `#### n` (GSM8K), the gold answer is
 the text after the last `####`, without thousands separators.
 
+Numbers become the digits that the file has, without an exponent and without losing one: 27.0 is "27", 1e-05 is
+"0.00001".
+
 Every later row must have the same columns as the first: a row that is read by another rule could yield an incorrect
 gold answer, which is noise in the reward that no later check can detect.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.data.rows import DataError, read_rows
+from megatron_rlvr.data.rows import DataError, LongFloat, read_rows
 
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer")
@@ -37,6 +42,7 @@ Message = dict[str, str]
 """Message of a chat: {"role": ..., "content": ...}."""
 
 _MISSING = object()
+_NOTHING: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +65,14 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
-    """Columns of a file that are read; ``marked`` is true if its answers end with `#### n`."""
+class Columns:
+    """Columns of a file that are read.
+
+    Attributes:
+        prompt, answer: Columns of the problem and of its gold answer.
+        id, source: Columns of the row's id and of the name of its data set; None if the file has none.
+        marked: True if the answers end with `#### n`.
+    """
 
     prompt: str
     answer: str
@@ -69,82 +81,106 @@ class _Columns:
     marked: bool
 
 
-def read_records(
-    path: str | Path,
-    *,
-    name: str | None = None,
-    prompt_key: str | None = None,
-    answer_key: str | None = None,
-    id_key: str | None = None,
-) -> list[Record]:
-    """Read every row of a prompt file, in the order of the file.
+class RecordFile:
+    """A prompt file, read row by row: iterating yields a `Record` for every row, in the order of the file.
+
+    Ids are unique. If they are read from `extra_info.index`, which DAPO-Math repeats, the second row with an id gets
+    the suffix "#2", and so on; in any other column a repeated id is an error. Equal problems, answers and sources are
+    one object each, and so are equal other columns: files may repeat each problem a hundred times.
 
     Args:
         path: A .jsonl, .json (one object per line) or .parquet file.
         name: Prefix of the ids, and source of rows without one; the file's stem by default.
         prompt_key, answer_key, id_key: Columns to read instead of those found by name ("a.b" for a nested column).
+        settings: Section of the settings that has these keys, for messages.
 
-    Returns:
-        At least one record, with unique ids. If ids are read from `extra_info.index`, which DAPO-Math repeats, the
-        second row with an id gets the suffix "#2", and so on; in any other column a repeated id is an error.
-
-    Raises:
-        DataError: One sentence with the file and the line (of JSON lines) or row (of parquet), counted from 1.
+    Attributes:
+        columns: Columns that are read; None until the first row is.
     """
-    path = Path(path)
-    name = path.stem if name is None else name
-    columns: _Columns | None = None
-    records: list[Record] = []
-    row_numbers: dict[str, int] = {}
-    copies: dict[str, int] = {}
-    for unit, number, row in read_rows(path):
-        where = f"{path}, {unit} {number}"
-        if columns is None:
-            columns = _find_columns(row, where, prompt_key, answer_key, id_key)
-        own_id = str(number) if columns.id is None else _row_id(row, columns.id, where)
-        row_id = f"{name}/{own_id}"
-        if row_id in row_numbers:
-            if columns.id != REPEATING_ID:
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        prompt_key: str | None = None,
+        answer_key: str | None = None,
+        id_key: str | None = None,
+        settings: str = "data",
+    ) -> None:
+        self.columns: Columns | None = None
+        self._path = Path(path)
+        self._name = self._path.stem if name is None else name
+        self._keys = {"prompt": prompt_key, "answer": answer_key, "id": id_key}
+        self._settings = settings
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield the records, at least one.
+
+        Raises:
+            DataError: One sentence with the file and the line (of JSON lines) or row (of parquet), counted from 1.
+        """
+        row_numbers: dict[str, int] = {}
+        copies: dict[str, int] = {}
+        known: dict[Any, Any] = {}
+        for unit, number, row in read_rows(self._path):
+            where = f"{self._path}, {unit} {number}"
+            if self.columns is None:
+                self.columns = self._find_columns(row, where)
+            columns = self.columns
+            own_id = str(number) if columns.id is None else _row_id(row, columns.id, where)
+            row_id = f"{self._name}/{own_id}"
+            if row_id in row_numbers:
+                if columns.id != REPEATING_ID:
+                    raise DataError(
+                        f"{where}: {columns.id} {own_id!r} repeats that of {unit} {row_numbers[row_id]}; make ids "
+                        f"unique, or set {self._settings}.id_key to a column of unique ids"
+                    )
+                row_id = _next_copy(row_id, copies, row_numbers)
+            row_numbers[row_id] = number
+            yield self._record(row, columns, row_id, where, known)
+        if not row_numbers:
+            raise DataError(f"{self._path} has no rows; give a file with at least one prompt")
+
+    def _find_columns(self, row: dict[str, Any], where: str) -> Columns:
+        def find(meaning: str, names: tuple[str, ...]) -> str | None:
+            present = (column for column in names if _value(row, column) is not _MISSING)
+            return self._keys.get(meaning) or next(present, None)
+
+        def required(meaning: str, names: tuple[str, ...]) -> str:
+            column = find(meaning, names)
+            if column is None:
                 raise DataError(
-                    f"{where}: {columns.id} {own_id!r} repeats that of {unit} {row_numbers[row_id]}; make ids unique"
+                    f"{where}: no column {' or '.join(names)} among {_names(row)}; set {self._settings}.{meaning}_key "
+                    f"to the column of the {meaning}"
                 )
-            row_id = _next_copy(row_id, copies, row_numbers)
-        row_numbers[row_id] = number
-        records.append(_record(row, columns, row_id, name, where))
-    if not records:
-        raise DataError(f"{path} has no rows; give a file with at least one prompt")
-    return records
+            return column
+
+        prompt, answer = required("prompt", PROMPT_COLUMNS), required("answer", ANSWER_COLUMNS)
+        marked = prompt == "question" and GOLD_MARK in str(_value(row, answer))
+        return Columns(prompt, answer, find("id", ID_COLUMNS), find("source", SOURCE_COLUMNS), marked)
+
+    def _record(self, row: dict[str, Any], columns: Columns, row_id: str, where: str, known: dict[Any, Any]) -> Record:
+        prompt = _prompt(row, columns.prompt, where, self._settings)
+        key = prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt)
+        answer = _answer(row, columns.answer, where)
+        if columns.prompt == "question":
+            answer = _gold(answer, columns, where)
+        source = self._name if columns.source is None else _source(row, columns.source, where)
+        used = (columns.prompt, columns.answer, columns.id, columns.source)
+        extra = {column: value for column, value in row.items() if column not in used}
+        return Record(
+            known.setdefault(key, prompt),
+            known.setdefault(answer, answer),
+            row_id,
+            known.setdefault(source, source),
+            known.setdefault(("", repr(extra)), extra) if extra else _NOTHING,
+        )
 
 
-def _find_columns(
-    row: dict[str, Any], where: str, prompt_key: str | None, answer_key: str | None, id_key: str | None
-) -> _Columns:
-    def find(names: tuple[str, ...], override: str | None = None) -> str | None:
-        present = (column for column in names if _value(row, column) is not _MISSING)
-        return next(present, None) if override is None else override
-
-    prompt, answer = find(PROMPT_COLUMNS, prompt_key), find(ANSWER_COLUMNS, answer_key)
-    for meaning, column, names in (("prompt", prompt, PROMPT_COLUMNS), ("answer", answer, ANSWER_COLUMNS)):
-        if column is None:
-            raise DataError(
-                f"{where}: no column {' or '.join(names)} among {_names(row)}; "
-                f"set {meaning}_key to the column of the {meaning}"
-            )
-    assert prompt is not None
-    assert answer is not None
-    marked = prompt == "question" and GOLD_MARK in str(_value(row, answer))
-    return _Columns(prompt, answer, find(ID_COLUMNS, id_key), find(SOURCE_COLUMNS), marked)
-
-
-def _record(row: dict[str, Any], columns: _Columns, row_id: str, name: str, where: str) -> Record:
-    prompt = _prompt(row, columns.prompt, where)
-    answer = _answer(row, columns.answer, where)
-    if columns.prompt == "question":
-        answer = _gold(answer, columns, where)
-    source = name if columns.source is None else _source(row, columns.source, where)
-    used = (columns.prompt, columns.answer, columns.id, columns.source)
-    extra = {column: value for column, value in row.items() if column not in used}
-    return Record(prompt, answer, row_id, source, extra)
+def read_records(path: str | Path, **options: Any) -> list[Record]:
+    """Read every row of a prompt file; arguments and errors are those of `RecordFile`."""
+    return list(RecordFile(path, **options))
 
 
 def _next_copy(row_id: str, copies: dict[str, int], taken: dict[str, int]) -> str:
@@ -187,46 +223,54 @@ def _text(value: str, column: str, where: str) -> str:
     return value
 
 
-def _prompt(row: dict[str, Any], column: str, where: str) -> str | list[Message]:
+def _prompt(row: dict[str, Any], column: str, where: str, settings: str) -> str | list[Message]:
     value = _present(row, column, where)
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where}: {column} is empty; write a problem or remove the row")
         return _text(value, column, where)
     if isinstance(value, list):
-        return _messages(value, column, where)
+        others = (other for other in PROMPT_COLUMNS if other != column and isinstance(row.get(other), str))
+        return _messages(value, column, where, "".join(f"set {settings}.prompt_key to {o}, or " for o in others))
     raise DataError(f"{where}: {column} is {_kind(value)}; write text or a list of {{role, content}}")
 
 
-def _messages(value: list[Any], column: str, where: str) -> list[Message]:
+def _messages(value: list[Any], column: str, where: str, way_out: str) -> list[Message]:
+    """Return the messages of a chat; ``way_out`` is a remedy that is put before the others."""
     messages = []
     for number, message in enumerate(value, start=1):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise DataError(
-                    f"{where}: message {number} of {column} has no {key} of type str; give each a role and a content"
+                    f"{where}: message {number} of {column} has no {key} of type str; {way_out}give each a "
+                    "role and a content"
                 )
         messages.append({key: _text(message[key], column, where) for key in ("role", "content")})
     if not messages or not messages[-1]["content"].strip():
         raise DataError(f"{where}: {column} is empty; write a problem or remove the row")
     if messages[-1]["role"] == "assistant":
         # Probably a supervised data set, whose last message is the solution that the policy has to find.
-        raise DataError(f"{where}: {column} ends with an assistant message; end it with a user message")
+        raise DataError(f"{where}: {column} ends with an assistant message; {way_out}end it with a user message")
     return messages
 
 
 def _answer(row: dict[str, Any], column: str, where: str) -> str:
     value = _present(row, column, where)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    answer = _text(str(value), column, where).strip() if isinstance(value, str) or is_number else ""
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+    answer = _digits(value) if number else _text(value, column, where).strip() if isinstance(value, str) else ""
     if not answer:
         raise DataError(f"{where}: {column} is {_kind(value)}; write the answer as text or a number or remove the row")
     return answer
 
 
-def _gold(answer: str, columns: _Columns, where: str) -> str:
+def _digits(number: int | float | Decimal) -> str:
+    """Return a number as digits without an exponent, those of the file; 27.0 as "27"."""
+    if isinstance(number, float):  # the shortest digits that denote this float, unless the file has more
+        number = Decimal(number.literal if isinstance(number, LongFloat) else repr(number))
+    return str(int(number)) if number == int(number) else f"{number:f}"
+
+
+def _gold(answer: str, columns: Columns, where: str) -> str:
     """Return the text after the last `####` if the file's answers are marked (GSM8K), else the answer unchanged."""
     if (GOLD_MARK in answer) != columns.marked:
         this_row, first_row = ("no", "has one") if columns.marked else ("a", "has none")

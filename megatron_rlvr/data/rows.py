@@ -6,11 +6,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_rlvr.errors import InputError
+
+_EXACT_CHARACTERS = 16
 
 
 class DataError(InputError):
     """Invalid prompt file or cursor state; the message gives the file and line, the problem and the remedy."""
+
+
+class LongFloat(float):
+    """Float of a JSON file with more digits than a float has, which remembers them.
+
+    Attributes:
+        literal: The number as the file has it.
+    """
+
+    literal: str
+
+    def __new__(cls, literal: str) -> "LongFloat":
+        number = super().__new__(cls, literal)
+        number.literal = literal
+        return number
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:  # for the way to a grader process
+        return LongFloat, (self.literal,)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -49,7 +71,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), parse_float=_json_float)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start + 1} is not valid UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -60,6 +82,11 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def _json_float(literal: str) -> float:
+    # A float keeps 15 digits, which 16 characters with a decimal point cannot exceed.
+    return float(literal) if len(literal) <= _EXACT_CHARACTERS else LongFloat(literal)
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
@@ -68,9 +95,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
+                for row in _with_short_floats(batch).to_pylist():
                     number += 1
                     yield "row", number, row
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise DataError(f"{path} cannot be read as parquet after row {number} ({reason}); create it again") from error
+
+
+def _with_short_floats(batch: Any) -> Any:
+    """Return a record batch whose 32-bit and 16-bit floats have become the 64-bit floats of the same digits.
+
+    Widening 0.1 as a 32-bit float gives 0.10000000149011612, which is not the number that was written.
+    """
+    import pyarrow
+
+    for index, field in enumerate(batch.schema):
+        if pyarrow.types.is_floating(field.type) and field.type != pyarrow.float64():
+            exact = np.dtype(field.type.to_pandas_dtype()).type
+            numbers = [None if x is None else float(str(exact(x))) for x in batch.column(index).to_pylist()]
+            batch = batch.set_column(index, field.name, pyarrow.array(numbers, pyarrow.float64()))
+    return batch

@@ -7,7 +7,7 @@ them itself, and a prompt with two of them would be unlike any that the model wa
 transformers takes seconds to import, so it is imported only when a folder is opened.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,9 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab_size: Largest id plus 1, added tokens included. A model's padded vocabulary may be larger.
-        eos_token_id: Token that ends a response.
+        eos_token_id: End-of-sequence token.
         pad_token_id: Token that pads a batch; eos_token_id if the tokenizer has no padding token.
+        special_ids: Special and added tokens, which mark turns, thoughts and the like.
         start_ids: Tokens that the model expects before plain text; empty for most models.
         chat_template: Jinja template for chats, or None.
     """
@@ -35,6 +36,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_token_id: int
     pad_token_id: int
+    special_ids: frozenset[int]
     start_ids: list[int]
     chat_template: str | None
 
@@ -47,8 +49,21 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``, omitting special tokens and ids >= vocab_size."""
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """Return the text of a chat up to where the assistant's answer starts.
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token whose text is ``text``, special or not; None if there is no such token."""
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token, special or not."""
+
+    def render_chat(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
+    ) -> str:
+        """Return the text of a chat.
+
+        Args:
+            messages: Messages of the chat.
+            variables: Variables of the chat template, besides its own.
+            answer_follows: True to end where the assistant's answer starts; False to end after the last message.
 
         Raises:
             TokenizerError: If there is no chat template, or it rejects the messages.
@@ -110,6 +125,7 @@ class HuggingFaceTokenizer:
         self.eos_token_id: int = self._backend.eos_token_id
         pad = self._backend.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self.special_ids = frozenset(self._backend.all_special_ids) | frozenset(self._backend.added_tokens_decoder)
         self.start_ids = self._find_start_ids()
         template = self._backend.chat_template
         # A tokenizer may have several templates by name; those other than the default are for tools and retrieval.
@@ -138,16 +154,30 @@ class HuggingFaceTokenizer:
         # The clean-up would change spaces around punctuation, so that the text would differ from what was sampled.
         return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def token_id(self, text: str) -> int | None:
+        known: int | None = self._backend.get_vocab().get(text)
+        ids = [known] if known is not None else self.encode(text)
+        return ids[0] if len(ids) == 1 else None
+
+    def token_text(self, token_id: int) -> str:
+        return self._backend.decode([token_id], clean_up_tokenization_spaces=False)
+
+    def render_chat(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
+    ) -> str:
         from jinja2 import TemplateError
 
         if self.chat_template is None:
             raise TokenizerError(f"the tokenizer in {self._folder} has no chat template; set data.template=plain")
         try:
             return self._backend.apply_chat_template(
-                list(messages), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+                list(messages),
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=answer_follows,
+                **(variables or {}),
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # TypeError: the template uses a variable of another type
             raise TokenizerError(
                 f"the chat template in {self._folder} rejects the messages ({error}); change them or the template"
             ) from error
@@ -185,6 +215,7 @@ class SentencePieceTokenizer:
         self.eos_token_id: int = self._processor.eos_id()
         pad = self._processor.pad_id()
         self.pad_token_id: int = self.eos_token_id if pad < 0 else pad
+        self.special_ids = frozenset(i for i in range(self.vocab_size) if self._processor.is_control(i))
         self.start_ids: list[int] = []
         self.chat_template: str | None = None
 
@@ -198,9 +229,19 @@ class SentencePieceTokenizer:
         # sentencepiece omits control pieces itself, but raises for an id outside its vocabulary.
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def token_id(self, text: str) -> int | None:
+        piece: int = self._processor.piece_to_id(text)
+        ids = [piece] if piece != self._processor.unk_id() else self.encode(text)
+        return ids[0] if len(ids) == 1 and ids[0] != self._processor.unk_id() else None
+
+    def token_text(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id)
+
+    def render_chat(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
+    ) -> str:
         turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-        return "\n\n".join([*turns, "Assistant:"])
+        return "\n\n".join([*turns, "Assistant:"] if answer_follows else turns)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         return self.encode(self.render_chat(messages))

@@ -2,6 +2,7 @@
 
 from megatron_rlvr.config import Settings
 from megatron_rlvr.config.yaml_format import shown
+from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.startup.resolve import Resolved
 
@@ -15,6 +16,8 @@ def describe_plan(resolved: Resolved) -> str:
         "model": _model(resolved),
         "ranks": _layout(resolved),
         "prompts": _prompts(resolved),
+        "columns": _columns(resolved),
+        "stop": _stop(resolved),
         "rollout": _rollout(s),
         "reward": f"{s.reward.function}: correct {s.reward.correct:g}, incorrect {s.reward.incorrect:g}{overlong}",
         "mask": describe_mask(s),
@@ -23,6 +26,8 @@ def describe_plan(resolved: Resolved) -> str:
         "evaluation": _evaluation(resolved),
         "run": f"{s.run.steps} steps into {s.run.dir}{start}",
     }
+    if resolved.now is not None:
+        lines["clock"] = f"the chat template reads it, and sees {resolved.now:%Y-%m-%d %H:%M:%S} until the run ends"
     if s.unused:
         lines["not used"] = "; ".join(
             f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused
@@ -85,8 +90,44 @@ def _layout(resolved: Resolved) -> str:
 
 def _prompts(resolved: Resolved) -> str:
     train = resolved.train
-    dropped = f", {train.dropped_too_long} left out as too long" if train.dropped_too_long else ""
-    return f"{len(train)} from {len(train.files)} file(s){dropped}"
+    return f"{len(train)} from {len(train.files)} file(s){_remarks(train)}"
+
+
+def _remarks(prompts: PromptSet) -> str:
+    """Return what is remarkable about the rows that a set was read from."""
+    dropped = f", {prompts.dropped_too_long} left out as too long" if prompts.dropped_too_long else ""
+    repeats = "" if prompts.distinct in (None, len(prompts)) else f", {prompts.distinct} of them distinct"
+    ambiguous = f", {prompts.ambiguous} with more than one gold answer" if prompts.ambiguous else ""
+    return f"{dropped}{repeats}{ambiguous}"
+
+
+def _columns(resolved: Resolved) -> str:
+    """Return the columns from which problems and gold answers are read, file by file."""
+    files = [file for prompts in (resolved.train, *resolved.evaluation.values()) for file in prompts.files]
+    return "; ".join(f"{f.name}: {f.columns.prompt}, {f.columns.answer}" for f in files if f.columns is not None)
+
+
+def _stop(resolved: Resolved) -> str:
+    """Return the tokens that end a response, each with the reason, and what is odd about the end of a turn."""
+    turn = resolved.turn
+    parts = [str(token) for token in resolved.stop_tokens]
+    if turn is not None and turn.token_id is None and resolved.settings.data.template != "plain":
+        end = f"with {turn.text!r}, which is no special token," if turn.text else "without a special token,"
+        parts.append(f"the chat template ends a turn {end} and that ends no response")
+    if turn is not None and turn.token_id is not None and _ends_turn(resolved, turn.token_id):
+        parts.append(f"prompts end with {turn.text!r}, so that the model has to begin the turn of the answer itself")
+    return "; ".join(parts)
+
+
+def _ends_turn(resolved: Resolved, turn_end: int) -> bool:
+    """Return whether a file's first prompt ends with the end of a turn, and not with the start of the answer's turn."""
+    tokenizer, train = resolved.tokenizer, resolved.train
+    for file in train.files:
+        ids = train.prompts[file.start].token_ids.tolist()
+        after = ids[len(ids) - ids[::-1].index(turn_end) :] if turn_end in ids else None
+        if after is not None and tokenizer.special_ids.isdisjoint(after) and not tokenizer.decode(after).strip():
+            return True
+    return False
 
 
 def _rollout(s: Settings) -> str:
@@ -122,6 +163,8 @@ def _evaluation(resolved: Resolved) -> str:
     s = resolved.settings
     if not resolved.evaluation:
         return "none"
-    sets = ", ".join(f"{name} ({len(prompts)} problems)" for name, prompts in resolved.evaluation.items())
+    sets = ", ".join(
+        f"{name} ({len(prompts)} problems{_remarks(prompts)})" for name, prompts in resolved.evaluation.items()
+    )
     every = f", every {s.run.eval_every} steps" if s.run.eval_every else ""
     return f"{sets} x {s.evaluate.group_size} completions, before and after{every}"

@@ -6,19 +6,23 @@ An error of the user's input is raised here, as one sentence; later modules may 
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import FileSettings, Settings, SettingsError, evaluation_name
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
+from megatron_rlvr.data.template import EndOfTurn, PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
+from megatron_rlvr.startup.inputs import check_inputs, inputs_of, recorded_clock, recorded_inputs
 from megatron_rlvr.startup.layout_checks import check_experts, check_layout, check_lengths
 from megatron_rlvr.startup.process import world_size
 from megatron_rlvr.startup.run_folder import check_run_folder
+from megatron_rlvr.startup.stop_tokens import StopToken, find_stop_tokens
 
 _SIZES = (
     "hidden_size",
@@ -28,6 +32,7 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+_KEYS = ("prompt_key", "answer_key", "id_key")
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,11 @@ class Resolved:
 
     Attributes:
         hf_config: config.json of the model.
-        stop_token_ids: Ids that end a response, ascending.
+        stop_tokens: Tokens that end a response, by ascending id.
+        turn: What the chat template writes after an answer; None without a chat template.
         train: Prompts to train on.
         evaluation: {name of the set: its prompts}.
+        now: Moment that the chat template sees; None if it does not read the clock.
         world_size: Number of ranks.
         start: Checkpoint that the run resumes from; None for a fresh run.
     """
@@ -46,11 +53,28 @@ class Resolved:
     settings: Settings
     hf_config: Mapping[str, Any]
     tokenizer: Tokenizer
-    stop_token_ids: tuple[int, ...]
+    stop_tokens: tuple[StopToken, ...]
+    turn: EndOfTurn | None
     train: PromptSet
     evaluation: Mapping[str, PromptSet]
+    now: datetime | None
     world_size: int
     start: Checkpoint | None
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids of `stop_tokens`."""
+        return tuple(token.id for token in self.stop_tokens)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Record of what the run reads besides its settings and weights, for `inputs.py` to compare."""
+        return inputs_of(self.settings, self.train, self.evaluation, self.stop_token_ids, self.now)
+
+    def at(self, now: datetime) -> "Resolved":
+        """Return the same with prompts whose template sees another moment."""
+        train, evaluation = _prompt_sets(self.settings, self.tokenizer, now, show_progress=False)
+        return replace(self, train=train, evaluation=evaluation, now=now)
 
 
 def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
@@ -75,35 +99,62 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than vocab_size {hf_config['vocab_size']} of "
             f"{settings.model.path}; set model.tokenizer to the model's own"
         )
-    train = _load(settings, [(f.path, f.weight, None) for f in settings.data.train], tokenizer, show_progress)
+    recorded = recorded_inputs(settings, start)
+    template = PromptTemplate(tokenizer, settings.data.template, variables=settings.data.template_kwargs)
+    now = (recorded_clock(recorded) or datetime.now()) if template.reads_clock else None
+    train, evaluation = _prompt_sets(settings, tokenizer, now, show_progress=show_progress)
     if len(train) < settings.batch.prompts:
         raise SettingsError(
             f"batch.prompts={settings.batch.prompts}: more than the {len(train)} prompts of data.train; lower it"
         )
-    evaluation = {
-        evaluation_name(f): _load(settings, [(f.path, None, evaluation_name(f))], tokenizer, show_progress)
-        for f in settings.evaluate.sets
-    }
-    stop = _stop_token_ids(settings.model.path, hf_config, tokenizer)
-    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, ranks, start)
+    turn = template.end_of_turn()
+    stop = find_stop_tokens(settings, hf_config, tokenizer, turn, in_use=template.chat or _holds(train, turn))
+    resolved = Resolved(settings, hf_config, tokenizer, stop, turn, train, evaluation, now, ranks, start)
+    check_inputs(settings, recorded, resolved.inputs)
+    return resolved
 
 
-def _load(
-    settings: Settings,
-    files: Sequence[tuple[str, float | None, str | None]],
-    tokenizer: Tokenizer,
-    show_progress: bool,
-) -> PromptSet:
+def _prompt_sets(
+    settings: Settings, tokenizer: Tokenizer, now: datetime | None, *, show_progress: bool
+) -> tuple[PromptSet, dict[str, PromptSet]]:
+    """Read the prompts to train on, and those of each evaluation set by its name."""
     data = settings.data
-    return load_prompts(
-        [PromptFile(path, weight, name, data.prompt_key, data.answer_key, data.id_key) for path, weight, name in files],
-        tokenizer,
-        max_prompt_tokens=data.max_prompt_tokens,
-        template=data.template,
-        system=data.system,
-        suffix=data.suffix,
-        show_progress=show_progress,
-    )
+
+    def load(files: Sequence[PromptFile]) -> PromptSet:
+        return load_prompts(
+            files,
+            tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            template=data.template,
+            system=data.system,
+            suffix=data.suffix,
+            template_kwargs=data.template_kwargs,
+            now=now,
+            show_progress=show_progress,
+        )
+
+    def own(file: FileSettings) -> dict[str, str | None]:
+        return {key: getattr(file, key) for key in _KEYS}
+
+    train = []
+    for file in data.train:
+        keys = {key: value or getattr(data, key) for key, value in own(file).items()}
+        train.append(PromptFile(file.path, file.weight, None, **keys))
+    evaluation = {
+        evaluation_name(file): load(
+            [PromptFile(file.path, None, evaluation_name(file), **own(file), settings=f"evaluate.sets.{number}")]
+        )
+        for number, file in enumerate(settings.evaluate.sets)
+    }
+    return load(train), evaluation
+
+
+def _holds(prompts: PromptSet, turn: EndOfTurn | None) -> bool:
+    """Return whether prompts have been rendered beforehand by the chat template: they then hold its end of turn."""
+    if turn is None or turn.token_id is None:
+        return False
+    arrays = {id(prompt.token_ids): prompt.token_ids for prompt in prompts.prompts}
+    return any((ids == turn.token_id).any() for ids in arrays.values())
 
 
 def _check_config(folder: str, hf_config: Any) -> None:
@@ -126,25 +177,3 @@ def _check_packages(settings: Settings) -> None:
             raise SettingsError(
                 f"log.{package}=true: needs the package {package}; pip install {package}, or set it to false"
             )
-
-
-def _stop_token_ids(folder: str, hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """End-of-sequence ids of the tokenizer, the model's config and its generation_config.json."""
-    ids = {tokenizer.eos_token_id}
-    sources = [hf_config]
-    generation = Path(folder) / "generation_config.json"
-    if generation.is_file():
-        try:
-            sources.append(json.loads(generation.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ModelError(f"{generation}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from None
-    for source in sources:
-        value = source.get("eos_token_id")
-        ids |= set(value) if isinstance(value, list) else {value} if value is not None else set()
-    outside = [token for token in ids if type(token) is not int or not 0 <= token < hf_config["vocab_size"]]
-    if outside:
-        raise ModelError(
-            f"eos_token_id {outside[0]!r} of {folder} is no token of its vocabulary of {hf_config['vocab_size']}; "
-            "correct config.json or generation_config.json"
-        )
-    return tuple(sorted(ids))

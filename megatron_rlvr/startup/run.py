@@ -20,12 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_rlvr.checkpoint.store import Checkpoint, CheckpointError, RunTotals
-from megatron_rlvr.config import RunSettings
+from megatron_rlvr.checkpoint.store import CheckpointError, RunTotals
+from megatron_rlvr.config import RunSettings, SettingsError
 from megatron_rlvr.errors import InputError, RlvrError
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.inputs import differences
 from megatron_rlvr.startup.process import is_first_of_host, is_main, leave, logger, print_error
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.startup.run_folder import prepare_run_folder, summarize, write_summary
@@ -68,7 +69,7 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
 
     settings = resolved.settings
     ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
-    resolved = replace(resolved, start=_prepare(resolved, ranks))
+    resolved = _prepare(resolved, ranks)
     with ExitStack() as resources:
         lost = partial(_lost, settings.run.timeout_minutes, graders)
         timeout_seconds = 60 * settings.run.timeout_minutes
@@ -94,18 +95,26 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     return summary
 
 
-def _prepare(resolved: Resolved, ranks: "Ranks") -> Checkpoint | None:
-    """Prepare the run folder; return the main rank's checkpoint to resume from on all ranks.
+def _prepare(resolved: Resolved, ranks: "Ranks") -> Resolved:
+    """Prepare the run folder, and agree with the main rank on the checkpoint to resume from and on the prompts.
 
-    Another rank may have looked at a shared folder too early to find the same one.
+    Another rank may have looked at a shared folder too early to find the same checkpoint, may have started its clock
+    on another day, or may have another copy of a file.
     """
     import torch.distributed as dist
 
-    if ranks.is_main:
-        prepare_run_folder(resolved.settings, resolved.start)
-    start = [resolved.start]
-    dist.broadcast_object_list(start, src=0)
-    return start[0]
+    from megatron_rlvr.distributed.collectives import on_main_rank, raise_on_all_ranks
+
+    main: list[Any] = [resolved.start, resolved.now, resolved.inputs]
+    dist.broadcast_object_list(main, src=0)
+    start, now, inputs = main
+    if now is not None and differences(resolved.settings, inputs, resolved.inputs):
+        resolved = resolved.at(now)
+    found = differences(resolved.settings, inputs, resolved.inputs)
+    unlike = f"{found[0]} on rank {ranks.rank}, compared with rank 0; give all hosts the same files" if found else ""
+    raise_on_all_ranks(SettingsError(unlike) if unlike else None)
+    on_main_rank(partial(prepare_run_folder, resolved.settings, start, inputs))
+    return replace(resolved, start=start, now=now)
 
 
 def _stopped(run: RunSettings, totals: RunTotals) -> str:

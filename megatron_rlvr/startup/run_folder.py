@@ -14,6 +14,7 @@ summary.json       written when the last step is done
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,19 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
     return start
 
 
-def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
-    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank."""
+def prepare_run_folder(settings: Settings, start: Checkpoint | None, inputs: Mapping[str, Any]) -> None:
+    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank.
+
+    Args:
+        inputs: Record of what the run reads (`inputs.py`), which is kept when the run starts from scratch.
+    """
     folder = Path(settings.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     replaced = [name for name in RUN_FILES if name != FOLDER]  # `prepare_checkpoints` removes those
     for name in replaced if start is None else _REPLACED_ON_RESUME:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    prepare_checkpoints(settings, start)
+    prepare_checkpoints(settings, start, inputs)
     (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
 
 

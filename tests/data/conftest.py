@@ -1,7 +1,7 @@
 """Fixtures: tokenizers small enough to be trained within a test, and prompt files written from literals."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class WordTokenizer:
     def __init__(self, chat_template: str | None = None, start_ids: Sequence[int] = ()) -> None:
         self.words = ["<eos>", "<start>"]
         self.eos_token_id = self.pad_token_id = 0
+        self.special_ids = frozenset({0, 1})
         self.start_ids = list(start_ids)
         self.chat_template = chat_template
         self.batches: list[int] = []
@@ -52,8 +53,17 @@ class WordTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(self.words[i] for i in ids)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        return " ".join(f"[{message['role']}] {message['content']}" for message in messages) + " [assistant]"
+    def token_id(self, text: str) -> int | None:
+        return self.words.index(text) if text in self.words else None
+
+    def token_text(self, token_id: int) -> str:
+        return self.words[token_id]
+
+    def render_chat(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
+    ) -> str:
+        turns = [f"[{message['role']}] {message['content']}" for message in messages]
+        return " ".join([*turns, "[assistant]"] if answer_follows else turns)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         return self.encode(self.render_chat(messages))

@@ -103,6 +103,45 @@ def test_equal_texts_are_tokenized_once_and_in_batches(write_rows, word_tokenize
         first[0] = 5
 
 
+def test_distinct_prompts_and_those_with_several_answers_are_counted_over_all_files(write_rows, word_tokenizer):
+    rows = [{"prompt": f"problem {i % 5}", "answer": str(i % 5)} for i in range(15)]
+    rows[7]["answer"] = "8"  # of problem 2
+    files = [
+        PromptFile(write_rows("a.jsonl", rows)),
+        PromptFile(write_rows("b.jsonl", [row("problem 1"), row("problem 3"), row("new"), row("one two three four")])),
+    ]
+    loaded = load_prompts(files, word_tokenizer(), max_prompt_tokens=3)
+    assert (len(loaded), loaded.distinct, loaded.ambiguous) == (18, 6, 2)
+
+
+def test_a_digest_says_which_part_of_the_prompts_differs(write_rows, word_tokenizer):
+    rows = [
+        {"id": i, "prompt": f"problem {i}", "answer": str(i), "source": "s", "tests": [i], "level": 1} for i in range(9)
+    ]
+
+    tokenizer = word_tokenizer(chat_template="t")  # one for all, as it numbers words in order of appearance
+
+    def digests(rows, **options):
+        file = PromptFile(write_rows("a.jsonl", rows))
+        (loaded,) = load_prompts([file], tokenizer, max_prompt_tokens=99, **options).files
+        return loaded.digests
+
+    def differing(rows, **options):
+        found = digests(rows, **options)
+        return {part for part in before if before[part] != found[part]}
+
+    before = digests(rows)
+    assert differing(rows) == set()
+    assert differing([dict(reversed(each.items())) for each in rows]) == set()
+    assert differing([{**rows[0], "answer": "-1"}, *rows[1:]]) == {"answers"}
+    assert differing([{**rows[0], "tests": [0, 0]}, *rows[1:]]) == {"other columns"}
+    assert differing([{**rows[0], "id": 77}, *rows[1:]]) == {"ids"}
+    assert differing([{**rows[0], "source": "t"}, *rows[1:]]) == {"ids"}
+    assert differing([{**rows[0], "prompt": "other"}, *rows[1:]]) == {"problems", "prompts"}
+    assert differing([rows[1], rows[0], *rows[2:]]) == {"ids", "problems", "answers", "other columns", "prompts"}
+    assert differing(rows, suffix=" now") == {"prompts"}
+
+
 def test_an_invalid_list_of_files_is_refused_before_any_file_is_read(write_rows, tmp_path, word_tokenizer):
     path = write_rows("a.jsonl", [row("one")])
     cases = [

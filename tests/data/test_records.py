@@ -2,8 +2,11 @@
 
 import json
 import os
+import pickle
 import re
+from decimal import Decimal
 
+import numpy as np
 import pytest
 
 from megatron_rlvr.data.records import DataError, Record, read_records
@@ -90,6 +93,76 @@ def test_aime_and_amc_numbers_become_text(write_rows):
     assert (records[0].id, records[0].prompt, records[0].extra) == ("aime/60", "p0", {"question": "other"})
 
 
+NUMBERS = [
+    ("0.00001", "0.00001"),
+    ("1e-05", "0.00001"),
+    ("1.38e-23", "0.0000000000000000000000138"),
+    ("6.02e23", "602000000000000000000000"),
+    ("1.0e6", "1000000"),
+    ("27.0", "27"),
+    ("-0.0", "0"),
+    ("3.14159265358979323846", "3.14159265358979323846"),
+    ("-0.1234567890123456789", "-0.1234567890123456789"),
+    ("12345678901234567890123", "12345678901234567890123"),
+    ("0.1", "0.1"),
+]
+
+
+@pytest.mark.parametrize(("literal", "digits"), NUMBERS)
+def test_a_number_of_a_json_file_keeps_its_digits(literal, digits, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "p", "answer": {literal}, "x": {literal}}}\n')
+    (record,) = read_records(tmp_path / "a.jsonl")
+    assert record.answer == digits
+    extra = pickle.loads(pickle.dumps(record.extra))  # as it reaches a grader process
+    assert extra["x"] == json.loads(literal)
+    assert isinstance(extra["x"], float if set(literal) & set(".e") else int)
+
+
+def test_a_number_of_a_parquet_file_keeps_the_digits_of_its_type(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    numbers = [0.1, 1e-05, 16777216.0, 2.5]
+    columns = {
+        "single": (pyarrow.array(numbers, pyarrow.float32()), ["0.1", "0.00001", "16777216", "2.5"]),
+        "double": (pyarrow.array(numbers, pyarrow.float64()), ["0.1", "0.00001", "16777216", "2.5"]),
+        "half": (pyarrow.array(np.array([0.1, 2.5, 3.0, 4.0], np.float16)), ["0.1", "2.5", "3", "4"]),
+        "decimal": (
+            pyarrow.array([Decimal("0.10"), Decimal("3.00"), Decimal("-1.25"), Decimal("0.00")]),
+            ["0.10", "3", "-1.25", "0"],
+        ),
+    }
+    table = {"prompt": [f"p{i}" for i in range(4)]} | {name: column for name, (column, _) in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    for name, (_, digits) in columns.items():
+        assert [r.answer for r in read_records(tmp_path / "a.parquet", answer_key=name)] == digits, name
+
+
+SOLVED = [*CHAT, {"role": "assistant", "content": "It is \\boxed{2}."}]
+
+
+@pytest.mark.parametrize("messages", [SOLVED, [{"from": "human", "value": "What is 1 + 1?"}], [{"role": "user"}]])
+def test_messages_that_cannot_be_read_name_the_column_beside_them(messages, write_rows):
+    row = {"problem": "What is 1 + 1?", "messages": messages, "answer": "2"}
+    path = write_rows("numina.jsonl", [row])
+    with pytest.raises(DataError, match=r"numina\.jsonl, line 1: .*; set data\.prompt_key to problem, or "):
+        read_records(path)
+    with pytest.raises(DataError, match=r"; set evaluate\.sets\.1\.prompt_key to problem, or "):
+        read_records(path, settings="evaluate.sets.1")
+    (record,) = read_records(path, prompt_key="problem")
+    assert (record.prompt, record.answer) == ("What is 1 + 1?", "2")
+
+
+def test_equal_values_of_a_file_are_one_object(write_rows):
+    row = {"prompt": CHAT, "answer": "a long answer", "source": "a source", "level": {"of": [1, 2]}}
+    first, second, other = read_records(write_rows("a.jsonl", [row, row, {**row, "level": 3}]))
+    assert first.prompt is second.prompt is other.prompt
+    assert first.answer is second.answer
+    assert first.source is second.source
+    assert first.extra is second.extra
+    assert other.extra == {"level": 3}
+
+
 def test_integer_ids_that_pandas_made_floats_are_integers(write_rows):
     records = read_records(write_rows("floats.parquet", [{"id": 1.0, **ROW}, {"id": 2.0, **ROW}]))
     assert [record.id for record in records] == ["floats/1", "floats/2"]
@@ -161,9 +234,9 @@ def test_a_bad_row_of_parquet_is_named_by_its_row(write_rows):
 
 def test_a_missing_column_names_those_that_exist(write_rows):
     path = write_rows("odd.jsonl", [{"Problem": "p", "Answer": "1"}])
-    with pytest.raises(DataError, match=r"line 1: no column prompt or .* among Problem, Answer; set prompt_key to"):
+    with pytest.raises(DataError, match=r"line 1: no column prompt or .* Problem, Answer; set data\.prompt_key to"):
         read_records(path)
-    with pytest.raises(DataError, match=r"no column reward_model.ground_truth or answer among .*; set answer_key to"):
+    with pytest.raises(DataError, match=r"no column reward_model.ground_truth or answer .*; set data\.answer_key to"):
         read_records(path, prompt_key="Problem")
     with pytest.raises(DataError, match=r"no column nope among Problem, Answer"):
         read_records(path, prompt_key="Problem", answer_key="Answer", id_key="nope")

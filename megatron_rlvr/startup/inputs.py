@@ -1,0 +1,87 @@
+"""Record of what a run reads besides its settings and weights, and the check that a resumed run reads the same.
+
+The record is part of `checkpoints/settings.json`, written when the run first starts:
+
+    clock                  the moment that a chat template sees which reads the clock
+    stop_token_ids         the tokens that end a response
+    data.train/NAME        for each file: number of prompts, and digests of ids, problems, answers, other columns, and
+    evaluate.sets/NAME     of the token ids that they have become
+
+A resumed run with other problems would continue at a position that means nothing in them, and ranks that read unlike
+copies of a file would train on unlike batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.checkpoint.resume import inputs_at_start
+from megatron_rlvr.checkpoint.store import Checkpoint
+from megatron_rlvr.config import Settings, SettingsError, evaluation_name
+from megatron_rlvr.data.prompts import PromptSet
+
+_CLOCK, _STOP, _COUNT = "clock", "stop_token_ids", "count"
+
+
+def inputs_of(
+    settings: Settings,
+    train: PromptSet,
+    evaluation: Mapping[str, PromptSet],
+    stop_token_ids: Sequence[int],
+    now: datetime | None,
+) -> dict[str, Any]:
+    """Return the record of a run, as JSON-compatible data."""
+    sets = {"data.train": train, **{f"evaluate.sets/{name}": prompts for name, prompts in evaluation.items()}}
+    files = {
+        key if key.startswith("evaluate") else f"{key}/{file.name}": {_COUNT: file.count, **file.digests}
+        for key, prompts in sets.items()
+        for file in prompts.files
+    }
+    clock = {} if now is None else {_CLOCK: now.isoformat()}
+    return {**clock, _STOP: list(stop_token_ids), **files}
+
+
+def recorded_inputs(settings: Settings, start: Checkpoint | None) -> dict[str, Any]:
+    """Return the record of the run that ``start`` belongs to; empty for a fresh run."""
+    return {} if start is None else inputs_at_start(settings)
+
+
+def recorded_clock(recorded: Mapping[str, Any]) -> datetime | None:
+    """Return the moment that the chat template saw when the run started; None if it did not read the clock."""
+    return datetime.fromisoformat(recorded[_CLOCK]) if _CLOCK in recorded else None
+
+
+def check_inputs(settings: Settings, recorded: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Raise SettingsError if a resumed run reads anything else than at its start."""
+    for difference in differences(settings, recorded, inputs):
+        raise SettingsError(
+            f"{difference} since the run in run.dir={settings.run.dir} started; restore what was there, or start a new "
+            "run in another folder"
+        )
+
+
+def differences(settings: Settings, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two records, each as `key=value: problem`; the clock is not compared."""
+    return list(_differences(settings, before, now))
+
+
+def _differences(settings: Settings, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    paths = {f"data.train/{Path(f.path).stem}": f"data.train={f.path}" for f in settings.data.train}
+    paths |= {f"evaluate.sets/{evaluation_name(f)}": f"evaluate.sets={f.path}" for f in settings.evaluate.sets}
+    for key, file in paths.items():
+        then, found = before.get(key, {}), now.get(key, {})
+        # Only a user's own reward function reads other columns.
+        ignored = {"other columns"} if settings.reward.function == "math" else set()
+        parts = [part for part in then if part in found and then[part] != found[part] and part not in ignored]
+        if _COUNT in parts:
+            yield f"{file}: the number of prompts has changed from {then[_COUNT]} to {found[_COUNT]}"
+        elif parts == ["prompts"]:
+            yield f"{file}: the tokenizer or its chat template has changed, so that the problems become other prompts"
+        elif parts:
+            yield f"{file}: {' and '.join(part for part in parts if part != 'prompts')} have changed"
+    if before.get(_STOP, now[_STOP]) != now[_STOP]:
+        yield (
+            f"model.path={settings.model.path}: the tokens that end a response have changed from {before[_STOP]} to "
+            f"{now[_STOP]}"
+        )
