@@ -23,7 +23,7 @@ def base_model(model: Path, tmp_path: Path) -> Path:
         "generation_config.json": {"eos_token_id": 0},
     }.items():
         path = folder / name
-        content = json.loads(path.read_text()) if path.exists() else {}
+        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(content | changes), encoding="utf-8")
     return folder
 

@@ -4,10 +4,7 @@ import copy
 import json
 import pickle
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from launcher import Ranks
+from resuming import train_process
 from safetensors.torch import load_file
 from scripted import LAYOUTS as REPLICAS
 
@@ -39,86 +37,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 """{name of a layout: (number of ranks, settings)}"""
 OTHER_SAMPLES = ("experts 2", "bfloat16", "bfloat16 data 2")
 """Layouts with other weights, which happen to have no surplus groups at step CUT."""
-
-
-class StopAfter:
-    """Stand-in for signals: SIGTERM arrives in the given step of this process."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @property
-    def stop_wanted(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
-
-    def deferring(self, *_: Any) -> Any:
-        return nullcontext()
-
-    saving = deferring
-
-    def accept(self) -> None: ...
-
-
-@contextmanager
-def destroying_groups() -> Iterator[None]:
-    """Destroy Megatron's process groups at the end, so that the next run of this process may have others."""
-    from megatron.core import parallel_state
-
-    from megatron_rlvr.distributed import process_group
-
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        process_group.shut_down()
-
-
-def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) -> str:
-    """Run the trainer on this rank and stop it after ``steps`` steps; return its message to the user, or "".
-
-    Args:
-        config: Settings file.
-        steps: Number of steps after which the run is stopped.
-        writers_wait: Seconds by which writing checkpoints is delayed.
-    """
-    import multiprocessing
-    import os
-    from unittest import mock
-
-    from megatron_rlvr.checkpoint.megatron.writer import BackgroundWriter
-    from megatron_rlvr.checkpoint.store import CheckpointError
-    from megatron_rlvr.config.loading import load_settings
-    from megatron_rlvr.errors import InputError
-    from megatron_rlvr.learner import SkippedStepsError
-    from megatron_rlvr.reward.graders import GraderPool
-    from megatron_rlvr.startup.resolve import resolve
-    from megatron_rlvr.startup.run import train
-
-    # Files are written in child processes, which the ranks of tests, being daemons, may not start.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    write = BackgroundWriter._run
-
-    def late(self: Any) -> None:
-        time.sleep(writers_wait)
-        write(self)
-
-    folder = str(Path(config).parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-        os.environ["PYTHONPATH"] = folder  # the graders'
-    try:
-        settings = load_settings(config)
-        resolved = resolve(settings)
-        with (
-            GraderPool(settings.reward.function, workers=1, timeout_seconds=10.0) as graders,
-            destroying_groups(),
-            mock.patch.object(BackgroundWriter, "_run", late),
-        ):
-            train(resolved, graders, StopAfter(steps))  # type: ignore[arg-type]
-    except (InputError, CheckpointError, SkippedStepsError) as error:
-        return str(error)
-    return ""
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 from launcher import Ranks
-from test_resume import train_process
+from resuming import train_process
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.loading import load_settings
