@@ -1,13 +1,13 @@
 r"""Where the final answer of a response is: the last one to which it commits.
 
-  1. The thinking section is no answer: what precedes the last ``</think>`` is not read, nor a section left open.
-  2. The last complete ``\boxed{...}``, or an ``Answer: ...`` after it: the later of the two counts, because a model
-     that boxes an intermediate result and then ends with "Answer: 7" has answered 7. A box *on* the Answer line starts
-     later than the line's label, so the content of the box is read, without the words around it. Boxes that only
-     "and", "or" or a comma separates are one answer, the list of their contents.
-  3. ``#### ...`` only if there is neither: it is also a Markdown heading, and must not override a box above it.
-  4. Otherwise there is no answer, and the response is incorrect. The last number of the text is never taken as the
-     answer: a reward for an unmarked number would reward guessing.
+1. The thinking section is no answer: what precedes the last ``</think>`` is not read, nor a section left open.
+2. The last complete ``\boxed{...}``, or an ``Answer: ...`` after it: the later of the two counts, because a model
+   that boxes an intermediate result and then ends with "Answer: 7" has answered 7. A box *on* the Answer line starts
+   later than the line's label, so the content of the box is read, without the words around it. Boxes that only
+   "and", "or" or a comma separates are one answer, the list of their contents.
+3. ``#### ...`` only if there is neither: it is also a Markdown heading, and must not override a box above it.
+4. Otherwise there is no answer, and the response is incorrect. The last number of the text is never taken as the
+   answer: a reward for an unmarked number would reward guessing.
 """
 
 import re
@@ -19,13 +19,15 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([0-9]+(?:\.[0-9]+)?|[A-Za-z])(?![A-Za-z0-9])")
 _LABELS = (
-    "answer|r\u00e9ponse|respuesta|resposta|risposta|antwort|odpowied\u017a|cevap|\u043e\u0442\u0432\u0435\u0442|\u7b54\u6848|\u7b54\u3048"
+    "answer|r\u00e9ponse|respuesta|resposta|risposta|antwort|odpowied\u017a|cevap"
+    "|\u043e\u0442\u0432\u0435\u0442|\u7b54\u6848|\u7b54\u3048"
 )
 _ANSWER = re.compile(
     rf"(?<![^\W_])(?:{_LABELS})(?:[*_\s]{{0,4}}is)?[*_\s]{{0,4}}[:\uff1a=][*_}}\s]*"  # also \textbf{Answer:}
     r"(\\\[(?s:.{1,2000}?)\\\]|\$\$(?s:.{1,2000}?)\$\$|[^\s*_}][^\n]*)",  # a displayed formula, or the (next) line
     re.IGNORECASE,
 )
+_EMPHASIS_END = re.compile(r"[*_\s]+$")  # of "**Answer: 42**"
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\s][^\n]*)")
 _BETWEEN_BOXES = re.compile(r"[$\s]*(?:,|and|or|,\s*and|,\s*or|\\text\{\s*(?:and|or)\s*\})[$\s]*", re.IGNORECASE)
 _GOLD_SENTENCE = re.compile(r"(?:the|our|so the|final|the final|the correct)? ?answer is:? (\S.{0,80})", re.IGNORECASE)
@@ -59,7 +61,7 @@ def final_answer(text: str, *, answer_after: str | None = None, gold: bool = Fal
     if bare is not None:
         return bare[1]
     if complete:
-        return complete[-1]
+        return _EMPHASIS_END.sub("", complete[-1])
     if boxes:
         contents = dict.fromkeys(text[box.content : box.end - 1].strip() for box in boxes)
         return ", ".join(contents) if len(contents) > 1 else text[boxes[-1].content : boxes[-1].end - 1]

@@ -10,13 +10,15 @@ def describe_plan(resolved: Resolved) -> str:
     """Return the plan of a run, one line per subject."""
     s = resolved.settings
     overlong = f", overlong penalty over the last {s.reward.overlong_buffer} tokens" if s.reward.overlong_buffer else ""
+    after = f" on what follows {resolved.answer_after}" if resolved.answer_after else ""
+    reward = f"{s.reward.function}{after}: correct {s.reward.correct:g}"
     start = f", resuming after step {resolved.start.step}" if resolved.start else ""
     lines = {
         "model": _model(resolved),
         "ranks": _layout(resolved),
         "prompts": _prompts(resolved),
         "rollout": _rollout(s),
-        "reward": f"{s.reward.function}: correct {s.reward.correct:g}, incorrect {s.reward.incorrect:g}{overlong}",
+        "reward": f"{reward}, incorrect {s.reward.incorrect:g}{overlong}",
         "mask": describe_mask(s),
         "loss": _loss(s),
         "optimizer": _optimizer(s),

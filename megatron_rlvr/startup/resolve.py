@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import RewardSettings, Settings, SettingsError, evaluation_name
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
+from megatron_rlvr.reward.final_answer import THINK_CLOSE, THINK_OPEN
 from megatron_rlvr.startup.layout_checks import check_experts, check_layout, check_lengths
 from megatron_rlvr.startup.process import world_size
 from megatron_rlvr.startup.run_folder import check_run_folder
@@ -37,6 +38,7 @@ class Resolved:
     Attributes:
         hf_config: config.json of the model.
         stop_token_ids: Ids that end a response, ascending.
+        answer_after: Text after which the answer of a response begins; None for the whole response.
         train: Prompts to train on.
         evaluation: {name of the set: its prompts}.
         world_size: Number of ranks.
@@ -47,6 +49,7 @@ class Resolved:
     hf_config: Mapping[str, Any]
     tokenizer: Tokenizer
     stop_token_ids: tuple[int, ...]
+    answer_after: str | None
     train: PromptSet
     evaluation: Mapping[str, PromptSet]
     world_size: int
@@ -85,7 +88,8 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
         for f in settings.evaluate.sets
     }
     stop = _stop_token_ids(settings.model.path, hf_config, tokenizer)
-    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, ranks, start)
+    answer_after = _answer_after(settings.reward, tokenizer, train)
+    return Resolved(settings, hf_config, tokenizer, stop, answer_after, train, evaluation, ranks, start)
 
 
 def _load(
@@ -126,6 +130,28 @@ def _check_packages(settings: Settings) -> None:
             raise SettingsError(
                 f"log.{package}=true: needs the package {package}; pip install {package}, or set it to false"
             )
+
+
+def _answer_after(reward: RewardSettings, tokenizer: Tokenizer, train: PromptSet) -> str | None:
+    """Return the text after which the answer of a response begins, by `reward.answer_after`.
+
+    With auto, the first prompt decides, as the template has rendered it: the response thinks first if the prompt ends
+    in an open thinking section. A template that leaves it to the model to open one decides nothing.
+    """
+    if reward.function != "math" or reward.answer_after == "none":
+        return None
+    marker = reward.answer_after
+    if marker == "auto":
+        _, opened, thoughts = tokenizer.decode(train.prompts[0].token_ids.tolist()).rpartition(THINK_OPEN)
+        if not opened or THINK_CLOSE in thoughts:
+            return None
+        marker = THINK_CLOSE
+    if marker not in tokenizer.decode(tokenizer.encode(marker)):
+        raise SettingsError(
+            f"reward.answer_after={reward.answer_after}: {marker} is a special token of the tokenizer, which graders "
+            "never see, so that no response would have an answer; set it to none"
+        )
+    return marker
 
 
 def _stop_token_ids(folder: str, hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -170,7 +170,9 @@ def test_grading_imports_neither_sympy_nor_math_verify() -> None:
         "import sys; from megatron_rlvr.reward.math import warm_up; warm_up(); "
         "print({'sympy', 'math_verify', 'torch'} & set(sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "set()\n"
+    )
 
 
 def test_an_answer_over_the_size_limit_is_incorrect_without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:

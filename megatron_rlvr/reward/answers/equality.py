@@ -9,9 +9,17 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from megatron_rlvr.reward.answers import notation as n
-from megatron_rlvr.reward.answers.evaluation import Evaluator, TooLarge, Undefined
+from megatron_rlvr.reward.answers.evaluation import TooLarge, Undefined
 from megatron_rlvr.reward.answers.expressions import Tree
-from megatron_rlvr.reward.answers.readings import (
+from megatron_rlvr.reward.answers.intervals import (
+    computed,
+    evaluate_number,
+    evaluate_real,
+    interval_pair,
+    operation_otherwise,
+    same_intervals,
+)
+from megatron_rlvr.reward.answers.structures import (
     Based,
     Congruence,
     Expression,
@@ -22,22 +30,19 @@ from megatron_rlvr.reward.answers.readings import (
     Named,
     Operation,
     Option,
+    Ordered,
     Percent,
     Quantity,
     Ratio,
     Reading,
     Relation,
-    Sequence_,
     Text,
-    as_interval,
     free_symbols,
     symbols,
 )
-from megatron_rlvr.reward.answers.tokens import Unreadable
-from megatron_rlvr.reward.answers.values import _points, decimal, is_defined, same_value
+from megatron_rlvr.reward.answers.values import decimal, is_defined, renamed, same_form, same_value, sample_points
 
 _MAX_ITEMS = 60
-_INTEGRATION_CONSTANTS = ("C", "c", "K", "k", "C_1", "c_1")
 
 
 def equal(a: Reading, b: Reading) -> bool:
@@ -47,8 +52,8 @@ def equal(a: Reading, b: Reading) -> bool:
     for first, second in ((a, b), (b, a)):
         if (compare := _ACROSS.get((type(first), type(second)))) is not None:
             return compare(first, second)
-    for first, second in ((a, b), (b, a)):
-        for kind in (Named, Option, Family, Quantity, Operation):
+    for kind in (Named, Option, Family, Quantity, Operation):  # the outermost structure first
+        for first, second in ((a, b), (b, a)):
             if isinstance(first, kind):
                 return _OTHERWISE[kind](first, second)
     return False
@@ -59,23 +64,7 @@ def _expressions(a: Expression, b: Expression) -> bool:
         if first.approximate and not second.approximate:
             written, other = decimal(first.tree), decimal(second.tree)
             return written is not None and other is not None and same_value(first.tree, second.tree)
-    return _same(a.tree, b.tree)
-
-
-def _same(a: Tree, b: Tree) -> bool:
-    """Equality of trees; a constant of integration may have another name."""
-    if same_value(a, b):
-        return True
-    only_a, only_b = symbols(a) - symbols(b), symbols(b) - symbols(a)
-    if len(only_a) == len(only_b) == 1 and (only_a | only_b) <= set(_INTEGRATION_CONSTANTS) and "C" in only_a | only_b:
-        return same_value(a, _renamed(b, *only_b, *only_a))
-    return False
-
-
-def _renamed(tree: Tree, old: str, new: str) -> Tree:
-    if tree == ("sym", old):
-        return ("sym", new)
-    return tuple(_renamed(part, old, new) if isinstance(part, tuple) else part for part in tree)
+    return same_form(a.tree, b.tree)
 
 
 def _listings(a: Listing, b: Listing) -> bool:
@@ -116,7 +105,9 @@ def _by_name(items: Sequence[Reading]) -> list[Reading]:
     letters = sorted(names)
     follow = all(len(name) == 1 for name in names) and ord(letters[-1]) - ord(letters[0]) == len(letters) - 1
     numbered = all(re.fullmatch(r"[A-Za-z]_\d", name) for name in names)
-    ordered = sorted(items, key=lambda item: item.name if isinstance(item, Named) else "") if follow or numbered else items
+    ordered = (
+        sorted(items, key=lambda item: item.name if isinstance(item, Named) else "") if follow or numbered else items
+    )
     return [item.value for item in ordered if isinstance(item, Named)]
 
 
@@ -124,7 +115,7 @@ def _in_order(a: Sequence[Reading], b: Sequence[Reading]) -> bool:
     return len(a) == len(b) <= _MAX_ITEMS and all(equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def _sequences(a: Sequence_, b: Sequence_) -> bool:
+def _sequences(a: Ordered, b: Ordered) -> bool:
     if a.brackets != b.brackets and not {a.brackets, b.brackets} <= {"()", "<>"}:
         return False
     return _in_order(a.items, b.items)
@@ -134,117 +125,12 @@ def _matrices(a: Matrix, b: Matrix) -> bool:
     return len(a.rows) == len(b.rows) and all(_in_order(x, y) for x, y in zip(a.rows, b.rows, strict=True))
 
 
-def _vector(a: Matrix, b: Sequence_) -> bool:
+def _vector(a: Matrix, b: Ordered) -> bool:
     """A matrix with one column or one row equals a tuple."""
     if b.brackets not in ("()", "<>", "[]"):
         return False
     row = [row[0] for row in a.rows] if all(len(row) == 1 for row in a.rows) else list(a.rows[0])
     return len(row) == sum(map(len, a.rows)) and _in_order(row, b.items)
-
-
-def _intervals(a: Intervals, b: Intervals) -> bool:
-    if a.name is not None and b.name is not None and a.name != b.name:
-        return False
-    first, second = _merged(a), _merged(b)
-    return len(first) == len(second) and all(
-        (x[2], x[3]) == (y[2], y[3]) and _same(x[0], y[0]) and _same(x[1], y[1])
-        for x, y in zip(first, second, strict=True)
-    )
-
-
-_Part = tuple[Tree, Tree, bool, bool]
-
-
-def _merged(reading: Intervals) -> list[_Part]:
-    """The parts in ascending order, those that touch as one; as written if an end has a symbol."""
-    try:
-        located = [(_real(part[0]), _real(part[1]), part) for part in reading.parts]
-    except (Undefined, TooLarge):
-        return list(reading.parts)
-    located = [each for each in located if each[0] < each[1] or (each[0] == each[1] and each[2][2] and each[2][3])]
-    merged: list[tuple[object, object, _Part]] = []
-    for low, high, part in sorted(located, key=lambda each: (each[0], not each[2][2])):
-        if merged and (low < merged[-1][1] or (low == merged[-1][1] and (part[2] or merged[-1][2][3]))):
-            _, top, last = merged[-1]
-            if high > top:
-                merged[-1] = (merged[-1][0], high, (last[0], part[1], last[2], part[3]))
-            elif high == top:
-                merged[-1] = (merged[-1][0], high, (last[0], last[1], last[2], last[3] or part[3]))
-        else:
-            merged.append((low, high, part))
-    return [part for _, _, part in merged]
-
-
-_evaluate = Evaluator(60)
-
-
-def _real(tree: Tree) -> object:
-    """Value of an end of an interval, for sorting. Raises Undefined, TooLarge."""
-    if symbols(tree):
-        raise Undefined("a symbol")
-    value = _evaluate.number(_evaluate(tree, {}))
-    if _evaluate.context.im(value) != 0:
-        raise Undefined("a complex end")
-    return value
-
-
-def _as_intervals(reading: Reading) -> Intervals | None:
-    """Return a reading as a set of reals, if it is one."""
-    if isinstance(reading, Intervals):
-        return reading
-    if isinstance(reading, Sequence_):
-        try:
-            return as_interval(reading)
-        except Unreadable:
-            return None
-    if isinstance(reading, Operation):
-        return _computed(reading)
-    return None
-
-
-def _computed(operation: Operation) -> Intervals | None:
-    """Intersection or difference of sets of reals; None if an item is none."""
-    items = [_as_intervals(_points_as_intervals(item)) for item in operation.items]
-    names = {item.name for item in items if item is not None and item.name}
-    if None in items or operation.sign not in (n.CAP, n.MINUS_SET) or len(names) > 1:
-        return None
-    result = items[0]
-    assert result is not None
-    for item in items[1:]:
-        assert item is not None
-        other = item.parts if operation.sign == n.CAP else _complement(item)
-        try:
-            parts = [part for x in result.parts for y in other if (part := _overlap(x, y)) is not None]
-        except (Undefined, TooLarge):
-            return None
-        result = Intervals(tuple(parts), next(iter(names), None))
-    return result
-
-
-def _points_as_intervals(reading: Reading) -> Reading:
-    if isinstance(reading, Listing) and reading.items:
-        trees = [item.tree for item in reading.items if isinstance(item, Expression)]
-        if len(trees) == len(reading.items):
-            return Intervals(tuple((tree, tree, True, True) for tree in trees))
-    return reading
-
-
-def _overlap(a: _Part, b: _Part) -> _Part | None:
-    low = max(((a[0], a[2]), (b[0], b[2])), key=lambda end: (_real(end[0]), not end[1]))
-    high = min(((a[1], a[3]), (b[1], b[3])), key=lambda end: (_real(end[0]), end[1]))
-    bottom, top = _real(low[0]), _real(high[0])
-    if bottom > top or (bottom == top and not (low[1] and high[1])):  # type: ignore[operator]
-        return None
-    return (low[0], high[0], low[1], high[1])
-
-
-def _complement(reading: Intervals) -> list[_Part]:
-    infinity: Tree = ("const", "inf")
-    parts, low, closed = [], ("neg", infinity), False
-    for part in _merged(reading):
-        parts.append((low, part[0], closed, not part[2]))
-        low, closed = part[1], not part[3]
-    return [*parts, (low, infinity, closed, False)]
 
 
 def _named(a: Named, b: Named) -> bool:
@@ -255,8 +141,6 @@ def _named_otherwise(a: Named, b: Reading) -> bool:
     """A named value and one without a name: the values; an equation of both is a relation."""
     if isinstance(b, Relation):
         return isinstance(a.value, Expression) and bool(symbols(a.value.tree)) and _relations(_as_relation(a), b)
-    if isinstance(b, Listing) and isinstance(a.value, Listing):
-        return _listings(a.value, b)
     if a.name.startswith("set"):
         return False
     return equal(a.value, b)
@@ -275,11 +159,11 @@ def _relations(a: Relation, b: Relation) -> bool:
         return True
     if a.signs in (("=",), ("<",), (n.LE,)) and _proportional(a, b, positive=a.signs != ("=",)):
         return True
-    return len(a.sides) == len(b.sides) and all(map(_same, a.sides, b.sides))
+    return len(a.sides) == len(b.sides) and all(map(same_form, a.sides, b.sides))
 
 
 def _in_either_order(a: Sequence[Tree], b: Sequence[Tree]) -> bool:
-    return any(all(map(_same, a, order)) for order in (b, b[::-1]))
+    return any(all(map(same_form, a, order)) for order in (b, b[::-1]))
 
 
 def _proportional(a: Relation, b: Relation, *, positive: bool) -> bool:
@@ -288,18 +172,24 @@ def _proportional(a: Relation, b: Relation, *, positive: bool) -> bool:
     if len(names) < 2:  # an equation in one unknown is a problem and not its solution
         return False
     ratios = []
-    for point in _points(names):
+    for point in sample_points(names):
         try:
-            first, second = (
-                _evaluate(("add", each.sides[0], ("neg", each.sides[1])), point) for each in (a, b)
-            )
+            first, second = (evaluate_number(("add", each.sides[0], ("neg", each.sides[1])), point) for each in (a, b))
         except (Undefined, TooLarge):
+            continue
+        if first == 0 and second == 0:
             continue
         if first == 0 or second == 0:
             return False
-        ratios.append(first / second if isinstance(first, Fraction) and isinstance(second, Fraction) else _evaluate.number(first) / second)
-    context = _evaluate.context
-    close = all(abs(context.mpf(1) * _evaluate.number(r) / _evaluate.number(ratios[0]) - 1) < 1e-40 for r in ratios)
+        ratios.append(
+            first / second
+            if isinstance(first, Fraction) and isinstance(second, Fraction)
+            else evaluate_number.number(first) / second
+        )
+    context = evaluate_number.context
+    close = all(
+        abs(context.mpf(1) * evaluate_number.number(r) / evaluate_number.number(ratios[0]) - 1) < 1e-40 for r in ratios
+    )
     return len(ratios) >= 4 and close and (not positive or ratios[0] > 0)
 
 
@@ -319,9 +209,9 @@ def _equation_value(a: Relation, b: Expression) -> bool:
 def _rounding(exact: Tree, rounded: Tree) -> bool:
     written = decimal(rounded)
     try:
-        value = _real(exact)
+        value = evaluate_real(exact)
         unit = written[2] if written else Fraction(1)
-        return abs(value - _real(rounded)) <= _evaluate.number(unit)  # type: ignore[operator]
+        return abs(value - evaluate_real(rounded)) <= evaluate_number.number(unit / 2)
     except (Undefined, TooLarge):
         return False
 
@@ -358,9 +248,7 @@ def _ratios(a: Ratio, b: Ratio) -> bool:
     if a.clock and b.clock:
         return False
     first = list(zip(a.parts, b.parts, strict=True))
-    return all(
-        is_defined(x) and same_value(("mul", x, first[0][1]), ("mul", y, first[0][0])) for x, y in first[1:]
-    )
+    return all(is_defined(x) and same_value(("mul", x, first[0][1]), ("mul", y, first[0][0])) for x, y in first[1:])
 
 
 def _ratio_value(a: Ratio, b: Expression) -> bool:
@@ -389,7 +277,7 @@ def _option_otherwise(a: Option, b: Reading) -> bool:
 
 
 def _congruences(a: Congruence, b: Congruence) -> bool:
-    if a.left is not None and b.left is not None and not _same(a.left, b.left):
+    if a.left is not None and b.left is not None and not same_form(a.left, b.left):
         return False
     if not same_value(a.modulus, b.modulus):
         return False
@@ -418,7 +306,7 @@ def _members(reading: Reading, parameter: str) -> list[Tree] | None:
 
 
 def _same_progression(a: Tree, name: str, b: Tree, other: str) -> bool:
-    b = _renamed(b, other, name) if other != name else b
+    b = renamed(b, other, name) if other != name else b
     if same_value(a, b):
         return True
     steps = []
@@ -450,49 +338,46 @@ def _family_otherwise(a: Family, b: Reading) -> bool:
 
 
 def _operations(a: Operation, b: Operation) -> bool:
-    first, second = _computed(a), _computed(b)
+    first, second = computed(a), computed(b)
     if first is not None and second is not None:
-        return _intervals(first, second)
+        return same_intervals(first, second)
     if a.sign != b.sign:
         return False
     return _in_order(a.items, b.items) if a.sign == n.MINUS_SET else _any_order(a.items, b.items)
 
 
-def _operation_otherwise(a: Operation, b: Reading) -> bool:
-    first, second = _computed(a), _as_intervals(b)
-    return first is not None and second is not None and _intervals(first, second)
+def _singleton(a: Listing, b: Expression) -> bool:
+    """A set with one element is that element."""
+    return a.braces and len(a.items) == 1 and equal(a.items[0], b)
 
 
-def _interval_pair(a: Intervals, b: Sequence_) -> bool:
-    pair = _as_intervals(b)
-    return pair is not None and _intervals(a, pair)
-
-
-def _named_tuple(a: Listing, b: Sequence_) -> bool:
+def _named_tuple(a: Listing, b: Ordered) -> bool:
     """x = 1, y = 2 is (1, 2); a list without names is no tuple."""
     return b.brackets in ("()", "<>") and _all_names(a.items) is not None and _in_order(_by_name(a.items), b.items)
 
 
 def _named_system(a: Listing, b: Named) -> bool:
     """x = 1, y = 2 is (x, y) = (1, 2); a list of values is a named list of them."""
-    if b.name.startswith("(") and isinstance(b.value, Sequence_):
+    if b.name.startswith("(") and isinstance(b.value, Ordered):
         names = b.name.strip("()").split(",")
         own = {item.name: item.value for item in a.items if isinstance(item, Named)}
-        return sorted(own) == sorted(names) and _in_order([own[name] for name in names], b.value.items)
+        return (
+            len(own) == len(a.items)
+            and sorted(own) == sorted(names)
+            and _in_order([own[name] for name in names], b.value.items)
+        )
+    if any(isinstance(item, Named) and item.name != b.name for item in a.items):
+        return False
     return isinstance(b.value, Listing) and _listings(a, b.value)
-
-
-def _named_by_kind(compare: Callable[..., bool]) -> Callable[..., bool]:
-    return compare
 
 
 _SAME_KIND: dict[type, Callable[..., bool]] = {
     Text: lambda a, b: a.text == b.text != "",
     Expression: _expressions,
     Listing: _listings,
-    Sequence_: _sequences,
+    Ordered: _sequences,
     Matrix: _matrices,
-    Intervals: _intervals,
+    Intervals: same_intervals,
     Named: _named,
     Relation: _relations,
     Quantity: _quantities,
@@ -504,20 +389,25 @@ _SAME_KIND: dict[type, Callable[..., bool]] = {
     Family: _families,
     Operation: _operations,
 }
+
+
 _ACROSS: dict[tuple[type, type], Callable[..., bool]] = {
-    (Matrix, Sequence_): _vector,
-    (Intervals, Sequence_): _interval_pair,
+    (Matrix, Ordered): _vector,
+    (Intervals, Ordered): interval_pair,
     (Relation, Expression): _equation_value,
     (Percent, Expression): _percent,
     (Ratio, Expression): _ratio_value,
     (Based, Expression): _based_value,
-    (Listing, Sequence_): _named_tuple,
+    (Listing, Ordered): _named_tuple,
     (Listing, Named): _named_system,
+    (Listing, Expression): _singleton,
 }
+
+
 _OTHERWISE: dict[type, Callable[..., bool]] = {
     Named: _named_otherwise,
     Option: _option_otherwise,
     Family: _family_otherwise,
     Quantity: _quantity_otherwise,
-    Operation: _operation_otherwise,
+    Operation: operation_otherwise,
 }

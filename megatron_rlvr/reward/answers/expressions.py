@@ -35,6 +35,7 @@ _CONSTANTS = {
 _UNKNOWN_FUNCTIONS = "fghFGHPQY"
 _PAIRS = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil")}
 _MAX_DEPTH = 60
+INFINITY: Tree = ("const", "inf")
 _ONE = ("num", Fraction(1))
 _HALF = ("num", Fraction(1, 2))
 
@@ -156,7 +157,8 @@ class _Parser:
         if token is None:
             return False
         if token.kind == "number":
-            if self._tokens[self._position - 1].text != "!":
+            after = self._tokens[self._position + 1 : self._position + 2]
+            if self._tokens[self._position - 1].text != "!" and not (after and after[0].text == "^"):
                 raise Unreadable("a number follows without a sign")
             return True
         if token.kind in ("word", "decorated"):

@@ -21,7 +21,9 @@ TEXT_MACROS = (
 
 _FRACTIONS = {c: unicodedata.normalize("NFKC", c).split("\u2044") for c in map(chr, [0xBC, 0xBD, 0xBE])}
 _FRACTIONS |= {c: unicodedata.normalize("NFKC", c).split("\u2044") for c in map(chr, range(0x2150, 0x215F))}
-_SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f", "0123456789+-n")
+_SUPERSCRIPTS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f", "0123456789+-n"
+)
 _SUBSCRIPTS = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
 
 GREEK = (
@@ -37,10 +39,12 @@ _GREEK_CHARACTERS = {
 }
 
 _CHARACTERS = {
-    **{c: "-" for c in "\u2212\u2010\u2011\u2012\u2013\ufe63"},
-    **{c: " " for c in "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000\t\n\r"},
-    **{c: r"\cdot " for c in "\u00b7\u22c5\u2219\u2022\u2217"},
-    **{c: r"\ln " for c in "\u33d1"},
+    **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63", "-"),
+    **dict.fromkeys(
+        "\xa0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000\t\n\r", " "
+    ),
+    **dict.fromkeys("\u00b7\u22c5\u2219\u2022\u2217", r"\cdot "),
+    **dict.fromkeys("\u33d1", r"\ln "),
     "\u2044": "/",
     "\u2215": "/",
     "\u3002": ".",
@@ -77,9 +81,11 @@ _CHARACTERS = {
     "\u2329": ANGLE_OPEN,
     "\u232a": ANGLE_CLOSE,
 }
-_KEPT = set(LE + GE + NE + IN + APPROX + EQUIV + CUP + CAP + MINUS_SET + PM + MP + AND + OR + DEGREE + DOTS + TIMES + DIVIDE)
+_KEPT = set(
+    LE + GE + NE + IN + APPROX + EQUIV + CUP + CAP + MINUS_SET + PM + MP + AND + OR + DEGREE + DOTS + TIMES + DIVIDE
+)
 
-# Groups of three digits that a comma or a thin or fixed space separates are one number; after a plain space they are not.
+# A comma or a thin or fixed space between groups of three digits leaves one number; a plain space does not.
 _THOUSANDS_SPACE = re.compile(r"(?<=[0-9])(?:,?\\!|\{,\}|\\,|\\ |[\u00a0\u2009\u202f\u2007'])(?=[0-9]{3}(?![0-9]))")
 
 

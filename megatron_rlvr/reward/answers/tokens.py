@@ -1,4 +1,4 @@
-"""Tokens of an expression in the notation of ``notation.py``; a character that is no token makes the whole unreadable."""
+"""Tokens of an expression in the notation of ``notation.py``; a character that is none makes all of it unreadable."""
 
 import re
 from fractions import Fraction

@@ -87,14 +87,16 @@ def _table() -> dict[str, tuple[Fraction, str]]:
 
 
 _UNITS = _table()
-_HEDGES = set(
+_HEDGES = (
     "or and not no is are to if about approximately approx maybe perhaps guess wrong plus minus times more less than "
-    "over by either unless otherwise almost nearly between from through until but except mod modulo base".split()
+    "over by either unless otherwise almost nearly between from through until but except mod modulo base"
 )
 CURRENCIES = "$\u20ac\u00a3\u00a5\u20b9"
 _FACTOR = re.compile(
     r"(?P<times>\s*(?:/|\bper\b|\\cdot|\u00d7|\*|\.|-|\s))?\s*"
-    r"(?P<square>square|cubic|sq\.?|cu\.?)?\s*(?P<name>\\mu\s?[A-Za-z]+|\u00b0[CF]?|[" + CURRENCIES + r"\u00a2]|[A-Za-z]+)\.?"
+    r"(?P<square>square|cubic|sq\.?|cu\.?)?\s*(?P<name>\\mu\s?[A-Za-z]+|\u00b0[CF]?|["
+    + CURRENCIES
+    + r"\u00a2]|[A-Za-z]+)\.?"
     r"(?:\^?\s*\{?\s*(?P<power>-?[1-4])\s*\}?)?",
     re.ASCII,
 )
@@ -130,18 +132,36 @@ def parse_unit(text: str, *, known: bool) -> Unit | None:
 
 def _own_unit(text: str) -> Unit | None:
     """A unit of at most three words that are not in the tables, such as "eggs" or "square units"."""
-    words = text.lower().split()
-    plain = all(re.fullmatch(r"[a-z]{2,}|\([a-z]{2,}\)", word) and word not in _HEDGES for word in words)
+    words, hedges = text.lower().split(), _HEDGES.split()
+    plain = all(re.fullmatch(r"[a-z]{2,}|\([a-z]{2,}\)", word) and word not in hedges for word in words)
     if not plain or not 0 < len(words) <= 3 or set(words) & _NUMBER_WORDS.keys():
         return None
     return Unit(Fraction(1), ((" ".join(word.rstrip("s") for word in words), 1),))
 
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _NUMBER_WORDS = (
     {word: number for number, word in enumerate(_ONES)}
     | {word: 10 * number for number, word in enumerate(_TENS, start=2)}
@@ -172,5 +192,5 @@ def number_word(text: str) -> int | None:
 
 def phrase(text: str) -> str:
     """Return text in the form in which it is compared: without case and final punctuation, synonyms as one."""
-    plain = re.sub(r"\s+", " ", text.casefold().strip(" .!$*_")).strip()
+    plain = re.sub(r"\s+", " ", text.casefold().strip(" .!$")).strip()
     return _SAME.get(plain, plain)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from megatron_rlvr.reward.answers.evaluation import Evaluator, TooLarge, Undefined, Value
 from megatron_rlvr.reward.answers.expressions import Tree
-from megatron_rlvr.reward.answers.readings import symbols
+from megatron_rlvr.reward.answers.structures import symbols
 
 ROUNDED_DIGITS = 6
 """Fewest significant digits with which a decimal may stand for the exact value that rounds to it."""
@@ -31,7 +31,7 @@ def same_value(a: Tree, b: Tree) -> bool:
     if not free:
         return _same_constant(a, b)
     compared = 0
-    for point in _points(sorted(free)):
+    for point in sample_points(sorted(free)):
         outcome = _compare_at(a, b, point)
         if outcome is False:
             return False
@@ -41,7 +41,7 @@ def same_value(a: Tree, b: Tree) -> bool:
 
 def is_defined(tree: Tree) -> bool:
     """Return whether an expression has a value, at some point if it has symbols."""
-    return any(_value(tree, point) is not None for point in _points(sorted(symbols(tree))))
+    return any(_value(tree, point) is not None for point in sample_points(sorted(symbols(tree))))
 
 
 def decimal(tree: Tree) -> tuple[Fraction, int, Fraction, bool] | None:
@@ -96,7 +96,7 @@ def _rounds_to(written: tuple[Fraction, int, Fraction, bool], exact: Tree) -> bo
         return not truncated
     if isinstance(other, Fraction):
         whole = other.denominator == 1
-        if whole and len(str(abs(other))) >= DOUBLE_DIGITS and digits < DOUBLE_DIGITS:
+        if whole and abs(other) >= 10 ** (DOUBLE_DIGITS - 1) and digits < DOUBLE_DIGITS:
             return Fraction(float(value)) == other
         error = other - value
     else:
@@ -109,7 +109,9 @@ def _rounds_to(written: tuple[Fraction, int, Fraction, bool], exact: Tree) -> bo
         return False
     if truncated:
         return 0 <= (error if value > 0 else -error) < unit
-    return abs(error) <= unit / 2 if isinstance(error, Fraction) else bool(abs(error) <= _evaluators[0].number(unit / 2))
+    return (
+        abs(error) <= unit / 2 if isinstance(error, Fraction) else bool(abs(error) <= _evaluators[0].number(unit / 2))
+    )
 
 
 def _value(tree: Tree, point: Mapping[str, Fraction]) -> Value | None:
@@ -135,6 +137,8 @@ def _compare_at(a: Tree, b: Tree, point: Mapping[str, Fraction]) -> bool | None:
             return None
         if isinstance(first, Fraction) and isinstance(second, Fraction) and not lost:
             return first == second
+        if point and any(evaluate.context.isinf(evaluate.number(value)) for value in (first, second)):
+            return None
         close = _close(evaluate, first, second)
         if not lost and (point or not close):
             return close  # only constants are written to differ in late digits
@@ -170,20 +174,18 @@ def canonical(tree: Tree) -> Tree:
         flat: list[Tree] = []
         for part in parts:
             flat += part[1:] if part[0] == tree[0] else [part]
-        parts = sorted(flat, key=repr)
+        parts = sorted(flat, key=hash)
     return (tree[0], *parts)
 
 
-def _points(names: list[str]) -> Iterator[dict[str, Fraction]]:
+def sample_points(names: list[str]) -> Iterator[dict[str, Fraction]]:
     """Points at which expressions are compared: reals in (0, 1) and above, of both signs, and then ints."""
     if not names:
         yield {}
         return
     for k in range(_REAL_POINTS):
         scale = Fraction(1, 1) if k < 3 else Fraction(5)
-        yield {
-            name: scale * _fraction(k, i) * (-1 if k >= 5 and (k + i) % 2 else 1) for i, name in enumerate(names)
-        }
+        yield {name: scale * _fraction(k, i) * (-1 if k >= 5 and (k + i) % 2 else 1) for i, name in enumerate(names)}
     for k in range(_INT_POINTS):
         yield {name: Fraction((5 * k + 7 * i + 3 * i * k) % 11 + 2) for i, name in enumerate(names)}
 
@@ -191,3 +193,27 @@ def _points(names: list[str]) -> Iterator[dict[str, Fraction]]:
 def _fraction(k: int, i: int) -> Fraction:
     """A rational in (0, 1) that differs for each point and symbol, with a small denominator for exact arithmetic."""
     return Fraction((37 * k + 61 * i + 17 * i * k) % 97 + 1, 101)
+
+
+_INTEGRATION_CONSTANTS = ("C", "c", "K", "k", "C_1", "c_1")
+
+
+def same_form(a: Tree, b: Tree) -> bool:
+    """Equality of trees; a constant of integration may have another name."""
+    if same_value(a, b):
+        return True
+    only_a, only_b = symbols(a) - symbols(b), symbols(b) - symbols(a)
+    if (
+        a[0] == b[0] == "add"
+        and len(only_a) == len(only_b) == 1
+        and (only_a | only_b) <= set(_INTEGRATION_CONSTANTS)
+        and "C" in only_a | only_b
+    ):
+        return same_value(a, renamed(b, *only_b, *only_a))
+    return False
+
+
+def renamed(tree: Tree, old: str, new: str) -> Tree:
+    if tree == ("sym", old):
+        return ("sym", new)
+    return tuple(renamed(part, old, new) if isinstance(part, tuple) else part for part in tree)
