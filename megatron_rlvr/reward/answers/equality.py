@@ -167,7 +167,7 @@ def _in_either_order(a: Sequence[Tree], b: Sequence[Tree]) -> bool:
 
 
 def _proportional(a: Relation, b: Relation, *, positive: bool) -> bool:
-    """Whether left minus right of one is that of the other times a constant, which is not 0."""
+    """Return whether left minus right of one is that of the other times a constant, which is not 0."""
     names = sorted(set().union(*map(symbols, (*a.sides, *b.sides))))
     if len(names) < 2:  # an equation in one unknown is a problem and not its solution
         return False
@@ -366,7 +366,10 @@ def _named_system(a: Listing, b: Named) -> bool:
             and sorted(own) == sorted(names)
             and _in_order([own[name] for name in names], b.value.items)
         )
-    if any(isinstance(item, Named) and item.name != b.name for item in a.items):
+    own_names = [item.name for item in a.items if isinstance(item, Named)]
+    if own_names and all(re.fullmatch(re.escape(b.name) + r"_\d", name) for name in own_names):
+        return equal(Listing(tuple(item.value for item in a.items if isinstance(item, Named))), b.value)
+    if any(name != b.name for name in own_names):
         return False
     return isinstance(b.value, Listing) and _listings(a, b.value)
 

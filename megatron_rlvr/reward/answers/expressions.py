@@ -12,6 +12,7 @@ expression is unreadable rather than guessed.
 """
 
 import itertools
+import re
 from fractions import Fraction
 
 from megatron_rlvr.reward.answers.notation import DEGREE, DIVIDE, DOTS, GREEK, MP, PM, TIMES
@@ -32,6 +33,7 @@ _CONSTANTS = {
     "i": ("const", "i"),
     **dict.fromkeys(("infty", "infinity", "inf", "oo"), ("const", "inf")),
 }
+_LONG_CONSTANTS = tuple(name for name in _CONSTANTS if len(name) > 1)
 _UNKNOWN_FUNCTIONS = "fghFGHPQY"
 _PAIRS = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil")}
 _MAX_DEPTH = 60
@@ -47,7 +49,7 @@ def parse(text: str) -> Tree:
         Unreadable: If any of it is not read.
     """
     parser = _Parser(tokenize(text))
-    tree = parser.sum()
+    tree = parser.chosen()
     if parser.next is not None:
         raise Unreadable(text)
     return tree
@@ -204,12 +206,17 @@ class _Parser:
     def _group(self, opening: str, closing: str) -> Tree:
         self.expect(opening)
         bars, self._bars = self._bars, 0
-        tree = self.sum()
+        tree = self.chosen() if opening == "{" else self.sum()
         self._bars = bars
-        if opening == "{" and self.at(r"\choose"):
-            self.take()
-            tree = ("call", "binomial", tree, self.sum())
         self.expect(closing)
+        return tree
+
+    def chosen(self) -> Tree:
+        r"""An expression, or n \choose k, which fills a group."""
+        tree = self.sum()
+        if self.at(r"\choose"):
+            self.take()
+            return ("call", "binomial", tree, self.sum())
         return tree
 
     def _primary(self) -> Tree:
@@ -317,11 +324,10 @@ class _Parser:
             return self._subscripted(name)
         if len(name) == 2 and name[0] == "d" and name[1] in "xyztusr":
             return ("sym", name)
-        if name.isalpha() and len(name) <= 3 and not token.space:
-            if any(name.endswith(tail) for tail in _CONSTANTS if len(tail) > 1):
-                raise Unreadable(name)
-            *heads, tail = (_CONSTANTS.get(letter, ("sym", letter)) for letter in name)
-            return ("mul", *heads, self._subscripted(name[-1]) if self.at("_") else tail)
+        if name.isalpha() and len(name) <= 3 and not token.space and not any(map(name.endswith, _LONG_CONSTANTS)):
+            rest = [Token("word", letter, False) for letter in name[1:]]  # a power binds to the last letter only
+            self._tokens[self._position : self._position] = rest
+            return _CONSTANTS.get(name[0], ("sym", name[0]))
         raise Unreadable(name)
 
     def _subscripted(self, name: str) -> Tree:
@@ -332,14 +338,12 @@ class _Parser:
             if index[0] != "num":
                 return ("apply", f"{name}_", index)
             name = f"{name}_{index[1]}"
+        if name == "C" and re.fullmatch(
+            r"\([0-9]+,[0-9]+\)", "".join(t.text for t in self._tokens[self._position :][:5])
+        ):
+            return ("call", "binomial", *self._arguments())
         if name in _UNKNOWN_FUNCTIONS and self.at("(") and not self.next.space:  # type: ignore[union-attr]
-            self.take()
-            arguments = [self.sum()]
-            while self.at(","):
-                self.take()
-                arguments.append(self.sum())
-            self.expect(")")
-            return ("apply", name, *arguments)
+            return ("apply", name, *self._arguments())
         return ("sym", name)
 
     def _function(self, name: str) -> Tree:

@@ -136,6 +136,7 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\*\*", "^"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|" + _command("degree|degrees|textdegree"), DEGREE),
         (rf"\^\s*\{{?\s*{DEGREE}\s*\}}?", DEGREE),
+        (rf"{DEGREE}\s*{TEXT_MACROS}\s*\{{\s*([CF])\s*\}}", DEGREE + r"\1"),
         (_command("varnothing"), r"\\emptyset "),
         (r"\\(?:Reals|reals|R)(?![A-Za-z])", r"\\mathbb{R}"),
         (r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),

@@ -6,12 +6,13 @@ text only.
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from megatron_rlvr.reward.answers import notation as n
-from megatron_rlvr.reward.answers.expressions import INFINITY, Tree, parse
+from megatron_rlvr.reward.answers.expressions import INFINITY, Tree
+from megatron_rlvr.reward.answers.inequalities import read_congruence, read_inequality
 from megatron_rlvr.reward.answers.leaves import CLOSE, LINE, OPEN, read_leaf, read_text, split
 from megatron_rlvr.reward.answers.structures import (
-    Congruence,
     Expression,
     Family,
     Intervals,
@@ -28,7 +29,6 @@ from megatron_rlvr.reward.answers.structures import (
     Text,
     as_interval,
     free_symbols,
-    symbols,
 )
 from megatron_rlvr.reward.answers.tokens import Unreadable
 
@@ -39,7 +39,7 @@ _OPTION_TEXT = re.compile(r"(?!.*\b(?:or|and|not)\b)[\w' .:/-]{1,60}", re.ASCII)
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle)\s*[A-Z]{1,3}|m\s*\\angle\s*[A-Z]{1,3}|(?:[A-Za-z]|\\[a-z]+)'*(?:_\{?[A-Za-z0-9]+\}?)?"
     r"(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?|[A-Z]{2,3}|\|[A-Z]{2}\||\\overline\{[A-Z]{2}\}"
-    r"|S_\{?\\triangle [A-Z]+\}?"
+    r"|[a-z]\s*\^\s*\{?\s*-1\s*\}?\s*\(\s*[a-z]\s*\)|S_\{?\\triangle [A-Z]+\}?"
     r"|d[a-z]\s*/\s*d[a-z]|\\frac\{d[a-z]\}\{d[a-z]\})"
 )
 
@@ -259,14 +259,14 @@ def _read_relation(text: str) -> Reading | None:
     if not all(sides):
         raise Unreadable(text)
     if n.EQUIV in between or re.search(r"\\[pb]?mod", text):
-        return _read_congruence(sides, between)
+        return read_congruence(sides, between)
     if between == [n.IN]:
         return _membership(*sides)
     if set(between) <= {"=", n.APPROX}:
         return _read_equation(sides, between)
     if n.IN in between or n.APPROX in between:
         raise Unreadable(text)
-    return _read_inequality(sides, between)
+    return read_inequality(sides, between)
 
 
 def _approximate(reading: Reading) -> Reading:
@@ -287,14 +287,6 @@ def _membership(left: str, right: str) -> Reading:
     if isinstance(value, Intervals):
         return Intervals(value.parts, name)
     return Named(name, value)
-
-
-def _read_congruence(sides: Sequence[str], between: Sequence[str]) -> Reading:
-    last = re.fullmatch(r"(.*?)\s*,?\s*\(?\s*\\[pb]?mod\s*(?:\{(.*?)\}|(.*?))\s*\)?", n.strip_text(sides[-1]))
-    if last is None or len(sides) > 2 or (between and between[0] not in (n.EQUIV, "=")):
-        raise Unreadable("a congruence")
-    left = parse(sides[0]) if len(sides) == 2 else None
-    return Congruence(left, parse(last[1]), parse(last[2] or last[3]))
 
 
 def _read_equation(sides: Sequence[str], between: Sequence[str]) -> Reading:
@@ -337,43 +329,6 @@ def _tuple_of_names(left: str, right: str) -> Reading | None:
     return Named("(" + re.sub(r"\s", "", match[1]) + ")", _read(right))
 
 
-_MIRRORED = {"<": ">", ">": "<", n.LE: n.GE, n.GE: n.LE}
-
-
-def _read_inequality(sides: Sequence[str], between: Sequence[str]) -> Reading:
-    trees = [parse(side) for side in sides]
-    if len(trees) == 2 and trees[1][0] == "sym" and trees[0][0] != "sym" and between[0] in _MIRRORED:
-        trees, between = trees[::-1], [_MIRRORED[between[0]]]
-    if len(trees) == 3 and set(between) <= {">", n.GE}:
-        trees, between = trees[::-1], [_MIRRORED[sign] for sign in between[::-1]]
-    below, above = ("neg", INFINITY), INFINITY
-    if len(trees) == 2 and trees[0][0] == "sym" and not symbols(trees[1]):
-        name, end, sign = trees[0][1], trees[1], between[0]
-        if sign == n.NE:
-            return Intervals(((below, end, False, False), (end, above, False, False)), name)
-        if sign in "<" + n.LE:
-            return Intervals(((below, end, False, sign == n.LE),), name)
-        return Intervals(((end, above, sign == n.GE, False),), name)
-    if len(trees) == 2 and trees[0][:2] == ("call", "abs") and trees[0][2][0] == "sym" and not symbols(trees[1]):
-        return _absolute(trees[0][2][1], trees[1], between[0])
-    middle = len(trees) == 3 and trees[1][0] == "sym" and not symbols(trees[0]) and not symbols(trees[2])
-    if middle and set(between) <= {"<", n.LE}:
-        return Intervals(((trees[0], trees[2], between[0] == n.LE, between[1] == n.LE),), trees[1][1])
-    if len(trees) == 2 and between[0] in (">", n.GE):
-        trees, between = trees[::-1], [_MIRRORED[between[0]]]
-    return Relation(tuple(between), tuple(trees))
-
-
-def _absolute(name: str, end: Tree, sign: str) -> Reading:
-    """|x| < a as an interval, |x| > a as two; the sign of a is that of a bound that makes sense."""
-    low, closed = ("neg", end), sign in n.LE + n.GE
-    if sign in "<" + n.LE:
-        return Intervals(((low, end, closed, closed),), name)
-    if sign in ">" + n.GE:
-        return Intervals(((("neg", INFINITY), low, False, closed), (end, INFINITY, closed, False)), name)
-    raise Unreadable("an absolute value")
-
-
 def _read_set(text: str) -> Reading | None:
     """Unions, intersections and differences."""
     for sign in (n.CUP, n.CAP, n.MINUS_SET):
@@ -386,6 +341,8 @@ def _read_set(text: str) -> Reading | None:
         return Operation(sign, tuple(items))
     if text in (r"\mathbb{R}", r"\mathbb {R}"):
         return LINE
+    if re.fullmatch(r"\\mathbb\{R\}\s*[\^_]\s*(?:\+|\{\s*\+\s*\})", text):
+        return Intervals(((("num", Fraction(0)), INFINITY, False, False),))
     if match := re.fullmatch(r"\\mathbb\{R\}\s*-\s*(" + n.SET_OPEN + ".*)", text):
         return Operation(n.MINUS_SET, (LINE, _read(match[1])))
     return None
@@ -403,7 +360,10 @@ def _read_element(text: str) -> Reading:
 
 
 def _read_brackets(text: str) -> Reading | None:
-    """A tuple, interval, vector or set: brackets around the whole."""
+    """A tuple, interval, vector or set: brackets around the whole. The letter of a point may stand before it."""
+    if re.match(r"[A-Z]\s*\(.*,", text) and _closing(text, text.index("(")) == len(text) - 1:
+        point = _read_brackets(text[1:].strip())
+        return Named(text[0], point) if isinstance(point, Ordered) and text[0] != "C" else None
     if text[0] not in f"([{n.SET_OPEN}{n.ANGLE_OPEN}" or _closing(text, 0) != len(text) - 1:
         return Listing((), braces=True) if text == r"\emptyset" else None
     opening, inner, closing = text[0], text[1:-1].strip(), text[-1]

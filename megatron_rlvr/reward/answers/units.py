@@ -109,7 +109,7 @@ def parse_unit(text: str, *, known: bool) -> Unit | None:
         text: Such as "cm^2", "km/h" or "square meters".
         known: Whether every word must be in the tables; otherwise a few unknown words are a unit of their own.
     """
-    text = text.strip().strip(".").strip()
+    text = re.sub(r"\bmph\b", "mile/hour", text.strip().strip(".").strip())
     position, factor, dimension, prefixed = 0, Fraction(1), dict[str, int](), False
     while position < len(text):
         match = _FACTOR.match(text, position)

@@ -87,7 +87,7 @@ def _same_decimals(a: tuple[Fraction, int, Fraction, bool], b: tuple[Fraction, i
 
 
 def _rounds_to(written: tuple[Fraction, int, Fraction, bool], exact: Tree) -> bool:
-    """Whether a decimal is an exact value, its rounding, or with dots its truncation."""
+    """Return whether a decimal is an exact value, its rounding, or with dots its truncation."""
     value, digits, unit, truncated = written
     other = _value(exact, {})
     if other is None:
@@ -158,7 +158,7 @@ def _close(evaluate: Evaluator, a: Value, b: Value) -> bool:
 
 
 def _absorbed(a: Tree, b: Tree, point: Mapping[str, Fraction]) -> bool:
-    """Whether a sum in either tree lost a term that may decide, even at the highest precision."""
+    """Return whether a sum in either tree lost a term that may decide, even at the highest precision."""
     for tree in (a, b):
         evaluate = _evaluators[-1]
         evaluate(tree, point)
@@ -202,6 +202,9 @@ def same_form(a: Tree, b: Tree) -> bool:
     """Equality of trees; a constant of integration may have another name."""
     if same_value(a, b):
         return True
+    first, second = _numbered_constants(a), _numbered_constants(b)
+    if (first, second) != (a, b) and same_value(first, second):
+        return True
     only_a, only_b = symbols(a) - symbols(b), symbols(b) - symbols(a)
     if (
         a[0] == b[0] == "add"
@@ -211,6 +214,14 @@ def same_form(a: Tree, b: Tree) -> bool:
     ):
         return same_value(a, renamed(b, *only_b, *only_a))
     return False
+
+
+def _numbered_constants(tree: Tree) -> Tree:
+    """Return a tree with c_1, c_2, ... written as C_1, C_2, ..."""
+    for k in range(1, 5):
+        if f"C_{k}" not in symbols(tree):
+            tree = renamed(tree, f"c_{k}", f"C_{k}")
+    return tree
 
 
 def renamed(tree: Tree, old: str, new: str) -> Tree:
