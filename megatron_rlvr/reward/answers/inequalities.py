@@ -14,7 +14,7 @@ def read_congruence(sides: Sequence[str], between: Sequence[str]) -> Reading:
     if last is None or len(sides) > 2 or (between and between[0] not in (n.EQUIV, "=")):
         raise Unreadable("a congruence")
     left = parse(sides[0]) if len(sides) == 2 else None
-    return Congruence(left, parse(last[1]), parse(last[2] or last[3]))
+    return Congruence(left, parse(last[1]), parse(last[2] or last[3] or ""))
 
 
 _MIRRORED = {"<": ">", ">": "<", n.LE: n.GE, n.GE: n.LE}
