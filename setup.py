@@ -47,7 +47,7 @@ setup(
         "transformers>=4.57",
         "sentencepiece>=0.2",
         "safetensors>=0.5",
-        "math-verify>=0.9",
+        "mpmath>=1.3",
         "pyarrow>=18",
         "pydantic>=2.10",
         "PyYAML>=6",

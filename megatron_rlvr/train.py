@@ -15,8 +15,9 @@ from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
-from megatron_rlvr.startup.process import check_launch, is_main, print_error, quiet_libraries
+from megatron_rlvr.startup.process import check_launch, is_main, logger, print_error, quiet_libraries
 from megatron_rlvr.startup.resolve import resolve
 from megatron_rlvr.startup.run import run
 
@@ -47,7 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
             settings.reward.function,
             workers=1 if check else settings.reward.workers,
             timeout_seconds=settings.reward.timeout_seconds,
+            answer_after=resolved.answer_after,
         )
+        golds = describe_golds(resolved) if is_main() else ""
     except RlvrError as error:
         print_error(error)
         sys.exit(error.exit_status)
@@ -55,8 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(stopped.exit_status)
     with graders:
         if check:
-            print(f"{to_yaml(resolved.settings)}\n{describe_plan(resolved)}")
+            plan = "\n".join(filter(None, (describe_plan(resolved), golds)))
+            print(f"{to_yaml(resolved.settings)}\n{plan}")
         else:
+            if golds:
+                logger.info("%s", golds)
             run(resolved, graders, signals)
 
 

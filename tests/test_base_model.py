@@ -17,11 +17,12 @@ def base_model(model: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     shutil.copytree(model, folder)
     tiny.write_tokenizer(folder, chat_template=tiny.TEMPLATE)
-    for name, changes in {
+    changed: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {"eos_token": "<|pad|>"},
         "config.json": {"eos_token_id": 0},
         "generation_config.json": {"eos_token_id": 0},
-    }.items():
+    }
+    for name, changes in changed.items():
         path = folder / name
         content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(content | changes), encoding="utf-8")

@@ -20,6 +20,7 @@ from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.reward.math import math_reward
 from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.resolve import Resolved, resolve
 
@@ -266,7 +267,8 @@ def test_the_launch_script_prints_the_plan(checkout: Callable[[str], Path]) -> N
     environment = tiny.environment(PYTHON=sys.executable)  # without WORLD_SIZE
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == describe_plan(checked("qwen3_32b/forking_20k")) + "\n"
+    resolved = checked("qwen3_32b/forking_20k")
+    assert done.stdout == f"{describe_plan(resolved)}\n{describe_golds(resolved)}\n"
 
 
 @pytest.mark.parametrize("model", MODELS)

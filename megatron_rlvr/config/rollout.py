@@ -105,7 +105,10 @@ class RewardSettings(Section):
     """Function that grades a response, its limits, and the value of its verdicts."""
 
     function: str = "math"
-    """math: math-verify on the boxed answer; module:function: your own Python function."""
+    """math: compare the final answer with the gold one (docs/rewards.md); module:function: your own."""
+    answer_after: str = Field(default="auto", min_length=1)
+    """Text that ends the thinking section: only what follows its last occurrence is graded by `math`, and a response
+    without it has no answer. auto: `</think>` if the prompts end in an open `<think>`, else none; none: nothing."""
     correct: float = 1.0
     """Reward of a correct answer."""
     incorrect: float = -1.0
@@ -124,4 +127,9 @@ class RewardSettings(Section):
             raise ValueError(f"reward.correct={self.correct}: not above reward.incorrect={self.incorrect}; raise it")
         if not REWARD_FUNCTION.fullmatch(self.function):
             raise ValueError(f"reward.function={shown(self.function)}: neither math nor module:function; write either")
+        if self.function != "math" and self.answer_after != "auto":
+            raise ValueError(
+                f"reward.answer_after={shown(self.answer_after)}: has no effect with reward.function={self.function} "
+                "(your own function reads the whole response); remove it"
+            )
         return self

@@ -7,7 +7,7 @@ from megatron_rlvr.config import RewardSettings
 from megatron_rlvr.preflight.context import PreflightContext, rank_failures
 from megatron_rlvr.preflight.results import CheckResult, failure
 from megatron_rlvr.reward.graders import GraderPool, Verdict
-from megatron_rlvr.reward.math import final_answer
+from megatron_rlvr.reward.math import gold_answer
 from megatron_rlvr.types import Prompt
 
 # A number that is the gold answer of no prompt.
@@ -23,13 +23,19 @@ class AlternatingGraders(GraderPool):
     Args:
         reward: Settings of the run's graders.
         first: Number of this rank in its data-parallel replica, whose ranks share the responses to a prompt.
+        answer_after: Text after which the answer begins.
 
     Attributes:
         verdicts: Real verdicts of the graders.
     """
 
-    def __init__(self, reward: RewardSettings, first: int) -> None:
-        super().__init__(reward.function, workers=reward.workers, timeout_seconds=reward.timeout_seconds)
+    def __init__(self, reward: RewardSettings, first: int, answer_after: str | None = None) -> None:
+        super().__init__(
+            reward.function,
+            workers=reward.workers,
+            timeout_seconds=reward.timeout_seconds,
+            answer_after=answer_after,
+        )
         self.verdicts: list[Verdict] = []
         self._first = first
         self._submitted: dict[str, int] = {}
@@ -54,12 +60,14 @@ class AlternatingGraders(GraderPool):
 
 def check_grader(context: PreflightContext) -> CheckResult:
     """Grade a correct and an incorrect answer to the first prompt on every rank."""
-    prompt = context.resolved.train.prompts[0]
+    prompt, answer_after = context.resolved.train.prompts[0], context.resolved.answer_after
     answers = {
-        "correct": f"The answer is \\boxed{{{final_answer(prompt.answer) or prompt.answer}}}.",
-        "incorrect": _INCORRECT,
+        "correct": f"{answer_after or ''}The answer is \\boxed{{{gold_answer(prompt.answer)}}}.",
+        "incorrect": f"{answer_after or ''}{_INCORRECT}",
     }
-    results = context.try_on_all_ranks(lambda: _verdicts(context.resolved.settings.reward, prompt, answers))
+    results = context.try_on_all_ranks(
+        lambda: _verdicts(context.resolved.settings.reward, answer_after, prompt, answers)
+    )
     if failures := rank_failures(results):
         return failure("grader", failures[0].sentence)
     verdicts: dict[str, Verdict] = next(result for result in results if isinstance(result, dict))
@@ -78,7 +86,11 @@ def check_grader(context: PreflightContext) -> CheckResult:
     return CheckResult("grader", "passed", message)
 
 
-def _verdicts(reward: RewardSettings, prompt: Prompt, answers: dict[str, str]) -> dict[str, Any]:
-    with GraderPool(reward.function, workers=reward.workers, timeout_seconds=reward.timeout_seconds) as graders:
+def _verdicts(
+    reward: RewardSettings, answer_after: str | None, prompt: Prompt, answers: dict[str, str]
+) -> dict[str, Any]:
+    with GraderPool(
+        reward.function, workers=reward.workers, timeout_seconds=reward.timeout_seconds, answer_after=answer_after
+    ) as graders:
         pending = {name: graders.submit(prompt, answer) for name, answer in answers.items()}
         return {name: future.result() for name, future in pending.items()}

@@ -52,7 +52,9 @@ class Rehearsal:
             prompts=min(context.ranks.data_size, len(resolved.train)),
             max_tokens=None if context.full_length else _SHORT_RESPONSE,
         )
-        self.graders = AlternatingGraders(self.settings.reward, context.ranks.replica_rank)
+        self.graders = AlternatingGraders(
+            self.settings.reward, context.ranks.replica_rank, context.resolved.answer_after
+        )
         resources.enter_context(self.graders)
         changed = replace(resolved, settings=self.settings, evaluation={}, start=None)
         with redirect_stdout(io.StringIO()):  # not a terminal, so that no progress bar appears within the table

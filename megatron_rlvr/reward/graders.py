@@ -1,9 +1,9 @@
 """Pool of grader processes: a reward function that hangs or crashes fails one response, never the trainer.
 
 Each process has one daemon thread, which takes responses from a common queue, sends each to its process, waits with a
-hard deadline, and replaces a process that misses it. The process is killed with SIGKILL, because sympy's integer
-powers hold the interpreter lock and no other signal is handled meanwhile. The deadline starts when a response is sent
-to a process that has imported everything, so that start-up time is never charged to a response. The thread starts the
+hard deadline, and replaces a process that misses it. The process is killed with SIGKILL, because arithmetic on long
+integers holds the interpreter lock, so that no other signal is handled. The deadline starts when a response is sent to
+a process that has imported everything, so that start-up time is never charged to a response. The thread starts the
 process and outlives it, as ``process.py`` requires.
 """
 
@@ -95,13 +95,16 @@ class GraderPool:
         restarts: Number of processes started to replace dead ones.
     """
 
-    def __init__(self, function: str = "math", *, workers: int, timeout_seconds: float = 2.0) -> None:
+    def __init__(
+        self, function: str = "math", *, workers: int, timeout_seconds: float = 2.0, answer_after: str | None = None
+    ) -> None:
         """Start all processes at the same time and wait until each has imported the function.
 
         Args:
             function: "math", or "module:function" for the user's own ``protocols.Reward``.
             workers: Number of processes, >= 1.
             timeout_seconds: Deadline for grading one response, wall-clock seconds, > 0.
+            answer_after: Text after which the answer begins, for "math"; None for the whole response.
 
         Raises:
             RewardError: If the function cannot be imported or an argument is invalid.
@@ -114,6 +117,7 @@ class GraderPool:
         self.graded = self.timeouts = self.errors = self.restarts = 0
         self._function = function
         self._timeout_seconds = timeout_seconds
+        self._answer_after = answer_after
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._lock = threading.Lock()  # guards the counters, _closed and _processes
         self._closed = False
@@ -227,7 +231,7 @@ class GraderPool:
             if self._closed:
                 raise RewardError("the grader pool is closed")
             replaces = threading.current_thread() in self._processes
-            process = GraderProcess(self._function, self._timeout_seconds)
+            process = GraderProcess(self._function, self._timeout_seconds, self._answer_after)
             self._processes[threading.current_thread()] = process
         process.wait_until_ready()
         with self._lock:

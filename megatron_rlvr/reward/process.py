@@ -18,7 +18,7 @@ from megatron_rlvr.errors import InputError
 START_LIMIT_SECONDS = 60.0
 """Time limit for importing the reward function.
 
-Importing sympy takes a second; on a cold network file system, or for 16 processes at once on two cores, much longer.
+Importing numpy takes a second; on a cold network file system, or for 16 processes at once on two cores, much longer.
 """
 
 
@@ -37,12 +37,13 @@ class GraderDied(Exception):
 class GraderProcess:
     """One grader process. Use it from one thread only; `kill` may be called from any thread."""
 
-    def __init__(self, function: str, timeout_seconds: float) -> None:
+    def __init__(self, function: str, timeout_seconds: float, answer_after: str | None = None) -> None:
         """Start the process without waiting for it.
 
         Args:
             function: "math" or "module:function".
             timeout_seconds: Deadline of each task in seconds.
+            answer_after: Text after which the answer begins, for "math"; None for the whole response.
 
         Raises:
             RewardError: If the system cannot start a process.
@@ -59,7 +60,7 @@ class GraderProcess:
         with grader_end:
             try:
                 self._process = subprocess.Popen(
-                    [*command, str(grader_end.fileno()), str(os.getpid()), function],
+                    [*command, str(grader_end.fileno()), str(os.getpid()), function, answer_after or ""],
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # standard error, by descriptor: sys.stderr may be captured
                     pass_fds=[grader_end.fileno()],

@@ -1,8 +1,8 @@
-"""Grader process: ``python -m megatron_rlvr.reward.worker DESCRIPTOR PARENT FUNCTION``, started by ``process.py``.
+"""Grader process: ``python -m megatron_rlvr.reward.worker DESCRIPTOR PARENT FUNCTION ANSWER_AFTER``.
 
-The process imports the reward function, reports that it is ready, and then grades one task after another. It is a
-fresh interpreter and not a fork, so that it inherits no CUDA context, lock or main module of the trainer; it imports
-neither torch nor the trainer. Messages are length-prefixed pickles over an inherited socket:
+``process.py`` starts it. The process imports the reward function, reports that it is ready, and then grades one task
+after another. It is a fresh interpreter and not a fork, so that it inherits no CUDA context, lock or main module of the
+trainer; it imports neither torch nor the trainer. Messages are length-prefixed pickles over an inherited socket:
 
     grader -> trainer   once: None if the function is ready, else why it cannot be imported (str)
     trainer -> grader   (Prompt, response)
@@ -13,6 +13,7 @@ it (Linux), and it exits when the socket closes. Its standard output is redirect
 function may print.
 """
 
+import functools
 import importlib
 import math
 import os
@@ -30,7 +31,7 @@ from megatron_rlvr.protocols import Reward
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Limit on the address space of one grader.
 
-One megabyte of digits costs math-verify 547 MB; ten megabytes would exhaust the machine.
+A user's function may read a response of megabytes with a parser that takes hundreds of bytes a character.
 """
 
 MAX_FAILURE_CHARACTERS = 300
@@ -39,13 +40,13 @@ MAX_FAILURE_CHARACTERS = 300
 def main() -> None:
     """Grade the tasks from the socket named on the command line until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer ends graders
-    descriptor, parent, function = sys.argv[1:]
+    descriptor, parent, function, answer_after = sys.argv[1:]
     end_with_parent(int(parent))
     _limit(resource.RLIMIT_AS, MEMORY_LIMIT_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
     connection = Connection(int(descriptor))
     try:
-        reward = load(function)
+        reward = load(function, answer_after or None)
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         connection.send(_describe(error))
         return
@@ -57,8 +58,8 @@ def main() -> None:
         os._exit(0)  # the trainer has exited; a thread of the user's function must not keep this process alive
 
 
-def load(function: str) -> Reward:
-    """Import the reward function named "math" or "module:function".
+def load(function: str, answer_after: str | None = None) -> Reward:
+    """Import the reward function named "math" or "module:function"; the former reads what follows ``answer_after``.
 
     Raises:
         Exception: Any exception of its module.
@@ -68,7 +69,7 @@ def load(function: str) -> Reward:
         from megatron_rlvr.reward.math import math_reward, warm_up
 
         warm_up()
-        return math_reward
+        return functools.partial(math_reward, answer_after=answer_after)
     module, _, name = function.partition(":")
     reward = getattr(importlib.import_module(module), name)
     if not callable(reward):

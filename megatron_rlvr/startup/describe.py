@@ -11,6 +11,8 @@ def describe_plan(resolved: Resolved) -> str:
     """Return the plan of a run, one line per subject."""
     s = resolved.settings
     overlong = f", overlong penalty over the last {s.reward.overlong_buffer} tokens" if s.reward.overlong_buffer else ""
+    after = f" on what follows {resolved.answer_after}" if resolved.answer_after else ""
+    reward = f"{s.reward.function}{after}: correct {s.reward.correct:g}"
     start = f", resuming after step {resolved.start.step}" if resolved.start else ""
     lines = {
         "model": _model(resolved),
@@ -19,7 +21,7 @@ def describe_plan(resolved: Resolved) -> str:
         "columns": _columns(resolved),
         "stop": _stop(resolved),
         "rollout": _rollout(s),
-        "reward": f"{s.reward.function}: correct {s.reward.correct:g}, incorrect {s.reward.incorrect:g}{overlong}",
+        "reward": f"{reward}, incorrect {s.reward.incorrect:g}{overlong}",
         "mask": describe_mask(s),
         "loss": _loss(s),
         "optimizer": _optimizer(s),

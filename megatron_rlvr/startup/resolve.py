@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint
-from megatron_rlvr.config import FileSettings, Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import FileSettings, RewardSettings, Settings, SettingsError, evaluation_name
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.template import EndOfTurn, PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
+from megatron_rlvr.reward.final_answer import THINK_CLOSE, THINK_OPEN
 from megatron_rlvr.startup.inputs import check_inputs, inputs_of, recorded_clock, recorded_inputs
 from megatron_rlvr.startup.layout_checks import check_experts, check_layout, check_lengths
 from megatron_rlvr.startup.process import world_size
@@ -43,6 +44,7 @@ class Resolved:
         hf_config: config.json of the model.
         stop_tokens: Tokens that end a response, by ascending id.
         turn: What the chat template writes after an answer; None without a chat template.
+        answer_after: Text after which the answer of a response begins; None for the whole response.
         train: Prompts to train on.
         evaluation: {name of the set: its prompts}.
         now: Moment that the chat template sees; None if it does not read the clock.
@@ -55,6 +57,7 @@ class Resolved:
     tokenizer: Tokenizer
     stop_tokens: tuple[StopToken, ...]
     turn: EndOfTurn | None
+    answer_after: str | None
     train: PromptSet
     evaluation: Mapping[str, PromptSet]
     now: datetime | None
@@ -109,7 +112,8 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
         )
     turn = template.end_of_turn()
     stop = find_stop_tokens(settings, hf_config, tokenizer, turn, in_use=template.chat or _holds(train, turn))
-    resolved = Resolved(settings, hf_config, tokenizer, stop, turn, train, evaluation, now, ranks, start)
+    after = _answer_after(settings.reward, tokenizer, train)
+    resolved = Resolved(settings, hf_config, tokenizer, stop, turn, after, train, evaluation, now, ranks, start)
     check_inputs(settings, recorded, resolved.inputs)
     return resolved
 
@@ -177,3 +181,25 @@ def _check_packages(settings: Settings) -> None:
             raise SettingsError(
                 f"log.{package}=true: needs the package {package}; pip install {package}, or set it to false"
             )
+
+
+def _answer_after(reward: RewardSettings, tokenizer: Tokenizer, train: PromptSet) -> str | None:
+    """Return the text after which the answer of a response begins, by `reward.answer_after`.
+
+    With auto, the first prompt decides, as the template has rendered it: the response thinks first if the prompt ends
+    in an open thinking section. A template that leaves it to the model to open one decides nothing.
+    """
+    if reward.function != "math" or reward.answer_after == "none":
+        return None
+    marker = reward.answer_after
+    if marker == "auto":
+        _, opened, thoughts = tokenizer.decode(train.prompts[0].token_ids.tolist()).rpartition(THINK_OPEN)
+        if not opened or THINK_CLOSE in thoughts:
+            return None
+        marker = THINK_CLOSE
+    if marker not in tokenizer.decode(tokenizer.encode(marker)):
+        raise SettingsError(
+            f"reward.answer_after={reward.answer_after}: {marker} is a special token of the tokenizer, which graders "
+            "never see, so that no response would have an answer; set it to none"
+        )
+    return marker

@@ -362,7 +362,7 @@ def test_no_grader_outlives_a_killed_trainer(rewards: Path) -> None:
     assert not any(map(running, graders))
 
 
-def test_no_degenerate_answer_exceeds_the_deadline_or_affects_the_next() -> None:
+def test_no_degenerate_answer_reaches_the_deadline_or_affects_the_next() -> None:
     matrix = "\\begin{pmatrix}" + " \\\\ ".join(" & ".join("7" * 200) for _ in range(200)) + "\\end{pmatrix}"
     degenerate = [
         "9^{9^{9^9}}",
@@ -380,18 +380,14 @@ def test_no_degenerate_answer_exceeds_the_deadline_or_affects_the_next() -> None
         "}{",
         "1/0",
     ]
-    with GraderPool("math", workers=2, timeout_seconds=2.0) as pool:
+    with GraderPool("math", workers=2, timeout_seconds=10.0) as pool:
         futures = [pool.submit(prompt(), f"\\boxed{{{answer}}}") for answer in degenerate]
         for answer, future in zip(degenerate, futures, strict=True):
             verdict = future.result(timeout=60)
-            assert verdict.value is False or verdict.failure == "timeout after 2.0 s", ascii(answer[:50])
-            assert verdict.seconds < 30, ascii(answer[:50])
-        timeouts = pool.timeouts
-        assert timeouts >= 1, "no answer timed out, so this test shows nothing"
+            assert verdict.value is False, ascii(answer[:50])
         assert [ask(pool, f"\\boxed{{{value}}}").value for value in (41, 42, 43)] == [False, True, False]
         assert (pool.graded, pool.errors) == (len(degenerate) + 3, 0)
-        assert pool.timeouts == timeouts
-        assert pool.restarts in (timeouts, timeouts - 1)  # the last replacement may not have started yet
+        assert (pool.timeouts, pool.restarts) == (0, 0)
 
 
 def test_grades_follow_the_settings() -> None:

@@ -1,6 +1,8 @@
 """Tests of the extraction of the final answer and its comparison with the gold answer, against cases read by hand."""
 
 import itertools
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -157,17 +159,26 @@ def test_numbers_are_compared_as_math_verify_compares_them() -> None:
         assert equivalent(gold, answer) == oracle, (gold, answer)
 
 
-def test_plain_numbers_and_equal_texts_are_compared_without_sympy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rlvr.reward.math._math_verify", lambda: pytest.fail("sympy was used"))
+def test_plain_numbers_are_compared_without_reading_an_expression(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_rlvr.reward.math._readings_equal", lambda *_: pytest.fail("an expression was read"))
     assert equivalent("1000", "1,000.0")
     assert not equivalent("1000", "1001")
-    assert equivalent(r"\frac{x}{2}", r"$\frac{x}{2}$.")
+
+
+def test_grading_imports_neither_sympy_nor_math_verify() -> None:
+    program = (
+        "import sys; from megatron_rlvr.reward.math import warm_up; warm_up(); "
+        "print({'sympy', 'math_verify', 'torch'} & set(sys.modules))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "set()\n"
+    )
 
 
 def test_an_answer_over_the_size_limit_is_incorrect_without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rlvr.reward.math._math_verify", lambda: pytest.fail("sympy was used"))
     longest = "x" * MAX_EXPRESSION_CHARACTERS
     assert equivalent(longest, longest)
+    monkeypatch.setattr("megatron_rlvr.reward.math._readings_equal", lambda *_: pytest.fail("an expression was read"))
     assert not equivalent(longest, longest + "x")
     assert not math_reward(prompt("9"), "\\boxed{" + "9+" * 10**6 + "9}")
 
