@@ -3,6 +3,7 @@
 from megatron_rlvr.config import Settings
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.hf.families import transformer_fields
+from megatron_rlvr.hf.headers import list_names
 from megatron_rlvr.startup.resolve import Resolved
 
 
@@ -23,6 +24,8 @@ def describe_plan(resolved: Resolved) -> str:
         "evaluation": _evaluation(resolved),
         "run": f"{s.run.steps} steps into {s.run.dir}{start}",
     }
+    if resolved.skipped_tensors:
+        lines["skipped"] = f"{list_names(resolved.skipped_tensors)}, which no next-token logit depends on"
     if s.unused:
         lines["not used"] = "; ".join(
             f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused

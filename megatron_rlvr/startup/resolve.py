@@ -16,6 +16,7 @@ from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
+from megatron_rlvr.hf.headers import model_tensors
 from megatron_rlvr.startup.layout_checks import check_experts, check_layout, check_lengths
 from megatron_rlvr.startup.process import world_size
 from megatron_rlvr.startup.run_folder import check_run_folder
@@ -41,6 +42,7 @@ class Resolved:
         evaluation: {name of the set: its prompts}.
         world_size: Number of ranks.
         start: Checkpoint that the run resumes from; None for a fresh run.
+        skipped_tensors: Names of tensors in the model's files that are no weights of it.
     """
 
     settings: Settings
@@ -51,6 +53,7 @@ class Resolved:
     evaluation: Mapping[str, PromptSet]
     world_size: int
     start: Checkpoint | None
+    skipped_tensors: tuple[str, ...] = ()
 
 
 def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
@@ -75,6 +78,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than vocab_size {hf_config['vocab_size']} of "
             f"{settings.model.path}; set model.tokenizer to the model's own"
         )
+    skipped = model_tensors(settings.model.path, hf_config).skipped
     train = _load(settings, [(f.path, f.weight, None) for f in settings.data.train], tokenizer, show_progress)
     if len(train) < settings.batch.prompts:
         raise SettingsError(
@@ -85,7 +89,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
         for f in settings.evaluate.sets
     }
     stop = _stop_token_ids(settings.model.path, hf_config, tokenizer)
-    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, ranks, start)
+    return Resolved(settings, hf_config, tokenizer, stop, train, evaluation, ranks, start, skipped)
 
 
 def _load(
