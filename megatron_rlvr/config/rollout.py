@@ -9,7 +9,8 @@ from megatron_rlvr.config.section import Section
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.types import REWARD_FUNCTION
 
-_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?")
+_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
+_MAX_PORT = 2**16 - 1
 
 
 class RolloutSettings(Section):
@@ -60,8 +61,11 @@ class RolloutSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_server_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("servers"), str):
-            return values | {"servers": [values["servers"]]}
+        servers = values.get("servers") if isinstance(values, dict) else None
+        if isinstance(servers, str):
+            servers = [servers]
+        if isinstance(servers, list):
+            return values | {"servers": [url.removesuffix("/") if isinstance(url, str) else url for url in servers]}
         return values
 
     @model_validator(mode="after")
@@ -69,8 +73,12 @@ class RolloutSettings(Section):
         if self.engine == "sglang" and not self.servers:
             raise ValueError("rollout.servers=[]: rollout.engine=sglang needs servers; give their URLs")
         for url in self.servers:
-            if not _URL.fullmatch(url):
-                raise ValueError(f"rollout.servers={shown(url)}: not the URL of a server; write it as http://HOST:PORT")
+            match = _URL.fullmatch(url)
+            if not match or int(match["port"] or 80) > _MAX_PORT:
+                without_password = re.sub(r"//[^/]*@", "//...@", url)
+                raise ValueError(
+                    f"rollout.servers={shown(without_password)}: not the URL of a server; write it as http://HOST:PORT"
+                )
         twice = sorted({url for url in self.servers if self.servers.count(url) > 1})
         if twice:
             raise ValueError(f"rollout.servers={twice[0]}: given twice; remove one of them")
