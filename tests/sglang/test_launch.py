@@ -95,10 +95,9 @@ class Launcher:
         self.output = folder / "output"
         self._model = model
         self._mark = uuid.uuid4().hex
+        search = [python_path] if python_path is not None else []
         self._environment = dict(os.environ) | {"LAUNCH_MARK": self._mark}
-        self._environment.pop("PYTHONPATH", None)
-        if python_path is not None:
-            self._environment["PYTHONPATH"] = python_path
+        self._environment["PYTHONPATH"] = os.pathsep.join([*search, str(tiny.CHECKOUT)])
         self.process: subprocess.Popen[str] | None = None
 
     @staticmethod
