@@ -1,7 +1,7 @@
 """Tests of a run on two hosts, with a server on a third, whose network cables are pulled.
 
-Each host has an address and a log folder of its own, so that hosts learn about each other by the network only. Their own
-names resolve to a loopback address, no network interface is set, and the environment names a proxy that does not exist.
+Each host has an address and a log folder of its own, so that hosts learn about each other by the network only. A host's
+own name resolves to a loopback address, no network interface is set, and the environment names a proxy that is absent.
 """
 
 import os
