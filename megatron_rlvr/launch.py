@@ -124,6 +124,7 @@ class _Launch:
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",  # this machine's own name may not resolve, or to an address of another
             max_restarts=0,
             monitor_interval=_POLL_SECONDS,
         )

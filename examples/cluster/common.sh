@@ -44,9 +44,10 @@ trainer_environment() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     export NCCL_DEBUG_FILE=${NCCL_DEBUG_FILE:-$LOG_DIR/nccl_%h_%p.log}
 
-    # Depends on your site and is not set here: the InfiniBand adapters (by default all), and the network interface,
-    # which is needed if a node has several or if its name resolves to 127.0.0.1. Gloo sends small messages, and on a
-    # CPU all messages; with the wrong interface, ranks wait for each other until run.timeout_minutes is over.
+    # Depends on your site and is not set here: the InfiniBand adapters (by default all), and the network interface.
+    # Without one, gloo uses the interface on the way to MASTER_ADDR, and a server's the one of its --host; set it if a
+    # node has several and another is faster. Gloo sends small messages, and on a CPU all messages. NCCL leaves out
+    # loopback, and prefers InfiniBand.
     #   export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5_0,mlx5_1
     # Servers need GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME too, because weights are pushed over the same networks.
 }

@@ -52,7 +52,7 @@ if [ "${PREFLIGHT:-0}" != 0 ]; then
 fi
 launch=(--nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
 if ((NODES == 1)); then
-    launch+=(--standalone)
+    launch+=(--standalone --local-addr "${LOCAL_ADDR:-127.0.0.1}") # the host's own name may not resolve
 else
     [ -n "${MASTER_ADDR:-}" ] || refuse "NODES=$NODES needs MASTER_ADDR, the address of node 0; set it on every node"
     # c10d: node 0 has a store, through which all nodes agree on the participating nodes and on restarts.

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_rlvr.hf.families import ModelError, Row, expert_count, rows_of, tensor_shapes
-from megatron_rlvr.hf.weights import FILE_BYTES, check_tensors
+from megatron_rlvr.hf.headers import check_tensors
+from megatron_rlvr.hf.weights import FILE_BYTES
 
 HUGGING_FACE = "hugging_face"
 CONTENT_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}

@@ -9,7 +9,8 @@ from megatron_rlvr.config.section import Section
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.types import REWARD_FUNCTION
 
-_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?")
+_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
+_MAX_PORT = 2**16 - 1
 
 
 class RolloutSettings(Section):
@@ -63,11 +64,14 @@ class RolloutSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_is_a_list(cls, values: Any) -> Any:
-        """Read one server or one stop token as a list of it."""
+        """Read one server or one stop token as a list of it; a URL may end in a slash."""
         if not isinstance(values, dict):
             return values
-        single = {key: [values[key]] for key in ("servers", "stop") if isinstance(values.get(key), str | int)}
-        return values | single
+        values = values | {key: [values[key]] for key in ("servers", "stop") if isinstance(values.get(key), str | int)}
+        if isinstance(values.get("servers"), list):
+            urls = [url.removesuffix("/") if isinstance(url, str) else url for url in values["servers"]]
+            values = values | {"servers": urls}
+        return values
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -82,8 +86,12 @@ class RolloutSettings(Section):
         if self.engine == "sglang" and not self.servers:
             raise ValueError("rollout.servers=[]: rollout.engine=sglang needs servers; give their URLs")
         for url in self.servers:
-            if not _URL.fullmatch(url):
-                raise ValueError(f"rollout.servers={shown(url)}: not the URL of a server; write it as http://HOST:PORT")
+            match = _URL.fullmatch(url)
+            if not match or int(match["port"] or 80) > _MAX_PORT:
+                without_password = re.sub(r"//[^/]*@", "//...@", url)
+                raise ValueError(
+                    f"rollout.servers={shown(without_password)}: not the URL of a server; write it as http://HOST:PORT"
+                )
         twice = sorted({url for url in self.servers if self.servers.count(url) > 1})
         if twice:
             raise ValueError(f"rollout.servers={twice[0]}: given twice; remove one of them")

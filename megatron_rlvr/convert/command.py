@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,15 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     from megatron_rlvr.convert.conversion import check_layout, errors_in_one_line, to_hugging_face, to_megatron
     from megatron_rlvr.convert.verification import verify
+    from megatron_rlvr.hf.headers import list_names
 
     console = Console(stderr=True)
     with errors_in_one_line(options.out):
         if options.direction == "to-megatron":
             check_layout(options.source, options.tensor, options.pipeline, options.expert)
-            to_megatron(options.source, options.out, lambda rows: track(rows, "converting", console=console))
+            skipped = to_megatron(options.source, options.out, lambda rows: track(rows, "converting", console=console))
+            if skipped:
+                sys.stderr.write(f"skipped: {list_names(skipped)}, which no next-token logit depends on\n")
             models = options.source, options.out
         else:
             size = int(options.shard_size * 1e9)

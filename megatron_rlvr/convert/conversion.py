@@ -20,7 +20,6 @@ from megatron_rlvr.hf.layout import Geometry, merge, unmerge
 from megatron_rlvr.hf.weights import (
     FILE_BYTES,
     TensorReader,
-    check_weights,
     copy_all_but_weights,
     write_folder,
 )
@@ -55,7 +54,7 @@ def check_layout(folder: Path, tensor: int, pipeline: int, expert: int) -> None:
             raise ModelError(f"{fields[key]} {what} of {folder} are not divisible by --{flag} {size}; choose a divisor")
 
 
-def to_megatron(source: Path, target: Path, track: Track = iter) -> None:
+def to_megatron(source: Path, target: Path, track: Track = iter) -> tuple[str, ...]:
     """Write the model of a Hugging Face folder as a checkpoint.
 
     Args:
@@ -63,14 +62,16 @@ def to_megatron(source: Path, target: Path, track: Track = iter) -> None:
         target: Folder to write, which must not exist yet or be empty.
         track: Iterates over the rows of the model, to display progress.
 
+    Returns:
+        Names of tensors in the folder that are no weights of the model, and are skipped.
+
     Raises:
         ModelError: Before anything is written, if the model or the target cannot be used.
         OSError: If writing fails; nothing is left at ``target``.
     """
     config = read_config(source)
     transformer_fields(config)
-    reader = TensorReader(source)
-    check_weights(reader, config, source)
+    reader = TensorReader(source, config)
     _check_target(target, sum(path.stat().st_size for path in weight_files(source)))
     geometry = Geometry.of(config)
     with new_folder(target) as building:
@@ -80,6 +81,7 @@ def to_megatron(source: Path, target: Path, track: Track = iter) -> None:
         for row in track([row for (row,) in rows_of(config)]):
             writer.write(row, merge(row.layout, [reader.read(name) for name in row.hugging_face], geometry))
         writer.finish()
+    return reader.skipped
 
 
 def to_hugging_face(source: Path, target: Path, file_bytes: int = FILE_BYTES, track: Track = iter) -> None:

@@ -10,8 +10,13 @@ from typing import Any
 import torch
 import torch.distributed
 
-from megatron_rlvr.distributed import megatron_on_cpu, server_group
+from megatron_rlvr.distributed import megatron_on_cpu, network, server_group
 from megatron_rlvr.distributed.accelerator import has_gpu
+from megatron_rlvr.errors import FaultError
+
+
+class JoinError(FaultError):
+    """The ranks cannot reach each other."""
 
 
 def initialize(timeout_minutes: float) -> None:
@@ -19,6 +24,9 @@ def initialize(timeout_minutes: float) -> None:
 
     Args:
         timeout_minutes: Time after which a collective on the group fails.
+
+    Raises:
+        JoinError: The store of rank 0, or another rank, cannot be reached in time.
     """
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
@@ -30,10 +38,55 @@ def initialize(timeout_minutes: float) -> None:
         # read the environment, adding it is not.
         os.environ.setdefault(server_group.WATCHDOG_OFF, "0")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
         megatron_on_cpu.patch_cuda_calls()
-        torch.distributed.init_process_group("gloo", timeout=timeout)
+    store, rank, world_size = _join_store(timeout)
+    try:
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_gpu() else "gloo",
+            store=torch.distributed.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:  # of torch, also if it cannot use the interface
+        interface = os.environ.get(network.INTERFACE_VARIABLE)
+        raise JoinError(
+            f"{network.INTERFACE_VARIABLE}={interface}: rank {rank} cannot connect to the other ranks "
+            f"({_first_line(error)}); set it to a network interface that all hosts reach"
+        ) from None
+
+
+def _join_store(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:
+    """Return the store of all ranks, this rank, and the number of ranks, and choose the network interface.
+
+    It is the one on the way to MASTER_ADDR. On the host of rank 0 that may be loopback, as its own name or a loopback
+    address is MASTER_ADDR there; then it is the one on the way to a rank of another host, if there is another host.
+    """
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        own = network.own_address_toward(host)
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if not network.is_loopback(own):
+            store.set("network/address", own)
+        if store.add("network/ranks", 1) == world_size:
+            store.set("network/complete", "")
+        store.wait(["network/complete"], timeout)
+        if network.is_loopback(own) and store.check(["network/address"]):
+            own = network.own_address_toward(store.get("network/address").decode())
+    except (OSError, ValueError, torch.distributed.DistError) as error:
+        raise JoinError(
+            f"MASTER_ADDR={host}: rank {os.environ['RANK']} cannot join the {os.environ['WORLD_SIZE']} ranks by port "
+            f"{port} ({_first_line(error)}); give an address of rank 0's host that all hosts reach, and start all ranks"
+        ) from None
+    network.choose_interface(own)
+    return store, rank, world_size
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error's message without the C++ frames that torch appends."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def shut_down() -> None:
@@ -41,6 +94,7 @@ def shut_down() -> None:
     server_group.wait_for_closing()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    network.forget_interface()
 
 
 def store() -> torch.distributed.Store:

@@ -4,12 +4,14 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
 
+from megatron_rlvr.distributed import network
 from megatron_rlvr.distributed.accelerator import has_gpu
 
 WATCHDOG_OFF = "TORCH_NCCL_BLOCKING_WAIT"
@@ -27,38 +29,46 @@ def wait_for_closing() -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-class _NoWatchdog:
-    """Context in which NCCL groups are created without a watchdog; any number of threads may be in it at once.
+class _Variable:
+    """An environment variable with another value while groups are created; any number of threads may do so at once.
 
-    The watchdog would end this process when a server dies or hangs. Without it, the thread that waits for an operation
-    gets its error. Torch reads the variable when it creates a group, and not again. There is no lock that lets in only
-    one thread, because one may be waiting there for its server.
+    Torch reads variables when it creates a group, and not again. There is no lock that lets in only one thread, because
+    one may be waiting there for its server: threads that want different values at once get the last one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._lock = threading.Lock()
         self._inside = 0
         self._before: str | None = None
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def set_to(self, value: str) -> Iterator[None]:
+        """Context in which the variable has ``value``."""
         with self._lock:
             if not self._inside:
-                self._before = os.environ.get(WATCHDOG_OFF)
-                os.environ[WATCHDOG_OFF] = "1"
+                self._before = os.environ.get(self._name)
+            os.environ[self._name] = value
             self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._restore()
 
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside:
-                return
-            if self._before is None:
-                os.environ.pop(WATCHDOG_OFF, None)
-            else:
-                os.environ[WATCHDOG_OFF] = self._before
+    def _restore(self) -> None:
+        if self._before is None:
+            os.environ.pop(self._name, None)
+        else:
+            os.environ[self._name] = self._before
 
 
-_no_watchdog = _NoWatchdog()
+# A watchdog would end this process when a server dies or hangs. Without it, the thread that waits for an operation gets
+# its error.
+_watchdog_off = _Variable(WATCHDOG_OFF)
+_interface = _Variable(network.INTERFACE_VARIABLE)
 
 
 class ServerGroup:
@@ -70,14 +80,16 @@ class ServerGroup:
     Args:
         name: Name of the group, on the server too.
         server_ranks: Number of the server's ranks; this process is rank 0, before them.
+        host: Name or address of the server's host; this process uses the network interface on the way there.
     """
 
-    def __init__(self, name: str, server_ranks: int) -> None:
+    def __init__(self, name: str, server_ranks: int, host: str = "localhost") -> None:
         self.name = name
         self.size = 1 + server_ranks
         self.backend = "nccl" if has_gpu() else "gloo"
         self._group: torch.distributed.ProcessGroup | None = None
         self._closed = False
+        self._host = host
         # Port 0 takes any free port; the store listens on all addresses.
         self._store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
@@ -97,7 +109,10 @@ class ServerGroup:
         c10d = torch.distributed.distributed_c10d
         timeout = timedelta(seconds=timeout_seconds)
         self._store.set_timeout(timeout)
-        with _no_watchdog:
+        with contextlib.ExitStack() as variables:
+            variables.enter_context(_watchdog_off.set_to("1"))
+            if interface := network.interface_toward(self._host):
+                variables.enter_context(_interface.set_to(interface))
             group, _ = c10d._new_process_group_helper(
                 self.size,
                 0,

@@ -239,6 +239,8 @@ def attention_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return the numbers of query heads and key-value groups, and the head size; older configs omit the last two."""
     heads = _positive_int(config, "num_attention_heads")
     groups = heads if config.get("num_key_value_heads") is None else _positive_int(config, "num_key_value_heads")
+    if heads % groups:
+        raise ModelError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}; copy its config")
     if config.get("head_dim") is not None:
         return heads, groups, _positive_int(config, "head_dim")
     return heads, groups, _positive_int(config, "hidden_size") // heads
@@ -348,7 +350,7 @@ def padded_vocab_size(vocab: int, tensor: int) -> int:
 
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Return the base of the rotary embedding's periods; transformers 4 and 5 keep it in different places."""
-    return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
 def rope_scaling_factor(config: Mapping[str, Any]) -> float | None:
@@ -363,7 +365,14 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Return the entries about the rotary embedding, which transformers 4 and 5 write under different keys."""
+    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    for rope in (old, new):
+        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+            raise ModelError(f"rope parameters {rope!r} are not supported; use a model with one set for all layers")
+    if any(new.get(key, value) != value for key, value in old.items()):
+        raise ModelError("rope_scaling and rope_parameters of config.json differ; remove the one that is out of date")
+    return {**old, **new}
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
@@ -371,11 +380,18 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    rope = _rope(config)
-    known = [family.architecture for family in FAMILIES.values()]
-    architecture = (config.get("architectures") or known)[0]
-    if architecture not in known:
-        raise ModelError(f"architecture {architecture!r} is not supported; supported are {', '.join(known)}")
+    rope, own = _rope(config), family_of(config).architecture
+    architectures = config.get("architectures") or [own]
+    if architectures != [own]:
+        shown = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else architectures
+        raise ModelError(
+            f"architecture {shown!r} is not supported; of model_type {config['model_type']!r}, {own} is supported"
+        )
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ModelError(f"quantised weights ({method}) are not supported; give the model's folder in bfloat16")
+    if not isinstance(config.get("tie_word_embeddings") or False, bool):
+        raise ModelError(f"tie_word_embeddings of config.json is {config['tie_word_embeddings']!r}; set true or false")
     if _rope_type(rope) not in ("default", "llama3"):
         raise ModelError(f"rope type {_rope_type(rope)!r} is not supported; use a model with default or llama3")
     if _rope_type(rope) == "llama3":

@@ -8,6 +8,7 @@ from megatron_rlvr.hf.families import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -23,6 +24,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, numbers or nesting beyond all limits
+        raise ModelError(f"{path} cannot be read ({type(error).__name__}: {error}); copy the model's own") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no JSON object; copy the model's own")
     return config
@@ -32,19 +35,39 @@ def weight_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of a model folder.
 
     Raises:
-        ModelError: If there are none, or one that the index names does not exist.
+        ModelError: If there are none, if one that the index names does not exist, or if there are a whole file and an
+            index of others: transformers would load the one, SGLang the others.
     """
     folder = Path(folder)
     index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ModelError(f"{index} does not name the files of tensors; download it again") from None
-        if missing:
-            raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; complete the download")
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    raise ModelError(f"{folder} holds no weights ({SINGLE} or {INDEX}); give a folder with safetensors")
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [folder / SINGLE]
+        raise ModelError(_no_weights(folder))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ModelError(f"{index} does not name the files of tensors; download it again") from None
+    if outside:
+        raise ModelError(f"{index} names {outside[0]}, which is not in its folder; download it again")
+    if missing:
+        raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; complete the download")
+    if SINGLE not in names and (folder / SINGLE).is_file():
+        raise ModelError(f"{folder} holds {SINGLE} and {INDEX}, which names other files; remove one of the two")
+    return [folder / name for name in names]
+
+
+def _no_weights(folder: Path) -> str:
+    """Return why a folder without safetensors cannot be used, and what to do."""
+    problem, remedy = "", "give a folder with safetensors"
+    names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names:
+        problem, remedy = " but an adapter", "merge it into its base model and give the merged folder"
+    elif parts := [name for name in names if name.endswith(".safetensors")]:
+        problem, remedy = f" but {parts[0]}", "complete the download"
+    elif others := [name for name in names if name.endswith(_OTHER_FORMATS)]:
+        problem = f" but {others[0]}, which is not read"
+        remedy = "load it with transformers' from_pretrained and give the folder that its save_pretrained writes"
+    return f"{folder} holds no weights ({SINGLE} or {INDEX}){problem}; {remedy}"

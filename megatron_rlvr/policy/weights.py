@@ -14,7 +14,7 @@ from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.families import NORMS_IN_LINEARS, Row, rows_of, tied
 from megatron_rlvr.hf.layout import Geometry, merge, shard, unmerge, unshard
-from megatron_rlvr.hf.weights import TensorReader, check_weights
+from megatron_rlvr.hf.weights import TensorReader
 
 
 class WeightMap:
@@ -27,8 +27,7 @@ class WeightMap:
 
     def load(self, parameters: Mapping[str, torch.nn.Parameter], folder: str | Path) -> None:
         """Fill this rank's parameters from a model folder. Raises ModelError naming missing or misshapen tensors."""
-        reader = TensorReader(folder)
-        check_weights(reader, self._config, folder)
+        reader = TensorReader(folder, self._config)
         rows = {row.megatron: row for (row,) in rows_of(self._config)}
         if tied(self._config):  # the last pipeline stage holds a copy of the embedding as its output layer
             embedding = rows["embedding.word_embeddings.weight"]

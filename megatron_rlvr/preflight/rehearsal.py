@@ -107,7 +107,7 @@ def rehearsal_settings(
 
 def _weights_of_folder(settings: Settings, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of every weight, in the order of the family's table and in the run's precision."""
-    reader = TensorReader(settings.model.path)
+    reader = TensorReader(settings.model.path, config)
     for (row,) in rows_of(config):
         for name in row.hugging_face:
             yield name, reader.read(name).to(DTYPES[settings.model.dtype])

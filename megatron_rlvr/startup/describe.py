@@ -4,6 +4,7 @@ from megatron_rlvr.config import Settings
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.hf.families import transformer_fields
+from megatron_rlvr.hf.headers import list_names
 from megatron_rlvr.startup.resolve import Resolved
 
 
@@ -30,6 +31,8 @@ def describe_plan(resolved: Resolved) -> str:
     }
     if resolved.now is not None:
         lines["clock"] = f"the chat template reads it, and sees {resolved.now:%Y-%m-%d %H:%M:%S} until the run ends"
+    if resolved.skipped_tensors:
+        lines["skipped"] = f"{list_names(resolved.skipped_tensors)}, which no next-token logit depends on"
     if s.unused:
         lines["not used"] = "; ".join(
             f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused

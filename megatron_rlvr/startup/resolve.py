@@ -18,6 +18,7 @@ from megatron_rlvr.data.template import EndOfTurn, PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
+from megatron_rlvr.hf.headers import model_tensors
 from megatron_rlvr.reward.final_answer import THINK_CLOSE, THINK_OPEN
 from megatron_rlvr.startup.inputs import check_inputs, inputs_of, recorded_clock, recorded_inputs
 from megatron_rlvr.startup.layout_checks import check_experts, check_layout, check_lengths
@@ -50,6 +51,7 @@ class Resolved:
         now: Moment that the chat template sees; None if it does not read the clock.
         world_size: Number of ranks.
         start: Checkpoint that the run resumes from; None for a fresh run.
+        skipped_tensors: Names of tensors in the model's files that are no weights of it.
     """
 
     settings: Settings
@@ -63,6 +65,7 @@ class Resolved:
     now: datetime | None
     world_size: int
     start: Checkpoint | None
+    skipped_tensors: tuple[str, ...] = ()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -102,6 +105,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than vocab_size {hf_config['vocab_size']} of "
             f"{settings.model.path}; set model.tokenizer to the model's own"
         )
+    skipped = model_tensors(settings.model.path, hf_config).skipped
     recorded = recorded_inputs(settings, start)
     template = PromptTemplate(tokenizer, settings.data.template, variables=settings.data.template_kwargs)
     now = (recorded_clock(recorded) or datetime.now()) if template.reads_clock else None
@@ -113,7 +117,9 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     turn = template.end_of_turn()
     stop = find_stop_tokens(settings, hf_config, tokenizer, turn, in_use=template.chat or _holds(train, turn))
     after = _answer_after(settings.reward, tokenizer, train)
-    resolved = Resolved(settings, hf_config, tokenizer, stop, turn, after, train, evaluation, now, ranks, start)
+    resolved = Resolved(
+        settings, hf_config, tokenizer, stop, turn, after, train, evaluation, now, ranks, start, skipped
+    )
     check_inputs(settings, recorded, resolved.inputs)
     return resolved
 

@@ -4,7 +4,7 @@
     SIGTERM                 a checkpoint as soon as all ranks can save together, status 0
     SIGTERM, grace over     exit in the middle of a step, status 0
     SIGINT                  exit at once, status 130
-    user's input            one line on stderr, status 2: some errors are found only now, such as a missing tensor
+    user's input            one line on stderr, status 2: some errors are found only now, such as a server's model
     fault                   one line on stderr, or the traceback of a defect, status 1
     a rank lost             one line on stderr, status 1
 

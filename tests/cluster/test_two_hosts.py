@@ -1,6 +1,7 @@
 """Tests of a run on two hosts, with a server on a third, whose network cables are pulled.
 
-Each host has an address and a log folder of its own, so that hosts learn about each other by the network only.
+Each host has an address and a log folder of its own, so that hosts learn about each other by the network only. A host's
+own name resolves to a loopback address, no network interface is set, and the environment names a proxy that is absent.
 """
 
 import os
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 LAUNCHER = tiny.CHECKOUT / "examples" / "cluster" / "torchrun.sh"
 FIRST, SECOND, SERVERS = range(3)
+PROXY = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://10.77.0.99:3128")
 START_SECONDS = 600
 CUT_SECONDS = 20
 # run.timeout_minutes, which is an int for Megatron's groups. TCP resends the lost data 26 s after the start of a cut.
@@ -72,20 +74,22 @@ class TwoHosts:
             "GPUS_PER_NODE": "1",
             "MASTER_ADDR": self.hosts.address(FIRST),
             "LOCAL_ADDR": self.hosts.address(host),
-            "GLOO_SOCKET_IFNAME": "eth0",
             "LOG_DIR": str(self.run.place / f"{self.run.name}_logs_{host}"),
             "EXIT_SECONDS": str(EXIT_SECONDS),
             "PYTHON": sys.executable,
         }
         command = self.hosts.command(host, str(LAUNCHER), str(self.run.config), *flags)
-        return started(command, self.log(host), cwd=self.run.home, env=tiny.environment([self.run.place], **variables))
+        environment = tiny.environment([self.run.place], **variables, **PROXY)
+        environment.pop("GLOO_SOCKET_IFNAME", None)
+        return started(command, self.log(host), cwd=self.run.home, env=environment)
 
     def serve(self, port: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """The launcher of the server."""
         command = [sys.executable, str(tiny.CHECKOUT / "tools" / "serve.py"), str(self.run.place / "model")]
         command += ["--host", self.hosts.address(SERVERS), "--port", str(port), "--python", str(installed())]
         command += ["--run-dir", str(self.run.place / "servers"), *SERVER_FLAGS.split()]
-        environment = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        environment = dict(os.environ) | PROXY
+        environment.pop("GLOO_SOCKET_IFNAME", None)
         return started(self.hosts.command(SERVERS, *command), self.log(SERVERS), cwd=self.run.home, env=environment)
 
     def said(self) -> str:

@@ -251,3 +251,37 @@ def test_every_key_is_documented() -> None:
     assert [key for key, text in descriptions.items() if not text or not text.endswith(".")] == []
     assert len(set(descriptions.values())) > len(descriptions) * 0.9  # two keys may share "A file of problems."
     assert Settings.model_fields["megatron"].description
+
+
+def with_servers(servers: Any) -> Settings:
+    return validate(REQUIRED | {"rollout": {"engine": "sglang", "servers": servers}})
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("http://[::1]:30000", "http://[::1]:30000"),
+        ("http://[fd77::1]", "http://[fd77::1]"),
+        ("http://[::ffff:10.0.0.1]:80", "http://[::ffff:10.0.0.1]:80"),
+        ("http://node7:30000/", "http://node7:30000"),
+    ],
+)
+def test_urls_of_servers_may_have_ipv6_addresses_and_a_slash(url: str, kept: str) -> None:
+    assert with_servers(url).rollout.servers == with_servers([url]).rollout.servers == [kept]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://user:secret@node7:30000", "http://...@node7:30000"),
+        ("http://node7:70000", "http://node7:70000"),
+        ("http://node7:30000/v1", "http://node7:30000/v1"),
+        ("http://::1:30000", "http://::1:30000"),
+        ("node7:30000", "node7:30000"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_named_without_a_password(url: str, shown: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        with_servers([url])
+    assert f"{shown}: not the URL of a server; write it as http://HOST:PORT" in str(raised.value).replace("'", "")
+    assert "secret" not in str(raised.value)

@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,19 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def run_tool(
-    *arguments: str | Path, largest_file: int | None = None, **variables: str
+    *arguments: str | Path,
+    program: Sequence[str] = ("tools/convert.py",),
+    largest_file: int | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `rlvr convert` with environment variables; a file beyond ``largest_file`` bytes fails as on a full disk."""
+    """Run `rlvr convert` or another program with environment variables; a file beyond ``largest_file`` bytes fails as on a full disk."""
 
     def limit() -> None:
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     return subprocess.run(
-        [sys.executable, "tools/convert.py", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         cwd=tiny.CHECKOUT,
         env=tiny.environment((), **variables),
         capture_output=True,
@@ -329,7 +332,7 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path):
     total = (tmp_path / "model" / SINGLE).stat().st_size / 2**20
     largest = 2 * 4096 * 512 * 4 / 2**20  # gate and up
     # With this threshold malloc returns every freed tensor at once; by default it keeps a few, and how many is chance.
-    done = run_tool("-c", MEMORY, tmp_path / "model", tmp_path, MALLOC_MMAP_THRESHOLD_=str(2**20))
+    done = run_tool(tmp_path / "model", tmp_path, program=("-c", MEMORY), MALLOC_MMAP_THRESHOLD_=str(2**20))
     assert done.returncode == 0, done.stderr
     there, back = map(float, done.stdout.split())
     assert total > 24 * largest
@@ -338,7 +341,7 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path):
 
 def test_the_benchmark_gets_the_weights_back_and_a_missing_mbridge_is_named(tmp_path):
     metrics = tmp_path / "metrics.json"
-    done = run_tool("benchmarks/conversion.py", "--cases", "tiny", "--rounds", "1", "--json", metrics)
+    done = run_tool("--cases", "tiny", "--rounds", "1", "--json", metrics, program=["benchmarks/conversion.py"])
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(metrics.read_text())
     for arm, row in result["arms"].items():

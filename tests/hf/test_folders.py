@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from megatron_rlvr.hf import weights
 from megatron_rlvr.hf.families import ModelError
 from megatron_rlvr.hf.files import INDEX, SINGLE, read_config, weight_files
-from megatron_rlvr.hf.weights import TensorReader, check_tensors, write_folder
+from megatron_rlvr.hf.headers import check_tensors
+from megatron_rlvr.hf.weights import TensorReader, write_folder
 
 TENSORS = {f"layer.{i}.weight": torch.full((10, i + 1), float(i), dtype=torch.float32) for i in range(5)} | {
     "half": torch.arange(7, dtype=torch.bfloat16),
@@ -166,3 +167,25 @@ def spelled_out(entry: str) -> list[str]:
         runs = [run.split("-") for run in part.split(",")] if part[0].isdigit() else []
         choices.append([str(n) for run in runs for n in range(int(run[0]), int(run[-1]) + 1)] or [part])
     return [".".join(parts) for parts in itertools.product(*choices)]
+
+
+@pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
+def test_the_config_of_an_export_names_the_dtype_of_its_tensors(keys, source, tmp_path):
+    from transformers import AutoConfig
+
+    config = {"model_type": "qwen3", "hidden_size": 64} | dict.fromkeys(keys, "float32")
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = {"layer": torch.ones(10, 10, dtype=torch.bfloat16), "router": torch.ones(3)}
+    write_folder(tmp_path / "export", source, tensors.items())
+    written = json.loads((tmp_path / "export/config.json").read_text())
+    assert written.pop("architectures") == ["Qwen3ForCausalLM"], "SGLang reads the class there"
+    assert written == config | dict.fromkeys(keys or ("torch_dtype",), "bfloat16")
+    assert AutoConfig.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
+
+
+def test_no_weights_of_another_format_nor_an_index_of_them_get_into_an_export(source, tmp_path):
+    for name in ("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "generation_config.json"):
+        (source / name).write_text("{}")
+    write_folder(tmp_path / "export", source, TENSORS.items())
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert names == {SINGLE, "config.json", "tokenizer.json", "merges.txt", "README.md", "generation_config.json"}

@@ -156,6 +156,21 @@ def test_a_saved_folder_is_the_one_it_came_from(ranks: Ranks, folders, layout, t
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("layout", [ONE_RANK, SEQUENCE_PIPELINE])
+def test_a_tied_tensor_may_have_either_name_and_buffers_of_older_programs_are_skipped(
+    ranks: Ranks, folders, layout, tmp_path
+):
+    folder, weights = tmp_path / "old", on_disk(folders["tied"])
+    shutil.copytree(folders["tied"], folder)
+    renamed = {{"model.embed_tokens.weight": "lm_head.weight"}.get(name, name): t for name, t in weights.items()}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(renamed | buffer, folder / "model.safetensors", metadata={"format": "pt"})
+    ranks.run(saved, layout.size, str(folder), layout, str(tmp_path / "saved"))
+    exported = on_disk(str(tmp_path / "saved"))
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
 def test_weights_that_do_not_fit_their_configuration_are_refused_by_name(ranks: Ranks, folders, tmp_path):
     weights = on_disk(folders["untied"])
     norm, key, head = "model.norm.weight", "model.layers.2.self_attn.k_proj.weight", "lm_head.weight"

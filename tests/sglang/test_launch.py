@@ -7,6 +7,7 @@ none of their processes remain. Processes are found by an environment variable, 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,17 +22,24 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+import yaml
 from fake_server import free_port
 from real_servers import installed
+
+from megatron_rlvr.config import RolloutSettings
 
 TOOL = tiny.CHECKOUT / "tools" / "serve.py"
 _SECONDS = 60
 _REAL_SECONDS = 480
 
-# The stand-in's child does not notice when its parent exits.
+# The stand-in's child does not notice when its parent exits. As SGLang does, the stand-in sends itself a request before
+# it is ready, through a proxy if its environment names one.
 STAND_IN = """
-import http.server, json, os, signal, subprocess, sys, time
+import http.server, json, os, signal, socket, subprocess, sys, time, urllib.request
 port, does = int(sys.argv[sys.argv.index("--port") + 1]), sys.argv[-1]
+host = sys.argv[sys.argv.index("--host") + 1]
+own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+own = f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"
 print("started with", json.dumps(sys.argv[1:]), "on GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 if does == "--die" or (does == "--die-second" and port % 2):
@@ -43,11 +51,18 @@ class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/die":
             os._exit(3)
+        if self.path == "/health":
+            urllib.request.urlopen(own + "/model_info", timeout=10).close()
         self.send_response(200)
         self.end_headers()
 
-http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+Server((host, port), Health).serve_forever()
 """
+# Nothing listens there. Programs read either spelling of a variable.
+PROXY = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = _SECONDS) -> Any:
@@ -80,10 +95,9 @@ class Launcher:
         self.output = folder / "output"
         self._model = model
         self._mark = uuid.uuid4().hex
+        search = [python_path] if python_path is not None else []
         self._environment = dict(os.environ) | {"LAUNCH_MARK": self._mark}
-        self._environment.pop("PYTHONPATH", None)
-        if python_path is not None:
-            self._environment["PYTHONPATH"] = python_path
+        self._environment["PYTHONPATH"] = os.pathsep.join([*search, str(tiny.CHECKOUT)])
         self.process: subprocess.Popen[str] | None = None
 
     @staticmethod
@@ -103,7 +117,7 @@ class Launcher:
         own = ["--port", str(self.port), "--run-dir", str(self.folder / "run")]
         return [sys.executable, str(TOOL), str(self._model), *own, *flags]
 
-    def start(self, *flags: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
+    def start(self, *flags: str, prefix: Any = (), **variables: str) -> subprocess.Popen[str]:
         with self.output.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
                 # Signals as on a terminal: a shell that runs the tests in the background lets them ignore some.
@@ -259,6 +273,51 @@ sys.exit(37)
     assert not launcher.record.exists()
 
 
+@pytest.mark.parametrize("given", [{}, {"no_proxy": "example.org", "NO_PROXY": "10.0.0.0/8"}, {"no_proxy": "*"}])
+def test_servers_and_the_command_reach_this_machine_directly_if_the_environment_names_a_proxy(
+    launcher: Launcher, given: dict[str, str]
+):
+    program = """
+import os, urllib.request
+print("reached", urllib.request.urlopen(os.environ["ROLLOUT_SERVERS"] + "/health").status)
+print("direct", os.environ["no_proxy"])
+"""
+    launcher.start(*CPU, "--then", sys.executable, "-c", program, **PROXY, **given)
+    assert launcher.status() == 0, launcher.said()
+    assert "reached 200" in launcher.said()
+    (direct,) = (line.split()[1].split(",") for line in launcher.said().splitlines() if line.startswith("direct"))
+    assert set(given.values()) <= set(direct), "what the user has set is kept"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("::1", "http://[::1]:{port}"),
+        ("[::1]", "http://[::1]:{port}"),
+        ("::", "http://{name}:{port}"),
+        ("0.0.0.0", "http://{name}:{port}"),
+        ("localhost", "http://localhost:{port}"),
+    ],
+)
+def test_a_server_listens_on_an_address_of_either_family_and_its_url_can_be_copied(
+    launcher: Launcher, host: str, url: str
+):
+    launcher.start(*CPU, "--host", host, **PROXY)
+    wanted = [url.format(port=launcher.port, name=socket.gethostname())]
+    assert launcher.ready()["urls"] == wanted
+    wait_for(lambda: "--rollout.engine" in launcher.said(), "settings")
+    section, flags = (line for line in launcher.said().splitlines() if "engine" in line)
+    assert RolloutSettings(**yaml.safe_load(section)["rollout"]).servers == wanted
+    assert yaml.safe_load(shlex.split(flags)[-1]) == wanted
+
+
+def test_an_address_that_this_machine_does_not_have_is_wrong_input(launcher: Launcher):
+    for host in ("2001:db8::1", "192.0.2.1", "no.such.name.invalid"):
+        launcher.start(*CPU, "--host", host)
+        assert launcher.status() == 2
+        assert f"--host {host} --port {launcher.port} cannot be used" in launcher.said()
+
+
 def test_a_server_that_exits_before_it_is_ready_is_reported_and_stops_the_others(launcher: Launcher):
     launcher.start(*CPU, "--servers", "2", "--restart", "--", "--die-second")
     assert launcher.status() == 1
@@ -410,8 +469,8 @@ with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(
 while not os.path.exists("seen"):
     time.sleep(0.1)
 """
-    flags = ("--python", str(installed()), "--", *SMALL)
-    real_launcher.start(*CPU, "--colocated", *flags, "--then", sys.executable, "-c", program)
+    flags = ("--host", "::1", "--python", str(installed()), "--", *SMALL)
+    real_launcher.start(*CPU, "--colocated", *flags, "--then", sys.executable, "-c", program, **PROXY)
     processes = family(real_launcher.ready(_REAL_SECONDS)["pids"][0])
     (real_launcher.folder / "seen").touch()
     assert real_launcher.status(_REAL_SECONDS) == 0, real_launcher.said()

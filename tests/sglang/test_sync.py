@@ -16,8 +16,8 @@ from policy_runs import Layout
 from real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling, version_at
 from sync_runs import PROMPTS, Synced, trained_and_synced
 
+from megatron_rlvr.distributed.network import own_address_toward
 from megatron_rlvr.engines.sglang.weight_sync.buckets import buckets
-from megatron_rlvr.engines.sglang.weight_sync.distributed import _address_toward
 
 METHODS = ["disk", "distributed", "tensor"]
 IN_BUCKETS = ["distributed", "tensor"]
@@ -287,5 +287,5 @@ def test_buckets_hold_every_tensor_in_order_at_an_offset_that_its_receiver_can_c
 
 
 def test_servers_on_this_machine_get_its_loopback_address():
-    assert _address_toward("http://127.0.0.1:30000") == "127.0.0.1"
-    assert _address_toward("http://localhost") in ("127.0.0.1", "::1")
+    assert own_address_toward("127.0.0.1") == "127.0.0.1"
+    assert own_address_toward("localhost") in ("127.0.0.1", "::1")

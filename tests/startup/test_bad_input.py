@@ -351,15 +351,16 @@ def test_several_ranks_without_torchrun_are_refused_with_the_command_to_start_th
     assert "torchrun --nproc-per-node 2" in line
 
 
-def test_weights_that_do_not_belong_to_the_config_are_one_line(
+def test_weights_that_do_not_belong_to_the_config_are_one_line_of_the_check_and_of_the_run(
     write_config: Callable[..., Path], model: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "three_layers"
     shutil.copytree(model, broken)
     changed = json.loads((broken / "config.json").read_text()) | {"num_hidden_layers": 3, "layer_types": None}
     (broken / "config.json").write_text(json.dumps(changed))
-    done = tiny.run_train(write_config(model={"path": str(broken)}), cwd=tmp_path)
-    line = one_line(done)
+    config = write_config(model={"path": str(broken)})
+    line = one_line(tiny.run_train(config, cwd=tmp_path))
+    assert one_line(tiny.run_train(config, "--check", cwd=tmp_path)) == line
     assert f"{broken} lacks model.layers.2." in line
     assert "config.json" in line
 

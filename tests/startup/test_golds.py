@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+from resolving import Resolve, refusal
 
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.types import Prompt
-from tests.support import tiny
-from tests.support.resolving import Resolve, refusal
 
 PROSE = "All points that are closer to the origin than to the line."
 

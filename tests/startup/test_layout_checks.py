@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from resolving import Resolve, refusal
 
 from megatron_rlvr.startup.layout_checks import check_megatron
@@ -33,7 +35,8 @@ def test_layouts_that_do_not_divide_are_refused(
     assert [part for part in parts if part not in message] == []
 
 
-MOE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MOE |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
 
 
 @pytest.mark.parametrize(
@@ -77,9 +80,14 @@ def test_layouts_that_fit_the_experts_are_accepted(
     parallel: dict[str, Any],
     changes: dict[str, Any],
     resolve_with: Resolve,
-    broken_model: Callable[..., dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
-    section = broken_model(**MOE | {"layer_types": None} | changes)
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path / "experts"
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**tiny.model_config(**MOE | changes))).save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    section = {"path": str(folder), "dtype": "float32"}
     assert resolve_with(ranks, model=section, parallel=parallel).world_size == ranks
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from resolving import Resolve, refusal
+from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.hf.files import INDEX, SINGLE
+from megatron_rlvr.startup.describe import describe_plan
 
 # The model folder ---------------------------------------------------------------------------------------------------
 
@@ -37,6 +40,23 @@ def test_a_missing_shard_is_named(resolve_with: Resolve, model: Path, tmp_path: 
     message = refusal(resolve_with, model={"path": str(folder)})
     assert "lacks model-00002-of-00003.safetensors, model-00003-of-00003.safetensors" in message
     assert "complete the download" in message
+
+
+def test_all_weight_files_are_read_and_what_is_skipped_is_a_line_of_the_plan(
+    resolve_with: Resolve, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / SINGLE)
+    rope = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}
+    save_file(tensors | rope, folder / SINGLE, metadata={"format": "pt"})
+    resolved = resolve_with(model={"path": str(folder)})
+    line = next(line for line in describe_plan(resolved).splitlines() if line.startswith("skipped"))
+    assert "model.layers.0-1.self_attn.rotary_emb.inv_freq" in line
+    assert "skipped" not in describe_plan(resolve_with())
+    save_file(tensors | {"model.bias": torch.ones(4)}, folder / SINGLE, metadata={"format": "pt"})
+    message = refusal(resolve_with, model={"path": str(folder)})
+    assert message.startswith(f"{folder} holds model.bias, which its config.json has no place for")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', '{"metadata": {}}', '{"weight_map": {"a": 1}}'])
@@ -74,7 +94,9 @@ def test_an_unsupported_model_is_refused(
     assert [part for part in parts if part not in message] == []
 
 
-@pytest.mark.parametrize(("text", "part"), [("{\n 3", "line 2: not valid JSON"), ("[]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "part"), [("{\n 3", "line 2: not valid JSON"), ("[]", "no JSON object"), ("[" * 10**5, "cannot be read")]
+)
 def test_a_config_that_is_no_object_is_refused(
     text: str, part: str, resolve_with: Resolve, broken_model: Callable[..., dict[str, Any]]
 ) -> None:

@@ -93,7 +93,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="N",
         help="port of the first server; the others count up (default 30000)",
     )
-    add("--host", default="127.0.0.1", help="listening address; 0.0.0.0 to serve other machines (default 127.0.0.1)")
+    add(
+        "--host",
+        type=lambda host: host.strip("[]"),
+        default="127.0.0.1",
+        help="listening address; 0.0.0.0, or :: with IPv6, to serve other machines (default 127.0.0.1)",
+    )
     shares = f"{_MEMORY_SHARE}, or {_COLOCATED_SHARE} with --colocated, where the trainer needs the rest"
     add(
         "--memory-share",
@@ -152,7 +157,7 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
             host=options.host,
             device=options.device,
             tensor=options.tensor,
-            public_host=socket.gethostname() if options.host == "0.0.0.0" else "",
+            public_host=socket.gethostname() if options.host in ("0.0.0.0", "::") else "",
             flags=[*extra, *flags],
             extra_environment=gpus,
         )
@@ -188,12 +193,13 @@ def _visible_gpus(gpus: Sequence[str], options: argparse.Namespace) -> list[dict
 
 
 def _check_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"--host {host} --port {port} cannot be used ({error}); choose another") from None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"--host {host} --port {port} cannot be used ({error}); choose another") from None
 
 
 def _say(text: str) -> None:

@@ -19,6 +19,7 @@ from megatron_rlvr.engines.sglang.launcher.process import (
     ServerProgram,
     kill_session,
     start_time,
+    without_proxy,
 )
 
 _POLL_SECONDS = 0.25
@@ -166,7 +167,8 @@ class Launcher:
     def _start_command(self) -> None:
         urls = [server.program.url for server in self._servers]
         command = [word.replace("{servers}", self._urls) for word in self._then]
-        environment = dict(os.environ) | {"ROLLOUT_SERVERS": ",".join(urls)}
+        hosts = [host for server in self._servers for host in (server.program.host, server.program.public_host)]
+        environment = without_proxy(os.environ, hosts) | {"ROLLOUT_SERVERS": ",".join(urls)}
         # A session of its own, so that Ctrl-C reaches it once, forwarded by this process.
         self._command = subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=ends_with_parent(signal.SIGTERM)
@@ -184,7 +186,8 @@ class Launcher:
 
     @property
     def _urls(self) -> str:
-        return "[" + ", ".join(server.program.url for server in self._servers) + "]"
+        urls = [server.program.url for server in self._servers]
+        return "[" + ", ".join(f'"{url}"' if "[" in url else url for url in urls) + "]"  # brackets end a YAML list
 
     def _write_record(self) -> None:
         """Write the record once all servers have been ready. Readers never see a partial file."""

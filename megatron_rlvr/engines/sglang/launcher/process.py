@@ -12,12 +12,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megatron_rlvr.child_process import ends_with_parent
+from megatron_rlvr.distributed.network import in_url, server_variables
 
 # A server that cannot sample answers 503 after 20 s by itself, during which the other servers would not be supervised.
 _HEALTH_SECONDS = 5.0
@@ -34,7 +35,7 @@ class ServerProgram:
         model: Hugging Face folder.
         port: Port on which the server listens.
         log: File to which the server's output is appended.
-        host: Address on which the server listens; 0.0.0.0 for all addresses.
+        host: Address on which the server listens, IPv4 or IPv6; 0.0.0.0 or :: for all addresses.
         device: "gpu", or "cpu" to run dense models without a GPU.
         tensor: Number of GPUs (or groups of cores) over which the model is sharded.
         public_host: Host name in the server's URL, by which other machines reach it; ``host`` if empty.
@@ -56,7 +57,12 @@ class ServerProgram:
     @property
     def url(self) -> str:
         """URL by which the trainer reaches the server."""
-        return f"http://{self.public_host or self.host}:{self.port}"
+        return f"http://{in_url(self.public_host or self.host)}:{self.port}"
+
+    @property
+    def own_host(self) -> str:
+        """Address by which this machine reaches the server."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
     @property
     def command(self) -> list[str]:
@@ -79,7 +85,23 @@ class ServerProgram:
             variables |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
             if self.tensor > 1:
                 variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(self.tensor)))
-        return variables | dict(self.extra_environment)
+        variables |= server_variables(self.host, variables)
+        return without_proxy(variables | dict(self.extra_environment), [self.host, self.public_host])
+
+
+def without_proxy(environment: Mapping[str, str], hosts: Iterable[str]) -> dict[str, str]:
+    """Return an environment whose programs reach this machine and ``hosts`` directly, also if it names a proxy.
+
+    A server sends its first requests to itself, and would wait for a proxy that cannot pass them on. Both spellings of
+    the variable are in use, and of an IPv6 address that with brackets as well.
+    """
+    names = ("no_proxy", "NO_PROXY")
+    given = [host.strip() for name in names for host in environment.get(name, "").split(",")]
+    if "*" in given:
+        return dict(environment)
+    direct = ["localhost", "127.0.0.1", "::1", *hosts]
+    every = dict.fromkeys(host for host in [*given, *direct, *map(in_url, direct)] if host)
+    return dict(environment) | dict.fromkeys(names, ",".join(every))
 
 
 class ServerProcess:
@@ -125,8 +147,7 @@ class ServerProcess:
 
     def is_healthy(self) -> bool:
         """Return whether the server can sample."""
-        host = "127.0.0.1" if self.program.host == "0.0.0.0" else self.program.host
-        connection = http.client.HTTPConnection(host, self.program.port, timeout=_HEALTH_SECONDS)
+        connection = http.client.HTTPConnection(self.program.own_host, self.program.port, timeout=_HEALTH_SECONDS)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200

@@ -18,14 +18,13 @@ given up, so that the pool's thread continues to read the answers of the other s
 """
 
 import asyncio
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from megatron_rlvr.distributed import accelerator, server_group
+from megatron_rlvr.distributed import accelerator, network, server_group
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang.client import Server, UnhealthyServerError
 from megatron_rlvr.engines.sglang.pool import ServerPool
@@ -72,9 +71,10 @@ class DistributedSync(BucketSync):
         self._drop(server)
         name = f"megatron_rlvr {urlsplit(server.url).netloc}"
         await server.leave_group(name)  # the server may have joined it for an earlier trainer
-        group = server_group.ServerGroup(name, await server.tensor_parallel_size())
+        host = urlsplit(server.url).hostname or ""
+        group = server_group.ServerGroup(name, await server.tensor_parallel_size(), host)
         self.groups[server.url] = group
-        address = await _in_thread(lambda: _address_toward(server.url))
+        address = await _in_thread(lambda: network.own_address_toward(host))
         joined = _in_thread(lambda: group.join(seconds))
         await server.join_group(name, address, group.port, group.size, group.backend, seconds)
         await joined
@@ -104,16 +104,6 @@ class DistributedSync(BucketSync):
         self._labels.pop(server.url, None)
         if group := self.groups.pop(server.url, None):
             group.close()
-
-
-def _address_toward(url: str) -> str:
-    """Return the address of this machine on the network route to ``url``, without sending anything."""
-    parts = urlsplit(url)
-    family, kind, protocol, _, remote = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as connection:
-        connection.connect(remote)
-        address: str = connection.getsockname()[0]
-        return address
 
 
 def _in_thread(function: Callable[[], T]) -> "asyncio.Future[T]":
