@@ -56,7 +56,7 @@ def run_tool(
     largest_file: int | None = None,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `rlvr convert` or another program with environment variables; a file beyond ``largest_file`` bytes fails as on a full disk."""
+    """Run `rlvr convert` or another program; a file beyond ``largest_file`` bytes fails as on a full disk."""
 
     def limit() -> None:
         if largest_file is not None:
