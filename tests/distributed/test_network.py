@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import hosts as network_of_tests
 import pytest
