@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: install quickstart check test soak cluster container lint packages peers bench clean
+.PHONY: install quickstart check promises test tests soak cluster container lint packages peers bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -23,8 +23,14 @@ packages:
 # Three workers on two cores, because many tests wait for servers, Slurm jobs and networks.
 PYTEST := $(RUN)/python -m pytest -q --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
+# Lint runs beside the tests, which leave a core idle now and then.
+BOTH := $(MAKE) --no-print-directory --jobs 2 --keep-going lint
+
+test: install packages
+	@$(BOTH) tests
+
 # Seconds of every test are written to build/tests.xml; coverage of the package is printed.
-test: lint packages
+tests:
 	@mkdir -p build
 	$(PYTEST) -m "not soak" --cov --cov-report=term --junitxml=build/tests.xml
 
@@ -35,7 +41,10 @@ PROMISES := tests/test_learning.py::test_the_reward_goes_up \
 UNITS := tests/test_words.py tests/test_imports.py tests/test_atomic.py tests/algo tests/batching tests/checkpoint \
 	tests/config tests/data tests/hf tests/rollout/test_group_buffer.py
 
-check: lint
+check: install
+	@$(BOTH) promises
+
+promises:
 	$(PYTEST) $(UNITS) $(PROMISES)
 
 soak: lint packages peers
