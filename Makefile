@@ -7,6 +7,8 @@
 VENV ?= .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
+# Processes of tests start many times: compiled modules are kept even where the environment forbids it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart check promises test tests soak cluster container lint packages peers bench clean
 
