@@ -369,7 +369,7 @@ def _operations(a: Operation, b: Operation) -> bool:
 
 def _singleton(a: Listing, b: Expression) -> bool:
     """A set with one element is that element."""
-    return a.braces and len(a.items) == 1 and equal(a.items[0], b)
+    return a.braces and len(a.items) == 1 and _items_equal(a.items[0], b)
 
 
 def _named_tuple(a: Listing, b: Ordered) -> bool:

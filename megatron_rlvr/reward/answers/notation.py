@@ -90,7 +90,8 @@ _THOUSANDS_SPACE = re.compile(
     r"(?<=[0-9])(?:,?\\!|\{,\}|(?:\\[,;: ])+|[\u00a0\u2009\u202f\u2007'])(?=[0-9]{3}(?![0-9]))"
 )
 
-_POWERS_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MULTIPLES = {"dozens?": "12", "hundred": "100", "thousand": "10^{3}", "million": "10^{6}"}
+_MULTIPLES |= {"billion": "10^{9}", "trillion": "10^{12}"}
 
 
 def _command(names: str) -> str:
@@ -110,12 +111,12 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\{\s*\\(bf|rm|it)\s+([^{}]*)\}", r"\\math\1{\2}"),
         (r"(?<![\^_A-Za-z])\{\s*([:=<>+-])\s*\}", r"\1"),  # braces that set the space around a sign
         *(
-            (rf"(?<=[0-9])\s*((?:{TEXT_MACROS}\s*\{{)?)\s*{word}(?![A-Za-z])", rf"{TIMES}10^{{{power}}} \1")
-            for word, power in _POWERS_OF_TEN.items()
+            (rf"(?<=[0-9])\s*((?:{TEXT_MACROS}\s*\{{)?)\s*{word}(?![A-Za-z])", rf"{TIMES}{multiple} \1")
+            for word, multiple in _MULTIPLES.items()
         ),
         (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
         (_command("surd"), r"\\sqrt"),
-        (rf"{TEXT_MACROS}\s*\{{\s*([,;]?)\s*\}}", r"\1 "),
+        (rf"{TEXT_MACROS}\s*\{{\s*([,;:]?)\s*\}}", r"\1 "),
         (rf"(?:{TEXT_MACROS}\s*\{{\s*mod\s*\}}|(?<![A-Za-z\\])mod(?![A-Za-z]))", r"\\mod "),
         # n choose k as in the schools of several countries
         (r"(?<![A-Za-z\\])C_\{?([0-9]+)\}?\^\{?([0-9]+)\}?", r"\\binom{\1}{\2}"),

@@ -11,7 +11,7 @@ from fractions import Fraction
 from megatron_rlvr.reward.answers import notation as n
 from megatron_rlvr.reward.answers.expressions import INFINITY, Tree
 from megatron_rlvr.reward.answers.inequalities import read_congruence, read_inequality
-from megatron_rlvr.reward.answers.leaves import CLOSE, LINE, OPEN, read_compound, read_leaf, read_text, split
+from megatron_rlvr.reward.answers.leaves import LINE, read_compound, read_leaf, read_text, split
 from megatron_rlvr.reward.answers.structures import (
     Expression,
     Family,
@@ -31,6 +31,7 @@ from megatron_rlvr.reward.answers.structures import (
     free_symbols,
     symbols,
 )
+from megatron_rlvr.reward.answers.surroundings import bare, closing_of, unwrap
 from megatron_rlvr.reward.answers.tokens import Unreadable
 
 _OPTION = re.compile(r"(?:(?:option|choice|answer)\s*)?(?:\(([A-J])\)|([A-J])(?:[).:]|(?=$)))\s*(.*)", re.IGNORECASE)
@@ -57,15 +58,11 @@ _CONDITION = re.compile(
 )
 
 
-_REMARK = re.compile(
-    r"[,;]?\s*\(?(?:\bfor (?:all|any|every|each|some)\b|\bwhere\b|\\forall(?![a-z]))[A-Za-z ,'"
-    + n.IN
-    + r"\\{}]{0,60}\)?$"
-)
-
-
-_LABEL = re.compile(
-    rf"^(?:{n.TEXT_MACROS}\s*\{{)?\s*(?:the )?(?:final |correct )?answer\s*(?:is\s*:?|:|=)\s*(?:\}})?", re.IGNORECASE
+_REMARK = re.compile(  # of known words only: "where it is wrong" is none
+    rf"[,;]?\s*\(?(?:\bfor (?:all|any|every|each|some)\b|\bwhere\b|\\forall(?![a-z]))"
+    rf"(?:[\s,{{}}{n.IN}]|\\mathbb\{{[A-Z]\}}|{n.TEXT_MACROS}|\b(?:[A-Za-z]|is|are|an|and|any|some|all|the|real|complex"
+    r"|rational|positive|negative|non-?negative|non-?zero|arbitrary|fixed|numbers?|int(?:eger)?s?|constants?"
+    r"|parameters?|reals?)\b)*\)?$"
 )
 
 
@@ -73,20 +70,14 @@ _MODULUS = re.compile(r"\\[pb]?mod(?![A-Za-z])")
 
 
 _QUANTIFIER = re.compile(
-    r"(?:for )?(?:all|any|every|each)\s+(?:real numbers?|reals?|int(?:eger)?s?)?\s*(?=[a-zA-Z]\s*[^A-Za-z\s(])"
+    r"(?:for )?(?:all|any|every|each)\s+(?:real numbers?|reals?|int(?:eger)?s?)?\s*"
+    rf"(?=[a-zA-Z]\s*[=<>{n.LE}{n.GE}{n.NE}{n.IN}])"
 )
 
 
 _TRANSPOSED = re.compile(
     r"([(\[].*,.*[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\mathsf\{T\}|\\mathrm\{T\}|\\text\{T\})\s*\}?"
 )
-
-
-_EMPHASIS = re.compile(r"(\*\*|\*|__|_|``?)(.*)\1\.?", re.DOTALL)
-
-
-_WRAPPER = re.compile(n.TEXT_MACROS + r"\s*\{|\\(?:boxed|fbox|bf|rm)\s*\{|\{")
-_FINAL_STOP = re.compile(n.TEXT_MACROS + r"\s*\{[\s.,;]*\}$")
 
 
 _REMARK_TEXT = re.compile(
@@ -96,17 +87,12 @@ _REMARK_TEXT = re.compile(
 
 def read(text: str) -> Reading:
     """Return the reading of an answer, a string as its author wrote it."""
-    text = _unwrap(_LABEL.sub("", _unwrap(n.normalize(_without_emphasis(text.strip())))))
-    plain = _unwrap(n.strip_text(text))
+    text = bare(text)
+    plain = unwrap(n.strip_text(text))
     try:
         return _read_option(plain) or _read(text)
     except (Unreadable, RecursionError):
         return read_text(plain)
-
-
-def _without_emphasis(text: str) -> str:
-    match = _EMPHASIS.fullmatch(text)
-    return match[2] if match else text
 
 
 def _read_option(text: str) -> Reading | None:
@@ -127,13 +113,13 @@ def _read_option(text: str) -> Reading | None:
 
 def _read(text: str) -> Reading:
     """Return the reading of a normalized text. Raises Unreadable."""
-    text = _unwrap(text)
+    text = unwrap(text)
     if not text:
         raise Unreadable("empty")
     text = _REMARK_TEXT.sub(r" \1 ", text)
     text = _REMARK.sub("", _QUANTIFIER.sub("", text.lstrip(), count=1)).strip() or text
     if (condition := _CONDITION.search(text)) and condition.start() > 0:
-        return _read_family(_unwrap(text[: condition.start()]), condition)
+        return _read_family(unwrap(text[: condition.start()]), condition)
     for reader in (
         *(_read_environment, read_compound, _read_list, _read_both_signs),
         *(_read_relation, _read_set, _read_brackets, read_leaf),
@@ -145,7 +131,7 @@ def _read(text: str) -> Reading:
 
 
 def _read_both_signs(text: str) -> Reading | None:
-    """What a plus-minus sign stands for: the upper signs or the lower ones. In a set it is one of the elements."""
+    """Read a plus-minus sign as two answers, the upper signs and the lower ones; in a set it is about an element."""
     if not {n.PM, n.MP} & set(re.sub(f"{n.SET_OPEN}[^{n.SET_CLOSE}]*", "", text)):
         return None
     upper, lower = (_read(text.translate({ord(n.PM): a, ord(n.MP): b})) for a, b in ("+-", "-+"))
@@ -156,35 +142,10 @@ def _read_both_signs(text: str) -> Reading | None:
     return _listing([upper, lower])
 
 
-def _unwrap(text: str) -> str:
-    """Remove surrounding delimiters, emphasis, boxes and braces, and final punctuation."""
-    while True:
-        shorter = text.strip().rstrip(".,;:").strip() if not text.endswith(n.DOTS) else text
-        if shorter.count("$") % 2 == 0 and "\\$" not in shorter:
-            shorter = shorter.replace("$", " ").strip()
-        shorter = _FINAL_STOP.sub("", shorter)
-        opening = _WRAPPER.match(shorter)
-        if opening and _closing(shorter, opening.end() - 1) == len(shorter) - 1:
-            shorter = shorter[opening.end() : -1]
-        if shorter == text:
-            return text
-        text = shorter
-
-
-def _closing(text: str, start: int) -> int:
-    """Return the offset of the bracket that closes the one at ``start``, of any kind; -1 if there is none."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] in OPEN) - (text[position] in CLOSE)
-        if depth == 0:
-            return position
-    return -1
-
-
 def _read_environment(text: str) -> Reading | None:
     r"""A matrix, or a system of equations in `cases` or `aligned`."""
     inner = text
-    while inner[:1] in "([" and inner[:1] and _closing(inner, 0) == len(inner) - 1:
+    while inner[:1] in "([" and inner[:1] and closing_of(inner, 0) == len(inner) - 1:
         inner = inner[1:-1].strip()
     match = re.fullmatch(r"\\begin\{(\w+)\*?\}(?:\{[lcr|]*\}|\[[lcr|]*\])?(.*)\\end\{\1\*?\}", inner)
     if match is None:
@@ -413,12 +374,12 @@ def _read_element(text: str) -> Reading:
 
 def _read_brackets(text: str) -> Reading | None:
     """A tuple, interval, vector or set: brackets around the whole. The letter of a point may stand before it."""
-    if (row := _TRANSPOSED.fullmatch(text)) and _closing(row[1], 0) == len(row[1]) - 1:
+    if (row := _TRANSPOSED.fullmatch(text)) and closing_of(row[1], 0) == len(row[1]) - 1:
         text = row[1]
-    if re.match(r"[A-Z]\s*\(.*,", text) and _closing(text, text.index("(")) == len(text) - 1:
+    if re.match(r"[A-Z]\s*\(.*,", text) and closing_of(text, text.index("(")) == len(text) - 1:
         point = _read_brackets(text[1:].strip())
         return Named(text[0], point) if isinstance(point, Ordered) and text[0] != "C" else None
-    if text[0] not in f"([{n.SET_OPEN}{n.ANGLE_OPEN}" or _closing(text, 0) != len(text) - 1:
+    if text[0] not in f"([{n.SET_OPEN}{n.ANGLE_OPEN}" or closing_of(text, 0) != len(text) - 1:
         return Listing((), braces=True) if text == r"\emptyset" else None
     opening, inner, closing = text[0], text[1:-1].strip(), text[-1]
     if opening == n.SET_OPEN:
@@ -444,7 +405,12 @@ def _read_braces(inner: str) -> Reading:
         return Listing((), braces=True)
     parts = split(inner, "|:")
     if len(parts) == 2:
-        variable, condition = parts[0][1], _read(parts[1][1])
+        variable, text = parts[0][1], parts[1][1]
+        if len(variable) > 1 and re.fullmatch(rf"[A-Za-z]\s*{n.IN}\s*\\mathbb\{{Z\}}", text):
+            return _read(f"{variable}, {text}")
+        if re.search(rf"{n.IN}\s*\\mathbb\{{[ZNQC]\}}", text):
+            raise Unreadable(inner)  # a set of ints is no interval
+        condition = _read(text)
         if not re.fullmatch(rf"[A-Za-z](?:\s*{n.IN}\s*\\mathbb\{{R\}})?", variable):
             raise Unreadable(inner)
         conditions = condition.items if isinstance(condition, Operation) else (condition,)
