@@ -57,7 +57,8 @@ def test_gold_answer_and_answer_may_change_places() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["{} \u4eba", "{} \\foo", "not {}", "{} or 7919", "7919 or {}", "{} $ 7919", "{}, 7919"]
+    "damage",
+    ["{} \u4eba", "{} \\foo", "not {}", "{} or 7919", "7919 or {}", "{} $ 7919", "{}, 7919", "{} is wrong", "{}?"],
 )
 def test_a_correct_answer_beside_something_else_is_incorrect(damage: str) -> None:
     for row in PAIRS:

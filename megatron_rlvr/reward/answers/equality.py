@@ -70,8 +70,8 @@ def _expressions(a: Expression, b: Expression) -> bool:
 def _listings(a: Listing, b: Listing) -> bool:
     """Equal values in any order. In braces, repeats do not count."""
     if a.braces and b.braces:
-        return all(any(equal(x, y) for y in b.items) for x in a.items) and all(
-            any(equal(x, y) for x in a.items) for y in b.items
+        return all(any(_items_equal(x, y) for y in b.items) for x in a.items) and all(
+            any(_items_equal(x, y) for x in a.items) for y in b.items
         )
     return _any_order(a.items, b.items)
 
@@ -86,11 +86,16 @@ def _any_order(a: Sequence[Reading], b: Sequence[Reading]) -> bool:
         return _in_order(_by_name(names), values)
     remaining = list(b)
     for item in a:
-        found = next((k for k, other in enumerate(remaining) if equal(item, other)), None)
+        found = next((k for k, other in enumerate(remaining) if _items_equal(item, other)), None)
         if found is None:
             return False
         del remaining[found]
     return True
+
+
+def _items_equal(a: Reading, b: Reading) -> bool:
+    """Equality within a structure, where a set with one element is not that element."""
+    return equal(a, b) and (type(a) is type(b) or not any(isinstance(x, Listing) and x.braces for x in (a, b)))
 
 
 def _all_names(items: Sequence[Reading]) -> list[str] | None:
@@ -112,7 +117,7 @@ def _by_name(items: Sequence[Reading]) -> list[Reading]:
 
 
 def _in_order(a: Sequence[Reading], b: Sequence[Reading]) -> bool:
-    return len(a) == len(b) <= _MAX_ITEMS and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) <= _MAX_ITEMS and all(map(_items_equal, a, b))
 
 
 def _sequences(a: Ordered, b: Ordered) -> bool:
@@ -194,8 +199,11 @@ def _proportional(a: Relation, b: Relation, *, positive: bool) -> bool:
 
 
 def _equation_value(a: Relation, b: Expression) -> bool:
-    r"""A chain of equal values such as 22/7 = 3 1/7 \approx 3.14 is its first value."""
-    if not set(a.signs) <= {"=", n.APPROX} or any(map(symbols, a.sides)):
+    r"""A chain of equal values such as 22/7 = 3 1/7 \approx 3.14 is its first value; m + n = 7 is 7."""
+    if a.signs[0] == "=" and _names_value(a.sides[0]):
+        rest = a.sides[1:]
+        return _equation_value(Relation(a.signs[1:], rest), b) if rest[1:] else _expressions(Expression(rest[0]), b)
+    if not set(a.signs) <= {"=", n.APPROX}:
         return False
     first = a.sides[0]
     for sign, side in zip(a.signs, a.sides[1:], strict=True):
@@ -204,6 +212,12 @@ def _equation_value(a: Relation, b: Expression) -> bool:
         if sign == n.APPROX and not _rounding(first, side):
             return False
     return _expressions(Expression(first), b)
+
+
+def _names_value(side: Tree) -> bool:
+    """Return whether a side of an equation names what is asked for: |S|, f(2) or m + n, but not |x| or x + y."""
+    parts = side[1:] if side[0] == "add" else side[2:] if side[:2] == ("call", "abs") else ()
+    return side[0] == "apply" or (parts != () and all(part[0] == "sym" and part[1] not in "xyz" for part in parts))
 
 
 def _rounding(exact: Tree, rounded: Tree) -> bool:
@@ -218,15 +232,22 @@ def _rounding(exact: Tree, rounded: Tree) -> bool:
 
 def _quantities(a: Quantity, b: Quantity) -> bool:
     if a.unit.dimension != b.unit.dimension:
-        return False
+        radians = [_radians(each) for each in (a, b)]
+        return None not in radians and same_value(*radians)  # type: ignore[arg-type]
     if a.unit.factor == b.unit.factor:
         return same_value(a.tree, b.tree)
     return same_value(*(("mul", each.tree, ("num", each.unit.factor)) for each in (a, b)))
 
 
+def _radians(angle: Quantity) -> Tree | None:
+    """Return the number of radians of an angle, whose factor to degrees is no rational; None of another quantity."""
+    by_unit: dict[tuple, Tree] = {((n.DEGREE, 1),): ("call", "degrees", angle.tree), (("rad", 1),): angle.tree}
+    return by_unit.get(angle.unit.dimension)
+
+
 def _quantity_otherwise(a: Quantity, b: Reading) -> bool:
     """A number with a unit and one without: the numbers; or in the base unit if it is written as a power of ten."""
-    if not isinstance(b, Expression | Ratio | Percent):
+    if not isinstance(b, Expression | Ratio):
         return False
     if a.product is not None and equal(Expression(a.product), b):
         return True
@@ -348,7 +369,7 @@ def _operations(a: Operation, b: Operation) -> bool:
 
 def _singleton(a: Listing, b: Expression) -> bool:
     """A set with one element is that element."""
-    return a.braces and len(a.items) == 1 and equal(a.items[0], b)
+    return a.braces and len(a.items) == 1 and _items_equal(a.items[0], b)
 
 
 def _named_tuple(a: Listing, b: Ordered) -> bool:

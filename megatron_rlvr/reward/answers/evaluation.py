@@ -47,17 +47,16 @@ class Evaluator:
         self.digits = digits
         self.lost = self.absorbed = self.complex = False
 
-    def __call__(self, tree: Tree, symbols: Mapping[str, Fraction], sign: int = 1) -> Value:
+    def __call__(self, tree: Tree, symbols: Mapping[str, Fraction]) -> Value:
         """Return the value of ``tree``.
 
         Args:
             symbols: Value of each symbol.
-            sign: +1 or -1, which a plus-minus sign stands for.
 
         Raises:
             Undefined, TooLarge: If it has none.
         """
-        self._symbols, self._sign, self._terms = dict(symbols), sign, 0
+        self._symbols, self._terms = dict(symbols), 0
         self.lost = self.absorbed = self.complex = False
         try:
             value = self._value(tree)
@@ -84,8 +83,6 @@ class Evaluator:
                 return self._constant(rest[0])
             case "neg":
                 return -self._value(rest[0])
-            case "pm":
-                return self._value(rest[1]) * (rest[0] * self._sign)
             case "add":
                 return self._sum([self._value(term) for term in rest])
             case "mul":

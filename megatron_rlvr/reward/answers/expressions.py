@@ -4,7 +4,7 @@ A tree is a tuple whose first entry is its kind:
 
     ("num", value)  ("dec", value, significant digits, unit of the last place, truncated)  ("sym", name)
     ("const", "pi" | "e" | "i" | "inf")  ("add", *terms)  ("mul", *factors)  ("div", a, b)  ("pow", base, exponent)
-    ("neg", a)  ("pm", sign, a)  ("call", function, *arguments)  ("apply", name, *arguments): an unknown function
+    ("neg", a)  ("call", function, *arguments)  ("apply", name, *arguments): an unknown function
     ("sum" | "prod", variable, first, last, body)
 
 Where people read one thing and LaTeX prints another (``\sqrt12``), or where a product of letters could be a word, the
@@ -15,7 +15,7 @@ import itertools
 import re
 from fractions import Fraction
 
-from megatron_rlvr.reward.answers.notation import DEGREE, DIVIDE, DOTS, GREEK, MP, PM, TIMES
+from megatron_rlvr.reward.answers.notation import DEGREE, DIVIDE, DOTS, GREEK, TIMES
 from megatron_rlvr.reward.answers.tokens import Token, Unreadable, tokenize
 
 Tree = tuple
@@ -24,7 +24,7 @@ _FUNCTIONS = {
     **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln")},
     **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot")},
     **{f"a{name}": f"a{name}" for name in ("sin", "cos", "tan")},
-    **{name: name for name in ("log", "lg", "gcd", "lcm", "max", "min", "sqrt", "abs")},
+    **{name: name for name in ("log", "lg", "gcd", "lcm", "max", "min", "sqrt", "abs", "cis")},
 }
 _INVERSES = {name: f"a{name}" for name in ("sin", "cos", "tan", "cot")}
 _CONSTANTS = {
@@ -85,7 +85,7 @@ class _Parser:
         if self._depth > _MAX_DEPTH:
             raise Unreadable("it is nested too deeply")
         terms = [self._signed()]
-        while self.at("+", "-", PM, MP):
+        while self.at("+", "-"):
             sign = self.take().text
             if sign == "+" and self.at(DOTS):
                 self.take()
@@ -98,7 +98,7 @@ class _Parser:
         return terms[0] if len(terms) == 1 else ("add", *terms)
 
     def _signed(self) -> Tree:
-        return _with_sign(self.take().text, self._product()) if self.at("+", "-", PM, MP) else self._product()
+        return _with_sign(self.take().text, self._product()) if self.at("+", "-") else self._product()
 
     def _product(self) -> Tree:
         result = self._implicit()
@@ -152,7 +152,8 @@ class _Parser:
         self._position += length
         if self._starts_factor() or self.at("^", "!", "/"):
             raise Unreadable("a mixed number is followed by a factor")
-        return ("num", whole + Fraction(top, bottom))
+        number: Tree = ("num", whole + Fraction(top, bottom))
+        return ("call", "degrees", number) if self.at(DEGREE) and self.take() else number
 
     def _starts_factor(self) -> bool:
         token = self.next
@@ -166,7 +167,7 @@ class _Parser:
         if token.kind in ("word", "decorated"):
             return True
         if token.kind == "command":
-            return token.text not in (r"\rfloor", r"\rceil", r"\choose", r"\to", r"\rightarrow")
+            return token.text not in (r"\rfloor", r"\rceil", r"\choose", r"\over", r"\to", r"\rightarrow")
         return token.text in "({[" or (token.text == "|" and not self._bars)
 
     def _at_function(self) -> bool:
@@ -212,8 +213,11 @@ class _Parser:
         return tree
 
     def chosen(self) -> Tree:
-        r"""An expression, or n \choose k, which fills a group."""
+        r"""An expression, or n \choose k or a \over b, which fill a group."""
         tree = self.sum()
+        if self.at(r"\over"):
+            self.take()
+            return ("div", tree, self.sum())
         if self.at(r"\choose"):
             self.take()
             return ("call", "binomial", tree, self.sum())
@@ -307,7 +311,7 @@ class _Parser:
         self.expect("}")
         self.expect("^")
         last = self._exponent()
-        return (kind, variable, first, last, self._product())
+        return (kind, variable, first, last, _with_index(self._product(), variable))
 
     def _word(self, token: Token) -> Tree:
         name = token.text
@@ -369,9 +373,11 @@ class _Parser:
             raise Unreadable("too many arguments")
         if name == "sqrt":
             return ("call", "root", arguments[0], ("num", Fraction(2)))
-        if name in ("log", "lg"):
+        if name == "cis":
+            tree: Tree = ("call", "exp", ("mul", _CONSTANTS["i"], arguments[0]))
+        elif name in ("log", "lg"):
             ten = ("num", Fraction(10))
-            tree: Tree = ("call", "log", arguments[0], base or ten)
+            tree = ("call", "log", arguments[0], base or ten)
         else:
             tree = ("call", name, *arguments)
         return tree if power is None else ("pow", tree, power)
@@ -403,11 +409,16 @@ def _progression(kind: str, terms: list[Tree], last: Tree) -> Tree:
     return (kind, "#", ("num", Fraction(0)), count, ("add", terms[0], ("mul", ("sym", "#"), step)))
 
 
+def _with_index(tree: Tree, variable: str) -> Tree:
+    """Return the terms of a series, in which a variable i or e is no constant."""
+    if tree == ("const", variable):
+        return ("sym", variable)
+    return tuple(_with_index(part, variable) if isinstance(part, tuple) else part for part in tree)
+
+
 def _is_int(token: Token) -> bool:
     return token.kind == "number" and token.node[0] == "num" and token.text.replace(",", "").isdecimal()
 
 
 def _with_sign(sign: str, tree: Tree) -> Tree:
-    if sign == "+":
-        return tree
-    return ("neg", tree) if sign == "-" else ("pm", 1 if sign == PM else -1, tree)
+    return ("neg", tree) if sign == "-" else tree

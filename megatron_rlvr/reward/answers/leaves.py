@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 
 from megatron_rlvr.reward.answers import notation as n
-from megatron_rlvr.reward.answers.expressions import INFINITY, parse
+from megatron_rlvr.reward.answers.expressions import INFINITY, Tree, parse
 from megatron_rlvr.reward.answers.structures import (
     Based,
     Expression,
@@ -15,13 +15,14 @@ from megatron_rlvr.reward.answers.structures import (
     Ratio,
     Reading,
     Text,
-    has_sign,
-    with_sign,
 )
 from megatron_rlvr.reward.answers.tokens import Unreadable
-from megatron_rlvr.reward.answers.units import CURRENCIES, number_word, parse_unit, phrase
+from megatron_rlvr.reward.answers.units import CURRENCIES, Unit, number_word, parse_unit, phrase
 
 OPEN, CLOSE = f"([{{{n.SET_OPEN}{n.ANGLE_OPEN}", f")]}}{n.SET_CLOSE}{n.ANGLE_CLOSE}"
+
+
+_DEGREES = Unit(Fraction(1), ((n.DEGREE, 1),))
 
 
 LINE = Intervals(((("neg", INFINITY), INFINITY, False, False),))
@@ -44,6 +45,8 @@ def read_text(plain: str) -> Reading:
         return Expression(("num", Fraction(number)))
     if words in ("no solution", "empty set", "the empty set"):
         return Listing((), braces=True)
+    if words == "infinitely many":
+        return Expression(INFINITY)
     if words == "all real numbers":
         return LINE
     readable = bool(re.fullmatch(r"[^\W_][\w' .:,/-]*", words)) and len(words.split()) <= 6
@@ -80,10 +83,21 @@ def read_leaf(text: str) -> Reading | None:
         return quantity
     if re.fullmatch(r"[A-Za-z]{2,}(?:'s)?", n.strip_text(text)) and not _is_word_of_mathematics(text):
         return read_text(n.strip_text(text))
-    tree = parse(text)
-    if has_sign(tree):
-        return Listing(tuple(Expression(with_sign(tree, sign)) for sign in (1, -1)))
-    return Expression(tree)
+    return _measured(parse(text))
+
+
+def _measured(tree: Tree) -> Reading:
+    """An expression, or a number of degrees: their sign is a unit, but not within the argument of a function."""
+    number = _without_degrees(tree)
+    return Expression(tree) if number == tree else Quantity(number, _DEGREES, tree)
+
+
+def _without_degrees(tree: Tree) -> Tree:
+    if tree[:2] == ("call", "degrees"):
+        return tree[2]
+    if tree[0] in ("call", "apply"):
+        return tree
+    return tuple(_without_degrees(part) if isinstance(part, tuple) else part for part in tree)
 
 
 def _is_word_of_mathematics(text: str) -> bool:
@@ -108,7 +122,7 @@ def _read_based(text: str) -> Reading | None:
 
 
 def _read_money(text: str) -> Reading | None:
-    match = re.fullmatch(rf"([-+]?)\s*\\?([{CURRENCIES}])\s*([0-9.,]+)", text)
+    match = re.fullmatch(rf"([-+]?)\s*\\?([{CURRENCIES}])\s*(.+)", text)
     if match is None:
         return None
     unit = parse_unit(match[2], known=True)
@@ -119,10 +133,11 @@ def _read_money(text: str) -> Reading | None:
 
 def _read_time(text: str) -> Reading | None:
     plain = n.strip_text(text)
-    match = re.fullmatch(r"([0-9]{1,2})(?::([0-5][0-9]))?\s*([ap])\.?\s?m\.?", plain, re.IGNORECASE)
+    match = re.fullmatch(r"(0?[1-9]|1[0-2])(?::([0-5][0-9]))?\s*([ap])\.?\s?m\.?", plain, re.IGNORECASE)
     if match is None:
         return None
-    return Text(f"{int(match[1])}:{match[2] or '00'} {match[3].lower()}m", readable=True)
+    hour = int(match[1]) % 12 + (12 if match[3] in "pP" else 0)
+    return Ratio((("num", Fraction(hour)), ("num", Fraction(match[2] or 0))), clock=True)
 
 
 def _read_ratio(text: str) -> Reading | None:
@@ -136,6 +151,23 @@ def _read_ratio(text: str) -> Reading | None:
     return Ratio(tuple(parse(part) for part in parts), bool(clock) and int(parts[0]) < 24)
 
 
+def read_compound(text: str) -> Quantity | None:
+    """A number in units of one dimension, the larger before the smaller: 2 hours and 30 minutes."""
+    parts = re.split(r"\s+(?:and\s+)?(?=[0-9])", n.strip_text(text))
+    found: list[tuple[int, Unit]] = []
+    for part in parts:
+        match = re.fullmatch(r"([0-9]+)\s*([A-Za-z]{2,})", part)
+        unit = parse_unit(match[2], known=True) if match else None
+        if match is None or unit is None:
+            return None
+        if found and (unit.dimension != found[-1][1].dimension or unit.factor >= found[-1][1].factor):
+            return None
+        found.append((int(match[1]), unit))
+    smallest = found[-1][1]
+    total = sum((number * unit.factor / smallest.factor for number, unit in found), Fraction(0))
+    return Quantity(("num", total), smallest) if len(found) > 1 else None
+
+
 def _read_quantity(text: str) -> Reading | None:
     match = _TAIL_TEXT.search(text)
     if match is not None and match.start() > 0:
@@ -144,7 +176,7 @@ def _read_quantity(text: str) -> Reading | None:
     match = _TAIL_WORDS.search(text)
     while match is not None and match.start() > 0:
         words = match[1]
-        unit = parse_unit(words, known=True)
+        unit = parse_unit(words, known=True) if words != n.DEGREE else None
         body = text[: match.start()].strip()
         if (
             unit is not None

@@ -86,7 +86,12 @@ _KEPT = set(
 )
 
 # A comma or a thin or fixed space between groups of three digits leaves one number; a plain space does not.
-_THOUSANDS_SPACE = re.compile(r"(?<=[0-9])(?:,?\\!|\{,\}|\\,|\\ |[\u00a0\u2009\u202f\u2007'])(?=[0-9]{3}(?![0-9]))")
+_THOUSANDS_SPACE = re.compile(
+    r"(?<=[0-9])(?:,?\\!|\{,\}|(?:\\[,;: ])+|[\u00a0\u2009\u202f\u2007'])(?=[0-9]{3}(?![0-9]))"
+)
+
+_MULTIPLES = {"dozens?": "12", "hundred": "100", "thousand": "10^{3}", "million": "10^{6}"}
+_MULTIPLES |= {"billion": "10^{9}", "trillion": "10^{12}"}
 
 
 def _command(names: str) -> str:
@@ -103,7 +108,21 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:color|textcolor)\s*\{\w+\}", ""),
         (r"\\(?:phantom|hspace|vspace|label|tag)\*?\s*\{[^{}]*\}", ""),
         (r"\\[,;:!>]|(?<!\\)\\(?=\s)|~|" + _command("quad|qquad|thinspace|enspace"), " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\{\s*\\(bf|rm|it)\s+([^{}]*)\}", r"\\math\1{\2}"),
+        (r"(?<![\^_A-Za-z])\{\s*([:=<>+-])\s*\}", r"\1"),  # braces that set the space around a sign
+        *(
+            (rf"(?<=[0-9])\s*((?:{TEXT_MACROS}\s*\{{)?)\s*{word}(?![A-Za-z])", rf"{TIMES}{multiple} \1")
+            for word, multiple in _MULTIPLES.items()
+        ),
+        (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
+        (_command("surd"), r"\\sqrt"),
+        (rf"{TEXT_MACROS}\s*\{{\s*([,;:]?)\s*\}}", r"\1 "),
+        (rf"(?:{TEXT_MACROS}\s*\{{\s*mod\s*\}}|(?<![A-Za-z\\])mod(?![A-Za-z]))", r"\\mod "),
+        # n choose k as in the schools of several countries
+        (r"(?<![A-Za-z\\])C_\{?([0-9]+)\}?\^\{?([0-9]+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?:\{\}|^)[_^]\{?([0-9]+)\}?\s*C_\{?([0-9]+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?<=[0-9)])\{\s*\}", ""),
+        (r"(?<=[)\]])\s*U\s*(?=[(\[])", CUP),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\\(?:lbrace|\{)", SET_OPEN),
         (r"\\(?:rbrace|\})", SET_CLOSE),
@@ -135,6 +154,7 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\#", "#"),
         (r"\*\*", "^"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|" + _command("degree|degrees|textdegree"), DEGREE),
+        (rf"(?<=[0-9])\s*\^\s*(?:\{{\s*(?:{TEXT_MACROS}\s*\{{\s*o\s*\}}|o)\s*\}}|o(?![A-Za-z]))", DEGREE),
         (rf"\^\s*\{{?\s*{DEGREE}\s*\}}?", DEGREE),
         (rf"{DEGREE}\s*{TEXT_MACROS}\s*\{{\s*([CF])\s*\}}", DEGREE + r"\1"),
         (_command("varnothing"), r"\\emptyset "),
@@ -144,6 +164,9 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\var(?=epsilon|theta|phi|rho|sigma)", r"\\"),
         (r"\\arc(?=(?:sin|cos|tan|cot)h?(?![A-Za-z]))", r"\\arc"),
         (r"\\ensuremath(?![A-Za-z])", ""),
+        # ]a, b[ is (a, b): where an opening bracket must stand, and where a closing one must
+        (rf"(^[\s$]*|[={IN}{CUP}{CAP}{MINUS_SET}]\s*)\](?=[^\[\]]*,)", r"\1("),
+        (rf"(?<=[\w\s}}])\[(?=[\s$.]*$|\s*[{CUP}{CAP}{MINUS_SET}])", ")"),
     )
 )
 

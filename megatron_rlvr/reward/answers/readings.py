@@ -11,7 +11,7 @@ from fractions import Fraction
 from megatron_rlvr.reward.answers import notation as n
 from megatron_rlvr.reward.answers.expressions import INFINITY, Tree
 from megatron_rlvr.reward.answers.inequalities import read_congruence, read_inequality
-from megatron_rlvr.reward.answers.leaves import CLOSE, LINE, OPEN, read_leaf, read_text, split
+from megatron_rlvr.reward.answers.leaves import LINE, read_compound, read_leaf, read_text, split
 from megatron_rlvr.reward.answers.structures import (
     Expression,
     Family,
@@ -29,40 +29,55 @@ from megatron_rlvr.reward.answers.structures import (
     Text,
     as_interval,
     free_symbols,
+    symbols,
 )
+from megatron_rlvr.reward.answers.surroundings import bare, closing_of, unwrap
 from megatron_rlvr.reward.answers.tokens import Unreadable
 
 _OPTION = re.compile(r"(?:(?:option|choice|answer)\s*)?(?:\(([A-J])\)|([A-J])(?:[).:]|(?=$)))\s*(.*)", re.IGNORECASE)
 
 
-_OPTION_TEXT = re.compile(r"(?!.*\b(?:or|and|not)\b)[\w' .:/-]{1,60}", re.ASCII)
+_OPTION_TEXT = re.compile(
+    r"(?!is\b)(?!.*\b(?:or|and|not|but|wrong|incorrect|maybe|perhaps|probably)\b)[\w' .:/-]{1,60}", re.ASCII
+)
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle)\s*[A-Z]{1,3}|m\s*\\angle\s*[A-Z]{1,3}|(?:[A-Za-z]|\\[a-z]+)'*(?:_\{?[A-Za-z0-9]+\}?)?"
-    r"(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?|[A-Z]{2,3}|\|[A-Z]{2}\||\\overline\{[A-Z]{2}\}"
+    r"(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?|[A-Z]{2,3}|\|[A-Z]{2}\|"
+    r"|\\(?:overline|overrightarrow|vec|hat|bar|mathbf)\{?(?<![a-z])[A-Za-z]{1,2}\}?"
     r"|[a-z]\s*\^\s*\{?\s*-1\s*\}?\s*\(\s*[a-z]\s*\)|S_\{?\\triangle [A-Z]+\}?"
+    rf"|{n.TEXT_MACROS}\s*\{{(?!\s*(?:not?|wrong|false)\b)[A-Za-z ]{{1,40}}\}}"
     r"|d[a-z]\s*/\s*d[a-z]|\\frac\{d[a-z]\}\{d[a-z]\})"
 )
 
 
 _CONDITION = re.compile(
     rf"(?:,|;|\(|\s)\s*\(?\s*(?:\b(?:where|for|with|and)\b|{n.AND})?\s*(?:\b(?:any|all|every|each|some)\b)?"
-    r"\s*(?:int(?:eger)?s?)?\s*([a-zA-Z])\s*"
-    rf"(?:{n.IN}\s*\\mathbb\{{([ZNRQC])\}}(?:\^\+|_\+)?|(?:is|are)?\s*(?:an?|any)?\s*(int(?:eger)?s?))\s*\)?$"
+    r"\s*(?P<int>int(?:eger)?s?)?\s*(?P<name>[a-zA-Z])\s*"
+    rf"(?:{n.IN}\s*\\mathbb\{{(?P<field>[ZNRQC])\}}(?:\^\+|_\+)?|(?:is|are)?\s*(?:an?|any)?\s*(?P<ints>int(?:eger)?s?)"
+    r"|(?(int)|(?!)))\s*\)?$"
 )
 
 
-_REMARK = re.compile(
-    r"[,;]?\s*\(?(?:\bfor (?:all|any|every|each|some)\b|\bwhere\b|\\forall(?![a-z]))[A-Za-z ,'"
-    + n.IN
-    + r"\\{}]{0,60}\)?$"
+_REMARK = re.compile(  # of known words only: "where it is wrong" is none
+    rf"[,;]?\s*\(?(?:\bfor (?:all|any|every|each|some)\b|\bwhere\b|\\forall(?![a-z]))"
+    rf"(?:[\s,{{}}{n.IN}]|\\mathbb\{{[A-Z]\}}|{n.TEXT_MACROS}|\b(?:[A-Za-z]|is|are|an|and|any|some|all|the|real|complex"
+    r"|rational|positive|negative|non-?negative|non-?zero|arbitrary|fixed|numbers?|int(?:eger)?s?|constants?"
+    r"|parameters?|reals?)\b)*\)?$"
 )
 
 
-_EMPHASIS = re.compile(r"(\*\*|\*|__|_|``?)(.*)\1\.?", re.DOTALL)
+_MODULUS = re.compile(r"\\[pb]?mod(?![A-Za-z])")
 
 
-_WRAPPER = re.compile(n.TEXT_MACROS + r"\s*\{|\\(?:boxed|fbox|bf|rm)\s*\{|\{")
-_FINAL_STOP = re.compile(n.TEXT_MACROS + r"\s*\{[\s.,;]*\}$")
+_QUANTIFIER = re.compile(
+    r"(?:for )?(?:all|any|every|each)\s+(?:real numbers?|reals?|int(?:eger)?s?)?\s*"
+    rf"(?=[a-zA-Z]\s*[=<>{n.LE}{n.GE}{n.NE}{n.IN}])"
+)
+
+
+_TRANSPOSED = re.compile(
+    r"([(\[].*,.*[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\mathsf\{T\}|\\mathrm\{T\}|\\text\{T\})\s*\}?"
+)
 
 
 _REMARK_TEXT = re.compile(
@@ -72,17 +87,12 @@ _REMARK_TEXT = re.compile(
 
 def read(text: str) -> Reading:
     """Return the reading of an answer, a string as its author wrote it."""
-    text = _unwrap(n.normalize(_without_emphasis(text.strip())))
-    plain = _unwrap(n.strip_text(text))
+    text = bare(text)
+    plain = unwrap(n.strip_text(text))
     try:
         return _read_option(plain) or _read(text)
     except (Unreadable, RecursionError):
         return read_text(plain)
-
-
-def _without_emphasis(text: str) -> str:
-    match = _EMPHASIS.fullmatch(text)
-    return match[2] if match else text
 
 
 def _read_option(text: str) -> Reading | None:
@@ -103,49 +113,39 @@ def _read_option(text: str) -> Reading | None:
 
 def _read(text: str) -> Reading:
     """Return the reading of a normalized text. Raises Unreadable."""
-    text = _unwrap(text)
+    text = unwrap(text)
     if not text:
         raise Unreadable("empty")
     text = _REMARK_TEXT.sub(r" \1 ", text)
-    text = _REMARK.sub("", text).strip() or text
+    text = _REMARK.sub("", _QUANTIFIER.sub("", text.lstrip(), count=1)).strip() or text
     if (condition := _CONDITION.search(text)) and condition.start() > 0:
-        return _read_family(_unwrap(text[: condition.start()]), condition)
-    for reader in (_read_environment, _read_list, _read_relation, _read_set, _read_brackets, read_leaf):
+        return _read_family(unwrap(text[: condition.start()]), condition)
+    for reader in (
+        *(_read_environment, read_compound, _read_list, _read_both_signs),
+        *(_read_relation, _read_set, _read_brackets, read_leaf),
+    ):
         reading = reader(text)
         if reading is not None:
             return reading
     raise Unreadable(text)
 
 
-def _unwrap(text: str) -> str:
-    """Remove surrounding delimiters, emphasis, boxes and braces, and final punctuation."""
-    while True:
-        shorter = text.strip().rstrip(".,;:").strip() if not text.endswith(n.DOTS) else text
-        if shorter.count("$") % 2 == 0 and "\\$" not in shorter:
-            shorter = shorter.replace("$", " ").strip()
-        shorter = _FINAL_STOP.sub("", shorter)
-        opening = _WRAPPER.match(shorter)
-        if opening and _closing(shorter, opening.end() - 1) == len(shorter) - 1:
-            shorter = shorter[opening.end() : -1]
-        if shorter == text:
-            return text
-        text = shorter
-
-
-def _closing(text: str, start: int) -> int:
-    """Return the offset of the bracket that closes the one at ``start``, of any kind; -1 if there is none."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] in OPEN) - (text[position] in CLOSE)
-        if depth == 0:
-            return position
-    return -1
+def _read_both_signs(text: str) -> Reading | None:
+    """Read a plus-minus sign as two answers, the upper signs and the lower ones; in a set it is about an element."""
+    if not {n.PM, n.MP} & set(re.sub(f"{n.SET_OPEN}[^{n.SET_CLOSE}]*", "", text)):
+        return None
+    upper, lower = (_read(text.translate({ord(n.PM): a, ord(n.MP): b})) for a, b in ("+-", "-+"))
+    if isinstance(upper, Intervals) and isinstance(lower, Intervals):
+        if n.NE not in text:
+            raise Unreadable("a bound with two signs")
+        return Operation(n.CAP, (upper, lower))
+    return _listing([upper, lower])
 
 
 def _read_environment(text: str) -> Reading | None:
     r"""A matrix, or a system of equations in `cases` or `aligned`."""
     inner = text
-    while inner[:1] in "([" and inner[:1] and _closing(inner, 0) == len(inner) - 1:
+    while inner[:1] in "([" and inner[:1] and closing_of(inner, 0) == len(inner) - 1:
         inner = inner[1:-1].strip()
     match = re.fullmatch(r"\\begin\{(\w+)\*?\}(?:\{[lcr|]*\}|\[[lcr|]*\])?(.*)\\end\{\1\*?\}", inner)
     if match is None:
@@ -185,9 +185,17 @@ def _read_list(text: str) -> Reading | None:
     readings = [_item(part) for part in texts]
     if all(isinstance(item, Intervals) and item.name for item in readings):
         return _conditions(readings, signs)  # type: ignore[arg-type]
+    if signs == {n.OR} and any(isinstance(item, Ordered) and _is_no_point(item) for item in readings):
+        return _read_set(n.CUP.join(texts)) or _listing(readings)
     if any(item == Expression(("sym", n.DOTS)) for item in readings):
         return Ordered(tuple(readings), "list")
     return _listing(readings)
+
+
+def _is_no_point(pair: Ordered) -> bool:
+    """Return whether a pair in brackets can only be an interval."""
+    ends = (Expression(INFINITY), Expression(("neg", INFINITY)))
+    return pair.brackets in ("[)", "(]") or any(item in ends for item in pair.items)
 
 
 def _item(text: str) -> Reading:
@@ -210,11 +218,14 @@ def _is_thousands(text: str) -> bool:
 
 def _name_of_list(texts: Sequence[str]) -> Reading | None:
     """n = 2, 3, 4: one name for several values."""
-    name, sign, first = texts[0].partition("=")
+    name, sign, first = texts[0].partition(n.NE if n.NE in texts[0] else "=")
     if not sign or "=" in first or not _NAME.fullmatch(name.strip()):
         return None
     if any(re.search(f"[=<>{n.LE}{n.GE}{n.NE}{n.IN}]", other) for other in texts[1:]):
         return None
+    if sign == n.NE:
+        excluded = [_read(name + sign + value) for value in (first, *texts[1:])]
+        return Operation(n.CAP, tuple(excluded))
     return Named(_plain_name(name), _listing([_item(text) for text in (first.strip(), *texts[1:])]))
 
 
@@ -244,21 +255,21 @@ def _listing(items: Sequence[Reading]) -> Reading:
 
 
 def _plain_name(name: str) -> str:
-    name = re.sub(r"[\s{}]", "", name)
+    name = re.sub(r"[\s{}]", "", n.strip_text(name))
     return re.sub(r"^m\\angle", r"\\angle", name)
 
 
 def _read_relation(text: str) -> Reading | None:
     signs = f"=<>{n.LE}{n.GE}{n.NE}{n.IN}{n.APPROX}{n.EQUIV}"
     parts = split(text, signs)
-    if len(parts) == 1:
+    if len(parts) == 1 and not _MODULUS.search(text):
         return None
     sides, between = [part for _, part in parts], [sign for sign, _ in parts[1:]]
     if between == [n.APPROX] and not sides[0]:
         return _approximate(_read(sides[1]))
     if not all(sides):
         raise Unreadable(text)
-    if n.EQUIV in between or re.search(r"\\[pb]?mod", text):
+    if n.EQUIV in between or _MODULUS.search(text):
         return read_congruence(sides, between)
     if between == [n.IN]:
         return _membership(*sides)
@@ -278,6 +289,8 @@ def _approximate(reading: Reading) -> Reading:
 
 
 def _membership(left: str, right: str) -> Reading:
+    if reading := _tuple_of_names(left, right):
+        return reading
     value = _read(right)
     name = _plain_name(left)
     if not _NAME.fullmatch(left):
@@ -297,11 +310,11 @@ def _read_equation(sides: Sequence[str], between: Sequence[str]) -> Reading:
         name = _plain_name(firsts[0])
         if len(sides) == 2:
             value = _item(last) if between == ["="] else _approximate(_read(last))
-            if not (isinstance(value, Expression) and _is_symbol(value.tree)):
+            if "(" in name or not (isinstance(value, Expression) and _is_symbol(value.tree)):
                 return Named(name, value)
         elif not (set(between[1:]) == {"="} and all(_NAME.fullmatch(side) for side in sides)):
             rest = _read_equation(sides[1:], between[1:]) if between[0] == "=" else None
-            if rest is not None and not isinstance(rest, Relation):
+            if rest is not None and not (isinstance(rest, Relation) and any(map(symbols, rest.sides))):
                 return Named(name, rest)
     elif len(sides) == 2 and _NAME.fullmatch(last) and between == ["="] and last not in (r"\pi", "e"):
         return Named(_plain_name(last), _read(sides[0]))
@@ -341,8 +354,8 @@ def _read_set(text: str) -> Reading | None:
         return Operation(sign, tuple(items))
     if text in (r"\mathbb{R}", r"\mathbb {R}"):
         return LINE
-    if re.fullmatch(r"\\mathbb\{R\}\s*[\^_]\s*(?:\+|\{\s*\+\s*\})", text):
-        return Intervals(((("num", Fraction(0)), INFINITY, False, False),))
+    if half := re.fullmatch(rf"\\mathbb\{{R\}}\s*[\^_]\s*\{{?\s*(\+|[>{n.GE}]\s*0)\s*\}}?", text):
+        return Intervals(((("num", Fraction(0)), INFINITY, half[1][0] == n.GE, False),))
     if match := re.fullmatch(r"\\mathbb\{R\}\s*-\s*(" + n.SET_OPEN + ".*)", text):
         return Operation(n.MINUS_SET, (LINE, _read(match[1])))
     return None
@@ -361,10 +374,12 @@ def _read_element(text: str) -> Reading:
 
 def _read_brackets(text: str) -> Reading | None:
     """A tuple, interval, vector or set: brackets around the whole. The letter of a point may stand before it."""
-    if re.match(r"[A-Z]\s*\(.*,", text) and _closing(text, text.index("(")) == len(text) - 1:
+    if (row := _TRANSPOSED.fullmatch(text)) and closing_of(row[1], 0) == len(row[1]) - 1:
+        text = row[1]
+    if re.match(r"[A-Z]\s*\(.*,", text) and closing_of(text, text.index("(")) == len(text) - 1:
         point = _read_brackets(text[1:].strip())
         return Named(text[0], point) if isinstance(point, Ordered) and text[0] != "C" else None
-    if text[0] not in f"([{n.SET_OPEN}{n.ANGLE_OPEN}" or _closing(text, 0) != len(text) - 1:
+    if text[0] not in f"([{n.SET_OPEN}{n.ANGLE_OPEN}" or closing_of(text, 0) != len(text) - 1:
         return Listing((), braces=True) if text == r"\emptyset" else None
     opening, inner, closing = text[0], text[1:-1].strip(), text[-1]
     if opening == n.SET_OPEN:
@@ -390,11 +405,20 @@ def _read_braces(inner: str) -> Reading:
         return Listing((), braces=True)
     parts = split(inner, "|:")
     if len(parts) == 2:
-        variable, condition = parts[0][1], _read(parts[1][1])
+        variable, text = parts[0][1], parts[1][1]
+        if len(variable) > 1 and re.fullmatch(rf"[A-Za-z]\s*{n.IN}\s*\\mathbb\{{Z\}}", text):
+            return _read(f"{variable}, {text}")
+        if re.search(rf"{n.IN}\s*\\mathbb\{{[ZNQC]\}}", text):
+            raise Unreadable(inner)  # a set of ints is no interval
+        condition = _read(text)
         if not re.fullmatch(rf"[A-Za-z](?:\s*{n.IN}\s*\\mathbb\{{R\}})?", variable):
             raise Unreadable(inner)
-        if isinstance(condition, Intervals) and condition.name == variable[0]:
-            return Intervals(condition.parts)
+        conditions = condition.items if isinstance(condition, Operation) else (condition,)
+        sets = [
+            Intervals(each.parts) for each in conditions if isinstance(each, Intervals) and each.name == variable[0]
+        ]
+        if len(sets) == len(conditions):
+            return Operation(condition.sign, tuple(sets)) if isinstance(condition, Operation) else sets[0]
         return Named("set " + variable[0], condition)
     reading = _read_list(inner)
     if isinstance(reading, Ordered):
@@ -409,7 +433,7 @@ def _read_braces(inner: str) -> Reading:
 
 def _read_family(text: str, condition: re.Match[str]) -> Reading:
     value = _read(text)
-    parameter, field = condition[1], condition[2] or ("Z" if condition[3] else "")
+    parameter, field = condition["name"], condition["field"] or "Z"
     if field == "Z" and parameter in free_symbols(value):
         if isinstance(value, Named):
             return Named(value.name, Family(value.value, parameter))

@@ -88,7 +88,7 @@ class Percent:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio a : b : c, or a time of day, as written."""
+    """A ratio a : b : c as written, or with ``clock`` perhaps a time of day, in 24 hours."""
 
     parts: tuple[Tree, ...]
     clock: bool = False
@@ -171,15 +171,3 @@ def free_symbols(reading: Reading) -> frozenset[str]:
     if isinstance(reading, Listing | Ordered):
         return frozenset().union(*(free_symbols(item) for item in reading.items))
     return frozenset()
-
-
-def has_sign(tree: Tree) -> bool:
-    return tree[0] == "pm" or any(isinstance(part, tuple) and has_sign(part) for part in tree[1:])
-
-
-def with_sign(tree: Tree, sign: int) -> Tree:
-    """Return a tree with each plus-minus sign replaced by one of the two."""
-    if tree[0] == "pm":
-        inner = with_sign(tree[2], sign)
-        return inner if tree[1] * sign > 0 else ("neg", inner)
-    return tuple(with_sign(part, sign) if isinstance(part, tuple) else part for part in tree)

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from megatron_rlvr.reward.answers.notation import DEGREE, DIVIDE, DOTS, MP, PM, TEXT_MACROS, TIMES
+from megatron_rlvr.reward.answers.notation import DEGREE, DIVIDE, DOTS, TEXT_MACROS, TIMES
 
 MAX_EXPONENT = 10_000
 """Largest power of ten in a number such as 1e400; a larger one is not read."""
@@ -43,7 +43,7 @@ _TOKEN = re.compile(
     rf"|(?P<macro>{TEXT_MACROS})\s*\{{(?P<content>[^{{}}]*)\}}"
     r"|(?P<command>\\[A-Za-z]+)"
     r"|(?P<word>[A-Za-z]+'*)"
-    rf"|(?P<mark>[-+*/^_=(){{}}\[\]|!,:<>{TIMES}{DIVIDE}{PM}{MP}{DEGREE}{DOTS}])"
+    rf"|(?P<mark>[-+*/^_=(){{}}\[\]|!,:<>{TIMES}{DIVIDE}{DEGREE}{DOTS}])"
     r")"
 )
 _REPEATING = re.compile(r"([0-9]+?)\1+$")

@@ -175,10 +175,10 @@ _NUMBER_WORDS = (
 
 # Phrases that say the same; the first of a row stands for all.
 _PHRASES = (
-    ("no solution", "no solutions", "no real solution", "no real solutions", "there is no solution", "none"),
+    ("no solution", "no solutions", "no real solution", "no real solutions", "none"),
     ("does not exist", "dne", "doesn't exist", "limit does not exist", "the limit does not exist"),
     ("all real numbers", "all reals", "all real x"),
-    ("infinitely many", "infinitely many solutions", "infinite solutions", "infinite number of solutions"),
+    ("infinitely many", "infinite", "infinitely many solutions", "infinite solutions", "infinite number of solutions"),
     ("diverges", "divergent", "it diverges", "the series diverges"),
     ("converges", "convergent", "it converges", "the series converges"),
 )
@@ -193,4 +193,5 @@ def number_word(text: str) -> int | None:
 def phrase(text: str) -> str:
     """Return text in the form in which it is compared: without case and final punctuation, synonyms as one."""
     plain = re.sub(r"\s+", " ", text.casefold().strip(" .!$")).strip()
+    plain = re.sub(r"^there (?:is|are) |(?<=solution) exists$|(?<=solutions) exist$", "", plain)
     return _SAME.get(plain, plain)

@@ -13,6 +13,8 @@ PRINTED_DIGITS = 9
 """Fewest significant digits at which another decimal counts as exact when a shorter one is its rounding."""
 DOUBLE_DIGITS = 16
 """Significant digits from which a decimal is taken for a printed double, which has an error of its last digit."""
+DOUBLE_ERROR = Fraction(4, 10**16)
+"""Relative error of such a decimal."""
 
 _NUMBERED = ("gcd", "lcm", "floor", "ceil", "factorial", "binomial")
 _REAL_POINTS, _INT_POINTS = 8, 6
@@ -79,7 +81,7 @@ def _same_decimals(a: tuple[Fraction, int, Fraction, bool], b: tuple[Fraction, i
     if a[0] == b[0]:
         return a[3] == b[3]
     short, long = sorted((a, b), key=lambda each: each[1])
-    if long[1] >= DOUBLE_DIGITS and abs(short[0] - long[0]) <= abs(long[0]) * Fraction(4, 10**16):
+    if long[1] >= DOUBLE_DIGITS and abs(short[0] - long[0]) <= abs(long[0]) * DOUBLE_ERROR:
         return True
     if short[1] < ROUNDED_DIGITS or long[1] < PRINTED_DIGITS or short[0].denominator == 1:
         return False
@@ -109,9 +111,8 @@ def _rounds_to(written: tuple[Fraction, int, Fraction, bool], exact: Tree) -> bo
         return False
     if truncated:
         return 0 <= (error if value > 0 else -error) < unit
-    return (
-        abs(error) <= unit / 2 if isinstance(error, Fraction) else bool(abs(error) <= _evaluators[0].number(unit / 2))
-    )
+    allowed = max(unit / 2, abs(value) * DOUBLE_ERROR if digits >= DOUBLE_DIGITS else Fraction(0))
+    return bool(abs(error) <= (allowed if isinstance(error, Fraction) else _evaluators[0].number(allowed)))
 
 
 def _value(tree: Tree, point: Mapping[str, Fraction]) -> Value | None:
