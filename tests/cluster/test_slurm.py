@@ -135,7 +135,7 @@ def test_a_run_on_two_nodes_that_was_preempted_and_killed_equals_one_that_was_ne
     stops = [saved, run.saved()]
     assert job.ends()[1:] == ["the trainer exited with status 0 after SIGTERM"]
 
-    job.wait(lambda: len(run.lines()) >= saved[1] + 3, "third step of the third life")
+    job.wait(lambda: len(run.lines()) >= stops[1] + 3, "third step of the third life")
     ranks = run.ranks()
     ranks[0].suspend()  # as a rank that waits on the network and does not notice that the other has exited
     ranks[1].kill()

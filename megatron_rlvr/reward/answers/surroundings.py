@@ -1,4 +1,4 @@
-"""What surrounds an answer without being a part of it: delimiters, emphasis, boxes, a label, a full stop."""
+"""Removal of the surroundings of an answer that are no part of it: delimiters, emphasis, boxes, a label, a full stop."""
 
 import re
 
