@@ -1,6 +1,6 @@
 # make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
-# make check        install, then lint, types, unit tests and one test of each promise (five minutes)
-# make test         install, then lint, types and all tests but those of `make soak` (25 minutes on two cores)
+# make check        install, then lint, types, unit tests and one test of each promise (minutes)
+# make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
 # make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (part of `make test`)
 # make container    build the CPU image with buildah and run `make test` in it (needs root; part of `make soak`)
@@ -22,8 +22,8 @@ quickstart: install
 packages:
 	@tools/install_cluster_packages.sh || true
 
-# Three workers on two cores, because many tests wait for servers, Slurm jobs and networks.
-PYTEST := $(RUN)/python -m pytest -q --numprocesses 3 --dist loadscope --no-loadscope-reorder
+WORKERS ?= 2
+PYTEST := $(RUN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # Lint runs beside the tests, which leave a core idle now and then.
 BOTH := $(MAKE) --no-print-directory --jobs 2 --keep-going lint
