@@ -1,4 +1,4 @@
-"""Removal of the surroundings of an answer that are no part of it: delimiters, emphasis, boxes, a label, a full stop."""
+"""Removal of what surrounds an answer and is no part of it: delimiters, emphasis, boxes, a label, a full stop."""
 
 import re
 
