@@ -31,10 +31,11 @@ BOTH := $(MAKE) --no-print-directory --jobs 2 --keep-going lint
 test: install packages
 	@$(BOTH) tests
 
-# Seconds of every test are written to build/tests.xml; coverage of the package is printed.
+# Seconds of every test are written to build/tests.xml. `make test COVERAGE="--cov --cov-report=term"` prints the lines of
+# the package that tests run, in all processes.
 tests:
 	@mkdir -p build
-	$(PYTEST) -m "not soak" --cov --cov-report=term --junitxml=build/tests.xml
+	$(PYTEST) -m "not soak" $(COVERAGE) --junitxml=build/tests.xml
 
 PROMISES := tests/test_learning.py::test_the_reward_goes_up \
 	"tests/multi_rank/test_invariance.py::test_eight_steps_are_those_of_the_golden_file[tensor 2, sequence]" \
