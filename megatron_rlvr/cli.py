@@ -45,24 +45,26 @@ def _train(arguments: list[str]) -> int:
 
     if launched():
         end_with_launcher()
-    elif "--check" in arguments:
+    else:
         ranks, arguments = split_ranks_flag(arguments)
+        if arguments and not {"--help", "-h", "--check"} & set(arguments):
+            return run_on_ranks("train", arguments, ranks, arguments[0], arguments[1:])
         if ranks is not None:
             os.environ["WORLD_SIZE"] = str(ranks)
-    elif arguments and not {"--help", "-h"} & set(arguments):
-        return run_on_ranks("train", arguments)
     train.main(arguments)
     return 0
 
 
 def _preflight(arguments: list[str]) -> int:
-    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks
+    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks, split_ranks_flag
     from megatron_rlvr.preflight import command
 
     if launched():
         end_with_launcher()
-    elif arguments and not {"--help", "-h"} & set(arguments):
-        return run_on_ranks("preflight", arguments)
+    else:
+        ranks, arguments = split_ranks_flag(arguments)
+        options, flags = command.parse(arguments, "rlvr preflight")
+        return run_on_ranks("preflight", arguments, ranks, options.config, flags)
     command.main(arguments, "rlvr preflight")
 
 

@@ -20,6 +20,7 @@ from megatron_rlvr.config.loading import load_settings
 
 RANKS_FLAG = "--ranks"
 _POLL_SECONDS = 0.2
+_AGENT_PATIENCE_SECONDS = 30  # between SIGTERM and SIGKILL
 _LAUNCHER = "MEGATRON_RLVR_LAUNCHER"  # process id, in the environment of ranks
 
 
@@ -60,23 +61,22 @@ def default_ranks(settings: Settings) -> int:
     return gpu_count() or settings.parallel.replica
 
 
-def run_on_ranks(verb: str, arguments: Sequence[str]) -> int:
+def run_on_ranks(verb: str, arguments: Sequence[str], ranks: int | None, config: str, flags: list[str]) -> int:
     """Run ``rlvr VERB ARGUMENTS`` on all ranks and return the exit status.
 
     Args:
         verb: A verb that does its work in this process where a launcher has started it.
-        arguments: A settings file, ``--ranks N`` and flags.
+        arguments: All arguments of the verb, without ``--ranks N``.
+        ranks: Number of ranks; None for `default_ranks`.
+        config: Settings file among the arguments, and ``flags`` those that change settings: read here as well, to fail
+            before torch is imported, and to know the layout.
 
     Returns: 0 if every rank succeeded, else the status of the first rank that failed, 128 + n if signal n killed it.
     Raises: SettingsError if the settings cannot be read.
     """
-    ranks, arguments = split_ranks_flag(arguments)
-    # Read here as well, to fail before torch is imported, and to know the layout.
-    options = ("--only", "--skip", "--json", "--full-length", "--largest-micro-batches")
-    flags = [] if any(option in arguments for option in options) else arguments[1:]
-    settings = load_settings(arguments[0], flags) if arguments else None
+    settings = load_settings(config, flags)
     if ranks is None:
-        ranks = default_ranks(settings) if settings else 1
+        ranks = default_ranks(settings)
     os.environ[_LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several ranks would slow each other down
     return _Launch([sys.executable, "-m", "megatron_rlvr.cli", verb, *arguments], ranks).run()
@@ -133,10 +133,10 @@ class _Launch:
             elastic_launch(config, program)(*arguments)
             self._status = 0
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            self._status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-            if failure.exitcode < 0 and not self._signals:
-                name = signal.Signals(-failure.exitcode).name
+            rank, code = _culprit({rank: (f.timestamp, f.exitcode) for rank, f in error.failures.items()})
+            self._status = code if code > 0 else 128 - code
+            if code < 0 and not self._signals:
+                name = signal.Signals(-code).name
                 sys.stderr.write(f"megatron_rlvr: rank {rank} was killed by {name}; run the same command to resume\n")
 
     def _forward(self, signum: int) -> None:
@@ -146,6 +146,25 @@ class _Launch:
         for child in psutil.Process().children():
             if _is_rank(child):
                 child.send_signal(signum)
+
+
+def _culprit(failures: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return (rank, exit code) of the rank that made the others fail.
+
+    A rank that is killed takes others with it, which lose their connections and exit before torchrun's agent looks. The
+    agent then ends all that still run, by SIGTERM and 30 s later by SIGKILL.
+
+    Args:
+        failures: {rank: (time in seconds, exit code or minus the signal)}.
+    """
+    first = min(when for when, _ in failures.values())
+
+    def order(rank: int) -> tuple[bool, bool, bool, int]:
+        when, code = failures[rank]
+        return when - first > _AGENT_PATIENCE_SECONDS / 2, code == -signal.SIGTERM, code > 0, rank
+
+    rank = min(failures, key=order)
+    return rank, failures[rank][1]
 
 
 def _is_rank(process: Any) -> bool:

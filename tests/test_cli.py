@@ -13,7 +13,7 @@ import pytest
 import tiny
 from waiting import wait_for
 
-from megatron_rlvr import __version__, cli
+from megatron_rlvr import __version__, cli, launch
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.launch import split_ranks_flag
 
@@ -168,6 +168,20 @@ def test_a_rank_that_is_killed_is_named_in_one_line(running: Running):
     assert lines == ["megatron_rlvr: rank 1 was killed by SIGKILL; run the same command to resume"]
     assert "torch.distributed.elastic" not in running.text(), "torchrun's report"
     wait_for(lambda: gone(family))
+
+
+@pytest.mark.parametrize(
+    ("failures", "culprit"),
+    [
+        ({0: (5, 1), 1: (5, -signal.SIGKILL)}, (1, -signal.SIGKILL)),  # rank 0 has lost its connection
+        ({0: (5, 2), 1: (5, -signal.SIGTERM)}, (0, 2)),  # the agent ended rank 1
+        ({0: (35, -signal.SIGKILL), 1: (5, 1)}, (1, 1)),  # rank 0 did not end at SIGTERM
+        ({0: (5, 2), 1: (5, 2)}, (0, 2)),
+        ({1: (5, -signal.SIGTERM)}, (1, -signal.SIGTERM)),
+    ],
+)
+def test_the_rank_that_made_others_fail_is_named(failures: dict[int, tuple[int, int]], culprit: tuple[int, int]):
+    assert launch._culprit(failures) == culprit
 
 
 def test_ranks_and_graders_do_not_outlive_the_command(running: Running):

@@ -8,7 +8,8 @@ from megatron_rlvr.hf.families import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+"""Endings of files with weights in formats that are not read."""
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _no_weights(folder: Path) -> str:
         problem, remedy = " but an adapter", "merge it into its base model and give the merged folder"
     elif parts := [name for name in names if name.endswith(".safetensors")]:
         problem, remedy = f" but {parts[0]}", "complete the download"
-    elif others := [name for name in names if name.endswith(_OTHER_FORMATS)]:
+    elif others := [name for name in names if name.endswith(OTHER_FORMATS)]:
         problem = f" but {others[0]}, which is not read"
         remedy = "load it with transformers' from_pretrained and give the folder that its save_pretrained writes"
     return f"{folder} holds no weights ({SINGLE} or {INDEX}){problem}; {remedy}"

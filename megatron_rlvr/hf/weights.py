@@ -16,14 +16,14 @@ import torch
 
 from megatron_rlvr.atomic import new_folder
 from megatron_rlvr.hf.families import FAMILIES
-from megatron_rlvr.hf.files import INDEX, SINGLE, read_config
+from megatron_rlvr.hf.files import INDEX, OTHER_FORMATS, SINGLE, read_config
 from megatron_rlvr.hf.headers import DTYPES, ModelTensors, model_tensors, read_headers
 
 FILE_BYTES = 5 * 10**9
 """Default maximum size of a weight file."""
 _HEADER_BYTES = 2**18
 # Endings of files that are weights; all other files of the source folder are copied into an export.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHTS = (".safetensors", ".index.json", ".onnx", *OTHER_FORMATS)
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

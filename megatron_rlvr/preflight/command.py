@@ -45,7 +45,7 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
     Args:
         program: Name of the command in messages.
     """
-    options, flags = _parse(arguments, program)
+    options, flags = parse(arguments, program)
     quiet_libraries()
     signals = Signals()
     if is_main():  # launchers end the other ranks
@@ -78,8 +78,11 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
     leave(0 if report.passed else 1)
 
 
-def _parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
-    """Return the preflight's own options, and the flags of the run."""
+def parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
+    """Return the preflight's own options, and the flags of the run.
+
+    Exits with 0 after ``--help``, and with 2 and one line on stderr if an option is wrong.
+    """
     parser = _Parser(
         prog=program,
         description=DESCRIPTION,

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from launcher import Ranks
-from policy_runs import Layout, Run, assert_same_training, scored_and_exported, trained
-from reference_training import Recipe, load, make_groups, token_scores, train
+from policy_runs import GROUPS, VOCAB, Layout, Run, assert_same_training, scored_and_exported, trained
+from reference_training import Recipe, load, token_scores, train
 from safetensors.torch import load_file
 
-VOCAB = 150
-GROUPS = make_groups(8, VOCAB, seed=0)
 SEQUENCES = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,

@@ -13,28 +13,22 @@ from typing import Any
 import pytest
 import torch
 from launcher import Ranks
-from policy_runs import Layout, Run, assert_same_training, refused, saved, scored_and_exported, trained
-from reference_training import Recipe, load, make_groups, token_scores, train
+from policy_runs import (
+    DIMENSIONS,
+    GROUPS,
+    Layout,
+    Run,
+    assert_same_training,
+    refused,
+    saved,
+    scored_and_exported,
+    trained,
+)
+from reference_training import Recipe, load, token_scores, train
 from safetensors.torch import load_file, save_file
 
-VOCAB = 150
-GROUPS = make_groups(8, VOCAB, seed=0)
 SEQUENCES = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 20,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "mlp_only_layers": [1],
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
+SHAPE = DIMENSIONS | {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
 SEEDS = {"shares": 4, "softmax": 2}
 # Of logits, whose values in fp32 and float64 differ by a few 1e-6 here.
 MARGIN = 2e-5

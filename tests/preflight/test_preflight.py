@@ -137,7 +137,7 @@ def test_every_check_can_be_the_only_one(name: str, alone: dict[str, Any]) -> No
 
 def test_wrong_input_is_one_line_and_status_2(alone: dict[str, Any]) -> None:
     for name, said in {
-        "refused": "start it with torchrun --nproc-per-node 3",
+        "refused": "1 ranks do not divide into parallel.tensor=3; launch a multiple of 3",
         "unknown": "--only bandwith: no such check; choose from settings,",
     }.items():
         found: Preflight = alone[name]

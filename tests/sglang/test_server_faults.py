@@ -565,6 +565,7 @@ def generate_on_ranks(layout: Layout, urls: list[str], folder: Any, patience: fl
 
 def test_leaders_sample_for_their_replica_and_a_failure_is_raised_on_every_rank(fakes: list[FakeServer], tmp_path: Any):
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     urls = [fake.url for fake in fakes]
     for fake in fakes:
         fake.delay = 0.05

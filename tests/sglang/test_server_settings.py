@@ -40,7 +40,7 @@ def test_one_server_is_a_list_of_one_in_the_file_and_as_a_flag(write_config: Cal
         (SERVERS | {"max_batch_tokens": 80000}, {}, ["rollout.max_batch_tokens=80000: has no effect"]),
         (SERVERS | {"max_inflight": 0}, {}, ["rollout.max_inflight=0", "at least 1"]),
         (SERVERS | {"servers": ["node1:30000"]}, {}, ["rollout.servers=node1:30000: not the URL", "http://HOST:PORT"]),
-        (SERVERS | {"servers": ["http://node1:30000/"]}, {}, ["rollout.servers=", "not the URL"]),
+        (SERVERS | {"servers": ["http://node1:30000/v1"]}, {}, ["rollout.servers=", "not the URL"]),
         (SERVERS | {"servers": ["http://a b:1"]}, {}, ["rollout.servers=", "not the URL"]),
         (
             SERVERS | {"servers": ["http://a:1", "http://b:1", "http://a:1"]},

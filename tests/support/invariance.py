@@ -25,8 +25,8 @@ import tiny
 import torch
 import torch.distributed as dist
 from launcher import Ranks
-from policy_runs import Layout, mini_batches_of, policy_of, settings_of
-from reference_training import Group, Recipe, make_groups
+from policy_runs import DIMENSIONS, GROUPS, Layout, mini_batches_of, policy_of, settings_of
+from reference_training import Group, Recipe
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "eight_steps.json"
 GRADIENT_TOLERANCE = 1e-5
@@ -34,20 +34,7 @@ GOLDEN_TOLERANCE = 1e-4
 GOLDEN_STEPS = 8
 GOLDEN_METRICS = ("selection/threshold", "train/loss", "train/grad_norm", "reward/mean")
 
-VOCAB = 150  # Megatron pads it to 256, or 512
-GROUPS = make_groups(8, VOCAB, seed=0)
 RECIPE = Recipe(steps=1, mini_batch_groups=8)
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2}
 
 DISTRIBUTED = (("use_distributed_optimizer", True),)
@@ -154,8 +141,8 @@ def write_models(folder: Path) -> dict[bool, str]:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(folder / "dense")
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).save_pretrained(folder / "experts")
+    Qwen3ForCausalLM(Qwen3Config(**DIMENSIONS)).save_pretrained(folder / "dense")
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**DIMENSIONS, **EXPERTS)).save_pretrained(folder / "experts")
     return {False: str(folder / "dense"), True: str(folder / "experts")}
 
 

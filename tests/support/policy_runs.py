@@ -17,9 +17,9 @@ from reference_training import Group, Recipe, Trace, make_groups
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VOCAB = 150  # Megatron pads it to 256
+VOCAB = 150  # Megatron pads it to 256, or 512
 GROUPS = make_groups(8, VOCAB, seed=0)
-SHAPE: dict[str, Any] = {
+DIMENSIONS: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -29,10 +29,9 @@ SHAPE: dict[str, Any] = {
     "head_dim": 12,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
-    # Neither is the default, so that they have to be read.
-    "rms_norm_eps": 1e-3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }
+# Neither of these two is the default, so that they have to be read.
+SHAPE = DIMENSIONS | {"rms_norm_eps": 1e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 
 
 @dataclass(frozen=True)

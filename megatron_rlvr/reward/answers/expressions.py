@@ -39,7 +39,6 @@ _PAIRS = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil")}
 _MAX_DEPTH = 60
 INFINITY: Tree = ("const", "inf")
 _ONE = ("num", Fraction(1))
-_HALF = ("num", Fraction(1, 2))
 
 
 def parse(text: str) -> Tree:

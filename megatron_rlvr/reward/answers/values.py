@@ -16,7 +16,6 @@ DOUBLE_DIGITS = 16
 DOUBLE_ERROR = Fraction(4, 10**16)
 """Relative error of such a decimal."""
 
-_NUMBERED = ("gcd", "lcm", "floor", "ceil", "factorial", "binomial")
 _REAL_POINTS, _INT_POINTS = 8, 6
 
 _evaluators = (Evaluator(60), Evaluator(1100))

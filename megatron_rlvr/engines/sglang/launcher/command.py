@@ -165,6 +165,7 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
     ]
 
 
+_MAX_PORT = 2**16 - 1
 _HAS_SGLANG = "import importlib.util as i, sys; sys.exit(i.find_spec('sglang') is None)"
 
 
@@ -193,12 +194,14 @@ def _visible_gpus(gpus: Sequence[str], options: argparse.Namespace) -> list[dict
 
 
 def _check_free(host: str, port: int) -> None:
+    if not 0 < port <= _MAX_PORT:  # getaddrinfo may wrap it around
+        raise ValueError(f"--port {port} cannot be used (ports go from 1 to {_MAX_PORT}); choose another")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ValueError(f"--host {host} --port {port} cannot be used ({error}); choose another") from None
 
 
