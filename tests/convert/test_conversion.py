@@ -62,10 +62,11 @@ def run_tool(
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
+    environment = tiny.environment((), **variables)
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)],
         cwd=tiny.CHECKOUT,
-        env=tiny.environment((), **variables),
+        env=tiny.unmeasured(environment) if largest_file else environment,
         capture_output=True,
         text=True,
         timeout=120,

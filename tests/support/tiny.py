@@ -223,6 +223,11 @@ def environment(search: Sequence[Path] = (), **variables: str) -> dict[str, str]
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
+def unmeasured(variables: dict[str, str]) -> dict[str, str]:
+    """An environment in which a process does not write the lines that it ran, for its disk is to be full."""
+    return {key: value for key, value in variables.items() if not key.startswith("COVERAGE_")}
+
+
 def run_train(
     *arguments: str | Path,
     cwd: Path,
