@@ -284,9 +284,10 @@ train.main([{str(run)!r}])
     program = place / f"{name}.py"
     program.write_text(text, encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    environment = tiny.unmeasured(tiny.environment([place]))
     done = subprocess.run(
         [sys.executable, *launcher, str(program)],
-        cwd=place, env=tiny.unmeasured(tiny.environment([place])), capture_output=True, text=True, timeout=400, check=False,
+        cwd=place, env=environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     root = folder / "checkpoints"
