@@ -115,6 +115,12 @@ def forget_interface() -> None:
     _chosen = None
 
 
+def absent_interfaces() -> list[str]:
+    """Return the interfaces that the user has named for process groups and that this machine does not have."""
+    named = os.environ.get(INTERFACE_VARIABLE, "")
+    return sorted(set(filter(None, named.split(","))) - set(psutil.net_if_addrs()))
+
+
 def interface_toward(host: str) -> str | None:
     """Return the interface on the way to ``host``; None if there is no way, or if the user has named one for all."""
     if os.environ.get(INTERFACE_VARIABLE) == _chosen:

@@ -26,12 +26,18 @@ def initialize(timeout_minutes: float) -> None:
         timeout_minutes: Time after which a collective on the group fails.
 
     Raises:
-        JoinError: The store of rank 0, or another rank, cannot be reached in time.
+        JoinError: The store of rank 0, or another rank, cannot be reached in time, or GLOO_SOCKET_IFNAME names no
+            interface of this machine.
     """
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "0")
     timeout = timedelta(minutes=timeout_minutes)
+    if absent := network.absent_interfaces():
+        raise JoinError(
+            f"{network.INTERFACE_VARIABLE}={os.environ[network.INTERFACE_VARIABLE]}: rank {os.environ['RANK']}'s machine "
+            f"has no {absent[0]}; set it to a network interface that all hosts reach, or leave it unset"
+        )
     megatron_on_cpu.define_absent_kernels()
     if has_gpu():
         # Set the variable to its default while this is the only thread: changing it later is safe while other threads

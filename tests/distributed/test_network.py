@@ -96,7 +96,9 @@ def test_ranks_use_the_interface_on_the_way_to_the_others(
     ("master", "minutes", "variables", "problem"),
     [
         ("10.77.0.1", 2, {"GLOO_SOCKET_IFNAME": "eth9"},
-         "GLOO_SOCKET_IFNAME=eth9: rank {rank} cannot connect to the other ranks .*; set it to a network interface"),
+         "GLOO_SOCKET_IFNAME=eth9: rank {rank}'s machine has no eth9; set it to a network interface that all hosts"),
+        ("10.77.0.1", 0.05, {"GLOO_SOCKET_IFNAME": "lo"},
+         "GLOO_SOCKET_IFNAME=lo: rank {rank} cannot connect to the other ranks .*; set it to a network interface"),
         ("nowhere", 2, {}, "MASTER_ADDR=nowhere: rank {rank} cannot join the 2 ranks .*; give an address of rank 0"),
         ("10.77.0.9", 0.05, {}, "MASTER_ADDR=10.77.0.9: rank {rank} cannot join the 2 ranks by port 29512 .*; give an"),
     ],
