@@ -35,8 +35,8 @@ def initialize(timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     if absent := network.absent_interfaces():
         raise JoinError(
-            f"{network.INTERFACE_VARIABLE}={os.environ[network.INTERFACE_VARIABLE]}: rank {os.environ['RANK']}'s machine "
-            f"has no {absent[0]}; set it to a network interface that all hosts reach, or leave it unset"
+            f"{network.INTERFACE_VARIABLE}={os.environ[network.INTERFACE_VARIABLE]}: rank {os.environ['RANK']}'s "
+            f"machine has no {absent[0]}; set it to a network interface that all hosts reach, or leave it unset"
         )
     megatron_on_cpu.define_absent_kernels()
     if has_gpu():

@@ -172,6 +172,7 @@ def train_on_one_node(run: Run) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.soak
 def test_the_quickstart_is_preempted_after_its_server_was_killed_and_resumes_with_a_new_one(
     slurm: LoopbackSlurm, new_run: Callable[..., Any]
 ) -> None:
