@@ -38,6 +38,7 @@ for path in paths:
                 os.environ["MASTER_PORT"] = str(port)
                 importlib.import_module(sys.argv[2]).together(*sys.argv[3:])
             else:
+                os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}  # a launcher's, or the tool would start a process itself
                 runpy.run_path(TOOL, run_name="__main__")
             status = 0
         except SystemExit as left:

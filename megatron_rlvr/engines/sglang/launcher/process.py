@@ -22,6 +22,7 @@ from megatron_rlvr.distributed.network import in_url, server_variables
 
 # A server that cannot sample answers 503 after 20 s by itself, during which the other servers would not be supervised.
 _HEALTH_SECONDS = 5.0
+_CPU_SERVER = Path(__file__).with_name("cpu_server.py")
 _KILL_SECONDS, _POLL_SECONDS = 10.0, 0.05
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
@@ -67,7 +68,8 @@ class ServerProgram:
     @property
     def command(self) -> list[str]:
         """Program and arguments of the server."""
-        command = [str(self.python), "-m", "sglang.launch_server", "--model-path", str(self.model)]
+        start = [str(_CPU_SERVER)] if self.device == "cpu" else ["-m", "sglang.launch_server"]
+        command = [str(self.python), *start, "--model-path", str(self.model)]
         command += ["--host", self.host, "--port", str(self.port), "--tp-size", str(self.tensor)]
         if self.device == "cpu":
             # Without a limit SGLang would reserve 15 GB for the KV cache.
