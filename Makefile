@@ -22,7 +22,9 @@ quickstart: install
 packages:
 	@tools/install_cluster_packages.sh || true
 
-WORKERS ?= 2
+# More workers than cores: a test waits for its processes for a good part of the time.
+WORKERS ?= 3
+COVERAGE ?= --cov --cov-report=term
 PYTEST := $(RUN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # Lint runs beside the tests, which leave a core idle now and then.
@@ -31,8 +33,8 @@ BOTH := $(MAKE) --no-print-directory --jobs 2 --keep-going lint
 test: install packages
 	@$(BOTH) tests
 
-# Seconds of every test are written to build/tests.xml. `make test COVERAGE="--cov --cov-report=term"` prints the lines of
-# the package that tests run, in all processes.
+# Seconds of every test are written to build/tests.xml, and the share of the package's lines that tests run, in all
+# processes, is printed; `make test COVERAGE=` leaves it out.
 tests:
 	@mkdir -p build
 	$(PYTEST) -m "not soak" $(COVERAGE) --junitxml=build/tests.xml
