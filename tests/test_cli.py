@@ -107,7 +107,9 @@ class Running:
     def __init__(self, config: Path, folder: Path) -> None:
         self.output = (folder / "output").open("w+")
         self.metrics = folder / "run" / "metrics.jsonl"
-        command = [*RLVR, "train", str(config), "--ranks", "2", "--run.steps", "100000"]
+        # Signals as on a terminal: a shell that runs the tests in the background lets them ignore some.
+        shell = ["env", "--default-signal=HUP,INT"]
+        command = [*shell, *RLVR, "train", str(config), "--ranks", "2", "--run.steps", "100000"]
         self.process = subprocess.Popen(
             command, env=tiny.environment(), stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -261,7 +261,15 @@ def test_a_step_that_does_not_finish_in_time_is_abandoned(ranks: int, place: Pat
     assert [line["step"] for line in lines(folder)] == list(range(1, last.step + 1))
 
 
-@pytest.mark.parametrize(("ranks", "full", "room"), [(0, 0, 20_000), (2, 1, 20_000), (2, 0, 500), (2, 1, 0)])
+@pytest.mark.parametrize(
+    ("ranks", "full", "room"),
+    [
+        (0, 0, 20_000),
+        (2, 1, 20_000),
+        pytest.param(2, 0, 500, marks=pytest.mark.soak),
+        pytest.param(2, 1, 0, marks=pytest.mark.soak),
+    ],
+)
 def test_a_full_disk_keeps_earlier_checkpoints_and_the_message_says_what_to_do(
     ranks: int, full: int, room: int, place: Path
 ) -> None:

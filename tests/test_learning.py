@@ -43,7 +43,6 @@ def test_a_whole_run_is_the_same_in_every_layout(tmp_path, write_config):
     layouts: dict[str, tuple[int, dict[str, Any]]] = {
         "one rank": (0, {}),
         "data": (2, {}),
-        "tensor and sequence": (2, {"tensor": 2, "sequence": True}),
         "pipeline": (2, {"pipeline": 2}),
     }
     runs = {}
