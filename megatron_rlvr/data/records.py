@@ -3,7 +3,8 @@
 The first row decides which columns are read, by the first name that is present in each list:
 
     prompt   prompt, messages, problem, question           text, or chat messages [{role, content}, ...]
-    answer   reward_model.ground_truth, answer             text or a number, which becomes its decimal digits
+    answer   reward_model.ground_truth, answer             text or a number, which becomes its decimal digits, or
+                                                           a list of one of them
     id       id, idx, extra_info.index                     else the line or row number, counted from 1
     source   source, data_source                           else the file's name
 
@@ -163,7 +164,7 @@ class RecordFile:
     def _record(self, row: dict[str, Any], columns: Columns, row_id: str, where: str, known: dict[Any, Any]) -> Record:
         prompt = _prompt(row, columns.prompt, where, self._settings)
         key = prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt)
-        answer = _answer(row, columns.answer, where)
+        answer = _answer(row, columns.answer, where, self._settings)
         if columns.prompt == "question":
             answer = _gold(answer, columns, where)
         source = self._name if columns.source is None else _source(row, columns.source, where)
@@ -254,12 +255,17 @@ def _messages(value: list[Any], column: str, where: str, way_out: str) -> list[M
     return messages
 
 
-def _answer(row: dict[str, Any], column: str, where: str) -> str:
+def _answer(row: dict[str, Any], column: str, where: str, settings: str) -> str:
     value = _present(row, column, where)
+    if isinstance(value, list) and len(value) == 1:  # as files have it in which other rows have several answers
+        (value,) = value
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
     answer = _digits(value) if number else _text(value, column, where).strip() if isinstance(value, str) else ""
     if not answer:
-        raise DataError(f"{where}: {column} is {_kind(value)}; write the answer as text or a number or remove the row")
+        raise DataError(
+            f"{where}: {column} is {_kind(value)}; write the answer as text or a number, set {settings}.answer_key to "
+            "another column, or remove the row"
+        )
     return answer
 
 

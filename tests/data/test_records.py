@@ -93,6 +93,14 @@ def test_aime_and_amc_numbers_become_text(write_rows):
     assert (records[0].id, records[0].prompt, records[0].extra) == ("aime/60", "p0", {"question": "other"})
 
 
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.parquet"])
+def test_a_list_of_one_answer_is_that_answer(name, write_rows):
+    rows = [{"prompt": f"p{i}", "answer": [answer]} for i, answer in enumerate(("7", "$x+1$"))]
+    assert [record.answer for record in read_records(write_rows(name, rows))] == ["7", "$x+1$"]
+    (record,) = read_records(write_rows("number.jsonl", [{"prompt": "p", "answer": [1e-5]}]))
+    assert record.answer == "0.00001"
+
+
 NUMBERS = [
     ("0.00001", "0.00001"),
     ("1e-05", "0.00001"),
@@ -202,7 +210,9 @@ BAD_SECOND_ROWS = [
     ({"prompt": "p", "answer": float("nan")}, "answer is nan"),
     ({"prompt": "p", "answer": float("inf")}, "answer is inf"),
     ({"prompt": "p", "answer": True}, "answer is True"),
-    ({"prompt": "p", "answer": [1]}, "answer is of type list"),
+    ({"prompt": "p", "answer": [1, 2]}, "answer is of type list"),
+    ({"prompt": "p", "answer": []}, "answer is of type list"),
+    ({"prompt": "p", "answer": [None]}, "answer is null; write the answer as text or a number, set data.answer_key to"),
 ]
 
 
