@@ -161,6 +161,18 @@ def test_messages_that_cannot_be_read_name_the_column_beside_them(messages, writ
     assert (record.prompt, record.answer) == ("What is 1 + 1?", "2")
 
 
+def test_messages_that_are_text_in_json_are_messages(write_rows):
+    (record,) = read_records(write_rows("text.jsonl", [{"messages": json.dumps(CHAT), "answer": "2"}]))
+    assert record.prompt == CHAT
+    with pytest.raises(DataError, match=r"ends with an assistant message; set data\.prompt_key to problem, or"):
+        read_records(write_rows("solved.jsonl", [{"messages": json.dumps(SOLVED), "problem": "1 + 1?", "answer": "2"}]))
+    with pytest.raises(DataError, match="message 1 of messages has no role"):
+        read_records(write_rows("sharegpt.jsonl", [{"messages": '[{"from": "human", "value": "?"}]', "answer": "2"}]))
+    for text in ("[1, 2] is a list", "[{1}, {2}]", "[1, 2]", "[]", '[{"n": 1}]'):
+        (record,) = read_records(write_rows("problem.jsonl", [{"prompt": text, "answer": "2"}]))
+        assert record.prompt == text
+
+
 def test_equal_values_of_a_file_are_one_object(write_rows):
     row = {"prompt": CHAT, "answer": "a long answer", "source": "a source", "level": {"of": [1, 2]}}
     first, second, other = read_records(write_rows("a.jsonl", [row, row, {**row, "level": 3}]))
