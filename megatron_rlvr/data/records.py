@@ -2,8 +2,10 @@
 
 The first row decides which columns are read, by the first name that is present in each list:
 
-    prompt   prompt, messages, problem, question           text, or chat messages [{role, content}, ...]
-    answer   reward_model.ground_truth, answer             text or a number, which becomes its decimal digits
+    prompt   prompt, messages, problem, question           text, or chat messages [{role, content}, ...],
+                                                           which may be text in JSON
+    answer   reward_model.ground_truth, answer             text or a number, which becomes its decimal digits, or
+                                                           a list of one of them
     id       id, idx, extra_info.index                     else the line or row number, counted from 1
     source   source, data_source                           else the file's name
 
@@ -18,6 +20,8 @@ Every later row must have the same columns as the first: a row that is read by a
 gold answer, which is noise in the reward that no later check can detect.
 """
 
+import contextlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,7 +167,7 @@ class RecordFile:
     def _record(self, row: dict[str, Any], columns: Columns, row_id: str, where: str, known: dict[Any, Any]) -> Record:
         prompt = _prompt(row, columns.prompt, where, self._settings)
         key = prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt)
-        answer = _answer(row, columns.answer, where)
+        answer = _answer(row, columns.answer, where, self._settings)
         if columns.prompt == "question":
             answer = _gold(answer, columns, where)
         source = self._name if columns.source is None else _source(row, columns.source, where)
@@ -225,6 +229,8 @@ def _text(value: str, column: str, where: str) -> str:
 
 def _prompt(row: dict[str, Any], column: str, where: str, settings: str) -> str | list[Message]:
     value = _present(row, column, where)
+    if isinstance(value, str) and (chat := _chat_of_json(value)):
+        value = chat
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where}: {column} is empty; write a problem or remove the row")
@@ -233,6 +239,16 @@ def _prompt(row: dict[str, Any], column: str, where: str, settings: str) -> str 
         others = (other for other in PROMPT_COLUMNS if other != column and isinstance(row.get(other), str))
         return _messages(value, column, where, "".join(f"set {settings}.prompt_key to {o}, or " for o in others))
     raise DataError(f"{where}: {column} is {_kind(value)}; write text or a list of {{role, content}}")
+
+
+def _chat_of_json(text: str) -> list[Any] | None:
+    """Return the messages that a text has in JSON, as tables have them whose columns hold text only; else None."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            if value and all(isinstance(message, dict) and {"role", "from"} & set(message) for message in value):
+                return list(value)
+    return None
 
 
 def _messages(value: list[Any], column: str, where: str, way_out: str) -> list[Message]:
@@ -254,12 +270,17 @@ def _messages(value: list[Any], column: str, where: str, way_out: str) -> list[M
     return messages
 
 
-def _answer(row: dict[str, Any], column: str, where: str) -> str:
+def _answer(row: dict[str, Any], column: str, where: str, settings: str) -> str:
     value = _present(row, column, where)
+    if isinstance(value, list) and len(value) == 1:  # as files have it in which other rows have several answers
+        (value,) = value
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
     answer = _digits(value) if number else _text(value, column, where).strip() if isinstance(value, str) else ""
     if not answer:
-        raise DataError(f"{where}: {column} is {_kind(value)}; write the answer as text or a number or remove the row")
+        raise DataError(
+            f"{where}: {column} is {_kind(value)}; write the answer as text or a number, set {settings}.answer_key to "
+            "another column, or remove the row"
+        )
     return answer
 
 

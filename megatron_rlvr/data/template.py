@@ -28,7 +28,8 @@ Template = Literal["auto", "chat", "plain"]
 _CLOCK = "strftime_now"
 """Function by which a chat template reads the clock, by convention of transformers."""
 
-_PROBLEM, _ANSWER, _NEXT_PROBLEM = "PROBLEM-OF-A-USER", "ANSWER-OF-A-MODEL", "NEXT-PROBLEM-OF-A-USER"
+_SYSTEM, _PROBLEM, _ANSWER = "SYSTEM-MESSAGE", "PROBLEM-OF-A-USER", "ANSWER-OF-A-MODEL"
+_NEXT_PROBLEM = "NEXT-PROBLEM-OF-A-USER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +129,13 @@ class PromptTemplate:
         """
         if self._tokenizer.chat_template is None:
             return None
-        user, answer = {"role": "user", "content": _PROBLEM}, {"role": "assistant", "content": _ANSWER}
+        answered = [{"role": "user", "content": _PROBLEM}, {"role": "assistant", "content": _ANSWER}]
         after = ""
-        for chat in ([user, answer], [user, answer, {"role": "user", "content": _NEXT_PROBLEM}]):
-            try:
-                text = self._render(chat, answer_follows=False)
-            except TokenizerError:
+        for chat in (answered, [*answered, {"role": "user", "content": _NEXT_PROBLEM}]):
+            text = self._render_probe(chat, answer_follows=False)
+            if _ANSWER not in text:
                 continue
-            after = text.rpartition(_ANSWER)[2].partition(_NEXT_PROBLEM)[0] if _ANSWER in text else ""
+            after = text.rpartition(_ANSWER)[2].partition(_NEXT_PROBLEM)[0]
             for token in self._special(after):
                 return EndOfTurn(self._tokenizer.token_text(token), token)
         return EndOfTurn(after.strip(), None)
@@ -143,15 +143,26 @@ class PromptTemplate:
     def _render(self, messages: list[Message], *, answer_follows: bool = True) -> str:
         return self._tokenizer.render_chat(messages, self._variables, answer_follows=answer_follows)
 
+    def _render_probe(self, messages: list[Message], *, answer_follows: bool = True) -> str:
+        """Return the text of messages of this module; empty if the template rejects them in any form.
+
+        Some templates demand a system message and others refuse it. One that rejects both is an error of the first
+        row, which names its id.
+        """
+        system: Message = {"role": "system", "content": self._system or _SYSTEM}
+        for chat in (messages, [system, *messages]):
+            try:
+                return self._render(chat, answer_follows=answer_follows)
+            except TokenizerError:
+                continue
+        return ""
+
     def _special(self, text: str) -> list[int]:
         return [token for token in self._tokenizer.encode(text) if token in self._tokenizer.special_ids]
 
     def _find_openings(self) -> tuple[str, ...]:
         """Return the special tokens that the chat template writes before the problem."""
-        try:
-            text = self._render([{"role": "user", "content": _PROBLEM}])
-        except TokenizerError:  # reported for the first row, by its id
-            return ()
+        text = self._render_probe([{"role": "user", "content": _PROBLEM}])
         return tuple(dict.fromkeys(map(self._tokenizer.token_text, self._special(text.partition(_PROBLEM)[0]))))
 
     def _check(self, messages: list[Message], text: str, prompt_id: str) -> None:

@@ -112,8 +112,7 @@ class HuggingFaceTokenizer:
         try:
             self._backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a bad file is an OSError, ValueError, KeyError or tokenizers' own bare Exception
-            reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
-            raise TokenizerError(f"the tokenizer in {folder} cannot be read ({reason}); copy it again") from error
+            raise TokenizerError(_why_unreadable(folder, error)) from error
         ids = set(self._backend.get_vocab().values())
         if ids <= set(self._backend.all_special_ids):
             # transformers 5 silently creates an empty tokenizer if there is only a tokenizer_config.json.
@@ -187,6 +186,20 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         self._backend.save_pretrained(folder)
+
+
+def _why_unreadable(folder: Path, error: Exception) -> str:
+    """Return why transformers cannot open a folder, whose config.json it reads before the tokenizer."""
+    from transformers import AutoConfig
+
+    at_fault = f"the tokenizer in {folder}"
+    if (folder / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as of_config:  # of the same kinds as those of the tokenizer
+            at_fault, error = f"{folder}/config.json", of_config
+    reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+    return f"{at_fault} cannot be read by transformers ({reason}); copy the model's own"
 
 
 class SentencePieceTokenizer:

@@ -4,7 +4,7 @@ r"""Where the final answer of a response is: the last one to which it commits.
 2. The last complete ``\boxed{...}``, or an ``Answer: ...`` after it: the later of the two counts, because a model
    that boxes an intermediate result and then ends with "Answer: 7" has answered 7. A box *on* the Answer line starts
    later than the line's label, so the content of the box is read, without the words around it. Boxes that only
-   "and", "or" or a comma separates are one answer, the list of their contents.
+   "and", "or" or a comma separates, in whatever delimiters, are one answer, the list of their contents.
 3. ``#### ...`` only if there is neither: it is also a Markdown heading, and must not override a box above it.
 4. Otherwise there is no answer, and the response is incorrect. The last number of the text is never taken as the
    answer: a reward for an unmarked number would reward guessing.
@@ -29,7 +29,14 @@ _ANSWER = re.compile(
 )
 _EMPHASIS_END = re.compile(r"[*_\s]+$")  # of "**Answer: 42**"
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\s][^\n]*)")
-_BETWEEN_BOXES = re.compile(r"[$\s]*(?:,|and|or|,\s*and|,\s*or|\\text\{\s*(?:and|or)\s*\})[$\s]*", re.IGNORECASE)
+_EDGE = r"(?:[$*_~ ]|\\[()\[\],;:!\\ ]|\\q?quad(?![A-Za-z]))*"  # delimiters, emphasis and spacing
+_WORDS = r"(?:and|or|and/or|or (?:else|also|maybe|perhaps|possibly))"
+_BETWEEN_BOXES = re.compile(
+    rf"{_EDGE}(?:[,;/&]|[,;]?{_EDGE}(?:{_WORDS}|\\(?:text|math)\w*\s*\{{\s*,?\s*{_WORDS}\s*\}}|\\(?:lor|land|vee|wedge)))"
+    rf"{_EDGE}",
+    re.IGNORECASE,
+)
+_MAX_BETWEEN_BOXES = 60  # characters, with a space for each run of spaces
 _GOLD_SENTENCE = re.compile(r"(?:the|our|so the|final|the final|the correct)? ?answer is:? (\S.{0,80})", re.IGNORECASE)
 
 
@@ -85,8 +92,15 @@ def _last_boxes(text: str) -> list[_Box]:
                 box = _Box(opening.start(), opening.end(), token.end())
                 while found and found[-1].start > box.start:
                     found.pop()
-                joined = found and _BETWEEN_BOXES.fullmatch(text, found[-1].end, box.start)
-                found = [*found, box] if joined and box.start - found[-1].end < 40 and len(found) < 60 else [box]
+                if not (found and _are_joined(text[found[-1].end : box.start])):
+                    found = []
+                found.append(box)
         elif token.group().endswith("{") and token.group() != "\\{":
             open_braces.append(token)
     return found
+
+
+def _are_joined(between: str) -> bool:
+    """Return whether the text between two boxes makes them a list."""
+    between = " ".join(between.split())
+    return len(between) <= _MAX_BETWEEN_BOXES and _BETWEEN_BOXES.fullmatch(between) is not None

@@ -93,6 +93,14 @@ def test_aime_and_amc_numbers_become_text(write_rows):
     assert (records[0].id, records[0].prompt, records[0].extra) == ("aime/60", "p0", {"question": "other"})
 
 
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.parquet"])
+def test_a_list_of_one_answer_is_that_answer(name, write_rows):
+    rows = [{"prompt": f"p{i}", "answer": [answer]} for i, answer in enumerate(("7", "$x+1$"))]
+    assert [record.answer for record in read_records(write_rows(name, rows))] == ["7", "$x+1$"]
+    (record,) = read_records(write_rows("number.jsonl", [{"prompt": "p", "answer": [1e-5]}]))
+    assert record.answer == "0.00001"
+
+
 NUMBERS = [
     ("0.00001", "0.00001"),
     ("1e-05", "0.00001"),
@@ -153,6 +161,18 @@ def test_messages_that_cannot_be_read_name_the_column_beside_them(messages, writ
     assert (record.prompt, record.answer) == ("What is 1 + 1?", "2")
 
 
+def test_messages_that_are_text_in_json_are_messages(write_rows):
+    (record,) = read_records(write_rows("text.jsonl", [{"messages": json.dumps(CHAT), "answer": "2"}]))
+    assert record.prompt == CHAT
+    with pytest.raises(DataError, match=r"ends with an assistant message; set data\.prompt_key to problem, or"):
+        read_records(write_rows("solved.jsonl", [{"messages": json.dumps(SOLVED), "problem": "1 + 1?", "answer": "2"}]))
+    with pytest.raises(DataError, match="message 1 of messages has no role"):
+        read_records(write_rows("sharegpt.jsonl", [{"messages": '[{"from": "human", "value": "?"}]', "answer": "2"}]))
+    for text in ("[1, 2] is a list", "[{1}, {2}]", "[1, 2]", "[]", '[{"n": 1}]'):
+        (record,) = read_records(write_rows("problem.jsonl", [{"prompt": text, "answer": "2"}]))
+        assert record.prompt == text
+
+
 def test_equal_values_of_a_file_are_one_object(write_rows):
     row = {"prompt": CHAT, "answer": "a long answer", "source": "a source", "level": {"of": [1, 2]}}
     first, second, other = read_records(write_rows("a.jsonl", [row, row, {**row, "level": 3}]))
@@ -202,7 +222,9 @@ BAD_SECOND_ROWS = [
     ({"prompt": "p", "answer": float("nan")}, "answer is nan"),
     ({"prompt": "p", "answer": float("inf")}, "answer is inf"),
     ({"prompt": "p", "answer": True}, "answer is True"),
-    ({"prompt": "p", "answer": [1]}, "answer is of type list"),
+    ({"prompt": "p", "answer": [1, 2]}, "answer is of type list"),
+    ({"prompt": "p", "answer": []}, "answer is of type list"),
+    ({"prompt": "p", "answer": [None]}, "answer is null; write the answer as text or a number, set data.answer_key to"),
 ]
 
 

@@ -164,3 +164,14 @@ def test_errors_about_unusable_tokenizers_name_the_problem(hugging_face_folder, 
             load_tokenizer(tmp_path / name)
         assert str(tmp_path / name) in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_a_config_that_transformers_rejects_is_not_blamed_on_the_tokenizer(hugging_face_folder, tmp_path):
+    folder = shutil.copytree(hugging_face_folder, tmp_path / "model")
+    config = {"model_type": "qwen3", "num_hidden_layers": 3, "layer_types": ["full_attention"] * 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        TokenizerError, match=r"model/config\.json cannot be read by .*num_hidden_layers.*; copy"
+    ) as raised:
+        load_tokenizer(folder)
+    assert "\n" not in str(raised.value)

@@ -62,6 +62,23 @@ def test_the_final_answer_is_the_last_one_given(text: str, answer: str | None) -
     assert (found.strip() if found is not None else None) == answer
 
 
+@pytest.mark.parametrize("box", [r"$%s$", r"\(%s\)", r"\[ %s \]", r"$$%s$$", r"**%s**", "**$%s$**", "%s"])
+def test_boxes_that_a_word_or_sign_joins_are_one_list_in_whatever_delimiters(box: str) -> None:
+    """Otherwise the last of the boxes is paid for, and a response may list all the answers that it can think of."""
+    one, other = (box % rf"\boxed{{{n}}}" for n in (41, 42))
+    for joint in (
+        *(", ", "; ", " / ", " and ", ", and ", " or ", " and/or ", " or else ", " or maybe ", "\n\nor\n\n"),
+        *(r" \text{ and } ", r"\quad\text{or}\quad ", r"\;\textrm{, or }\;", r" \mathrm{or} ", r" \lor ", r" \\ or "),
+        " or" + 100 * " ",
+    ):
+        response = f"So it is {one}{joint}{other}."
+        assert not math_reward(prompt("42"), response), response
+        assert math_reward(prompt("42, 41"), response), response
+    for end in (". ", "\n", " Then ", " and so "):
+        assert math_reward(prompt("42"), one + end + other)
+    assert not math_reward(prompt("70"), " or ".join(box % rf"\boxed{{{n}}}" for n in range(71)))
+
+
 CORRECT = [
     ("42", "42"),
     ("42", "42."),

@@ -74,6 +74,20 @@ def test_prompts_that_were_rendered_beforehand_use_the_template_too(
     assert "begin the turn" not in plan(found)["stop"]
 
 
+DEMANDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+
+
+def test_a_template_that_demands_a_system_message_shows_its_tokens_too(
+    base_model: Callable[..., dict[str, Any]], resolve_with: Resolve, tmp_path: Path
+) -> None:
+    model, system = base_model(template=DEMANDS_SYSTEM + tiny.TEMPLATE), {"system": "Be brief."}
+    assert reasons(resolve_with(model=model, data=system))[END] == (TURN,)
+    rows = [{"prompt": RENDERED.format(text), "answer": n} for text, n in tiny.PROBLEMS]
+    rendered = {"train": str(tiny.write_rows(tmp_path / "rendered.jsonl", rows))}
+    assert reasons(resolve_with(model=model, data=rendered | {"template": "plain"}))[END] == (TURN,)
+    assert "begins with <|start|>" in refusal(resolve_with, model=model, data=rendered | system)
+
+
 def test_lists_of_eos_and_the_users_own_tokens_are_stop_tokens(
     base_model: Callable[..., dict[str, Any]], resolve_with: Resolve
 ) -> None:

@@ -44,6 +44,9 @@ from megatron_rlvr.reward.answers.values import decimal, is_defined, renamed, sa
 
 _MAX_ITEMS = 60
 
+_OF_A_NAME = ("abs", "sin", "cos", "tan", "cot", "sec", "csc")
+"""Functions whose value at a name is what a problem asks for."""
+
 
 def equal(a: Reading, b: Reading) -> bool:
     """Return whether two readings are equal; symmetric."""
@@ -215,9 +218,17 @@ def _equation_value(a: Relation, b: Expression) -> bool:
 
 
 def _names_value(side: Tree) -> bool:
-    """Return whether a side of an equation names what is asked for: |S|, f(2) or m + n, but not |x| or x + y."""
-    parts = side[1:] if side[0] == "add" else side[2:] if side[:2] == ("call", "abs") else ()
-    return side[0] == "apply" or (parts != () and all(part[0] == "sym" and part[1] not in "xyz" for part in parts))
+    """Return whether a side of an equation names what is asked for: |S|, f(2), m + n, AB/CD or sin A, but not |x|."""
+    if side[0] in ("add", "div"):
+        return all(map(_is_name, side[1:]))
+    return side[0] == "apply" or (side[0] == "call" and side[1] in _OF_A_NAME and all(map(_is_name, side[2:])))
+
+
+def _is_name(tree: Tree) -> bool:
+    """Return whether a tree is a symbol or a segment such as AB; x, y and z are unknowns of an equation."""
+    if tree[0] == "mul":
+        return all(part[0] == "sym" and re.fullmatch("[A-Z]", part[1]) for part in tree[1:])
+    return tree[0] == "sym" and tree[1] not in "xyz"
 
 
 def _rounding(exact: Tree, rounded: Tree) -> bool:

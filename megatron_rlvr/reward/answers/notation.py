@@ -87,7 +87,7 @@ _KEPT = set(
 
 # A comma or a thin or fixed space between groups of three digits leaves one number; a plain space does not.
 _THOUSANDS_SPACE = re.compile(
-    r"(?<=[0-9])(?:,?\\!|\{,\}|(?:\\[,;: ])+|[\u00a0\u2009\u202f\u2007'])(?=[0-9]{3}(?![0-9]))"
+    r"(?<=[0-9])(?:,?\\!|\{,\}|(?:\\[,;: ])+|[~\u00a0\u2009\u202f\u2007'])(?=[0-9]{3}(?![0-9]))"
 )
 
 _MULTIPLES = {"dozens?": "12", "hundred": "100", "thousand": "10^{3}", "million": "10^{6}"}
@@ -105,6 +105,8 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\[()\[\]]", " "),
         (r"\\n$", ""),
         (_command(r"left|right|[bB]ig+[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|middle"), ""),
+        (_command("tiny|small|normalsize|[lL]arge|LARGE|[hH]uge"), ""),
+        (r"(?:\\\\\s*)+$", ""),  # a line break after the answer
         (r"\\(?:color|textcolor)\s*\{\w+\}", ""),
         (r"\\(?:phantom|hspace|vspace|label|tag)\*?\s*\{[^{}]*\}", ""),
         (r"\\[,;:!>]|(?<!\\)\\(?=\s)|~|" + _command("quad|qquad|thinspace|enspace"), " "),

@@ -11,7 +11,7 @@ _LABEL = re.compile(
 
 _EMPHASIS = re.compile(r"(\*\*|\*|__|_|``?)(.*)\1\.?", re.DOTALL)
 
-_WRAPPER = re.compile(n.TEXT_MACROS + r"\s*\{|\\(?:boxed|fbox|bf|rm)\s*\{|\{")
+_WRAPPER = re.compile(n.TEXT_MACROS + r"\s*\{|\\(?:boxed|fbox|underline|bf|rm)\s*\{|\{")
 
 _FINAL_STOP = re.compile(n.TEXT_MACROS + r"\s*\{[\s.,;]*\}$")
 
