@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import time
+from functools import cache
 from pathlib import Path
 
 _KILL_SECONDS, _POLL_SECONDS = 10.0, 0.02
@@ -15,6 +16,7 @@ _START_TIME, _SESSION, _STATE = 19, 3, 0  # fields of /proc/PID/stat, counted fr
 _PROC = Path("/proc")
 
 
+@cache
 def table_id() -> str:
     """Return a name of this process table: equal in two processes if and only if they see each other's process ids."""
     with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ checkpoint.
 """
 
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,7 +28,8 @@ from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.inputs import differences
-from megatron_rlvr.startup.process import is_first_of_host, is_main, leave, logger, print_error
+from megatron_rlvr.startup.lease import Lease, Process
+from megatron_rlvr.startup.process import is_first_of_host, is_main, leave, logger, print_error, print_line
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.startup.run_folder import prepare_run_folder, summarize, write_summary
 
@@ -36,10 +38,17 @@ if TYPE_CHECKING:
     from megatron_rlvr.trainer import Trainer
 
 
-def run(resolved: Resolved, graders: GraderPool, signals: Signals) -> None:
-    """Train, and return when all is done; a run that ends otherwise exits the process with its status."""
+def run(resolved: Resolved, graders: GraderPool, signals: Signals, lease: Lease | None = None) -> None:
+    """Train, and return when all is done; a run that ends otherwise exits the process with its status.
+
+    Args:
+        lease: Lease of the run folder, on the main rank. It is released when all is done. Otherwise other ranks may
+            still be writing; the lease names them, and the next run waits for their end.
+    """
     try:
-        train(resolved, graders, signals)
+        train(resolved, graders, signals, lease)
+        if lease is not None:
+            lease.release()
     except Stopped as stopped:
         if is_main():
             print(f"stopped by {stopped}; {resolved.settings.run.dir}/metrics.jsonl is complete", file=sys.stderr)
@@ -56,8 +65,13 @@ def run(resolved: Resolved, graders: GraderPool, signals: Signals) -> None:
         leave(1, graders)
 
 
-def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str, Any] | None:
+def train(
+    resolved: Resolved, graders: GraderPool, signals: Signals, lease: Lease | None = None
+) -> dict[str, Any] | None:
     """Train as resolved.
+
+    Args:
+        lease: Lease of the run folder, on the main rank; it gets to know the processes of all ranks.
 
     Returns:
         The content of summary.json, on every rank; None if SIGTERM stopped the run before its last step.
@@ -68,12 +82,16 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     from megatron_rlvr.startup.assembly import build_trainer
 
     settings = resolved.settings
-    ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
-    resolved = _prepare(resolved, ranks)
+    # A rank waits there outside of Python, for others that may have ended: SIGTERM ends it by another thread.
+    with signals.deferring(0.0, partial(leave, 128 + signal.SIGTERM, graders)):
+        ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
+    resolved = _prepare(resolved, ranks, lease)
     with ExitStack() as resources:
         lost = partial(_lost, settings.run.timeout_minutes, graders)
         timeout_seconds = 60 * settings.run.timeout_minutes
-        resources.enter_context(Heartbeat(process_group.store(), ranks.rank, ranks.world_size, timeout_seconds, lost))
+        closed = partial(_launcher_ended, graders)
+        store = process_group.store()
+        resources.enter_context(Heartbeat(store, ranks.rank, ranks.world_size, timeout_seconds, lost, closed))
         trainer = build_trainer(resolved, graders, signals, ranks, resources)
         trainer.progress.say(describe_plan(resolved))
         if resolved.start is not None:
@@ -95,11 +113,11 @@ def train(resolved: Resolved, graders: GraderPool, signals: Signals) -> dict[str
     return summary
 
 
-def _prepare(resolved: Resolved, ranks: "Ranks") -> Resolved:
+def _prepare(resolved: Resolved, ranks: "Ranks", lease: Lease | None) -> Resolved:
     """Prepare the run folder, and agree with the main rank on the checkpoint to resume from and on the prompts.
 
-    Another rank may have looked at a shared folder too early to find the same checkpoint, may have started its clock
-    on another day, or may have another copy of a file.
+    Only the main rank has looked at the run folder. Another rank may have started its clock on another day, or may have
+    another copy of a file.
     """
     import torch.distributed as dist
 
@@ -113,7 +131,15 @@ def _prepare(resolved: Resolved, ranks: "Ranks") -> Resolved:
     found = differences(resolved.settings, inputs, resolved.inputs)
     unlike = f"{found[0]} on rank {ranks.rank}, compared with rank 0; give all hosts the same files" if found else ""
     raise_on_all_ranks(SettingsError(unlike) if unlike else None)
-    on_main_rank(partial(prepare_run_folder, resolved.settings, start, inputs))
+    processes: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(processes, Process.this())
+
+    def prepare() -> None:
+        if lease is not None:
+            lease.name_processes(processes)
+        prepare_run_folder(resolved.settings, start, inputs)
+
+    on_main_rank(prepare)
     return replace(resolved, start=start, now=now)
 
 
@@ -137,12 +163,17 @@ def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:
 def _lost(minutes: float, graders: GraderPool, rank: int | None) -> NoReturn:
     """Exit wherever the main thread waits, as ``rank`` is lost; None if another rank has reported which one is."""
     if rank is not None and is_first_of_host():
-        print(
-            f"megatron_rlvr: rank {rank} has given no sign of life for {minutes:g} min (run.timeout_minutes): it, its "
-            "host or the network is down; the same command resumes from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+        print_line(
+            f"rank {rank} has given no sign of life for {minutes:g} min (run.timeout_minutes): it, its host or the "
+            "network is down; the same command resumes from the last checkpoint"
         )
+    leave(1, graders)
+
+
+def _launcher_ended(graders: GraderPool) -> NoReturn:
+    """Exit wherever the main thread waits, as the launcher of the first host has ended, and its ranks with it."""
+    if is_first_of_host():
+        print_line("the launcher of the first host has ended; the same command resumes from the last checkpoint")
     leave(1, graders)
 
 
