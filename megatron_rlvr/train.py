@@ -28,6 +28,7 @@ from megatron_rlvr.startup.process import (
     print_error,
     print_line,
     quiet_libraries,
+    survive_closed_output,
 )
 from megatron_rlvr.startup.resolve import resolve
 from megatron_rlvr.startup.run import run
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check = "--check" in arguments
     end_with_launcher()
+    survive_closed_output()
     quiet_libraries()
     signals = Signals()
     signals.listen()

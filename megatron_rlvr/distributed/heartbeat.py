@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 _MAX_INTERVAL_SECONDS = 5.0
 _INTERVALS_PER_TIMEOUT = 20
+# A rank is reported lost this much before the timeout, at which collectives that wait for it fail and do not name it.
+_INTERVALS_BEFORE_TIMEOUT = 2
 _LEFT = 2**40
 # The store's process has ended if this many beats in a row, this far apart, find the connection closed.
 _CLOSED_BEATS, _CLOSED_INTERVAL_SECONDS = 4, 1.0
@@ -49,7 +51,7 @@ class Heartbeat:
         self._store = dist.PrefixStore("heartbeat", store)
         self._rank = rank
         self._interval = min(_MAX_INTERVAL_SECONDS, timeout_seconds / _INTERVALS_PER_TIMEOUT)
-        self._max_missed = round(timeout_seconds / self._interval)
+        self._max_missed = round(timeout_seconds / self._interval) - _INTERVALS_BEFORE_TIMEOUT
         self._on_lost = on_lost
         self._on_closed = on_closed
         self._seen = dict.fromkeys(range(1, world_size) if rank == 0 else [0], (0, 0))

@@ -5,7 +5,8 @@ import os
 import sys
 import time
 import warnings
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.config import ParallelSettings, SettingsError
@@ -88,6 +89,36 @@ def leave(status: int, graders: GraderPool | None = None) -> NoReturn:
     sys.stderr.flush()
     logging.shutdown()
     os._exit(status)
+
+
+def survive_closed_output() -> None:
+    """Drop what standard output and standard error do not take any more, when a terminal or pipe has been closed.
+
+    Otherwise the next line of progress would end the run, which is about to save its checkpoint after SIGHUP.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Dropping):
+            setattr(sys, name, _Dropping(stream))
+
+
+class _Dropping:
+    """A stream whose errors at writing are ignored."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def quiet_libraries() -> None:

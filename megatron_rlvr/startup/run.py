@@ -1,15 +1,17 @@
 """A run from its resolved settings to its end: the process group, the trainer, the export, and every way to stop.
 
     last step done          export, summary.json, status 0
-    SIGTERM                 a checkpoint as soon as all ranks can save together, status 0
+    SIGTERM, SIGHUP         a checkpoint as soon as all ranks can save together, status 0
     SIGTERM, grace over     exit in the middle of a step, status 0
     SIGINT                  exit at once, status 130
     user's input            one line on stderr, status 2: some errors are found only now, such as a server's model
     fault                   one line on stderr, or the traceback of a defect, status 1
     a rank lost             one line on stderr, status 1
+    its launcher ended      killed with it, also by SIGKILL
+    the folder's lease lost one line on stderr, status 1
 
-Whichever it is, metrics.jsonl is complete, no grader process is left, and the same command resumes from the last
-checkpoint.
+Whichever it is, metrics.jsonl is complete, no grader process or process that one has started is left, and the same
+command resumes from the last checkpoint.
 """
 
 import os
@@ -99,7 +101,7 @@ def train(
         with signals.deferring(settings.run.grace_seconds, partial(_give_up, trainer, graders)):
             totals = trainer.run()
         if totals.step < settings.run.steps:
-            trainer.progress.say(_stopped(settings.run, totals))
+            trainer.progress.say(_stopped(settings.run, totals, signals.stop_signal))
     if totals.step < settings.run.steps:  # after the block: the engine's own process groups are closed by now
         process_group.shut_down()
         return None
@@ -143,8 +145,8 @@ def _prepare(resolved: Resolved, ranks: "Ranks", lease: Lease | None) -> Resolve
     return replace(resolved, start=start, now=now)
 
 
-def _stopped(run: RunSettings, totals: RunTotals) -> str:
-    return f"stopped by SIGTERM after step {totals.step}, which is saved; {_same_command(run)} resumes from there"
+def _stopped(run: RunSettings, totals: RunTotals, signal_name: str) -> str:
+    return f"stopped by {signal_name} after step {totals.step}, which is saved; {_same_command(run)} resumes from there"
 
 
 def _give_up(trainer: "Trainer", graders: GraderPool) -> NoReturn:

@@ -113,11 +113,19 @@ def test_a_run_that_ends_in_time_is_waited_for(take: Callable[[], module.Lease],
 
 
 CONTENDER = """
-import os, sys, time
+import os, random, sys, time
 from megatron_rlvr.config import RunSettings
 from megatron_rlvr.startup import lease
 folder, rounds = sys.argv[1], int(sys.argv[2])
-lease._POLL_SECONDS = 0.01
+lease._POLL_SECONDS = 0.02
+files = lease._files
+
+def late(folder):  # time for others between this look at the folder and what follows from it
+    found = files(folder)
+    time.sleep(random.uniform(0.0, 0.005))
+    return found
+
+lease._files = late
 run = RunSettings(dir=folder + "/run", steps=1, grace_seconds=600.0)
 while not os.path.exists(folder + "/start"):
     time.sleep(0.001)
