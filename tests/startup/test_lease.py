@@ -244,7 +244,8 @@ def test_a_file_that_is_being_written_or_damaged_counts_until_it_is_silent(
 
 
 def test_a_run_whose_file_was_removed_is_ended(tmp_path: Path, take: Callable[[], module.Lease]) -> None:
-    lease, lost = take(), []
+    lease = take()
+    lost: list[Exception] = []
     lease.keep(lost.append)
     (path,) = (tmp_path / "run" / "lease").iterdir()
     before = path.stat().st_mtime_ns
