@@ -4,8 +4,10 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, name: str, *ends: str, steps: int, seed: int = 0) -> tuple[list[list[Any]], list[str]]:
+def run(
+    place: Path, name: str, *ends: str, steps: int, seed: int = 0, **variables: str
+) -> tuple[list[list[Any]], list[str]]:
     """Let runs meet these ends; return [end, status, seconds, checkpoint] of each, and the lines of their output."""
     values = tiny.settings_for(
         place / "model",
@@ -57,8 +61,8 @@ def run(place: Path, name: str, *ends: str, steps: int, seed: int = 0) -> tuple[
     with (place / f"{name}.err").open("w") as errors:
         done = subprocess.run(
             [sys.executable, str(program), str(config), str(place / name), str(seed), *ends],
-            cwd=place, env=tiny.environment([place], ENDS_MARK=mark), stdout=subprocess.PIPE, stderr=errors, text=True,
-            timeout=3000, check=False,
+            cwd=place, env=tiny.environment([place], ENDS_MARK=mark, **variables), stdout=subprocess.PIPE, stderr=errors,
+            text=True, timeout=3000, check=False,
         )  # fmt: skip
     said = Path(f"{config}.out").read_text(encoding="utf-8", errors="replace")
     assert done.returncode == 0, (place / f"{name}.err").read_text() + said[-3000:]
@@ -104,6 +108,53 @@ def test_the_same_command_at_once_after_any_kill_continues_the_same_run(times: i
         "latest", "settings.json", f"step_{steps - 1:06d}", f"step_{steps:06d}",
     ]  # fmt: skip
     assert not (place / killed / "lease").exists()
+
+
+# The clock of every process of a run: two hours earlier from the 15th second of the first process on.
+CLOCK = """
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t id, struct timespec *now) {
+    struct timespec since;
+    int failed = syscall(SYS_clock_gettime, id, now);
+    syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &since);
+    const char *from = getenv("SET_BACK_AT");
+    if (id == CLOCK_REALTIME && from && since.tv_sec > atol(from)) now->tv_sec -= 7200;
+    return failed;
+}
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+    struct timespec fine;
+    clock_gettime(CLOCK_REALTIME, &fine);
+    now->tv_sec = fine.tv_sec;
+    now->tv_usec = fine.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *stored) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (stored) *stored = now.tv_sec;
+    return now.tv_sec;
+}
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_clock_that_is_set_back_changes_nothing(place: Path) -> None:
+    (place / "clock.c").write_text(CLOCK, encoding="ascii")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "clock.so", "clock.c"], cwd=place, check=True)
+    clock = {"LD_PRELOAD": str(place / "clock.so"), "SET_BACK_AT": str(int(time.monotonic()) + 15)}
+    steps = 60
+    for name, variables in (("steady", {}), ("set back", clock)):
+        ends, said = run(place, name, "rank 0", "none", steps=steps, **variables)
+        assert ends[-1][:2] == ["none", 0], said
+        assert steps_of(place / name) == list(range(1, steps + 1))
+    steady, back = (load_file(place / name / "hf" / "model.safetensors") for name in ("steady", "set back"))
+    assert [key for key in steady if (steady[key] != back[key]).any()] == []
 
 
 def test_a_second_run_a_suspended_rank_and_a_closed_terminal_end_in_one_line_and_lose_nothing(place: Path) -> None:

@@ -1,5 +1,6 @@
 """The run folder, `run.dir`: its files, how far an earlier run got in it, and its preparation for a new run.
 
+lease/             which run uses the folder (`lease.py`); gone when a run has ended in order
 config.yaml        the resolved settings
 metrics.jsonl      one object per training step
 rollouts/          sampled responses as text
