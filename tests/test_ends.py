@@ -61,8 +61,8 @@ def run(
     with (place / f"{name}.err").open("w") as errors:
         done = subprocess.run(
             [sys.executable, str(program), str(config), str(place / name), str(seed), *ends],
-            cwd=place, env=tiny.environment([place], ENDS_MARK=mark, **variables), stdout=subprocess.PIPE, stderr=errors,
-            text=True, timeout=3000, check=False,
+            cwd=place, env=tiny.environment([place], ENDS_MARK=mark, **variables),
+            stdout=subprocess.PIPE, stderr=errors, text=True, timeout=3000, check=False,
         )  # fmt: skip
     said = Path(f"{config}.out").read_text(encoding="utf-8", errors="replace")
     assert done.returncode == 0, (place / f"{name}.err").read_text() + said[-3000:]

@@ -194,7 +194,7 @@ class _Observed:
         alive = []
         for path in _files(self._folder):
             try:
-                with path.open("rb") as file:  # opening asks a file server anew
+                with path.open("rb") as file:  # a file server is asked again at each opening
                     touched, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
             except FileNotFoundError:
                 continue
