@@ -55,6 +55,7 @@ from megatron_rlvr.engines.sglang.launcher.process import ServerProcess, ServerP
 from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
 from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
+from megatron_rlvr.process_guard import ProcessGuard
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
 from megatron_rlvr.rollout.sampler import Sampler, requests_for
@@ -111,7 +112,8 @@ def served(model: Path, log: Path) -> Iterator[str]:
         device="cpu",
         flags=("--dtype", "float32", "--max-running-requests", "256", "--log-level", "warning"),
     )
-    server = ServerProcess(program)
+    guard = ProcessGuard()
+    server = ServerProcess(program, guard)
     server.start()
     try:
         while not server.is_healthy():
@@ -121,7 +123,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
             time.sleep(0.5)
         yield program.url
     finally:
-        server.kill()
+        guard.close()
 
 
 def make_prompts(count: int) -> list[Prompt]:

@@ -41,11 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     from megatron_rlvr import train
-    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks, split_ranks_flag
+    from megatron_rlvr.launch import launched, run_on_ranks, split_ranks_flag
 
-    if launched():
-        end_with_launcher()
-    else:
+    if not launched():
         ranks, arguments = split_ranks_flag(arguments)
         if arguments and not {"--help", "-h", "--check"} & set(arguments):
             return run_on_ranks("train", arguments, ranks, arguments[0], arguments[1:])
@@ -56,12 +54,10 @@ def _train(arguments: list[str]) -> int:
 
 
 def _preflight(arguments: list[str]) -> int:
-    from megatron_rlvr.launch import end_with_launcher, launched, run_on_ranks, split_ranks_flag
+    from megatron_rlvr.launch import launched, run_on_ranks, split_ranks_flag
     from megatron_rlvr.preflight import command
 
-    if launched():
-        end_with_launcher()
-    else:
+    if not launched():
         ranks, arguments = split_ranks_flag(arguments)
         options, flags = command.parse(arguments, "rlvr preflight")
         return run_on_ranks("preflight", arguments, ranks, options.config, flags)

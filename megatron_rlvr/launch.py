@@ -14,25 +14,17 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings
 
 RANKS_FLAG = "--ranks"
 _POLL_SECONDS = 0.2
 _AGENT_PATIENCE_SECONDS = 30  # between SIGTERM and SIGKILL
-_LAUNCHER = "MEGATRON_RLVR_LAUNCHER"  # process id, in the environment of ranks
 
 
 def launched() -> bool:
     """Return whether this process is a rank that a launcher, such as torchrun, has started."""
     return "RANK" in os.environ
-
-
-def end_with_launcher() -> None:
-    """Called in a rank: if `run_on_ranks` has started it, it is killed when that process ends, even by SIGKILL."""
-    if launcher := os.environ.get(_LAUNCHER):
-        end_with_parent(int(launcher))
 
 
 def split_ranks_flag(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -77,7 +69,6 @@ def run_on_ranks(verb: str, arguments: Sequence[str], ranks: int | None, config:
     settings = load_settings(config, flags)
     if ranks is None:
         ranks = default_ranks(settings)
-    os.environ[_LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several ranks would slow each other down
     return _Launch([sys.executable, "-m", "megatron_rlvr.cli", verb, *arguments], ranks).run()
 

@@ -1,17 +1,25 @@
 """Logs of a run: metrics.jsonl always, TensorBoard and Weights & Biases on request, and a few sampled responses.
 
-Every line is written at once and flushed, so that a run that is killed at any moment leaves a valid file.
+Every line is appended at once and flushed, so that a run that is killed at any moment leaves a valid file, of which at
+most the last line is incomplete. A machine that loses its power may leave zeros there.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.config import LogSettings, Settings
+from megatron_rlvr.errors import InputError
 from megatron_rlvr.types import Group
+
+_MOST_BYTES = 2**24  # of a line of metrics.jsonl
+
+
+class LogError(InputError):
+    """A log of an earlier run that cannot be continued."""
 
 
 class MetricsLog:
@@ -42,7 +50,7 @@ class MetricsLog:
             for sampled in (folder / "rollouts").glob("step_*.jsonl"):
                 if int(sampled.stem.removeprefix("step_")) > after:
                     sampled.unlink()
-        self._file = path.open("w" if after is None else "a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -133,14 +141,46 @@ def _as_text(group: Group, index: int, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def check_metrics(folder: Path, after: int) -> None:
+    """Check that metrics.jsonl of a run folder can be truncated after the lines of step ``after``.
+
+    Raises: LogError if it cannot be read, or is damaged before the last line of a step up to ``after``.
+    """
+    path = folder / "metrics.jsonl"
+    damaged = 0
+    try:
+        for number, (_, step) in enumerate(_lines(path), start=1):
+            damaged = damaged or (number if step is None else 0)
+            if damaged and step is not None and step <= after:
+                raise LogError(
+                    f"{path}, line {damaged}: no JSON object with an int as step; restore the file, or move it away, "
+                    "and the run starts another"
+                )
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise LogError(f"{path} cannot be read ({error}); restore the file, or move it away") from None
+
+
 def _truncate(path: Path, after: int) -> None:
-    """Truncate metrics.jsonl after the lines of step ``after``; the last line may be incomplete."""
+    """Truncate metrics.jsonl after the lines of step ``after``, and before a damaged line."""
     if not path.exists():
         return
     kept = 0
-    with path.open("r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > after:
-                break
-            kept += len(line)
-        file.truncate(kept)
+    for length, step in _lines(path):
+        if step is None or step > after:
+            break
+        kept += length
+    os.truncate(path, kept)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int | None]]:
+    """Yield (bytes, step) of each line of metrics.jsonl; the step is None if the line is incomplete or damaged."""
+    with path.open("rb") as file:
+        while line := file.readline(_MOST_BYTES):
+            try:
+                values: Any = json.loads(line) if line.endswith(b"\n") else None
+                step = values.get("step") if isinstance(values, dict) else None
+            except (ValueError, RecursionError):
+                step = None
+            yield len(line), step if type(step) is int else None

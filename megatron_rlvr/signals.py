@@ -1,7 +1,9 @@
 """Signals. SIGINT ends the run at once; SIGTERM, which schedulers send, saves a checkpoint first while a run trains.
 
-Within `Signals.deferring` the first SIGTERM only sets a flag, on which the trainer acts where all ranks can save
-together. If they do not get there within the grace period, the process exits without saving.
+SIGHUP, which a terminal sends when it is closed, has the effect of SIGTERM, unless it is ignored: then the run was
+started by nohup, and continues. Within `Signals.deferring` the first SIGTERM only sets a flag, on which the trainer
+acts where all ranks can save together. If they do not get there within the grace period, the process exits without
+saving.
 """
 
 import math
@@ -17,6 +19,7 @@ from typing import NoReturn
 # A scheduler signals every process of a job, and a launcher forwards its own signal to its ranks. A SIGTERM within this
 # time of the first is such a forwarded duplicate; a later one is a second request.
 DUPLICATE_SECONDS = 5.0
+_STOPS = (signal.SIGTERM, signal.SIGHUP)
 # Time within which all ranks of a job receive a signal.
 _SPREAD_SECONDS = 2.0
 
@@ -38,10 +41,12 @@ class Signals:
 
     Attributes:
         stop_wanted: True once SIGTERM has arrived within `deferring`.
+        stop_signal: Name of the signal that has arrived there first; SIGTERM if none has.
     """
 
     def __init__(self) -> None:
         self.stop_wanted = False
+        self.stop_signal = signal.SIGTERM.name
         self._deferring = False
         self._second_request = False
         """Another SIGTERM has arrived, too late for a duplicate. Its arrival counts: handlers may run late."""
@@ -53,9 +58,10 @@ class Signals:
         self._saving = threading.Lock()
 
     def listen(self) -> None:
-        """Raise `Stopped` in the main thread for every SIGINT and SIGTERM from now on."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._handle)
+        """Raise `Stopped` in the main thread for every SIGINT, SIGTERM and SIGHUP from now on."""
+        for signum in (signal.SIGINT, *_STOPS):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._handle)
 
     @contextmanager
     def deferring(self, grace_seconds: float, give_up: Callable[[], NoReturn]) -> Iterator[None]:
@@ -115,11 +121,13 @@ class Signals:
                 arrived = pipe.read(64)
                 if not arrived:
                     return
-                if signal.SIGTERM not in arrived:
+                stops = [signum for signum in arrived if signum in _STOPS]
+                if not stops:
                     continue
                 now = time.monotonic()
                 if not self.stop_wanted:
                     self._first_time, self._deadline = now, now + grace_seconds
+                    self.stop_signal = signal.Signals(stops[0]).name
                     self.stop_wanted = True
                 elif now - self._first_time >= DUPLICATE_SECONDS and not self._second_request:
                     self._second_request = True
@@ -127,7 +135,7 @@ class Signals:
                     signal.pthread_kill(main, signal.SIGTERM)
 
     def _handle(self, signum: int, frame: object) -> None:
-        if signum == signal.SIGTERM:
+        if signum in _STOPS:
             late = time.monotonic() - self._first_time >= DUPLICATE_SECONDS
             if not (self._second_request if self._deferring else late):
                 return
@@ -136,6 +144,6 @@ class Signals:
 
 def _stop(signum: int) -> NoReturn:
     """Raise `Stopped`, and ignore signals from now on: leaving must not be interrupted."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):
+    for ignored in (signal.SIGINT, *_STOPS):
         signal.signal(ignored, signal.SIG_IGN)
     raise Stopped(signum)

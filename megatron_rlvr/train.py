@@ -7,6 +7,7 @@ starts. Wrong input ends with status 2 and one line on stderr.
 """
 
 import sys
+from typing import NoReturn
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.help import help_text
@@ -17,7 +18,18 @@ from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
-from megatron_rlvr.startup.process import check_launch, is_main, logger, print_error, quiet_libraries
+from megatron_rlvr.startup.lease import take_lease
+from megatron_rlvr.startup.process import (
+    check_launch,
+    end_with_launcher,
+    is_main,
+    leave,
+    logger,
+    print_error,
+    print_line,
+    quiet_libraries,
+    survive_closed_output,
+)
 from megatron_rlvr.startup.resolve import resolve
 from megatron_rlvr.startup.run import run
 
@@ -32,9 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(help_text(), end="")
         return
     check = "--check" in arguments
+    end_with_launcher()
+    survive_closed_output()
     quiet_libraries()
     signals = Signals()
     signals.listen()
+    lease = None
     try:
         config, *flags = [argument for argument in arguments if argument != "--check"] or [""]
         if not config or config.startswith("--"):
@@ -42,6 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
         settings = load_settings(config, flags)
         if not check:
             check_launch(settings.parallel, "torchrun --nproc-per-node {ranks} -m megatron_rlvr.train")
+            if is_main():
+                lease = take_lease(settings.run, print_line)
+                lease.keep(_end_without_lease)
         resolved = resolve(settings, show_progress=is_main())
         check_megatron(settings, resolved.hf_config, kernels=not check)
         graders = GraderPool(
@@ -51,11 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
             answer_after=resolved.answer_after,
         )
         golds = describe_golds(resolved) if is_main() else ""
-    except RlvrError as error:
-        print_error(error)
+    except (RlvrError, Stopped) as error:
+        if lease is not None:
+            lease.release()
+        if isinstance(error, RlvrError):
+            print_error(error)
         sys.exit(error.exit_status)
-    except Stopped as stopped:
-        sys.exit(stopped.exit_status)
     with graders:
         if check:
             plan = "\n".join(filter(None, (describe_plan(resolved), golds)))
@@ -63,7 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             if golds:
                 logger.info("%s", golds)
-            run(resolved, graders, signals)
+            run(resolved, graders, signals, lease)
+
+
+def _end_without_lease(error: Exception) -> NoReturn:
+    print_error(error)
+    leave(1)
 
 
 if __name__ == "__main__":

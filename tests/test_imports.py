@@ -29,9 +29,22 @@ ONLY_IN: dict[str, set[str]] = {
 
 # They answer a mistake in a second: importing them, and all that they import, does not import torch.
 WITHOUT_TORCH = {
-    *("types", "errors", "protocols", "atomic", "child_process", "config", "metrics", "progress", "signals", "train"),
+    *(
+        "types",
+        "errors",
+        "protocols",
+        "atomic",
+        "child_process",
+        "process_table",
+        "process_guard",
+        "config",
+        "metrics",
+        "progress",
+        "signals",
+        "train",
+    ),
     *("data", "reward", "hf.families", "hf.files", "checkpoint.store", "planner"),
-    *("startup.resolve", "startup.describe", "startup.run_folder", "preflight.command"),
+    *("startup.resolve", "startup.describe", "startup.run_folder", "startup.lease", "preflight.command"),
 }
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 

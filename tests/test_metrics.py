@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_rlvr.config import LogSettings, Settings
-from megatron_rlvr.metrics import MetricsLog
+from megatron_rlvr.metrics import LogError, MetricsLog, check_metrics
 from megatron_rlvr.types import Completion, FinishReason, Grade, Group, Prompt
 
 SETTINGS = Settings.model_validate(
@@ -48,7 +48,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_rlvr.config import LogSettings
-from megatron_rlvr.metrics import MetricsLog
+from megatron_rlvr.metrics import LogError, MetricsLog, check_metrics
 log = MetricsLog(Path(sys.argv[1]), LogSettings(tensorboard=False), None, enabled=True)
 for step in range(1, 4):
     log.write(step, {f"metric {i}": i / 3 for i in range(int(sys.argv[2]))} | {"last": float("nan")})
@@ -64,6 +64,51 @@ def test_every_line_is_complete_when_the_process_is_killed(tmp_path: Path, metri
     assert [line["step"] for line in lines] == [1, 2, 3]
     expected = {f"metric {i}": i / 3 for i in range(metrics)} | {"last": None}
     assert all(line == {"step": line["step"]} | expected for line in lines)
+
+
+GOOD = "".join(json.dumps({"step": step, "a": 0.5}) + "\n" for step in (1, 2, 3))
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4', "\0" * 13_687, "\0" * 30 + "\n", '{"step": 4}\n{"step": 5', "[]\n"])
+def test_a_resumed_run_continues_after_an_incomplete_end(tail: str, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    for after in (2, 3):
+        path.write_text(GOOD + tail)
+        check_metrics(tmp_path, after)
+        log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True, after=after)
+        log.write(after + 1, {"b": 1.0})
+        log.close()
+        lines = lines_of(path)
+        assert [line["step"] for line in lines] == list(range(1, after + 2))
+        assert lines[-1] == {"step": after + 1, "b": 1.0}
+
+
+@pytest.mark.parametrize(
+    "damage", ["\0" * 50, "[3]\n", "garbage\n", '{"a": 1}\n', '{"step": true}\n', "[" * 10**5 + "\n"]
+)
+def test_a_damaged_line_among_those_to_keep_is_named(damage: str, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + damage + GOOD)
+    with pytest.raises(
+        LogError, match=r"metrics.jsonl, line 2: no JSON object with an int as step; restore the file, or"
+    ):
+        check_metrics(tmp_path, 3)
+
+
+def test_metrics_that_cannot_be_read_are_named_and_missing_ones_start_again(tmp_path: Path):
+    check_metrics(tmp_path, 3)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(LogError, match=r"metrics.jsonl cannot be read \(.*\); restore the file, or move it away"):
+        check_metrics(tmp_path, 3)
+
+
+def test_lines_are_appended_also_if_another_process_truncates_the_file(tmp_path: Path):
+    log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True)
+    for step in (1, 2, 3):
+        log.write(step, {"a": 0.5})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    log.write(4, {"a": 0.5})
+    log.close()
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 4]
 
 
 def test_tensorboard_gets_the_same_values(tmp_path: Path):

@@ -85,6 +85,7 @@ STOPS = {
     "interrupted ranks": (signal.SIGINT, 2, True),
     "terminated ranks": (signal.SIGTERM, 2, False),
     "killed": (signal.SIGKILL, 0, False),
+    "killed launcher": (signal.SIGKILL, 2, False),
 }
 
 # Imports once, then forks a process for each settings file, since imports take ten times longer than such a run.
@@ -202,7 +203,7 @@ def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all
             os.killpg(trainer.pid, signum) if to_all else trainer.send_signal(signum)
             status = trainer.wait(60)
             seconds = time.monotonic() - sent
-            _, alive = psutil.wait_procs(children, timeout=30)
+            _, alive = psutil.wait_procs(children, timeout=10 if signum == signal.SIGKILL else 30)
             left_behind = [" ".join(process.cmdline()) for process in alive]
         finally:
             for process in (trainer, *children):

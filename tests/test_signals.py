@@ -16,7 +16,7 @@ from megatron_rlvr.signals import Signals, Stopped
 
 @pytest.fixture
 def signals() -> Iterator[Signals]:
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     listening = Signals()
     listening.listen()
     yield listening
@@ -64,6 +64,22 @@ def test_a_signal_is_a_duplicate_by_the_time_it_arrived_not_by_the_time_its_hand
             hashlib.pbkdf2_hmac("sha256", b"", b"", 15_000_000)
         with pytest.raises(Stopped, match="SIGTERM"):
             terminate_and_wait()
+
+
+def test_a_closed_terminal_has_the_effect_of_sigterm_except_under_nohup(signals: Signals) -> None:
+    with signals.deferring(600.0, lambda: pytest.fail("it gave up")):
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_for(lambda: signals.stop_wanted, 60)
+        terminate(signals)  # by the launcher
+    assert signals.stop_signal == "SIGHUP"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    under_nohup = Signals()
+    under_nohup.listen()
+    with under_nohup.deferring(600.0, lambda: pytest.fail("it gave up")):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not under_nohup.stop_wanted
+        terminate(under_nohup)
+    assert under_nohup.stop_signal == "SIGTERM"
 
 
 def test_before_training_the_first_signal_ends_the_run(signals: Signals) -> None:

@@ -12,7 +12,11 @@ import torch.distributed as dist
 
 _MAX_INTERVAL_SECONDS = 5.0
 _INTERVALS_PER_TIMEOUT = 20
+# A rank is reported lost this much before the timeout, at which collectives that wait for it fail and do not name it.
+_INTERVALS_BEFORE_TIMEOUT = 2
 _LEFT = 2**40
+# The store's process has ended if this many beats in a row, this far apart, find the connection closed.
+_CLOSED_BEATS, _CLOSED_INTERVAL_SECONDS = 4, 1.0
 
 
 class Heartbeat:
@@ -31,6 +35,8 @@ class Heartbeat:
         timeout_seconds: Time without a heartbeat after which a rank is lost.
         on_lost: Called once, in a thread, with the rank from which no heartbeat has been seen for that time, or with
             None if another rank has reported that a rank is lost.
+        on_closed: Called once, in a thread, when the process that has the store has ended: the launcher of the first
+            host, or rank 0 without one. It would be reported as lost only after ``timeout_seconds``.
     """
 
     def __init__(
@@ -40,12 +46,14 @@ class Heartbeat:
         world_size: int,
         timeout_seconds: float,
         on_lost: Callable[[int | None], object],
+        on_closed: Callable[[], object],
     ) -> None:
         self._store = dist.PrefixStore("heartbeat", store)
         self._rank = rank
         self._interval = min(_MAX_INTERVAL_SECONDS, timeout_seconds / _INTERVALS_PER_TIMEOUT)
-        self._max_missed = round(timeout_seconds / self._interval)
+        self._max_missed = round(timeout_seconds / self._interval) - _INTERVALS_BEFORE_TIMEOUT
         self._on_lost = on_lost
+        self._on_closed = on_closed
         self._seen = dict.fromkeys(range(1, world_size) if rank == 0 else [0], (0, 0))
         """{rank: (its counter, number of this rank's heartbeats since that last changed)}."""
         self._beats = 0
@@ -68,15 +76,23 @@ class Heartbeat:
 
     def _beat(self) -> None:
         """Increment this rank's counter and check the others', until the block ends or a rank is lost."""
-        while not self._stopped.wait(self._interval):
+        closed = 0
+        while not self._stopped.wait(min(self._interval, _CLOSED_INTERVAL_SECONDS) if closed else self._interval):
             try:
                 self._store.add(str(self._rank), 1)
                 reported = self._store.add("lost", 0) > 0
                 silent = [] if reported else self._silent()
                 if silent:
                     self._store.add("lost", 1)
-            except RuntimeError:  # no connection to the store; if this lasts, `_watch_store` reports rank 0 as lost
+            except dist.DistNetworkError:  # torch does not connect again
+                closed += 1
+                if closed == _CLOSED_BEATS:
+                    self._on_closed()
+                    return
                 continue
+            except RuntimeError:  # no answer from the store; if this lasts, `_watch_store` reports rank 0 as lost
+                continue
+            closed = 0
             if reported or silent:
                 self._on_lost(silent[0] if silent else None)
                 return

@@ -4,6 +4,8 @@ GPU tensors are sent by NCCL. Python objects and CPU tensors are always sent by 
 """
 
 import os
+import socket
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch.distributed
 from megatron_rlvr.distributed import megatron_on_cpu, network, server_group
 from megatron_rlvr.distributed.accelerator import has_gpu
 from megatron_rlvr.errors import FaultError
+
+_LAUNCHER_SECONDS = 10.0
 
 
 class JoinError(FaultError):
@@ -70,6 +74,7 @@ def _join_store(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:
     address is MASTER_ADDR there; then it is the one on the way to a rank of another host, if there is another host.
     """
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    _check_launcher(host, port)
     try:
         own = network.own_address_toward(host)
         store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
@@ -88,6 +93,21 @@ def _join_store(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:
         ) from None
     network.choose_interface(own)
     return store, rank, world_size
+
+
+def _check_launcher(host: str, port: str) -> None:
+    """Raise JoinError if the store is the launcher's, and that has ended since it started this rank.
+
+    Its store exists before its ranks do, and torch would wait for one that is gone until the timeout.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with suppress(socket.gaierror, TimeoutError):
+            try:
+                socket.create_connection((host, int(port)), _LAUNCHER_SECONDS).close()
+            except ConnectionRefusedError:
+                raise JoinError(
+                    f"MASTER_ADDR={host}: the launcher of the ranks has ended; run the same command again"
+                ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,14 @@ from megatron_rlvr.preflight.results import CheckResult, Report
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.layout_checks import check_megatron
-from megatron_rlvr.startup.process import check_launch, is_main, leave, print_error, quiet_libraries
+from megatron_rlvr.startup.process import (
+    check_launch,
+    end_with_launcher,
+    is_main,
+    leave,
+    print_error,
+    quiet_libraries,
+)
 from megatron_rlvr.startup.resolve import Resolved, resolve
 
 DESCRIPTION = """\
@@ -45,6 +52,7 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
     Args:
         program: Name of the command in messages.
     """
+    end_with_launcher()
     options, flags = parse(arguments, program)
     quiet_libraries()
     signals = Signals()

@@ -16,6 +16,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from megatron_rlvr.process_guard import ProcessGuard
 from megatron_rlvr.reward.overlong import soft_overlong_penalty
 from megatron_rlvr.reward.process import GraderDied, GraderProcess, GraderTimeout, RewardError
 from megatron_rlvr.types import REWARD_FUNCTION, Grade, Prompt
@@ -122,6 +123,10 @@ class GraderPool:
         self._lock = threading.Lock()  # guards the counters, _closed and _processes
         self._closed = False
         self._processes: dict[threading.Thread, GraderProcess] = {}
+        try:
+            self._guard = ProcessGuard()
+        except OSError as error:
+            raise RewardError(f"reward.workers: cannot start a process ({error}); set fewer") from error
         started: list[Future[None]] = [Future() for _ in range(workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(future,), name=f"grader-{number}", daemon=True)
@@ -161,7 +166,10 @@ class GraderPool:
         return future
 
     def close(self) -> None:
-        """Cancel every response without a verdict, and kill and reap all processes. May be called repeatedly."""
+        """Cancel every response without a verdict, and kill and reap all processes and what they have started.
+
+        May be called repeatedly.
+        """
         with self._lock:
             self._closed = True
             for process in self._processes.values():
@@ -180,6 +188,7 @@ class GraderPool:
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():  # a callback may close the pool
                 thread.join(_JOIN_SECONDS)
+        self._guard.close()
 
     def _serve(self, started: "Future[None]") -> None:
         """Body of one thread: start a process, then grade one task after another until the queue yields None."""
@@ -231,7 +240,7 @@ class GraderPool:
             if self._closed:
                 raise RewardError("the grader pool is closed")
             replaces = threading.current_thread() in self._processes
-            process = GraderProcess(self._function, self._timeout_seconds, self._answer_after)
+            process = GraderProcess(self._guard, self._function, self._timeout_seconds, self._answer_after)
             self._processes[threading.current_thread()] = process
         process.wait_until_ready()
         with self._lock:

@@ -1,5 +1,8 @@
 """Trainer's side of one grader process (``worker.py``): start it, send tasks with a hard deadline, kill it.
 
+A reward function may start processes of its own. They are killed with the grader, and after the end of the trainer,
+also if it was killed (`process_guard.py`).
+
 The thread that constructs a `GraderProcess` starts the process, and Linux kills the process when *that thread* ends
 (not when the trainer ends): construct it in a thread that lives at least as long as the process should.
 """
@@ -14,6 +17,7 @@ import time
 from multiprocessing.connection import Connection
 
 from megatron_rlvr.errors import InputError
+from megatron_rlvr.process_guard import ProcessGuard
 
 START_LIMIT_SECONDS = 60.0
 """Time limit for importing the reward function.
@@ -37,10 +41,13 @@ class GraderDied(Exception):
 class GraderProcess:
     """One grader process. Use it from one thread only; `kill` may be called from any thread."""
 
-    def __init__(self, function: str, timeout_seconds: float, answer_after: str | None = None) -> None:
+    def __init__(
+        self, guard: ProcessGuard, function: str, timeout_seconds: float, answer_after: str | None = None
+    ) -> None:
         """Start the process without waiting for it.
 
         Args:
+            guard: Starts and kills the process.
             function: "math" or "module:function".
             timeout_seconds: Deadline of each task in seconds.
             answer_after: Text after which the answer begins, for "math"; None for the whole response.
@@ -48,6 +55,7 @@ class GraderProcess:
         Raises:
             RewardError: If the system cannot start a process.
         """
+        self._guard = guard
         self._function = function
         self._timeout_seconds = timeout_seconds
         trainer_end, grader_end = socket.socketpair()
@@ -59,7 +67,7 @@ class GraderProcess:
         search_path = filter(None, [*sys.path, os.environ.get("PYTHONPATH")])
         with grader_end:
             try:
-                self._process = subprocess.Popen(
+                self._process = guard.start(
                     [*command, str(grader_end.fileno()), str(os.getpid()), function, answer_after or ""],
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # standard error, by descriptor: sys.stderr may be captured
@@ -127,9 +135,8 @@ class GraderProcess:
         self._process.kill()
 
     def reap(self) -> None:
-        """Kill the process, wait until it has exited, and close the socket."""
-        self._process.kill()
-        self._process.wait()
+        """Kill the process and what it has started, wait until they have exited, and close the socket."""
+        self._guard.kill(self._process)
         self._connection.close()
 
     def _cause_of_death(self) -> str:

@@ -5,8 +5,10 @@ import os
 import sys
 import time
 import warnings
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
+from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.config import ParallelSettings, SettingsError
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Stopped
@@ -25,6 +27,15 @@ def is_main() -> bool:
 def is_first_of_host() -> bool:
     """Return whether this process is the first rank of its host, by the launcher's LOCAL_RANK."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def end_with_launcher() -> None:
+    """Make the kernel kill this rank when torchrun, or `rlvr train`, ends, even by SIGKILL.
+
+    Other launchers may start ranks from a thread that ends before them, which would count as the end of the launcher.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
 
 
 def world_size(parallel: ParallelSettings) -> int:
@@ -62,7 +73,12 @@ def print_error(error: Exception) -> None:
             time.sleep(_OTHER_RANKS_WAIT_SECONDS)
         except Stopped:  # by the launcher: another rank has printed the error and exited
             return
-    print(f"megatron_rlvr: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print_line(str(error))
+
+
+def print_line(text: str) -> None:
+    """Print a message as one line on stderr."""
+    print(f"megatron_rlvr: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def leave(status: int, graders: GraderPool | None = None) -> NoReturn:
@@ -73,6 +89,36 @@ def leave(status: int, graders: GraderPool | None = None) -> NoReturn:
     sys.stderr.flush()
     logging.shutdown()
     os._exit(status)
+
+
+def survive_closed_output() -> None:
+    """Drop what standard output and standard error do not take any more, when a terminal or pipe has been closed.
+
+    Otherwise the next line of progress would end the run, which is about to save its checkpoint after SIGHUP.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Dropping):
+            setattr(sys, name, _Dropping(stream))
+
+
+class _Dropping:
+    """A stream whose errors at writing are ignored."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def quiet_libraries() -> None:

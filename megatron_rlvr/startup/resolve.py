@@ -22,7 +22,7 @@ from megatron_rlvr.hf.headers import model_tensors
 from megatron_rlvr.reward.final_answer import THINK_CLOSE, THINK_OPEN
 from megatron_rlvr.startup.inputs import check_inputs, inputs_of, recorded_clock, recorded_inputs
 from megatron_rlvr.startup.layout_checks import check_experts, check_layout, check_lengths
-from megatron_rlvr.startup.process import world_size
+from megatron_rlvr.startup.process import is_main, world_size
 from megatron_rlvr.startup.run_folder import check_run_folder
 from megatron_rlvr.startup.stop_tokens import StopToken, find_stop_tokens
 
@@ -50,7 +50,7 @@ class Resolved:
         evaluation: {name of the set: its prompts}.
         now: Moment that the chat template sees; None if it does not read the clock.
         world_size: Number of ranks.
-        start: Checkpoint that the run resumes from; None for a fresh run.
+        start: Checkpoint that the run resumes from; None for a fresh run, and on other ranks than the main rank.
         skipped_tensors: Names of tensors in the model's files that are no weights of it.
     """
 
@@ -84,7 +84,7 @@ class Resolved:
 
 
 def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
-    """Read and check the model folder, the tokenizer, the prompt files and the run folder.
+    """Read and check the model folder, the tokenizer, the prompt files and, on the main rank, the run folder.
 
     Raises:
         InputError: SettingsError, ModelError, TokenizerError or DataError, each one sentence.
@@ -98,7 +98,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     check_experts(settings, fields, ranks)
     check_lengths(settings, hf_config)
     _check_packages(settings)
-    start = check_run_folder(settings)
+    start = check_run_folder(settings) if is_main() else None  # the main rank has the lease of the folder
     tokenizer = load_tokenizer(settings.model.tokenizer or settings.model.path)
     if tokenizer.vocab_size > hf_config["vocab_size"]:
         raise SettingsError(

@@ -1,5 +1,6 @@
 """The run folder, `run.dir`: its files, how far an earlier run got in it, and its preparation for a new run.
 
+lease/             which run uses the folder (`lease.py`); gone when a run has ended in order
 config.yaml        the resolved settings
 metrics.jsonl      one object per training step
 rollouts/          sampled responses as text
@@ -22,6 +23,7 @@ from megatron_rlvr.checkpoint.resume import checkpoint_to_resume, prepare_checkp
 from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, RunTotals
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import to_yaml
+from megatron_rlvr.metrics import check_metrics
 
 RUN_FILES = (
     *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
@@ -37,6 +39,7 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
     """Return the checkpoint that the run resumes from, or None for a fresh run.
 
     Raises:
+        LogError: Its metrics.jsonl is damaged.
         SettingsError: The folder cannot be written, holds an earlier run that may be neither resumed nor replaced, or
             the run would replace a file that it reads.
     """
@@ -47,6 +50,8 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
         for name in earlier:
             if Path(needed).resolve().is_relative_to((folder / name).resolve()):
                 raise SettingsError(f"{key}={needed}: is in run.dir={folder}, where {name} is replaced; choose another")
+    if start is not None:
+        check_metrics(folder, start.step)
     _check_writable("run.dir", folder)
     if settings.sync.dir is not None:
         _check_writable("sync.dir", Path(settings.sync.dir))

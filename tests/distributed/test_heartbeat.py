@@ -15,6 +15,7 @@ from waiting import wait_for
 from megatron_rlvr.distributed.heartbeat import Heartbeat
 
 SECONDS = 4.0
+CLOSED = -1
 
 
 class Unreachable:
@@ -44,7 +45,8 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[Heartbeat,
 
     def heartbeat(rank: int, common: dist.Store) -> tuple[Heartbeat, Unreachable, Lost]:
         lost, store = Lost(), Unreachable(common)
-        return Heartbeat(store, rank, 3, SECONDS, lost.append), store, lost  # type: ignore[arg-type]
+        watch = Heartbeat(store, rank, 3, SECONDS, lost.append, lambda: lost.append(CLOSED))  # type: ignore[arg-type]
+        return watch, store, lost
 
     def heartbeats() -> list[tuple[Heartbeat, Unreachable, Lost]]:
         common = dist.HashStore()
@@ -72,16 +74,39 @@ def test_a_silent_rank_is_reported_to_all(three: Any) -> None:
         store.answers.set()
 
 
-def test_ranks_whose_store_has_closed_report_the_main_rank(three: Any) -> None:
+def test_ranks_whose_store_fails_report_the_main_rank(three: Any) -> None:
     _, (heartbeat, store, lost), _ = three()
-    store.error = dist.DistNetworkError("Broken pipe")
+    store.error = dist.DistStoreError("no answer")
     with heartbeat:
         wait_for(lambda: lost)
     assert lost == [0]
 
 
+def test_ranks_report_a_store_that_has_closed_long_before_the_timeout(
+    three: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "SECONDS", 600.0)
+    _, (heartbeat, store, lost), _ = three()
+    store.error = dist.DistNetworkError("Broken pipe")
+    began = time.monotonic()
+    with heartbeat:
+        wait_for(lambda: lost)
+    assert lost == [CLOSED]
+    assert time.monotonic() - began < 10
+
+
+def test_a_connection_to_a_store_whose_process_has_ended_is_a_network_error() -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    connection = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+    connection.add("a", 1)
+    del server
+    for _ in range(3):
+        with pytest.raises(dist.DistNetworkError):
+            connection.add("a", 1)
+
+
 def test_a_world_of_one_rank_starts_no_thread() -> None:
-    with Heartbeat(dist.HashStore(), 0, 1, 0.1, lambda rank: pytest.fail(f"rank {rank} is lost")) as heartbeat:
+    with Heartbeat(dist.HashStore(), 0, 1, 0.1, lambda rank: pytest.fail(f"rank {rank} is lost"), int) as heartbeat:
         assert heartbeat._threads == []
 
 
@@ -101,7 +126,7 @@ def frozen_rank() -> list[int | None]:
 
         store.add("process of rank 1", os.getpid() if rank == 1 else 0)
         dist.barrier()
-        heartbeat = Heartbeat(process_group.store(), rank, 2, 3.0, on_lost)
+        heartbeat = Heartbeat(process_group.store(), rank, 2, 3.0, on_lost, int)
         with heartbeat:
             wait_for(lambda: heartbeat._beats > 2)
             if rank == 1:

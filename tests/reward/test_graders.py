@@ -1,5 +1,6 @@
 """Tests of the grader processes: a hang or crash fails one response only, and no process outlives the trainer."""
 
+import itertools
 import math
 import os
 import signal
@@ -12,13 +13,15 @@ from concurrent.futures import CancelledError, wait
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from waiting import wait_for
 
 from megatron_rlvr.reward.graders import GraderPool, RewardError, Verdict, check_function, grade
 from megatron_rlvr.types import Grade, Prompt
 
 REWARDS = """
-import ctypes, itertools, os, sys, time
+import ctypes, itertools, os, subprocess, sys, time
 import numpy as np
 
 def scripted(prompt, response):
@@ -44,6 +47,16 @@ def scripted(prompt, response):
         case "segfault": ctypes.string_at(0)
         case "memory": bytes(5 * 2**30)
         case "pid": return float(os.getpid())
+        case "start":  # processes that run on: a child, one in a session of its own, and a daemon
+            _, seconds, then = response.split()
+            subprocess.Popen(["sleep", seconds])
+            subprocess.Popen(["sleep", seconds], start_new_session=True)
+            subprocess.run(f"setsid sh -c 'sleep {seconds} & sleep {seconds}' &", shell=True)
+            while int(subprocess.run(["pgrep", "-xcf", f"sleep {seconds}"], capture_output=True).stdout) < 4:
+                time.sleep(0.01)
+            if then == "exit": os._exit(3)
+            if then == "hang": time.sleep(60)
+            return True
         case "torch": return "torch" in sys.modules or "sympy" in sys.modules
         case "print":
             print("printed")
@@ -98,11 +111,12 @@ def other_children() -> None:
 
 
 def children() -> set[int]:
-    """Return the processes started by the current test, zombies included."""
+    """Return the processes started by the current test, zombies included and the guard of a pool left out."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+            child = int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid()
+            if child and b"megatron_rlvr.process_guard" not in stat.with_name("cmdline").read_bytes():
                 found.add(int(stat.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             pass
@@ -185,6 +199,33 @@ def test_every_future_gets_its_own_verdict() -> None:
         futures = [pool.submit(prompt(), f"number {number}") for number in range(600)]
         assert [future.result(timeout=30).value for future in futures] == list(range(600))
         assert pool.graded == 600
+
+
+_numbers = itertools.count()
+
+
+def new_duration() -> str:
+    """Return a duration that no other test sleeps for, by which processes are found."""
+    return f"{10_000_000 * (next(_numbers) + 1) + os.getpid()}"
+
+
+def sleeping(seconds: str) -> int:
+    """Return the number of processes that sleep for this duration, whichever their parents are."""
+    return sum(process.info["cmdline"] == ["sleep", seconds] for process in psutil.process_iter(["cmdline"]))
+
+
+@pytest.mark.parametrize("then", ["hang", "exit", "return"])
+def test_processes_that_a_function_has_started_are_killed_with_the_grader(then: str) -> None:
+    seconds = new_duration()
+    with GraderPool("grader_rewards:scripted", workers=2, timeout_seconds=6.0) as pool:
+        verdict = ask(pool, f"start {seconds} {then}")
+        assert (
+            verdict.failure
+            == {"hang": "timeout after 6.0 s", "exit": "grader died with exit code 3", "return": None}[then]
+        )
+        assert sleeping(seconds) == (4 if then == "return" else 0)
+        assert ask(pool, "half").value == 0.5
+    assert sleeping(seconds) == 0
 
 
 def test_import_time_is_not_charged_to_a_response(rewards: Path) -> None:
@@ -360,6 +401,20 @@ def test_no_grader_outlives_a_killed_trainer(rewards: Path) -> None:
     while any(map(running, graders)) and time.monotonic() < limit:
         time.sleep(0.02)
     assert not any(map(running, graders))
+
+
+def test_no_process_of_a_function_outlives_a_killed_trainer_and_the_pipe_behind_it_closes(rewards: Path) -> None:
+    seconds = new_duration()
+    script = SCRIPT + f"pool.submit(prompt, 'start {seconds} hang')\ntime.sleep(600)\n"
+    with subprocess.Popen(
+        command(script), cwd=rewards, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as trainer:
+        try:
+            wait_for(lambda: sleeping(seconds) == 4)
+        finally:
+            trainer.kill()
+        trainer.communicate(timeout=10)  # returns when no process has the pipe any more
+    wait_for(lambda: sleeping(seconds) == 0, 10)
 
 
 def test_no_degenerate_answer_reaches_the_deadline_or_affects_the_next() -> None:

@@ -449,6 +449,7 @@ while True:
     wait_for(lambda: "working" in launcher.said(), "command")
     process.kill()
     wait_for(lambda: "got SIGTERM" in launcher.said() and alive([server]) == [], "end")
+    wait_for(lambda: launcher.left() == [], "end of the processes that the server has started")
 
 
 def family(pid: int) -> list[psutil.Process]:

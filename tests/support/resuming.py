@@ -13,6 +13,8 @@ from megatron_rlvr.config.loading import load_settings
 class StopAfter:
     """Stand-in for signals: SIGTERM arrives in the given step of this process."""
 
+    stop_signal = "SIGTERM"
+
     def __init__(self, steps: int) -> None:
         self.left = steps
 

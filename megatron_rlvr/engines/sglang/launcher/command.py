@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
-from megatron_rlvr.engines.sglang.launcher.process import ServerProgram, start_time
+from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
+from megatron_rlvr.process_table import start_time
 
 DESCRIPTION = """\
 Start SGLang servers on this machine, supervise them, and stop them with the run that uses them.

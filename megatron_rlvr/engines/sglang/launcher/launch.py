@@ -14,13 +14,9 @@ from pathlib import Path
 
 from megatron_rlvr import atomic
 from megatron_rlvr.child_process import ends_with_parent
-from megatron_rlvr.engines.sglang.launcher.process import (
-    ServerProcess,
-    ServerProgram,
-    kill_session,
-    start_time,
-    without_proxy,
-)
+from megatron_rlvr.engines.sglang.launcher.process import ServerProcess, ServerProgram, without_proxy
+from megatron_rlvr.process_guard import ProcessGuard
+from megatron_rlvr.process_table import kill_tree, start_time
 
 _POLL_SECONDS = 0.25
 _REPORT_SECONDS = 10.0
@@ -53,7 +49,8 @@ class Launcher:
         until_pid: int | None = None,
         then: Sequence[str] = (),
     ) -> None:
-        self._servers = [ServerProcess(program) for program in programs]
+        self._guard = ProcessGuard()
+        self._servers = [ServerProcess(program, self._guard) for program in programs]
         self._record = record
         self._say = say
         self._restart = restart
@@ -181,7 +178,7 @@ class Launcher:
         if requests > self._stop_requests == 0:
             self._command.send_signal(self._signals[0] if self._signals else signal.SIGTERM)
         elif requests > self._stop_requests:
-            kill_session(self._command.pid)
+            kill_tree({self._command.pid})
         self._stop_requests = requests
 
     @property
@@ -203,7 +200,7 @@ class Launcher:
     def _shut_down(self) -> None:
         """Stop everything: servers get SIGTERM, and SIGKILL after 30 s or a second signal to this process."""
         if self._command is not None:
-            kill_session(self._command.pid)
+            kill_tree({self._command.pid})
             self._command.wait()
         running = [server for server in self._servers if server.process is not None]
         for server in running:
@@ -216,4 +213,5 @@ class Launcher:
                 if server.process is not None and not (in_time and server.process.poll() is None):
                     server.kill()
             time.sleep(_POLL_SECONDS)
+        self._guard.close()
         self._record.unlink(missing_ok=True)

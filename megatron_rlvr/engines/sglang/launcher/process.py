@@ -1,12 +1,10 @@
 """SGLang servers as child processes: their command lines, their health checks, and their complete removal.
 
-Each server runs in a session of its own. Its processes are found by the session id even if their parents have exited,
-so none of them outlives the server. A server does not outlive this process either, even if this process is killed: the
-kernel then kills the server, and the server's own processes watch it. This works on Linux only. The main thread has to
-start the servers: the kernel treats the end of the thread that started a child as the end of the parent.
+No process of a server outlives it, and no server outlives this process, even if this process is killed
+(`process_guard.py`). This works on Linux only. The main thread has to start the servers: the kernel kills them as well,
+and treats the end of the thread that started a child as the end of the parent.
 """
 
-import contextlib
 import http.client
 import os
 import signal
@@ -19,11 +17,11 @@ from typing import Literal
 
 from megatron_rlvr.child_process import ends_with_parent
 from megatron_rlvr.distributed.network import in_url, server_variables
+from megatron_rlvr.process_guard import ProcessGuard
 
 # A server that cannot sample answers 503 after 20 s by itself, during which the other servers would not be supervised.
 _HEALTH_SECONDS = 5.0
 _CPU_SERVER = Path(__file__).with_name("cpu_server.py")
-_KILL_SECONDS, _POLL_SECONDS = 10.0, 0.05
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 
@@ -109,6 +107,10 @@ def without_proxy(environment: Mapping[str, str], hosts: Iterable[str]) -> dict[
 class ServerProcess:
     """A server and the process that runs it, if one does.
 
+    Args:
+        program: Command line and environment.
+        guard: Starts and kills the process.
+
     Attributes:
         program: Command line and environment.
         process: The running process, or None.
@@ -117,8 +119,9 @@ class ServerProcess:
         restart_at: Time (of ``time.monotonic``) at which to restart the server, or None.
     """
 
-    def __init__(self, program: ServerProgram) -> None:
+    def __init__(self, program: ServerProgram, guard: ProcessGuard) -> None:
         self.program = program
+        self._guard = guard
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = self.was_ready = False
         self.restart_at: float | None = None
@@ -131,13 +134,12 @@ class ServerProcess:
         self.program.log.parent.mkdir(parents=True, exist_ok=True)
         with self.program.log.open("ab") as log:
             self._log_start = log.tell()
-            self.process = subprocess.Popen(
+            self.process = self._guard.start(
                 self.program.command,
                 env=self.program.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
                 preexec_fn=ends_with_parent(signal.SIGKILL),
             )
         self._started, self.restart_at, self.ready = time.monotonic(), None, False
@@ -161,8 +163,7 @@ class ServerProcess:
     def kill(self) -> None:
         """Kill all remaining processes of the server and reap the one that was started."""
         assert self.process is not None
-        kill_session(self.process.pid)
-        self.process.wait()
+        self._guard.kill(self.process)
         self.process, self.ready = None, False
 
     def schedule_restart(self) -> float:
@@ -181,37 +182,3 @@ class ServerProcess:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - 8192))
             return "\n".join(log.read().decode("utf-8", errors="replace").strip().splitlines()[-lines:])
-
-
-def _stat(pid: str) -> list[str]:
-    """Return the fields of /proc/PID/stat from the third on; none if the process has exited, reaped or not."""
-    try:
-        fields = Path("/proc", pid, "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
-    return fields if fields and fields[0] not in "ZX" else []
-
-
-def start_time(pid: int) -> str | None:
-    """Return when a process started, which distinguishes it from a later one of the same id; None if it is not running.
-
-    The unit is clock ticks since the machine booted.
-    """
-    fields = _stat(str(pid))
-    return fields[19] if fields else None
-
-
-def _members(session: int) -> list[int]:
-    """Return the ids of the running processes of a session."""
-    found = ((pid, _stat(pid)) for pid in os.listdir("/proc") if pid.isdigit())
-    return [int(pid) for pid, fields in found if fields and int(fields[3]) == session]
-
-
-def kill_session(session: int) -> None:
-    """Kill the processes of a session, and wait up to 10 s until all of them have exited."""
-    deadline = time.monotonic() + _KILL_SECONDS
-    while (pids := _members(session)) and time.monotonic() < deadline:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(_POLL_SECONDS)
