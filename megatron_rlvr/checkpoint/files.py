@@ -16,12 +16,12 @@ import io
 import json
 import pickle
 from collections.abc import Mapping
+from pickle import UnpicklingError
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_rlvr.checkpoint.unpickling import read_metadata
 from megatron_rlvr.hf.families import ModelError, Row, expert_count, rows_of, tensor_shapes
 from megatron_rlvr.hf.headers import check_tensors
 from megatron_rlvr.hf.weights import FILE_BYTES
@@ -117,24 +118,34 @@ class CheckpointReader:
         self._folder = folder
         try:
             backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-            metadata = FileSystemReader(folder).read_metadata()
+            if backend != _BACKEND:
+                raise ModelError(f"{folder} is a checkpoint of format {backend!r}; only {_BACKEND} is supported")
+            metadata = read_metadata(folder)
+            self._storage: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
+            tensors = metadata.state_dict_metadata.items()
+            self._tensors = {key: each for key, each in tensors if isinstance(each, TensorStorageMetadata)}
+            ends = self._ends_of_files()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ModelError(f"{folder} lacks {Path(error.filename).name}; give the folder of a checkpoint") from None
-        except (ValueError, LookupError, TypeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        except ModelError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UnpicklingError) as error:
             raise ModelError(f"{folder} cannot be read ({error}); copy the checkpoint again") from None
-        if backend != _BACKEND:
-            raise ModelError(f"{folder} is a checkpoint of format {backend!r}; only {_BACKEND} is supported")
-        self._storage: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._tensors = {k: t for k, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
-        self._check_files()
+        self._check_files(ends)
 
-    def _check_files(self) -> None:
-        """Raise ModelError if a file is missing or shorter than the metadata says."""
+    def _ends_of_files(self) -> dict[str, int]:
+        """Return {name of each file with chunks: bytes that it has at least}."""
         ends: dict[str, int] = {}
         for info in self._storage.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        return ends
+
+    def _check_files(self, ends: Mapping[str, int]) -> None:
+        """Raise ModelError if a file is missing, shorter than the metadata says, or elsewhere."""
         for name, end in ends.items():
             path = self._folder / name
+            if path.name != name:
+                raise ModelError(f"{self._folder}: its .metadata names {name}, outside of the folder")
             if not path.is_file():
                 raise ModelError(f"{self._folder} lacks {name}, which its .metadata names; copy the checkpoint again")
             if path.stat().st_size < end:

@@ -5,9 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-
 from megatron_rlvr.checkpoint.files import CheckpointReader
+from megatron_rlvr.checkpoint.megatron.loading import load_sharded
 from megatron_rlvr.checkpoint.megatron.pending import PendingCheckpoint, link_checkpoint
 from megatron_rlvr.checkpoint.megatron.sharded_state import (
     fill_weights,
@@ -67,7 +66,7 @@ def load_policy(policy: Policy, folder: Path) -> None:
     CheckpointReader(folder).check(policy.hf_config)
     weights = sharded_weights(policy.chunks)
     optimizer = sharded_optimizer(policy.optimizer, weights, loading=True)
-    loaded = dist_checkpointing.load(weights | {"optimizer": optimizer}, str(folder))
+    loaded = load_sharded(weights | {"optimizer": optimizer}, folder)
     fill_weights(policy.chunks, loaded)
     load_optimizer(policy.optimizer, loaded["optimizer"])
     policy.schedule.load_state_dict(loaded["schedule"])
