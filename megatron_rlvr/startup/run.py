@@ -103,6 +103,7 @@ def _prepare(resolved: Resolved, ranks: "Ranks") -> Resolved:
     """
     import torch.distributed as dist
 
+    from megatron_rlvr.checkpoint.verification import verify
     from megatron_rlvr.distributed.collectives import on_main_rank, raise_on_all_ranks
 
     main: list[Any] = [resolved.start, resolved.now, resolved.inputs]
@@ -113,7 +114,9 @@ def _prepare(resolved: Resolved, ranks: "Ranks") -> Resolved:
     found = differences(resolved.settings, inputs, resolved.inputs)
     unlike = f"{found[0]} on rank {ranks.rank}, compared with rank 0; give all hosts the same files" if found else ""
     raise_on_all_ranks(SettingsError(unlike) if unlike else None)
-    on_main_rank(partial(prepare_run_folder, resolved.settings, start, inputs))
+    if start is not None:
+        verify(start)  # before anything in the folder is changed
+    on_main_rank(partial(prepare_run_folder, resolved.settings, start))
     return replace(resolved, start=start, now=now)
 
 
