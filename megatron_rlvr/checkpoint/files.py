@@ -189,9 +189,10 @@ class CheckpointReader:
             return
         keys = {row.key for (row,) in rows_of(config)}
         names = {info.relative_path for index, info in self._storage.items() if index.fqn in keys}
+        names |= {".metadata", "metadata.json"}
         try:
             manifest = read_manifest(self._folder)
-            names |= {name for name in manifest.files if not name.endswith(".distcp")}
+            names |= {name for name in manifest.files if name.startswith(f"{HUGGING_FACE}/")}
             if foreign := sorted(names - manifest.files.keys()):
                 raise InvalidCheckpointError(f"{self._folder}: {foreign[0]} is not a file of this checkpoint")
             manifest.check_content(sorted(names))
