@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from megatron_rlvr import atomic
 from megatron_rlvr.checkpoint.manifest import (
+    NAME,
     FileDigest,
     InvalidCheckpointError,
     Manifest,
@@ -75,7 +76,7 @@ class Checkpoint:
         """Return the manifest. Raises InvalidCheckpointError also if it is that of another checkpoint."""
         manifest = read_manifest(self.folder)
         if manifest.about.get(_CHECKPOINT) != self.folder.name:
-            raise InvalidCheckpointError(f"{self.folder}: is the checkpoint {manifest.about.get(_CHECKPOINT)}")
+            raise InvalidCheckpointError(f"{self.folder}: {NAME} is that of {manifest.about.get(_CHECKPOINT)}")
         return manifest
 
     def inputs(self) -> dict[str, Any]:
