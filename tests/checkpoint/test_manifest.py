@@ -282,7 +282,7 @@ def test_ranks_share_the_files_and_agree_on_the_error(checkpoint: Checkpoint) ->
             errors = [error for error, _ in ranks.run(error_of_verifying, 2, str(checkpoint.folder))]
             assert errors[0] == errors[1]
             assert errors[0].startswith(
-                f"{checkpoint.folder}: {name} is not as it was saved; restore it, or write {offered}"
+                f"{checkpoint.folder}: {name} is not as it was saved; restore it, or write step_000004 into "
             )
             flip(name)(checkpoint.folder)
         flip("common.pt")(checkpoint.folder)
