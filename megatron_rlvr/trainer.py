@@ -8,7 +8,7 @@ Each step:
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +27,9 @@ from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import EngineError, RolloutEngine, WeightsMissingError
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
+from megatron_rlvr.rollout.saved_groups import restored_form, saved_form
 from megatron_rlvr.signals import Signals
+from megatron_rlvr.types import Prompt
 
 # Share of truncated responses from which the end of a response is probably not recognized.
 _MOSTLY_TRUNCATED = 0.95
@@ -37,6 +39,7 @@ class Trainer:
     """Trains a policy with parts that `startup/assembly.py` makes. All ranks make the same calls.
 
     Attributes:
+        prompts: Prompts to train on.
         export: Writes the policy as a Hugging Face folder; a collective over the world.
         totals: Totals of the run so far, over all of its processes.
     """
@@ -47,6 +50,7 @@ class Trainer:
         policy: Policy,
         engine: RolloutEngine,
         collector: Collector,
+        prompts: Sequence[Prompt],
         learner: Learner,
         evaluator: Evaluator,
         log: MetricsLog,
@@ -59,6 +63,7 @@ class Trainer:
         self.policy = policy
         self.engine = engine
         self.collector = collector
+        self.prompts = prompts
         self.learner = learner
         self.evaluator = evaluator
         self.log = log
@@ -134,17 +139,17 @@ class Trainer:
         totals = replace(self.totals, seconds=self.totals.seconds + time.perf_counter() - self._start_time)
         state = {
             "totals": asdict(totals),
-            "collector": self.collector.state(),
+            "collector": saved_form(self.collector.state()),
             "skipped_in_a_row": self.learner.skipped_in_a_row,
         }
         with self.signals.saving():
             self.checkpoints.save(totals.step, state, partial(save_policy, self.policy))
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Restore the state that `save` saved."""
+        """Restore the state that `save` saved; the checkpoint has been verified."""
         state = checkpoint.state()
         load_policy(self.policy, checkpoint.folder)
-        self.collector.restore(state["collector"])
+        self.collector.restore(restored_form(state["collector"], self.prompts))
         self.learner.skipped_in_a_row = state["skipped_in_a_row"]
         self.totals = RunTotals(**state["totals"])
 

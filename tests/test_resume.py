@@ -2,8 +2,8 @@
 
 import copy
 import json
-import pickle
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from scripted import LAYOUTS as REPLICAS
 
 from megatron_rlvr.checkpoint.resume import checkpoint_to_resume, prepare_checkpoints
+from megatron_rlvr.checkpoint.state import encode_state, read_state
 from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, latest_checkpoint
 from megatron_rlvr.config import RunSettings, SettingsError
 from megatron_rlvr.config.loading import load_settings
+from megatron_rlvr.rollout.saved_groups import restored_form, saved_form
 
 STEPS, CUT = 8, 4
 PATIENCE_SECONDS = 200.0
@@ -245,11 +247,14 @@ class Resuming:
         inner, take_in = self.inner, self.inner._take_in
         inner._take_in = lambda _: take_in(on_finished)  # so that the test counts these too
         inner._start = lambda: None  # this life ends here
-        state = [pickle.dumps(inner.state())]
-        dist.broadcast_object_list(state, src=0)
+        files = [encode_state(saved_form(inner.state()))]
+        dist.broadcast_object_list(files, src=0)
         inner.close()
         self.inner = self.born()
-        self.inner.restore(pickle.loads(state[0]))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files[0].items():
+                Path(folder, name).write_bytes(content)
+            self.inner.restore(restored_form(read_state(Path(folder)), self.parts["cursor"]._set.prompts))
         return self.inner.collect(step, on_finished)
 
     def __getattr__(self, name: str) -> Any:
@@ -373,7 +378,7 @@ def test_checkpoints_are_kept_by_number_and_by_step(tmp_path: Path) -> None:
     def write(folder: Path, finish: Any, same: Path | None, *, background: bool) -> Any:
         assert same is None
         folder.mkdir(parents=True)
-        return lambda: finish(folder)
+        return lambda: finish(folder, {})
 
     for step in range(1, 10):
         if checkpoints.due(step):
@@ -393,7 +398,7 @@ def test_a_step_that_is_saved_again_keeps_its_weights_and_resumes_from_the_newer
     def write(folder: Path, finish: Any, same: Path | None, *, background: bool) -> Any:
         linked.append(same and same.name)
         folder.mkdir(parents=True)
-        return lambda: finish(folder)
+        return lambda: finish(folder, {})
 
     checkpoints = Checkpoints(run, is_main=True)
     for number, step in enumerate((1, 2, 2, 2, 3)):

@@ -14,6 +14,7 @@ import tiny
 from launcher import Ranks
 from resuming import train_process
 
+from megatron_rlvr.checkpoint.store import Checkpoint
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.startup.describe import describe_plan
@@ -75,7 +76,7 @@ def moments(place: Path, step: int) -> set[str]:
 
 def test_the_clock_stands_still_for_all_ranks_and_in_a_resumed_run(started: Path, ranks: Ranks, tmp_path: Path) -> None:
     place = copy(started, tmp_path / "copy")
-    recorded = json.loads((place / "run" / "checkpoints" / "settings.json").read_text())["inputs"]["clock"]
+    recorded = Checkpoint(place / "run" / "checkpoints" / "step_000001", 1).inputs()["clock"]
     (first,) = moments(place, 1)
     assert first == recorded
     run = config(place, steps=2)
@@ -104,6 +105,14 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+def edit_merges(place: Path) -> None:
+    """Drop the last merge of the tokenizer, which no prompt need use."""
+    path = place / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"].pop()
+    path.write_text(json.dumps(content))
+
+
 def remove_row(place: Path) -> None:
     lines = (place / "train.jsonl").read_text().splitlines(keepends=True)
     (place / "train.jsonl").write_text("".join(lines[1:]))
@@ -119,7 +128,10 @@ def remove_row(place: Path) -> None:
         (edit_rows("held_out.jsonl", answer="-1"), "evaluate.sets={}/held_out.jsonl: answers have changed since"),
         (remove_row, "data.train={}/train.jsonl: the number of prompts has changed from 20 to 19 since"),
         (edit_json("tokenizer_config.json", chat_template=MICROSECONDS + " "),
-         "data.train={}/train.jsonl: the tokenizer or its chat template has changed, so"),
+         "model.path={}/model: the chat template has changed since"),
+        (edit_json("tokenizer_config.json", padding_side="left"),
+         "model.path={}/model: the tokenizer has changed since"),
+        (edit_merges, "model.path={}/model: the tokenizer has changed since"),
         (edit_json("generation_config.json", eos_token_id=[2, 9]),
          "model.path={}/model: the tokens that end a response have changed from [2] to [2, 9] since"),
     ],
@@ -135,9 +147,34 @@ def test_a_resumed_run_that_would_read_something_else_is_refused(
         resolve(load_settings(run))
     said = str(caught.value)
     assert said.startswith(message.format(place))
-    assert said.endswith("; restore what was there, or start a new run in another folder")
-    assert f"the run in run.dir={place / 'run'} started" in said
+    assert said.endswith(
+        "; restore what was there, set run.accept_changed_inputs=true to train on what is there now, or start a new "
+        "run in another folder"
+    )
+    assert f" since the checkpoint in run.dir={place / 'run'} was saved; " in said
+    assert resolve(load_settings(run, ["--run.accept_changed_inputs=true"])).start is not None
     assert resolve(load_settings(run, ["--run.overwrite=true"])).start is None
+
+
+def test_accepted_inputs_are_trained_on_and_become_those_of_the_next_checkpoint(
+    started: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    place = copy(started, tmp_path / "copy")
+    before = Checkpoint(place / "run" / "checkpoints" / "step_000001", 1)
+    remove_row(place)
+    edit_rows("train.jsonl", answer=-1)(place)
+    run = config(place, steps=2)
+    (said,) = ranks.run(train_process, 1, str(run), timeout=PATIENCE_SECONDS)
+    assert said.startswith(f"data.train={place}/train.jsonl: the number of prompts has changed from 20 to 19 since")
+    values = json.loads(run.read_text())
+    values["run"]["accept_changed_inputs"] = True
+    tiny.write_settings(run, values)
+    assert ranks.run(train_process, 1, str(run), timeout=PATIENCE_SECONDS) == [""]
+    after = Checkpoint(place / "run" / "checkpoints" / "step_000002", 2)
+    assert before.inputs()["data.train/train"]["count"] == 20
+    assert after.inputs()["data.train/train"]["count"] == 19
+    assert after.manifest().identity != before.manifest().identity
+    assert resolve(load_settings(config(place, steps=3))).start == after, "accepted once, it is what the run reads"
 
 
 def other_rank_reads_another_file(folder: str) -> str:

@@ -4,6 +4,7 @@
     .metadata                    size and type of every tensor, and the file and offset of its chunks
     common.pt, metadata.json     name of the format
     hugging_face/                configuration and tokenizer of the model
+    manifest.json                digests of all files (manifest.py); Megatron's own checkpoints have none
 
 Tensors are stored unsharded and each rank reads the chunks that it needs, so a checkpoint does not depend on a layout.
 Names are those of the tables in `hf.families`.
@@ -17,11 +18,11 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -32,6 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_rlvr.checkpoint.manifest import NAME, InvalidCheckpointError, read_manifest, write_manifest
+from megatron_rlvr.checkpoint.unpickling import read_metadata
 from megatron_rlvr.hf.families import ModelError, Row, expert_count, rows_of, tensor_shapes
 from megatron_rlvr.hf.headers import check_tensors
 from megatron_rlvr.hf.weights import FILE_BYTES
@@ -90,7 +93,7 @@ class CheckpointWriter:
             return _StorageInfo(path.name, start, file.tell() - start)
 
     def finish(self) -> None:
-        """Write the metadata files.
+        """Write the metadata files and the manifest.
 
         Raises:
             OSError: If a file cannot be written.
@@ -101,6 +104,7 @@ class CheckpointWriter:
         with (self._folder / ".metadata").open("wb") as file:
             pickle.dump(Metadata(self._tensors, storage_data=self._storage), file)
         (self._folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+        write_manifest(self._folder, about={})
 
 
 class CheckpointReader:
@@ -117,24 +121,34 @@ class CheckpointReader:
         self._folder = folder
         try:
             backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-            metadata = FileSystemReader(folder).read_metadata()
+            if backend != _BACKEND:
+                raise ModelError(f"{folder} is a checkpoint of format {backend!r}; only {_BACKEND} is supported")
+            metadata = read_metadata(folder)
+            self._storage: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
+            tensors = metadata.state_dict_metadata.items()
+            self._tensors = {key: each for key, each in tensors if isinstance(each, TensorStorageMetadata)}
+            ends = self._ends_of_files()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ModelError(f"{folder} lacks {Path(error.filename).name}; give the folder of a checkpoint") from None
-        except (ValueError, LookupError, TypeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        except ModelError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UnpicklingError) as error:
             raise ModelError(f"{folder} cannot be read ({error}); copy the checkpoint again") from None
-        if backend != _BACKEND:
-            raise ModelError(f"{folder} is a checkpoint of format {backend!r}; only {_BACKEND} is supported")
-        self._storage: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._tensors = {k: t for k, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
-        self._check_files()
+        self._check_files(ends)
 
-    def _check_files(self) -> None:
-        """Raise ModelError if a file is missing or shorter than the metadata says."""
+    def _ends_of_files(self) -> dict[str, int]:
+        """Return {name of each file with chunks: bytes that it has at least}."""
         ends: dict[str, int] = {}
         for info in self._storage.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        return ends
+
+    def _check_files(self, ends: Mapping[str, int]) -> None:
+        """Raise ModelError if a file is missing, shorter than the metadata says, or elsewhere."""
         for name, end in ends.items():
             path = self._folder / name
+            if path.name != name:
+                raise ModelError(f"{self._folder}: its .metadata names {name}, outside of the folder; copy it again")
             if not path.is_file():
                 raise ModelError(f"{self._folder} lacks {name}, which its .metadata names; copy the checkpoint again")
             if path.stat().st_size < end:
@@ -164,6 +178,26 @@ class CheckpointReader:
         weights = {key: tensor for key, tensor in self._tensors.items() if key.split(".")[0] in prefixes}
         check_tensors({key: tuple(tensor.size) for key, tensor in weights.items()} | found, expected, self._folder)
         return sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in weights.values())
+
+    def check_content(self, config: Mapping[str, Any]) -> None:
+        """Compare the files that hold the model's weights with the manifest, if the checkpoint has one. Reads them all.
+
+        Raises:
+            ModelError: With the file that is not as it was saved.
+        """
+        if not (self._folder / NAME).exists():
+            return
+        keys = {row.key for (row,) in rows_of(config)}
+        names = {info.relative_path for index, info in self._storage.items() if index.fqn in keys}
+        names |= {".metadata", "metadata.json"}
+        try:
+            manifest = read_manifest(self._folder)
+            names |= {name for name in manifest.files if name.startswith(f"{HUGGING_FACE}/")}
+            if foreign := sorted(names - manifest.files.keys()):
+                raise InvalidCheckpointError(f"{self._folder}: {foreign[0]} is not a file of this checkpoint")
+            manifest.check_content(sorted(names))
+        except InvalidCheckpointError as error:
+            raise ModelError(f"{error}; copy the checkpoint again") from error
 
     def read(self, row: Row) -> Tensor:
         """Return the unsharded parameter of a table row; that of a vocabulary with its padding, if it has any."""

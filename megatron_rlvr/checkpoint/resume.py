@@ -1,18 +1,24 @@
-"""Resuming a run: which checkpoint it continues from, and which of its settings may differ. Imports no torch."""
+"""Resuming a run: which checkpoint it continues from, and which of its settings may differ. Imports no torch.
+
+A checkpoint whose files are wrong is never replaced by an older one silently: the message names one that passes.
+"""
 
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr import atomic
+from megatron_rlvr.checkpoint.manifest import NAME, InvalidCheckpointError
 from megatron_rlvr.checkpoint.store import (
     FOLDER,
     LATEST,
     Checkpoint,
     complete_checkpoints,
     latest_checkpoint,
+    older_checkpoints,
     remove_checkpoints,
 )
 from megatron_rlvr.config import Settings, SettingsError
@@ -20,7 +26,6 @@ from megatron_rlvr.config import Settings, SettingsError
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
-_INPUTS = "inputs"
 
 # Settings that may differ when a run resumes: how long it lasts, what it writes, and where and how fast it runs.
 _MAY_CHANGE = {
@@ -65,24 +70,56 @@ def checkpoint_to_resume(settings: Settings, earlier: list[str]) -> Checkpoint |
     return latest  # None: the earlier run ended before its first checkpoint, and starts again
 
 
-def inputs_at_start(settings: Settings) -> dict[str, Any]:
-    """Return the record of inputs that `prepare_checkpoints` wrote when the run started; empty if it has none."""
-    return (_read_settings(Path(settings.run.dir) / FOLDER / _SETTINGS) or {}).get(_INPUTS, {})
+def check_files(checkpoint: Checkpoint) -> None:
+    """Check that exactly the files of the manifest exist, with their sizes; only the manifest is read.
+
+    Raises:
+        InvalidCheckpointError: With the file that is wrong, and the name of the newest older checkpoint that passes.
+    """
+    check_or_offer_older(checkpoint, older_checkpoints(checkpoint), lambda one: one.manifest().check_names())
 
 
-def prepare_checkpoints(settings: Settings, start: Checkpoint | None, inputs: Mapping[str, Any] | None = None) -> None:
+def check_or_offer_older(
+    checkpoint: Checkpoint, older: Sequence[Checkpoint], check: Callable[[Checkpoint], None]
+) -> None:
+    """Check a checkpoint; if it fails, check older ones until one passes, and name it in the error.
+
+    Args:
+        checkpoint: Checkpoint to resume from.
+        older: Checkpoints that could be used instead, in the order of preference.
+        check: Raises InvalidCheckpointError.
+    """
+    try:
+        check(checkpoint)
+    except InvalidCheckpointError as error:
+        raise InvalidCheckpointError(f"{error}; {_remedy(checkpoint, older, check)}") from error
+
+
+def _remedy(checkpoint: Checkpoint, older: Sequence[Checkpoint], check: Callable[[Checkpoint], None]) -> str:
+    for other in older:
+        try:
+            check(other)
+        except InvalidCheckpointError:
+            continue
+        return f"restore it, or write {other.folder.name} into {checkpoint.folder.parent / LATEST} to resume from there"
+    if not (checkpoint.folder / NAME).exists():
+        return (
+            "if an earlier version of this program wrote it, resume with that version, or export its weights with "
+            f"rlvr convert to-hf {checkpoint.folder} and start a new run from them"
+        )
+    return "restore it, or set run.overwrite=true to start from scratch, as no older checkpoint is complete"
+
+
+def prepare_checkpoints(settings: Settings, start: Checkpoint | None) -> None:
     """Prepare the checkpoint folder of a run that resumes from ``start``, or starts from scratch if it is None.
 
     A fresh run writes its settings. Checkpoints newer than ``start``, left by a run that was killed, are removed.
-
-    Args:
-        inputs: JSON-compatible record of what a fresh run reads, for `inputs_at_start`.
     """
     root = Path(settings.run.dir) / FOLDER
     root.mkdir(parents=True, exist_ok=True)
     if start is None:
         (root / LATEST).unlink(missing_ok=True)
-        atomic.write_text(root / _SETTINGS, json.dumps(settings.model_dump() | {_INPUTS: inputs or {}}, indent=1))
+        atomic.write_text(root / _SETTINGS, json.dumps(settings.model_dump(), indent=1))
     newer = [found for found in complete_checkpoints(root) if start is None or found.order > start.order]
     remove_checkpoints(root, newer)
 
@@ -93,11 +130,17 @@ def _is_unused(root: Path) -> bool:
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    """Return settings by section and key; None if there is no file."""
+    if not os.path.lexists(path):
         return None
-    except ValueError as error:
+    try:
+        if not path.is_file():
+            raise OSError("not a regular file")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+            raise ValueError("settings are objects of objects")
+        return settings
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid JSON ({error}); restore it, or start a new run") from None
 
 

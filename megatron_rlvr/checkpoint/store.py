@@ -1,7 +1,8 @@
 """Training checkpoints in a run folder: their names, when one is due, which are kept, and the latest one.
 
-    checkpoints/settings.json     settings and inputs that the run started with (written by `resume`)
-    checkpoints/step_000020/      a complete checkpoint; until it is complete, it is named step_000020.incomplete
+    checkpoints/settings.json     settings that the run started with (written by `resume`)
+    checkpoints/step_000020/      a complete checkpoint; until it is complete, it is named step_000020.incomplete.
+                                  Its manifest (manifest.py) has the digest of each file, and what the run has read
     checkpoints/step_000020.1/    the same weights, with what was sampled for step 21 before SIGTERM stopped the run
     checkpoints/latest            the name of the latest checkpoint; changed after everything else
 
@@ -11,7 +12,7 @@ user and are never touched. Imports no torch.
 """
 
 import errno
-import pickle
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,12 +22,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlvr import atomic
+from megatron_rlvr.checkpoint.manifest import (
+    NAME,
+    FileDigest,
+    InvalidCheckpointError,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
+from megatron_rlvr.checkpoint.state import STATE_FILES, encode_state, read_state
 from megatron_rlvr.config import RunSettings, SettingsError
 from megatron_rlvr.errors import FaultError
 
 FOLDER = "checkpoints"
 LATEST = "latest"
-_STATE = "training_state.pkl"
+_CHECKPOINT, _INPUTS = "checkpoint", "inputs"
 _NAME = re.compile(r"step_(\d{6,})(?:\.(\d+))?")
 _UNFINISHED = re.compile(_NAME.pattern + r"\.(?:incomplete|removing)")
 
@@ -34,7 +44,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class CheckpointError(FaultError):
-    """A checkpoint that cannot be written or read, or an export that cannot be written."""
+    """A checkpoint or an export that cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +72,20 @@ class Checkpoint:
         """Sort key by which checkpoints of a run are in the order in which they were saved."""
         return self.step, self.number
 
-    def state(self) -> dict[str, Any]:
-        """Return the ``state`` given to `Checkpoints.save`. It is a pickle: load only checkpoints that you trust.
+    def manifest(self) -> Manifest:
+        """Return the manifest. Raises InvalidCheckpointError also if it is that of another checkpoint."""
+        manifest = read_manifest(self.folder)
+        if manifest.about.get(_CHECKPOINT) != self.folder.name:
+            raise InvalidCheckpointError(f"{self.folder}: {NAME} is that of {manifest.about.get(_CHECKPOINT)}")
+        return manifest
 
-        Raises:
-            CheckpointError: If the file cannot be read.
-        """
-        path = self.folder / _STATE
-        try:
-            return pickle.loads(path.read_bytes())
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}); write the name of an older checkpoint into "
-                f"{self.folder.parent / LATEST}"
-            ) from error
+    def inputs(self) -> dict[str, Any]:
+        """Return the ``inputs`` given to `Checkpoints`. Raises InvalidCheckpointError if there is no manifest."""
+        return dict(self.manifest().about.get(_INPUTS) or {})
+
+    def state(self) -> dict[str, Any]:
+        """Return the ``state`` given to `Checkpoints.save`. Raises InvalidCheckpointError if it cannot be read."""
+        return read_state(self.folder)
 
 
 @dataclass
@@ -104,16 +114,33 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
     first ``latest``, or the folder was copied without it. Starting from scratch would remove the checkpoints.
 
     Raises:
-        SettingsError: If ``latest`` does not name a checkpoint.
+        SettingsError: If ``latest`` does not name a checkpoint in the folder itself.
     """
-    try:
-        name = (root / LATEST).read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, NotADirectoryError):
+    path = root / LATEST
+    if not os.path.lexists(path):
         return max(complete_checkpoints(root), key=lambda c: c.order, default=None) if root.is_dir() else None
-    found = Checkpoint.at(root / name)
-    if not found or not found.folder.is_dir():
-        raise SettingsError(f"{root / LATEST} names {name!r}, which is not a checkpoint; write the name of one into it")
-    return found
+    name = _read_name(path)
+    for found in complete_checkpoints(root):
+        if found.folder.name == name:
+            return found
+    raise SettingsError(f"{path} names {name[:80]!r}, which is not a checkpoint; write the name of one into it")
+
+
+def _read_name(path: Path) -> str:
+    """Return the line that a file contains."""
+    try:
+        if not path.is_file():
+            raise OSError("not a regular file")
+        with path.open("rb") as file:
+            return file.read(1000).decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read ({error}); write the name of a checkpoint into a new one") from None
+
+
+def older_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """Return the complete checkpoints of the same run from before ``checkpoint``, newest first."""
+    older = [c for c in complete_checkpoints(checkpoint.folder.parent) if c.order < checkpoint.order]
+    return sorted(older, key=lambda c: c.order, reverse=True)
 
 
 def complete_checkpoints(root: Path) -> Iterator[Checkpoint]:
@@ -138,6 +165,10 @@ def remove_checkpoints(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+Finish = Callable[[Path, Mapping[str, FileDigest]], None]
+"""Completes a folder before it gets its name, given its path and {name: digest} of files in it, as far as known."""
+
+
 class SavePolicy(Protocol):
     """Starts to write the policy as a new folder; returns a function that waits until the folder is complete.
 
@@ -145,14 +176,12 @@ class SavePolicy(Protocol):
 
     Args:
         folder: Folder to write.
-        finish: Called with the folder before it gets its name.
+        finish: Called on the main rank when everything else is in the folder; writes the manifest.
         same: Checkpoint with the same weights, if there is one.
         background: If True, the policy may change while the folder is written.
     """
 
-    def __call__(
-        self, folder: Path, finish: Callable[[Path], None], same: Path | None, *, background: bool
-    ) -> Callable[[], None]: ...
+    def __call__(self, folder: Path, finish: Finish, same: Path | None, *, background: bool) -> Callable[[], None]: ...
 
 
 def _raise_alone(failure: Exception | None) -> None:
@@ -169,6 +198,7 @@ class Checkpoints:
         start: Checkpoint from which the run resumes.
         raise_on_all_ranks: Raises on every rank what failed on any; a collective over the world.
         finish: Called with the folder of a new checkpoint before it gets its name, and may change files in it.
+        inputs: JSON-compatible record of what the run reads, which becomes part of each checkpoint's identity.
     """
 
     def __init__(
@@ -179,12 +209,14 @@ class Checkpoints:
         start: Checkpoint | None = None,
         raise_on_all_ranks: Callable[[Exception | None], None] = _raise_alone,
         finish: Callable[[Path], None] = lambda folder: None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self._run = run
         self._root = Path(run.dir) / FOLDER
         self._is_main = is_main
         self._raise_on_all_ranks = raise_on_all_ranks
         self._finish = finish
+        self._inputs = dict(inputs or {})
         self.last = start
         """Checkpoint from which the run would resume now."""
         self._in_progress: tuple[Checkpoint, Callable[[], None]] | None = None
@@ -199,7 +231,7 @@ class Checkpoints:
 
         Args:
             step: Last finished training step.
-            state: Plain Python values to be saved; those of the main rank are.
+            state: Values for `state.encode_state`; those of the main rank are saved.
             save_policy: Writes the policy's part.
 
         Raises:
@@ -209,14 +241,17 @@ class Checkpoints:
         same = self.last if self.last is not None and self.last.step == step else None
         number = same.number + 1 if same else 0
         saved = Checkpoint(self._root / (f"step_{step:06d}" + (f".{number}" if number else "")), step, number)
-        content = pickle.dumps(dict(state)) if self._is_main else b""
+        content = encode_state(state) if self._is_main else {}
+        about = {_CHECKPOINT: saved.folder.name, _INPUTS: self._inputs}
 
-        def finish(building: Path) -> None:
+        def finish(building: Path, digests: Mapping[str, FileDigest]) -> None:
             if same is None:  # linked files are those of a finished checkpoint, and must not be changed
                 self._finish(building)
-            path = building / _STATE
-            path.unlink(missing_ok=True)  # it may be a link to the other checkpoint's file
-            path.write_bytes(content)
+            for name, part in content.items():
+                (building / name).unlink(missing_ok=True)  # it may be a link to the other checkpoint's file
+                (building / name).write_bytes(part)
+            known = {name: digest for name, digest in digests.items() if name not in STATE_FILES}
+            write_manifest(building, about, known)
 
         with self.explaining_errors(f"the checkpoint of step {step}", self._root):
             complete = save_policy(saved.folder, finish, same.folder if same else None, background=self._run.async_save)

@@ -32,6 +32,9 @@ class RunSettings(Section):
     """Also keep the checkpoints of steps that this number divides, a multiple of `run.save_every`; 0: none."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: resume if `run.dir` has a checkpoint; never: start fresh; must: fail if there is none."""
+    accept_changed_inputs: bool = False
+    """Resume although prompts, answers, tokenizer, chat template or stop tokens differ from those of the checkpoint.
+    Groups that it holds of changed prompts are discarded."""
     grace_seconds: float = Field(default=40.0, gt=0)
     """After SIGTERM, sampling stops and is saved; a training step may use this many seconds to finish before the
     process exits without saving it."""
@@ -46,6 +49,9 @@ class RunSettings(Section):
             raise ValueError(
                 "run.overwrite=true: would delete the checkpoint that run.resume=must requires; remove one of the two"
             )
+        unused = "overwrite=true" if self.overwrite else "resume=never" if self.resume == "never" else None
+        if self.accept_changed_inputs and unused:
+            raise ValueError(f"run.accept_changed_inputs=true: has no effect with run.{unused}; remove one of the two")
         if self.save_every and self.keep_every % self.save_every:
             raise ValueError(
                 f"run.keep_every={self.keep_every}: not a multiple of run.save_every={self.save_every}; choose one"

@@ -101,6 +101,7 @@ def to_hugging_face(source: Path, target: Path, file_bytes: int = FILE_BYTES, tr
     transformer_fields(config)
     reader = CheckpointReader(source)
     _check_target(target, reader.check(config))
+    reader.check_content(config)
     geometry = Geometry.of(config)
 
     def named_tensors() -> Iterator[tuple[str, Tensor]]:

@@ -31,17 +31,20 @@ class PromptCursor:
         prompt_set: Prompts to iterate over.
         seed: Seed of the shuffling, >= 0; the same seed and set give the same order.
         shuffle: False keeps the order of each file's rows in every epoch.
+        accept_changes: True if files may have another number of prompts than in a restored state. Their numbers of
+            drawn prompts are then kept, and are positions in the new order of the file.
 
     Raises:
         DataError: For a negative seed.
     """
 
-    def __init__(self, prompt_set: PromptSet, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, prompt_set: PromptSet, seed: int, shuffle: bool = True, *, accept_changes: bool = False) -> None:
         if seed < 0:
             raise DataError(f"run.seed={seed}: negative; set 0 or more")
         self._set = prompt_set
         self._seed = seed
         self._shuffle = shuffle
+        self._accept_changes = accept_changes
         self._cursors = [_FileCursor(file, seed, shuffle) for file in prompt_set.files]
 
     @property
@@ -108,8 +111,8 @@ class PromptCursor:
         """Continue from the position of ``state``, which `state` returned in this run or an earlier one.
 
         Raises:
-            DataError: If the files, their numbers of prompts, their weights, the seed or the shuffling differ: some
-                prompts would then be drawn twice and others never. The cursor is unchanged.
+            DataError: If the files, the seed or the shuffling differ, or without ``accept_changes`` the numbers of
+                prompts or weights: some prompts would be drawn twice and others never. The cursor is unchanged.
         """
         current = self.state()
         for key, setting in (("seed", "run.seed"), ("shuffle", "data.shuffle")):
@@ -125,13 +128,13 @@ class PromptCursor:
             )
         for saved, file in zip(state["files"], current["files"], strict=True):
             for key, quantity in (("count", "number of prompts"), ("weight", "weight")):
-                if saved[key] != file[key]:
+                if saved[key] != file[key] and not self._accept_changes:
                     raise DataError(
                         f"data.train: the {quantity} of {file['name']} is {file[key]}, but {saved[key]} in the "
                         "checkpoint; restore the file and its settings or start a new run"
                     )
         for cursor, saved in zip(self._cursors, state["files"], strict=True):
-            cursor.restore(saved["drawn"], saved["skipped"])
+            cursor.restore(saved["drawn"], saved["skipped"] if saved["count"] == cursor.file.count else [])
 
 
 class _FileCursor:

@@ -7,6 +7,8 @@ them itself, and a prompt with two of them would be unlike any that the model wa
 transformers takes seconds to import, so it is imported only when a folder is opened.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,12 @@ from megatron_rlvr.data.records import Message
 from megatron_rlvr.errors import InputError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_FILES = (
+    *("tokenizer.json", SENTENCEPIECE_FILE, _CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", _TEMPLATE),
+)
+"""Names of the files of a tokenizer in a Hugging Face folder, as far as the folder has them."""
 
 
 class TokenizerError(InputError):
@@ -101,6 +109,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise TokenizerError(
         f"{path} has no tokenizer.json, tokenizer_config.json or {SENTENCEPIECE_FILE}; copy the model's tokenizer there"
     )
+
+
+def tokenizer_digest(path: str | Path) -> str:
+    """Return a digest of the files of a tokenizer, except its chat template, which is an attribute of the tokenizer.
+
+    Args:
+        path: File or folder of a tokenizer that has been loaded by `load_tokenizer`.
+    """
+    path = Path(path)
+    names = [name for name in TOKENIZER_FILES if name != _TEMPLATE and (path / name).is_file()]
+    whole = hashlib.blake2b(digest_size=16)
+    for file in [path / name for name in names] if path.is_dir() else [path]:
+        content = file.read_bytes()
+        if file.name == _CONFIG:
+            values = json.loads(content)
+            content = json.dumps({key: values[key] for key in sorted(values) if key != "chat_template"}).encode()
+        whole.update(f"{file.name} {len(content)}\n".encode() + content)
+    return whole.hexdigest()
 
 
 class HuggingFaceTokenizer:

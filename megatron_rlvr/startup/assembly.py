@@ -10,6 +10,7 @@ from megatron_rlvr.checkpoint.megatron.policy import export_policy
 from megatron_rlvr.checkpoint.store import Checkpoints
 from megatron_rlvr.config import LossSettings
 from megatron_rlvr.data.cursor import PromptCursor
+from megatron_rlvr.data.tokenizer import TOKENIZER_FILES
 from megatron_rlvr.distributed import accelerator, process_group
 from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
@@ -36,17 +37,6 @@ from megatron_rlvr.rollout.synchronous import SynchronousCollector
 from megatron_rlvr.signals import Signals
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.trainer import Trainer
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def build_trainer(
@@ -92,6 +82,7 @@ def build_trainer(
         start=start,
         raise_on_all_ranks=raise_on_all_ranks,
         finish=lambda folder: own_tokenizer(folder / HUGGING_FACE),
+        inputs=resolved.inputs,
     )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
 
@@ -99,7 +90,20 @@ def build_trainer(
         with checkpoints.explaining_errors(f"the export {folder.name}", folder.parent):
             export_policy(policy, folder, own_tokenizer)
 
-    return Trainer(settings, policy, engine, collector, learner, evaluator, log, progress, checkpoints, signals, export)
+    return Trainer(
+        settings,
+        policy,
+        engine,
+        collector,
+        resolved.train.prompts,
+        learner,
+        evaluator,
+        log,
+        progress,
+        checkpoints,
+        signals,
+        export,
+    )
 
 
 def make_loss(settings: LossSettings) -> PolicyLoss:
@@ -158,7 +162,9 @@ def _weight_sync(resolved: Resolved, pool: ServerPool | None, ranks: Ranks) -> W
 def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Policy, signals: Signals) -> Collector:
     """Make the collector: synchronous for the embedded engine, asynchronous for servers."""
     settings, engine = resolved.settings, sampler.engine
-    cursor = PromptCursor(resolved.train, settings.run.seed, settings.data.shuffle)
+    cursor = PromptCursor(
+        resolved.train, settings.run.seed, settings.data.shuffle, accept_changes=settings.run.accept_changed_inputs
+    )
     groups_per_batch, seed = settings.batch.prompts, settings.run.seed
     if not isinstance(engine, SglangEngine):
         return SynchronousCollector(
@@ -188,6 +194,6 @@ def _replace_tokenizer(resolved: Resolved, folder: Path) -> None:
     """
     if resolved.settings.model.tokenizer is None:
         return
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
     resolved.tokenizer.save(folder)

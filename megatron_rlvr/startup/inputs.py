@@ -1,31 +1,38 @@
 """Record of what a run reads besides its settings and weights, and the check that a resumed run reads the same.
 
-The record is part of `checkpoints/settings.json`, written when the run first starts:
+The record is part of each checkpoint's manifest, and so of its identity:
 
     clock                  the moment that a chat template sees which reads the clock
+    tokenizer, template    digests of the tokenizer's files and of its chat template
     stop_token_ids         the tokens that end a response
     data.train/NAME        for each file: number of prompts, and digests of ids, problems, answers, other columns, and
     evaluate.sets/NAME     of the token ids that they have become
 
 A resumed run with other problems would continue at a position that means nothing in them, and ranks that read unlike
-copies of a file would train on unlike batches.
+copies of a file would train on unlike batches. With `run.accept_changed_inputs` a run resumes nevertheless, and its
+next checkpoint has the new record.
 """
 
+import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.checkpoint.resume import inputs_at_start
 from megatron_rlvr.checkpoint.store import Checkpoint
 from megatron_rlvr.config import Settings, SettingsError, evaluation_name
 from megatron_rlvr.data.prompts import PromptSet
+from megatron_rlvr.data.tokenizer import Tokenizer, tokenizer_digest
 
-_CLOCK, _STOP, _COUNT = "clock", "stop_token_ids", "count"
+logger = logging.getLogger(__name__)
+
+_CLOCK, _TOKENIZER, _TEMPLATE, _STOP, _COUNT = "clock", "tokenizer", "template", "stop_token_ids", "count"
 
 
 def inputs_of(
     settings: Settings,
+    tokenizer: Tokenizer,
     train: PromptSet,
     evaluation: Mapping[str, PromptSet],
     stop_token_ids: Sequence[int],
@@ -39,12 +46,14 @@ def inputs_of(
         for file in prompts.files
     }
     clock = {} if now is None else {_CLOCK: now.isoformat()}
-    return {**clock, _STOP: list(stop_token_ids), **files}
+    template = hashlib.blake2b((tokenizer.chat_template or "").encode(), digest_size=16).hexdigest()
+    tokens = {_TOKENIZER: tokenizer_digest(_tokenizer_of(settings)), _TEMPLATE: template, _STOP: list(stop_token_ids)}
+    return {**clock, **tokens, **files}
 
 
-def recorded_inputs(settings: Settings, start: Checkpoint | None) -> dict[str, Any]:
-    """Return the record of the run that ``start`` belongs to; empty for a fresh run."""
-    return {} if start is None else inputs_at_start(settings)
+def recorded_inputs(start: Checkpoint | None) -> dict[str, Any]:
+    """Return the record of the checkpoint ``start``; empty for a fresh run."""
+    return {} if start is None else start.inputs()
 
 
 def recorded_clock(recorded: Mapping[str, Any]) -> datetime | None:
@@ -53,12 +62,18 @@ def recorded_clock(recorded: Mapping[str, Any]) -> datetime | None:
 
 
 def check_inputs(settings: Settings, recorded: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Raise SettingsError if a resumed run reads anything else than at its start."""
+    """Raise SettingsError if a resumed run reads anything else than its checkpoint records.
+
+    With `run.accept_changed_inputs`, log the differences instead.
+    """
     for difference in differences(settings, recorded, inputs):
-        raise SettingsError(
-            f"{difference} since the run in run.dir={settings.run.dir} started; restore what was there, or start a new "
-            "run in another folder"
-        )
+        changed = f"{difference} since the checkpoint in run.dir={settings.run.dir} was saved"
+        if not settings.run.accept_changed_inputs:
+            raise SettingsError(
+                f"{changed}; restore what was there, set run.accept_changed_inputs=true to train on what is there now, "
+                "or start a new run in another folder"
+            )
+        logger.warning("%s; accepted by run.accept_changed_inputs=true", changed)
 
 
 def differences(settings: Settings, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -67,6 +82,10 @@ def differences(settings: Settings, before: Mapping[str, Any], now: Mapping[str,
 
 
 def _differences(settings: Settings, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    named = f"model.{'path' if settings.model.tokenizer is None else 'tokenizer'}={_tokenizer_of(settings)}"
+    for part, words in ((_TOKENIZER, "tokenizer"), (_TEMPLATE, "chat template")):
+        if before.get(part, now[part]) != now[part]:
+            yield f"{named}: the {words} has changed"
     paths = {f"data.train/{Path(f.path).stem}": f"data.train={f.path}" for f in settings.data.train}
     paths |= {f"evaluate.sets/{evaluation_name(f)}": f"evaluate.sets={f.path}" for f in settings.evaluate.sets}
     for key, file in paths.items():
@@ -85,3 +104,7 @@ def _differences(settings: Settings, before: Mapping[str, Any], now: Mapping[str
             f"model.path={settings.model.path}: the tokens that end a response have changed from {before[_STOP]} to "
             f"{now[_STOP]}"
         )
+
+
+def _tokenizer_of(settings: Settings) -> str:
+    return settings.model.tokenizer or settings.model.path

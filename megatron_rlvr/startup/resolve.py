@@ -75,7 +75,7 @@ class Resolved:
     @property
     def inputs(self) -> dict[str, Any]:
         """Record of what the run reads besides its settings and weights, for `inputs.py` to compare."""
-        return inputs_of(self.settings, self.train, self.evaluation, self.stop_token_ids, self.now)
+        return inputs_of(self.settings, self.tokenizer, self.train, self.evaluation, self.stop_token_ids, self.now)
 
     def at(self, now: datetime) -> "Resolved":
         """Return the same with prompts whose template sees another moment."""
@@ -106,7 +106,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
             f"{settings.model.path}; set model.tokenizer to the model's own"
         )
     skipped = model_tensors(settings.model.path, hf_config).skipped
-    recorded = recorded_inputs(settings, start)
+    recorded = recorded_inputs(start)
     template = PromptTemplate(tokenizer, settings.data.template, variables=settings.data.template_kwargs)
     now = (recorded_clock(recorded) or datetime.now()) if template.reads_clock else None
     train, evaluation = _prompt_sets(settings, tokenizer, now, show_progress=show_progress)

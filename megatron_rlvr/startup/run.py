@@ -123,6 +123,7 @@ def _prepare(resolved: Resolved, ranks: "Ranks", lease: Lease | None) -> Resolve
     """
     import torch.distributed as dist
 
+    from megatron_rlvr.checkpoint.verification import verify
     from megatron_rlvr.distributed.collectives import on_main_rank, raise_on_all_ranks
 
     main: list[Any] = [resolved.start, resolved.now, resolved.inputs]
@@ -133,13 +134,15 @@ def _prepare(resolved: Resolved, ranks: "Ranks", lease: Lease | None) -> Resolve
     found = differences(resolved.settings, inputs, resolved.inputs)
     unlike = f"{found[0]} on rank {ranks.rank}, compared with rank 0; give all hosts the same files" if found else ""
     raise_on_all_ranks(SettingsError(unlike) if unlike else None)
+    if start is not None:
+        verify(start)  # before anything in the folder is changed
     processes: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(processes, Process.this())
 
     def prepare() -> None:
         if lease is not None:
             lease.name_processes(processes)
-        prepare_run_folder(resolved.settings, start, inputs)
+        prepare_run_folder(resolved.settings, start)
 
     on_main_rank(prepare)
     return replace(resolved, start=start, now=now)

@@ -15,15 +15,15 @@ summary.json       written when the last step is done
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.checkpoint.resume import checkpoint_to_resume, prepare_checkpoints
+from megatron_rlvr.checkpoint.resume import check_files, checkpoint_to_resume, prepare_checkpoints
 from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, RunTotals
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import to_yaml
 from megatron_rlvr.metrics import check_metrics
+from megatron_rlvr.startup.process import is_main
 
 RUN_FILES = (
     *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
@@ -42,10 +42,13 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
         LogError: Its metrics.jsonl is damaged.
         SettingsError: The folder cannot be written, holds an earlier run that may be neither resumed nor replaced, or
             the run would replace a file that it reads.
+        InvalidCheckpointError: A file of the checkpoint is missing, foreign or of another size.
     """
     folder = Path(settings.run.dir)
     earlier = [name for name in RUN_FILES if (folder / name).exists()]
     start = checkpoint_to_resume(settings, earlier)
+    if start is not None and is_main():  # one process, because it looks at every file
+        check_files(start)
     for key, needed in _inputs(settings):
         for name in earlier:
             if Path(needed).resolve().is_relative_to((folder / name).resolve()):
@@ -58,19 +61,15 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
     return start
 
 
-def prepare_run_folder(settings: Settings, start: Checkpoint | None, inputs: Mapping[str, Any]) -> None:
-    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank.
-
-    Args:
-        inputs: Record of what the run reads (`inputs.py`), which is kept when the run starts from scratch.
-    """
+def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
+    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank."""
     folder = Path(settings.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     replaced = [name for name in RUN_FILES if name != FOLDER]  # `prepare_checkpoints` removes those
     for name in replaced if start is None else _REPLACED_ON_RESUME:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    prepare_checkpoints(settings, start, inputs)
+    prepare_checkpoints(settings, start)
     (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ import tiny
 from megatron_rlvr import atomic
 from megatron_rlvr.checkpoint import store as module
 from megatron_rlvr.checkpoint.resume import checkpoint_to_resume, prepare_checkpoints
-from megatron_rlvr.checkpoint.store import Checkpoint, CheckpointError, Checkpoints, latest_checkpoint
+from megatron_rlvr.checkpoint.store import Checkpoint, CheckpointError, Checkpoints, Finish, latest_checkpoint
 from megatron_rlvr.config import RunSettings, SettingsError
 from megatron_rlvr.config.loading import load_settings
 
@@ -35,10 +35,10 @@ def run(root: Path, **changes: Any) -> RunSettings:
     return RunSettings(**values | changes)
 
 
-def write(folder: Path, finish: Callable[[Path], None], same: Path | None, *, background: bool) -> Callable[[], None]:
+def write(folder: Path, finish: Finish, same: Path | None, *, background: bool) -> Callable[[], None]:
     """Stand-in for `save_policy`."""
     folder.mkdir(parents=True)
-    return lambda: finish(folder)
+    return lambda: finish(folder, {})
 
 
 def raising(error: OSError) -> Callable[..., Any]:

@@ -1,8 +1,10 @@
 """Checkpoints across layouts: any layout reads what the converter or another layout wrote, bit by bit."""
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +16,13 @@ import torch
 from launcher import Ranks
 from policy_runs import Layout, norms_built_into_linears, policy_of
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_rlvr.checkpoint.files import CheckpointReader
+from megatron_rlvr.checkpoint.unpickling import read_metadata
 from megatron_rlvr.convert.conversion import to_hugging_face, to_megatron
 from megatron_rlvr.convert.verification import verify
+from megatron_rlvr.errors import InputError
 from megatron_rlvr.hf.families import ModelError, rows_of, transformer_fields
 from megatron_rlvr.hf.files import read_config
 
@@ -140,7 +145,7 @@ def error_of_loading(folder: Path, checkpoint: Path, changes: dict[str, Any]) ->
     with policy_of(str(folder), Layout(data=2)) as policy:
         try:
             load_weights(policy.chunks, checkpoint, {**policy.hf_config, **changes})
-        except ModelError as error:
+        except InputError as error:
             return str(error)
         return "loaded"
 
@@ -364,6 +369,74 @@ def test_a_checkpoint_is_flushed_to_the_disk_before_it_is_renamed(ranks: Ranks, 
     assert {str(building / path.relative_to(target)) for path in target.rglob("*")} < set(synced[:naming])
     assert str(building) in synced[:naming]
     assert synced[naming + 1 :] == [str(tmp_path)]
+
+
+class Attack:
+    """Object whose pickle creates a file when it is loaded without restriction."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_megatron_runs_no_code_of_a_checkpoint(ranks: Ranks, folders, tmp_path):
+    """Nor if torch's own loader is reached: it takes entries that the metadata call objects for pickles."""
+    folder, mark, key = folders["qwen2", "float32"], tmp_path / "mark", "decoder.final_layernorm.weight"
+
+    def spoil_metadata(checkpoint: Path) -> None:
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(Attack(mark)))
+
+    def spoil_common(checkpoint: Path) -> None:
+        torch.save({"content_metadata": Attack(mark)}, checkpoint / "common.pt")
+
+    def call_a_tensor_an_object(checkpoint: Path) -> None:
+        metadata = read_metadata(checkpoint)
+        index = next(index for index in metadata.storage_data if index.fqn == key)
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = info = metadata.storage_data.pop(index)
+        with (checkpoint / info.relative_path).open("ab") as file:
+            start = file.tell()
+            torch.save(Attack(mark), file)
+            info.offset, info.length = start, file.tell() - start
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    for number, spoil in enumerate((spoil_metadata, spoil_common, call_a_tensor_an_object)):
+        checkpoint = tmp_path / str(number)
+        to_megatron(folder, checkpoint)
+        spoil(checkpoint)
+        for error in ranks.run(error_of_loading, 2, folder, checkpoint, {}):
+            assert str(checkpoint) in error
+            assert "\n" not in error
+        assert not mark.exists(), spoil
+
+
+def digests_of_a_save(folder: Path, target: Path, background: bool) -> dict[str, Any]:
+    """Save a policy; return what the main rank was told of the files in the folder before it got its name."""
+    from megatron_rlvr.checkpoint.megatron.pending import PendingCheckpoint
+    from megatron_rlvr.checkpoint.megatron.sharded_state import sharded_weights
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    known: dict[str, Any] = {}
+    with policy_of(str(folder), Layout(tensor=2)) as policy:
+        pending = PendingCheckpoint(target, folder, lambda building, digests: known.update(digests))
+        pending.prepare(sharded_weights(policy.chunks), background=background)
+        pending.wait()
+        pending.publish()
+    return known
+
+
+def test_each_rank_digests_the_files_that_it_has_written(ranks: Ranks, folders, tmp_path):
+    for background in (False, True):
+        target = tmp_path / str(background)
+        main, other = ranks.run(digests_of_a_save, 2, folders["qwen2", "float32"], target, background)
+        assert other == {}
+        assert main == {
+            path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in target.glob("*.distcp")
+        }
+        assert len(main) == 4
 
 
 def test_only_torchs_adam_gets_a_step_count_per_parameter():

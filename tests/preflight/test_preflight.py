@@ -12,6 +12,7 @@ import pytest
 import tiny
 from preflight_runs import Preflight, run_all, run_ranks
 
+from megatron_rlvr.checkpoint.manifest import write_manifest
 from megatron_rlvr.config.loading import load_settings, validate
 from megatron_rlvr.hf.families import parameter_count
 from megatron_rlvr.preflight import disk
@@ -67,6 +68,7 @@ def alone(place: Path, model: Path, problems: Path) -> dict[str, Any]:
 def interrupted_run(folder: Path, config: Path) -> None:
     """Create a run folder with a checkpoint of step 7 that the rehearsal would fail to read."""
     (folder / "checkpoints" / "step_000007").mkdir(parents=True)
+    write_manifest(folder / "checkpoints" / "step_000007", {"checkpoint": "step_000007"})
     (folder / "checkpoints" / "latest").write_text("step_000007\n", encoding="utf-8")
     settings = load_settings(config).model_dump_json()
     (folder / "checkpoints" / "settings.json").write_text(settings, encoding="utf-8")

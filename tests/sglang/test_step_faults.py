@@ -423,16 +423,16 @@ def check_that_it_resumes(folder: Path, config: Path, model: Path) -> None:
     assert last is not None
     assert last.number == 1, "the signal arrived while the run sampled"
     state = last.state()["collector"]
-    partial = [part for group in state["in_progress"] for part in group.partial.values()]
+    partial = [part for group in state["in_progress"] for part in group["partial"]]
     assert partial
-    assert all(len(part.token_ids) for part in partial)
+    assert all(len(part["token_ids"]) for part in partial)
     for path in last.folder.glob("*.distcp"):
         assert path.samefile(last.folder.with_name(f"step_{last.step:06d}") / path.name), "written once"
     again = tiny.run_train(config, f"--run.steps={last.step + 1}", cwd=config.parent)
     assert again.returncode == 0, again.stderr
     sampled = read_lines(folder / "rollouts" / f"step_{last.step + 1:06d}.jsonl")
     tokenizer = load_tokenizer(str(model))
-    texts = [tokenizer.decode(part.token_ids.tolist()[:20]) for part in partial]
+    texts = [tokenizer.decode(part["token_ids"].tolist()[:20]) for part in partial]
     assert [text for text in texts if any(line["response"].startswith(text) for line in sampled)], (
         "the responses were not resumed"
     )
@@ -549,8 +549,9 @@ def test_a_run_without_servers_ends_with_one_line_and_resumes_with_what_was_samp
     assert last is not None
     assert last.step == 1
     state = last.state()["collector"]
-    held = [(g.order, c) for g in state["ready"] for c in g.group.completions]
-    held += [(group.order, c) for group in state["in_progress"] for c, _ in group.graded.values()]
+    ready = [state["finished"][number] for number in state["ready"]]
+    held = [(group, completion) for group in ready for completion in group["completions"]]
+    held += [(group, completion) for group in state["in_progress"] for completion, _ in group["graded"]]
     assert len(held) == group_size + 1
     fake.spoil, fake.healthy = lambda answer: answer, True
     fake.seen.clear()
@@ -558,7 +559,7 @@ def test_a_run_without_servers_ends_with_one_line_and_resumes_with_what_was_samp
     assert again.returncode == 0, again.stderr
     asked = [body["sampling_params"]["sampling_seed"] for body in fake.seen]
     assert len(asked) == len(set(asked)) == 2 * prompts * group_size - len(held)
-    assert not set(asked) & {request_seed(0, f"train/{order}", c.prompt_id, c.index) for order, c in held}
+    assert not set(asked) & {request_seed(0, f"train/{g['order']}", g["prompt"], c["index"]) for g, c in held}
     lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["rollout/groups_sampled"] for line in lines] == [prompts] * 3

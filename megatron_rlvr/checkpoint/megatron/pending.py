@@ -2,7 +2,7 @@
 
     prepare   the main rank creates a temporary folder; Megatron plans the files, and copies the tensors if they are
               written in the background
-    wait      every rank waits for its files; the main rank gathers what all ranks have written
+    wait      every rank waits for its files; the main rank gathers what all ranks have written, and its digests
     publish   the main rank adds metadata and files of its own, flushes everything to the disk and renames the folder
 
 The folder gets its name last, so that a folder of that name is complete. Only the main rank writes outside `wait`, and
@@ -30,8 +30,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rlvr.atomic import flush, flush_tree, new_folder, temporary_path
 from megatron_rlvr.checkpoint.files import CONTENT_METADATA, HUGGING_FACE
+from megatron_rlvr.checkpoint.manifest import FileDigest, InvalidCheckpointError, read_manifest
 from megatron_rlvr.checkpoint.megatron.writer import BackgroundWriter
-from megatron_rlvr.distributed.collectives import on_main_rank
+from megatron_rlvr.checkpoint.store import Finish
+from megatron_rlvr.distributed.collectives import gather_on_first, on_main_rank
 from megatron_rlvr.hf.weights import copy_all_but_weights
 
 
@@ -43,10 +45,10 @@ class PendingCheckpoint:
     Args:
         folder: Folder to write; it does not exist under this name until `publish` returns.
         hf_folder: Hugging Face folder whose configuration and tokenizer are copied into the checkpoint.
-        finish: Called on the main rank with the folder before it gets its name, to add files to it.
+        finish: Called on the main rank before the folder gets its name, to add files and the manifest to it.
     """
 
-    def __init__(self, folder: Path, hf_folder: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
+    def __init__(self, folder: Path, hf_folder: Path, finish: Finish = lambda folder, digests: None) -> None:
         self._folder = folder
         self._building = temporary_path(folder)
         self._hf_folder = hf_folder
@@ -54,6 +56,7 @@ class PendingCheckpoint:
         self._common = _DeferredCommonStrategy()
         self._sharded = _DeferredShardedStrategy()
         self._failures: list[Exception] = []
+        self._digests: dict[str, FileDigest] = {}
 
     def prepare(self, state: dict[str, Any], *, background: bool) -> None:
         """Create the temporary folder and plan the files.
@@ -88,6 +91,10 @@ class PendingCheckpoint:
         except CheckpointException as error:  # the main rank gathered the results, so only it knows the failures
             failures = (failure for failure, _ in error.failures.values())
             self._failures = [failure for failure in failures if isinstance(failure, Exception)]
+        world = dist.group.WORLD
+        assert world is not None, "a process group"
+        for written in gather_on_first(self._writer.digests, world):
+            self._digests |= written
 
     def publish(self) -> None:
         """Complete the folder and give it its name."""
@@ -107,7 +114,7 @@ class PendingCheckpoint:
             save_config(CheckpointingConfig(self._sharded.backend, self._sharded.version), str(self._building))
             (self._building / HUGGING_FACE).mkdir()
             copy_all_but_weights(self._hf_folder, self._building / HUGGING_FACE)
-            self._finish(self._building)
+            self._finish(self._building, self._digests)
             flush_tree(self._building)
             self._building.rename(self._folder)
             flush(self._folder.parent)
@@ -116,13 +123,13 @@ class PendingCheckpoint:
             raise
 
 
-def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) -> None:
+def link_checkpoint(same: Path, folder: Path, finish: Finish) -> None:
     """Write a folder whose files are hard links to those of the checkpoint ``same``. A collective over the world.
 
     Args:
         same: Folder of a complete checkpoint with the same weights.
         folder: Folder to write.
-        finish: Called as by `PendingCheckpoint`.
+        finish: Called as by `PendingCheckpoint`, with the digests of the manifest of ``same``.
 
     Raises:
         OSError: On every rank, if the folder cannot be written; nothing is left of it.
@@ -131,7 +138,10 @@ def link_checkpoint(same: Path, folder: Path, finish: Callable[[Path], None]) ->
     def link() -> None:
         with new_folder(folder) as building:
             shutil.copytree(same, building, copy_function=_link_or_copy, dirs_exist_ok=True)
-            finish(building)
+            try:
+                finish(building, read_manifest(same).files)
+            except InvalidCheckpointError as error:
+                raise OSError(str(error)) from error
 
     on_main_rank(link)
 

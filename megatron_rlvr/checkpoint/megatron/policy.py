@@ -5,9 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-
 from megatron_rlvr.checkpoint.files import CheckpointReader
+from megatron_rlvr.checkpoint.megatron.loading import load_sharded
 from megatron_rlvr.checkpoint.megatron.pending import PendingCheckpoint, link_checkpoint
 from megatron_rlvr.checkpoint.megatron.sharded_state import (
     fill_weights,
@@ -15,20 +14,21 @@ from megatron_rlvr.checkpoint.megatron.sharded_state import (
     sharded_optimizer,
     sharded_weights,
 )
+from megatron_rlvr.checkpoint.store import Finish
 from megatron_rlvr.distributed.collectives import on_main_rank
 from megatron_rlvr.hf.weights import write_folder
 from megatron_rlvr.policy.policy import Policy
 
 
 def save_policy(
-    policy: Policy, folder: Path, finish: Callable[[Path], None], same: Path | None = None, *, background: bool = False
+    policy: Policy, folder: Path, finish: Finish, same: Path | None = None, *, background: bool = False
 ) -> Callable[[], None]:
     """Start to write weights, optimizer and learning-rate schedule as a checkpoint.
 
     Args:
         policy: Policy with an optimizer.
         folder: Folder to write; it appears under its name when it is complete.
-        finish: Called on the main rank with the folder before it gets its name, to add files to it.
+        finish: Called on the main rank before the folder gets its name, to add files and the manifest to it.
         same: Checkpoint of this very state, if there is one: the new folder gets hard links to its files.
         background: If True, the policy may be trained while the files are written; a copy of this rank's tensors is
             held in memory until then.
@@ -63,11 +63,12 @@ def load_policy(policy: Policy, folder: Path) -> None:
 
     Raises:
         ModelError: On every rank, if the checkpoint does not hold the policy's model.
+        InvalidCheckpointError: On every rank, if its files cannot be loaded.
     """
     CheckpointReader(folder).check(policy.hf_config)
     weights = sharded_weights(policy.chunks)
     optimizer = sharded_optimizer(policy.optimizer, weights, loading=True)
-    loaded = dist_checkpointing.load(weights | {"optimizer": optimizer}, str(folder))
+    loaded = load_sharded(weights | {"optimizer": optimizer}, folder)
     fill_weights(policy.chunks, loaded)
     load_optimizer(policy.optimizer, loaded["optimizer"])
     policy.schedule.load_state_dict(loaded["schedule"])

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_rlvr.checkpoint.files import CONTENT_METADATA, CheckpointReader
+from megatron_rlvr.checkpoint.megatron.loading import load_sharded
 
 # Saved moments have the shape of their parameter, whichever ranks shared them, so that any layout can read them.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -37,9 +38,10 @@ def load_weights(chunks: Sequence[torch.nn.Module], folder: Path, hf_config: Map
 
     Raises:
         ModelError: On every rank, with the names of weights that are missing or do not fit ``hf_config``.
+        InvalidCheckpointError: If a file cannot be loaded.
     """
     CheckpointReader(folder).check(hf_config)
-    fill_weights(chunks, dist_checkpointing.load(sharded_weights(chunks), str(folder)))
+    fill_weights(chunks, load_sharded(sharded_weights(chunks), folder))
 
 
 def fill_weights(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Background writing of this rank's part of a checkpoint, in forked processes.
 
 Megatron plans which tensors go to which file, in buckets. A thread of this process forks one writer process per bucket
-and collects their results. It replaces Megatron's own version, which waits forever for a writer that was killed, and
+and collects their results. Each process also digests the file that it has written, which is still in the machine's
+memory. It replaces Megatron's own version, which waits forever for a writer that was killed, and
 leaves the others running if one cannot be forked. Megatron gathers the results of all ranks on the main rank, so every
 failure is reported as a result: raised here, it would leave the other ranks waiting.
 """
@@ -13,10 +14,12 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_rlvr.checkpoint.manifest import FileDigest, digest_of
 from megatron_rlvr.child_process import end_with_parent
 
 
@@ -26,9 +29,13 @@ class BackgroundWriter:
     Args:
         request: Megatron's ``AsyncRequest``, returned by ``dist_checkpointing.save``.
         background: If True, copy this rank's tensors to memory and start writing now; else write in `wait`.
+
+    Attributes:
+        digests: {name: size and digest} of the files that this rank has written, after `wait`; {} if that failed.
     """
 
     def __init__(self, request: Any, background: bool) -> None:
+        self.digests: dict[str, FileDigest] = {}
         self._request = request
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._arguments = list(request.async_fn_args)
@@ -52,7 +59,8 @@ class BackgroundWriter:
         _, buckets, results = self._arguments
         transforms, _ = self._request.async_fn.args
         with self._reporting_failures(), _writers_end_with_this_process():
-            results.put(_write_buckets(transforms, buckets))
+            written, self.digests = _write_buckets(transforms, buckets)
+            results.put(written)
 
     @contextmanager
     def _reporting_failures(self) -> Iterator[None]:
@@ -74,8 +82,8 @@ def _copied(buckets: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _write_buckets(transforms: Any, buckets: Sequence[Any]) -> dict[int, Any]:
-    """Write each bucket in its own process; return {bucket number: Megatron's result}.
+def _write_buckets(transforms: Any, buckets: Sequence[Any]) -> tuple[dict[int, Any], dict[str, FileDigest]]:
+    """Write each bucket in its own process; return {bucket number: Megatron's result} and {name of a file: digest}.
 
     Raises:
         Exception: The failure of the first bucket that failed. All writers have exited by then.
@@ -89,7 +97,9 @@ def _write_buckets(transforms: Any, buckets: Sequence[Any]) -> dict[int, Any]:
                 writer = context.Process(target=_write_bucket, args=(sender, transforms, number, bucket))
                 writer.start()
             writers.append((writer, receiver))
-        return dict(_result_of(writer, receiver) for writer, receiver in writers)
+        written = [_result_of(writer, receiver) for writer, receiver in writers]
+        results = {number: result for number, result, _ in written}
+        return results, {Path(buckets[number][0]).name: digest for number, _, digest in written}
     finally:
         for writer, _ in writers:
             writer.kill()
@@ -97,23 +107,28 @@ def _write_buckets(transforms: Any, buckets: Sequence[Any]) -> dict[int, Any]:
 
 
 def _write_bucket(sender: Any, transforms: Any, number: int, bucket: Any) -> None:
-    """Run Megatron's writer in this process, with queues of its own, and send its result."""
+    """Run Megatron's writer in this process, with queues of its own; send its result and the digest of its file."""
     results: queue.Queue[Any] = queue.Queue()
     in_progress: queue.Queue[int] = queue.Queue()
     in_progress.put(number)
     filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, in_progress, True)
-    sender.send(results.get())
-
-
-def _result_of(writer: Any, receiver: Any) -> tuple[int, Any]:
+    _, result = results.get()
     try:
-        number, result = receiver.recv()
+        digest = None if isinstance(result, Exception) else digest_of(Path(bucket[0]))
+    except OSError as error:
+        result, digest = error, None
+    sender.send((number, result, digest))
+
+
+def _result_of(writer: Any, receiver: Any) -> tuple[int, Any, FileDigest]:
+    try:
+        number, result, digest = receiver.recv()
     except EOFError:
         writer.join()
         raise ChildProcessError(f"a process that wrote ended with status {writer.exitcode}") from None
     if isinstance(result, Exception):
         raise result
-    return number, result
+    return number, result, digest
 
 
 _saving_process, _saving_thread = 0, 0
