@@ -147,9 +147,9 @@ time_t time(time_t *stored) {
 def test_a_clock_that_is_set_back_changes_nothing(place: Path) -> None:
     (place / "clock.c").write_text(CLOCK, encoding="ascii")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", "clock.so", "clock.c"], cwd=place, check=True)
-    clock = {"LD_PRELOAD": str(place / "clock.so"), "SET_BACK_AT": str(int(time.monotonic()) + 15)}
+    clock: dict[str, Any] = {"LD_PRELOAD": str(place / "clock.so"), "SET_BACK_AT": str(int(time.monotonic()) + 15)}
     steps = 60
-    for name, variables in (("steady", {}), ("set back", clock)):
+    for name, variables in {"steady": {}, "set back": clock}.items():
         ends, said = run(place, name, "rank 0", "none", steps=steps, **variables)
         assert ends[-1][:2] == ["none", 0], said
         assert steps_of(place / name) == list(range(1, steps + 1))
