@@ -76,7 +76,7 @@ class Lease:
 
     Args:
         path: File of the lease.
-        created: Folders that were created for the file, the deepest first.
+        created: The folder of the file, and those that were created for it, the deepest first.
     """
 
     def __init__(self, path: Path, created: list[Path]) -> None:
@@ -105,7 +105,7 @@ class Lease:
             file.truncate()
 
     def release(self) -> None:
-        """Remove the file, and the folders that were created for it if they are empty. May be called repeatedly."""
+        """Remove the file, its folder, and those created for it, if they are empty. May be called repeatedly."""
         self._released.set()
         if self._touching is not None:
             self._touching.join()
@@ -165,7 +165,7 @@ def take_lease(run: RunSettings, say: Callable[[str], object]) -> Lease:
 
 def _try_to_take(folder: Path) -> Lease | None:
     """Create the file of this run; None if there is another file, or the folder has just been removed."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [folder, *(path for path in folder.parents if not path.exists())]  # a killed run has left the first
     folder.mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / f"{uuid.uuid4().hex}.json", created)
     try:
