@@ -87,6 +87,19 @@ def link_to_elsewhere(folder: Path) -> None:
     (folder / "hugging_face").symlink_to(folder.parent / "elsewhere")
 
 
+def remove(*names: str) -> Callable[[Path], None]:
+    def removed(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return removed
+
+
+def loop(folder: Path) -> None:
+    (folder / "empty").unlink()
+    (folder / "empty").symlink_to("empty")
+
+
 def fifo(folder: Path) -> None:
     (folder / "empty").unlink()
     os.mkfifo(folder / "empty")
@@ -98,14 +111,11 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "below": (flip("hugging_face/config.json"), "hugging_face/config.json is not as it was saved"),
     "shorter": (lambda f: os.truncate(f / "common.pt", 5), "common.pt has 5 bytes instead of 6"),
     "longer": (lambda f: (f / "empty").write_bytes(b"x"), "empty has 1 bytes instead of 0"),
-    "missing": (lambda f: (f / "common.pt").unlink(), "common.pt is missing"),
-    "two missing": (lambda f: [(f / n).unlink() for n in ("common.pt", "empty")], "common.pt is missing (and 1 more)"),
+    "missing": (remove("common.pt"), "common.pt is missing"),
+    "two missing": (remove("common.pt", "empty"), "common.pt is missing (and 1 more)"),
     "foreign": (lambda f: (f / "__1_0.distcp").touch(), "__1_0.distcp is not a file of this checkpoint"),
     "dangling": (lambda f: (f / "link").symlink_to("nothing"), "link is not a file of this checkpoint"),
-    "loop": (
-        lambda f: [(f / "empty").unlink(), (f / "empty").symlink_to("empty")],
-        "empty is not a regular file",
-    ),
+    "loop": (loop, "empty is not a regular file"),
     "pipe": (fifo, "empty is not a regular file"),
     "folder elsewhere": (link_to_elsewhere, "hugging_face/config.json is missing"),
     "other step": (from_step_2("__0_0.distcp"), "__0_0.distcp is not as it was saved, but a file of step_000002"),
