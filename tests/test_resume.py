@@ -218,6 +218,33 @@ def test_output_written_after_the_last_checkpoint_is_removed(
     assert [key for key in before if (before[key] != weights(folder)[key]).any()] == []
 
 
+def test_a_damaged_checkpoint_is_named_and_nothing_is_changed_until_another_one_is_chosen(
+    place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+) -> None:
+    run, folder = str(config(place, "damaged", run={"save_every": 2})), place / "damaged"
+    assert ranks.run(train_process, 1, run, CUT, timeout=PATIENCE_SECONDS) == [""]
+    root = folder / "checkpoints"
+    damaged = root / f"step_{CUT:06d}" / "__0_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+
+    def listing() -> dict[str, Any]:
+        return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    before = listing()
+    assert ranks.run(train_process, 1, run, timeout=PATIENCE_SECONDS) == [
+        f"{damaged.parent}: __0_0.distcp is not as it was saved; restore it, or write step_000002 into {root / 'latest'} "
+        "to resume from there"
+    ]
+    assert listing() == before
+    (root / "latest").write_text("step_000002\n", encoding="utf-8")
+    assert ranks.run(train_process, 1, run, timeout=PATIENCE_SECONDS) == [""]
+    assert metrics(folder) == metrics(uninterrupted["alone"])
+    found, wanted = weights(folder), weights(uninterrupted["alone"])
+    assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
+
+
 # With servers -------------------------------------------------------------------------------------------------------
 
 

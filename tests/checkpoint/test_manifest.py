@@ -87,29 +87,22 @@ def link_to_elsewhere(folder: Path) -> None:
     (folder / "hugging_face").symlink_to(folder.parent / "elsewhere")
 
 
-def fifo(folder: Path) -> None:
-    (folder / "empty").unlink()
-    os.mkfifo(folder / "empty")
-
-
 def remove(*names: str) -> Callable[[Path], None]:
-    """Remove files of a checkpoint."""
-
-    def change(folder: Path) -> None:
+    def removed(folder: Path) -> None:
         for name in names:
             (folder / name).unlink()
 
-    return change
+    return removed
 
 
-def replace_by_loop(name: str) -> Callable[[Path], None]:
-    """Replace a file by a link to itself."""
+def loop(folder: Path) -> None:
+    (folder / "empty").unlink()
+    (folder / "empty").symlink_to("empty")
 
-    def change(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(name)
 
-    return change
+def fifo(folder: Path) -> None:
+    (folder / "empty").unlink()
+    os.mkfifo(folder / "empty")
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -122,7 +115,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two missing": (remove("common.pt", "empty"), "common.pt is missing (and 1 more)"),
     "foreign": (lambda f: (f / "__1_0.distcp").touch(), "__1_0.distcp is not a file of this checkpoint"),
     "dangling": (lambda f: (f / "link").symlink_to("nothing"), "link is not a file of this checkpoint"),
-    "loop": (replace_by_loop("empty"), "empty is not a regular file"),
+    "loop": (loop, "empty is not a regular file"),
     "pipe": (fifo, "empty is not a regular file"),
     "folder elsewhere": (link_to_elsewhere, "hugging_face/config.json is missing"),
     "other step": (from_step_2("__0_0.distcp"), "__0_0.distcp is not as it was saved, but a file of step_000002"),

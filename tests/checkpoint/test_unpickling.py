@@ -153,10 +153,10 @@ def test_the_converter_refuses_a_file_that_is_not_as_it_was_saved(name: str, fol
 def test_metadata_that_name_a_file_elsewhere_are_refused(folder: Path) -> None:
     for name in ("../secret", "/etc/passwd", "hugging_face/config.json"):
 
-        def lead_away(metadata: Any, name: str = name) -> None:
+        def point_to_it(metadata: Metadata, name: str = name) -> None:
             next(iter(metadata.storage_data.values())).relative_path = name
 
-        rewrite(folder, lead_away)
+        rewrite(folder, point_to_it)
         assert refusal(folder) == f"{folder}: its .metadata names {name}, outside of the folder; copy it again"
 
 
