@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_changed_until_another_one_
 
     before = listing()
     assert ranks.run(train_process, 1, run, timeout=PATIENCE_SECONDS) == [
-        f"{damaged.parent}: __0_0.distcp is not as it was saved; restore it, or write step_000002 into {root / 'latest'} "
+        f"{damaged.parent}: __0_0.distcp is not as it was saved; restore it, or write step_000002 into {root}/latest "
         "to resume from there"
     ]
     assert listing() == before
