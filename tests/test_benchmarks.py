@@ -75,6 +75,7 @@ def test_every_method_has_the_values_and_gradients_of_float64(methods: list[str]
 
 
 @LINUX
+@pytest.mark.soak
 def test_methods_that_can_shard_the_vocabulary_agree_on_two_ranks():
     for rows in head.on_ranks(2, measured, ["a", "b", "dense", "megatron", "naive"]):
         assert "no tensor-parallel form" in rows.pop("naive")["why_not"]

@@ -234,8 +234,8 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_changed_until_another_one_
 
     before = listing()
     assert ranks.run(train_process, 1, run, timeout=PATIENCE_SECONDS) == [
-        f"{damaged.parent}: __0_0.distcp is not as it was saved; restore it, or write step_000002 into "
-        f"{root / 'latest'} to resume from there"
+        f"{damaged.parent}: __0_0.distcp is not as it was saved; restore it, or write step_000002 into {root}/latest "
+        "to resume from there"
     ]
     assert listing() == before
     (root / "latest").write_text("step_000002\n", encoding="utf-8")

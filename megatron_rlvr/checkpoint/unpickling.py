@@ -97,7 +97,10 @@ def read_common(folder: Path) -> dict[str, Any]:
         pickle.UnpicklingError: If it needs any class but torch's tensors, or is damaged.
     """
     with (folder / "common.pt").open("rb") as file, _damage_in("common.pt"), _no_other_classes():
-        common = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            common = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to lift the restriction
+            raise ValueError("holds more than tensors, numbers and text, or is damaged") from error
         if not isinstance(common, dict):
             raise TypeError(f"a {type(common).__name__} instead of a dict")
         return common

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_rlvr.checkpoint.manifest import write_manifest
-from megatron_rlvr.checkpoint.unpickling import read_common, read_metadata
+from megatron_rlvr.checkpoint.unpickling import RestrictedReader, read_common, read_metadata
 from megatron_rlvr.convert.conversion import to_hugging_face, to_megatron
 from megatron_rlvr.hf.families import ModelError
 
@@ -68,7 +69,7 @@ def test_a_pickle_with_other_functions_is_refused_and_not_run(name: str, folder:
         with pytest.raises(pickle.UnpicklingError, match=r"^.metadata: UnpicklingError, .* has no place in metadata$"):
             read_metadata(folder)
     torch.save(attacks(mark)[name], folder / "common.pt")
-    with pytest.raises(pickle.UnpicklingError, match=r"^common.pt: UnpicklingError, "):
+    with pytest.raises(pickle.UnpicklingError, match=r"^common.pt: ValueError, holds more than tensors, "):
         read_common(folder)
     assert not mark.exists()
 
@@ -105,6 +106,25 @@ def test_damage_anywhere_raises_nothing_else(folder: Path) -> None:
             with suppress(pickle.UnpicklingError):  # a flipped byte may also leave a pickle of other values
                 read(folder)
         (folder / name).write_bytes(content)
+
+
+def test_a_tensor_that_metadata_call_an_object_is_not_unpickled(folder: Path, tmp_path: Path) -> None:
+    """By torch's own reader it is, and so the test must see the file that this creates."""
+    key, metadata = "decoder.final_layernorm.weight", read_metadata(folder)
+    index = next(index for index in metadata.storage_data if index.fqn == key)
+    info = metadata.storage_data.pop(index)
+    for reader, runs in ((RestrictedReader, False), (FileSystemReader, True)):
+        mark = tmp_path / reader.__name__
+        with (folder / info.relative_path).open("ab") as file:
+            info.offset = file.tell()
+            torch.save(attacks(mark)["system"], file)
+            info.length = file.tell() - info.offset
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = info
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        with suppress(CheckpointException):
+            load({key: torch.zeros(3)}, storage_reader=reader(folder), no_dist=True)
+        assert mark.exists() == runs
 
 
 # The converter --------------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ class TwoHosts:
             time.sleep(0.1)
 
 
+@pytest.mark.soak
 def test_a_run_survives_a_cut_of_20_s_and_both_hosts_end_with_a_reason_after_a_longer_one(
     hosts: Hosts, new_run: Callable[..., Run]
 ) -> None:

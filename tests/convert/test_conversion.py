@@ -340,6 +340,7 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path):
     assert largest < there <= back < 3 * largest < total / 3, done.stdout
 
 
+@pytest.mark.soak
 def test_the_benchmark_gets_the_weights_back_and_a_missing_mbridge_is_named(tmp_path):
     metrics = tmp_path / "metrics.json"
     done = run_tool("--cases", "tiny", "--rounds", "1", "--json", metrics, program=["benchmarks/conversion.py"])

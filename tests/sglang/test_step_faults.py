@@ -214,7 +214,7 @@ def test_one_of_two_is_frozen_for_30_seconds(servers: list[RealServer], steps_on
     steps.take()
 
 
-@pytest.mark.parametrize("method", ["disk", "distributed"])
+@pytest.mark.parametrize("method", [pytest.param("disk", marks=pytest.mark.soak), "distributed"])
 def test_all_are_killed_and_restart_with_other_weights(
     method: str, servers: list[RealServer], steps_on: Any, caplog: pytest.LogCaptureFixture
 ):
