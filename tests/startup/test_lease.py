@@ -159,6 +159,7 @@ def test_a_dead_run_of_this_machine_is_taken_over_at_once(
         began = time.monotonic()
         take().release()
         assert time.monotonic() - began < 0.5
+        assert list((tmp_path / "run").iterdir()) == []
     assert said == []
 
 
