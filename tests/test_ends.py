@@ -66,7 +66,7 @@ def run(
         )  # fmt: skip
     said = Path(f"{config}.out").read_text(encoding="utf-8", errors="replace")
     assert done.returncode == 0, (place / f"{name}.err").read_text() + said[-3000:]
-    wait_for(lambda: left(mark) == [], SECONDS)
+    wait_for(lambda: left(mark) == [], 60)
     return [json.loads(line) for line in done.stdout.splitlines()], said.splitlines()
 
 

@@ -411,11 +411,11 @@ def test_no_process_of_a_function_outlives_a_killed_trainer_and_the_pipe_behind_
         command(script), cwd=rewards, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as trainer:
         try:
-            wait_for(lambda: sleeping(seconds) == 4)
+            wait_for(lambda: sleeping(seconds) == 4, 120)
         finally:
             trainer.kill()
-        trainer.communicate(timeout=10)  # returns when no process has the pipe any more
-    wait_for(lambda: sleeping(seconds) == 0, 10)
+        trainer.communicate(timeout=60)  # returns when no process has the pipe any more
+    wait_for(lambda: sleeping(seconds) == 0, 60)
 
 
 def test_no_degenerate_answer_reaches_the_deadline_or_affects_the_next() -> None:
