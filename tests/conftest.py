@@ -4,6 +4,7 @@ Tests marked ``gpu`` run where there is a GPU; elsewhere they are skipped, and t
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
-# Rooms whose tests share servers or daemons: a worker of pytest-xdist runs the whole room. They take longest, so they
-# are started first. Of other rooms a worker runs a file at a time.
+# Rooms whose tests share servers or daemons: a worker of pytest-xdist runs the whole room. Of other rooms a worker runs a
+# file at a time.
 SHARED_ROOMS = ("tests/sglang/", "tests/cluster/")
+# What takes longest is started first, and short files fill the gaps at the end.
+_WHOLE_RUNS = re.compile(r"tests/(?:multi_rank/|quickstart/|preflight/|convert/)?test_\w+\.py")
 
 
 def room_of(name: str) -> str:
@@ -46,7 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: room_of(item.nodeid) not in SHARED_ROOMS)
+    items.sort(key=lambda item: (room_of(item.nodeid) not in SHARED_ROOMS, not _WHOLE_RUNS.match(item.nodeid)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
