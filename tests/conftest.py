@@ -25,7 +25,7 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
-# Rooms whose tests share servers or daemons: a worker of pytest-xdist runs the whole room. Of other rooms a worker runs a
+# Rooms whose tests share servers or daemons: a worker of pytest-xdist runs the whole room. Of other rooms it runs a
 # file at a time.
 SHARED_ROOMS = ("tests/sglang/", "tests/cluster/")
 # What takes longest is started first, and short files fill the gaps at the end.
