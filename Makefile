@@ -1,8 +1,8 @@
 # make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
-# make check        install, then lint, types, unit tests and one test of each promise (minutes)
+# make check        install, then lint, types, unit tests and one test of each promise (2 minutes)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
-# make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (part of `make test`)
+# make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (`make test` leaves out the long ones)
 # make container    build the CPU image with buildah and run `make test` in it (needs root; part of `make soak`)
 VENV ?= .venv
 RUN := $(VENV)/bin
