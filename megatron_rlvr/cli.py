@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_rlvr import __version__
-from megatron_rlvr.errors import RlvrError
+from megatron_rlvr.errors import RlvrError, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return VERBS[verb](rest)
     except RlvrError as error:
-        sys.stderr.write(f"megatron_rlvr: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"megatron_rlvr: {one_line(error)}\n")
         return error.exit_status
 
 

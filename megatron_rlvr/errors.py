@@ -28,3 +28,16 @@ class InputError(RlvrError, ValueError):
 
 class FaultError(RlvrError, RuntimeError):
     """A fault that ends a run and is not a defect of the program."""
+
+
+_LONGEST_LINE = 2000
+
+
+def one_line(error: object) -> str:
+    """Return a message as one line that a terminal can print, of at most 2,000 characters.
+
+    Messages quote what they are about: values, names of files, what a library says about them.
+    """
+    text = " ".join(str(error)[: 4 * _LONGEST_LINE].split())
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= _LONGEST_LINE else text[: _LONGEST_LINE - 3] + "..."

@@ -7,6 +7,7 @@ printed about a rank that has printed its own error and exited; torchrun's own r
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,8 +41,10 @@ def split_ranks_flag(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
             rest.append(word)
             continue
         text = text if equals else next(words, "")
-        if not text.isdecimal() or int(text) < 1:
-            raise SettingsError(f"{RANKS_FLAG} {text}: not an int above 0; give the number of ranks on this machine")
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+            raise SettingsError(
+                f"{RANKS_FLAG} {text[:60]}: not an int above 0; give the number of ranks on this machine"
+            )
         ranks = int(text)
     return ranks, rest
 

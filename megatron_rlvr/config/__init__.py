@@ -11,8 +11,6 @@ new name (`loading.py`), a setting without effect with the setting that disables
 another (`layers.py`). Defaults follow the paper (arXiv 2506.01939).
 """
 
-from typing import Any
-
 from pydantic import Field, PrivateAttr, model_validator
 
 from megatron_rlvr.config.data import DataSettings as DataSettings
@@ -29,7 +27,7 @@ from megatron_rlvr.config.rollout import RolloutSettings as RolloutSettings
 from megatron_rlvr.config.rollout import SyncSettings as SyncSettings
 from megatron_rlvr.config.run import LogSettings as LogSettings
 from megatron_rlvr.config.run import RunSettings as RunSettings
-from megatron_rlvr.config.section import Section
+from megatron_rlvr.config.section import FreeForm, Section
 from megatron_rlvr.config.section import SettingsError as SettingsError
 from megatron_rlvr.config.section import Unused as Unused
 from megatron_rlvr.config.training import AdvantageSettings as AdvantageSettings
@@ -56,7 +54,7 @@ class Settings(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     log: LogSettings = LogSettings()
-    megatron: dict[str, Any] = Field(default_factory=dict)
+    megatron: FreeForm = Field(default_factory=dict)
     """Any field of Megatron's TransformerConfig, DistributedDataParallelConfig or OptimizerConfig."""
 
     _unused: tuple[Unused, ...] = PrivateAttr(default=())

@@ -1,12 +1,11 @@
 """Settings of prompts: those to train on, and those to evaluate on."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rlvr.config.section import Section
+from megatron_rlvr.config.section import FreeForm, PathText, Section
 from megatron_rlvr.config.yaml_format import shown
 
 # Set by the trainer, or decided by other settings.
@@ -15,6 +14,10 @@ _OWN_VARIABLES = {
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
     *("return_assistant_tokens_mask",),
 }
+
+
+MIN_TEMPERATURE = 0.01
+"""Smallest temperature that is not 0: logits are divided by it."""
 
 
 def _expand_paths(values: Any, key: str) -> Any:
@@ -28,7 +31,7 @@ def _expand_paths(values: Any, key: str) -> Any:
 class FileSettings(Section):
     """One file of problems."""
 
-    path: str
+    path: PathText
     """A .jsonl or .parquet file of problems."""
     prompt_key: str | None = None
     """Column of the problem; null: one of the known names."""
@@ -52,13 +55,13 @@ class DataSettings(Section):
     """Files of problems: paths, or {path, weight, prompt_key, answer_key, id_key}."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: the text itself; auto: chat if the tokenizer has a template."""
-    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    template_kwargs: FreeForm = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}."""
     system: str | None = None
     """System message of every prompt; null: none."""
     suffix: str = ""
     """Text appended to every problem, such as an instruction to box the answer."""
-    max_prompt_tokens: int = Field(default=2048, ge=1)
+    max_prompt_tokens: int = Field(default=2048, ge=1, lt=2**20)
     """Longest prompt in tokens; longer ones are left out, and their number is reported."""
     shuffle: bool = True
     """Shuffle each file again in every epoch; false: keep the file's order."""
@@ -77,13 +80,8 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _combination(self) -> "DataSettings":
         for name, value in self.template_kwargs.items():
-            key = f"data.template_kwargs.{name}={shown(value)}"
             if name in _OWN_VARIABLES:
-                raise ValueError(f"{key}: is set by the trainer; remove it")
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError):
-                raise ValueError(f"{key}: not a value of JSON; give a bool, int, float, str, list or mapping") from None
+                raise ValueError(f"data.template_kwargs.{name}={shown(value)}: is set by the trainer; remove it")
         for key in ("prompt_key", "answer_key", "id_key"):
             if getattr(self, key) is not None and all(getattr(file, key) is not None for file in self.train):
                 raise ValueError(
@@ -105,9 +103,9 @@ class EvaluateSettings(Section):
 
     sets: list[EvaluationFileSettings] = Field(default_factory=list)
     """Problem sets: paths, or {path, name, prompt_key, answer_key, id_key}. Without any, nothing is evaluated."""
-    group_size: int = Field(default=32, ge=1)
+    group_size: int = Field(default=32, ge=1, le=2**16)
     """Number of completions per problem; the accuracy is their mean (avg@32 in the paper)."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=100)
     """Sampling temperature; 0: greedy."""
     top_p: float = Field(default=0.7, gt=0, le=1)
     """Nucleus sampling: probability mass of the tokens to sample from."""
@@ -123,6 +121,11 @@ class EvaluateSettings(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"evaluate.sets: two sets have the name {twice[0]!r}; give one of them another name")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"evaluate.temperature={self.temperature}: neither 0 nor at least {MIN_TEMPERATURE}; give 0 for greedy "
+                "sampling"
+            )
         if self.sets and self.temperature == 0 and self.group_size > 1:
             raise ValueError(
                 f"evaluate.group_size={self.group_size}: with evaluate.temperature=0 all completions are alike; set 1"

@@ -15,6 +15,7 @@ Example::
     rollout: {max_response_tokens: 29696}
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from megatron_rlvr.config.no_effect import NoEffect
 from megatron_rlvr.config.section import SettingsError, Unused
+from megatron_rlvr.input_files import same_place
 
 EXTENDS = "extends"
 
@@ -41,7 +43,7 @@ def read_layers(path: Path, read: Callable[[Path], dict[str, Any]]) -> list[dict
     Raises: SettingsError, also if files extend each other in a circle.
     """
     layers: list[dict[str, Any]] = []
-    seen = [path.resolve()]
+    seen = [same_place(path)]
     while True:
         values = read(path)
         base = values.pop(EXTENDS, None)
@@ -51,14 +53,14 @@ def read_layers(path: Path, read: Callable[[Path], dict[str, Any]]) -> list[dict
         if not isinstance(base, str) or not base:
             raise SettingsError(f"{path}: extends={base!r} is not a path; give the path of one settings file")
         extended = path.parent / base
-        if extended.resolve() in seen:
+        if same_place(extended) in seen:
             raise SettingsError(f"{path}: extends={base} leads back to {extended}; remove one of the extends")
-        if not extended.exists():
+        if not os.path.lexists(extended):
             raise SettingsError(
                 f"{path}: extends={base} does not exist; correct the path, which starts at {path.parent}"
             )
         path = extended
-        seen.append(path.resolve())
+        seen.append(same_place(path))
 
 
 @dataclass

@@ -16,7 +16,12 @@ from pydantic_core import ErrorDetails
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.layers import Layers, read_layers
 from megatron_rlvr.config.no_effect import NoEffectError
-from megatron_rlvr.config.yaml_format import Dumper, Loader, shown
+from megatron_rlvr.config.section import MAX_FLOAT, MAX_INT, MIN_FLOAT
+from megatron_rlvr.config.yaml_format import Dumper, load_yaml, shown
+from megatron_rlvr.input_files import BadFileError, read_text
+
+# A settings file is not larger, and a path is shown whole up to this length.
+_MAX_BYTES, _LONG_PATH = 2**20, 300
 
 RENAMED = {
     "evaluate.samples": "evaluate.group_size",
@@ -82,20 +87,21 @@ def fields() -> list[tuple[str, str, Any]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    name = shown(str(path)) if len(str(path)) > _LONG_PATH else path
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        values = load_yaml(read_text(path, _MAX_BYTES))
     except FileNotFoundError:
-        raise SettingsError(f"{path} does not exist; give a settings file") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read ({error}); give a settings file") from None
+        raise SettingsError(f"{name} does not exist; give a settings file") from None
+    except BadFileError as error:
+        raise SettingsError(f"{name} cannot be read ({error}); give a settings file") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise SettingsError(f"{path}, line {line}: not valid YAML ({error.problem}); correct it") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
-        raise SettingsError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct it") from None
+        raise SettingsError(f"{name}, line {line}: not valid YAML ({error.problem}); correct it") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name} is not valid YAML ({' '.join(str(error).split())}); correct it") from None
     if not isinstance(values, dict):
         found = "is empty" if values is None else "holds no sections"
-        raise SettingsError(f"{path} {found}; write sections such as run: and model: with keys below them")
+        raise SettingsError(f"{name} {found}; write sections such as run: and model: with keys below them")
     return values
 
 
@@ -122,9 +128,10 @@ def _flag_value(key: str, text: str) -> Any:
     if text != "null" and text[:1] not in ("'", '"') and _holds_str(key):
         return text
     try:
-        return yaml.load(text, Loader=Loader)
-    except (yaml.YAMLError, ValueError):
-        raise SettingsError(f"value {text!r} of flag --{key} is not valid YAML; quote it") from None
+        return load_yaml(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise SettingsError(f"value {shown(text)} of flag --{key} is not valid YAML ({problem}); quote it") from None
 
 
 def _holds_str(key: str) -> bool:
@@ -146,8 +153,13 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 # Errors -------------------------------------------------------------------------------------------------------------
 
-# {kind of pydantic's error: (problem, remedy)}
+# {kind of an error of pydantic, or of section.py: (problem, remedy)}
 _PROBLEMS = {
+    "too_large": ("too large to compute with", f"give at most {MAX_INT} as an int, {MAX_FLOAT:g} as a float"),
+    "too_small": ("too small to compute with", f"give 0, or at least {MIN_FLOAT:g} in size"),
+    "not_json": ("not a value of JSON", "give a bool, int, float, str, list or mapping"),
+    "not_text": ("holds a character that no file can hold", "remove it"),
+    "path_too_long": ("too long for a path", "give one of at most 2000 bytes, with names of at most 255"),
     "greater_than": ("out of range", "give a value above {gt}"),
     "greater_than_equal": ("out of range", "give at least {ge}"),
     "less_than": ("out of range", "give a value below {lt}"),
@@ -170,6 +182,8 @@ def _explain(error: ErrorDetails) -> str:
     """Turn pydantic's error into one sentence: `key=value: problem; remedy`."""
     key = ".".join(str(part) for part in error["loc"])
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if "at" in context:  # inside of a value
+        key, value = key + context["at"], context["value"]
     if kind == "extra_forbidden":
         return f"unknown key {key}; {_suggestion(key) or 'see --help for the keys'}"
     if kind == "missing":
@@ -195,7 +209,7 @@ def _problem(key: str, value: Any, kind: str, context: dict[str, Any]) -> tuple[
     if kind not in _PROBLEMS:
         return None
     problem, remedy = _PROBLEMS[kind]
-    bounds = {name: f"{bound:.15g}" for name, bound in context.items() if isinstance(bound, int | float)}
+    bounds = {name: f"{context[name]:.15g}" for name in ("gt", "ge", "lt", "le") if name in context}
     return problem, remedy.format(**bounds)
 
 

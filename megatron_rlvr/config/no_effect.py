@@ -51,7 +51,16 @@ def _lookup(settings: BaseModel, dotted: str) -> tuple[Any, Any]:
 
 
 _ONLY_SGLANG = (
-    *("servers", "max_inflight", "retries", "server_timeout_seconds", "oversampling", "partial", "overlap"),
+    *(
+        "servers",
+        "api_key_file",
+        "max_inflight",
+        "retries",
+        "server_timeout_seconds",
+        "oversampling",
+        "partial",
+        "overlap",
+    ),
     "colocated",
 )
 _NAME_A_SET = "name a set, or remove it"

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_rlvr.config.section import Section
+from megatron_rlvr.config.data import MIN_TEMPERATURE
+from megatron_rlvr.config.section import OptionalPath, Section
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.types import REWARD_FUNCTION
 
@@ -20,9 +21,12 @@ class RolloutSettings(Section):
     """embedded: transformers in the training processes; sglang: SGLang servers, which must already be running."""
     servers: list[str] = Field(default_factory=list)
     """URLs of the SGLang servers, such as http://node7:30000; each serves the model of `model.path`."""
-    group_size: int = Field(default=16, ge=2)
+    api_key_file: OptionalPath = Field(default=None, min_length=1)
+    """File with the key that the servers demand (`rlvr serve --api-key-file`, SGLang's --api-key), at the same path on
+    every host of the trainer; null: they demand none."""
+    group_size: int = Field(default=16, ge=2, le=2**16)
     """Number of completions per prompt (the group, G in the paper)."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE, le=100)
     """Sampling temperature. Log-probabilities and entropies are of softmax(logits / temperature) everywhere."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling: probability mass of the tokens to sample from; 1: the whole distribution."""
@@ -33,20 +37,20 @@ class RolloutSettings(Section):
     tokenizer, config.json and generation_config.json always end one; the plan lists all of them."""
     dynamic_sampling: bool = True
     """Replace groups that are all correct or all incorrect, which carry no gradient, by groups of other prompts."""
-    max_rounds: int = Field(default=10, ge=1)
+    max_rounds: int = Field(default=10, ge=1, le=10**6)
     """Maximum number of sampling rounds per step, or with servers of prompts, as a multiple of `batch.prompts`. Then
     the step trains on the informative groups so far."""
-    max_batch_rows: int = Field(default=256, ge=1)
+    max_batch_rows: int = Field(default=256, ge=1, le=2**20)
     """Embedded engine: maximum number of completions in the running batch of a rank."""
-    max_batch_tokens: int = Field(default=65536, ge=1)
+    max_batch_tokens: int = Field(default=65536, ge=1, le=2**31)
     """Embedded engine: size of the KV cache of a rank, in tokens."""
-    max_inflight: int = Field(default=64, ge=1)
+    max_inflight: int = Field(default=64, ge=1, le=2**16)
     """Maximum concurrent requests per server over all ranks (each data-parallel replica always gets one)."""
-    retries: int = Field(default=3, ge=0)
+    retries: int = Field(default=3, ge=0, le=1000)
     """Number of times that a failed request is sent again, to another server if there is one."""
-    server_timeout_seconds: float = Field(default=300.0, gt=0)
+    server_timeout_seconds: float = Field(default=300.0, gt=0, le=604800)
     """Seconds to wait for servers to start, and for any server to be re-admitted when all are unhealthy."""
-    oversampling: float = Field(default=1.0, ge=1)
+    oversampling: float = Field(default=1.0, ge=1, le=1000)
     """In-flight groups as a multiple of what is expected to fill the batch; the slowest spill over into the next
     step."""
     partial: bool = False
@@ -55,9 +59,9 @@ class RolloutSettings(Section):
     """one_step: servers sample the next batch while this one trains, from weights that are one step older."""
     colocated: bool = False
     """Servers share the GPUs with training and release their memory while a step trains."""
-    max_staleness: int = Field(default=4, ge=1)
+    max_staleness: int = Field(default=4, ge=1, le=10**6)
     """Maximum off-policy steps of any token; groups with an older token are discarded and resampled."""
-    max_logprob_gap: float = Field(default=1.0, gt=0)
+    max_logprob_gap: float = Field(default=1.0, gt=0, le=10**6)
     """Stop the run if the mean absolute difference in log-probability between engine and policy, in nats, exceeds
     this: the engine samples from other weights."""
 
@@ -103,9 +107,9 @@ class SyncSettings(Section):
 
     method: Literal["disk", "distributed", "tensor"] = "distributed"
     """distributed: a process group with the servers; disk: a folder; tensor: HTTP requests (servers on this host)."""
-    dir: str | None = Field(default=None, min_length=1)
+    dir: OptionalPath = Field(default=None, min_length=1)
     """Folder for `sync.method: disk`, at the same path for trainer and servers; null: `DIR/sync`."""
-    bucket_bytes: int = Field(default=2**28, ge=1)
+    bucket_bytes: int = Field(default=2**28, ge=1, le=2**40)
     """Bytes of weights sent at once, and the extra memory of a sync (distributed and tensor)."""
 
 
@@ -117,13 +121,13 @@ class RewardSettings(Section):
     answer_after: str = Field(default="auto", min_length=1)
     """Text that ends the thinking section: only what follows its last occurrence is graded by `math`, and a response
     without it has no answer. auto: `</think>` if the prompts end in an open `<think>`, else none; none: nothing."""
-    correct: float = 1.0
+    correct: float = Field(default=1.0, ge=-(10**12), le=10**12)
     """Reward of a correct answer."""
-    incorrect: float = -1.0
+    incorrect: float = Field(default=-1.0, ge=-(10**12), le=10**12)
     """Reward of an incorrect answer."""
-    timeout_seconds: float = Field(default=2.0, gt=0, le=86400)
+    timeout_seconds: float = Field(default=2.0, ge=0.01, le=86400)
     """Seconds after which a grader is killed and restarted; the answer counts as incorrect."""
-    workers: int = Field(default=2, ge=1)
+    workers: int = Field(default=2, ge=1, le=1024)
     """Number of grader processes per rank."""
     overlong_buffer: int = Field(default=4096, ge=0)
     """Number of tokens before the cap over which a length penalty falls from 0 to -1 (DAPO's soft overlong

@@ -4,15 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rlvr.config.section import Section
+from megatron_rlvr.config.section import PathText, Section
 
 
 class RunSettings(Section):
     """Folder, length, checkpoints, exports and signals of the run."""
 
-    dir: str = Field(min_length=1)
+    dir: PathText = Field(min_length=1)
     """Folder that the run writes: settings, metrics, sampled text, checkpoints, exports."""
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=10**9)
     """Number of training steps. Each samples `batch.prompts` groups and takes one optimizer step per mini-batch."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all randomness: prompt order, sampling, random selection."""
@@ -35,12 +35,12 @@ class RunSettings(Section):
     accept_changed_inputs: bool = False
     """Resume although prompts, answers, tokenizer, chat template or stop tokens differ from those of the checkpoint.
     Groups that it holds of changed prompts are discarded."""
-    grace_seconds: float = Field(default=40.0, gt=0)
+    grace_seconds: float = Field(default=40.0, gt=0, le=604800)
     """After SIGTERM, sampling stops and is saved; a training step may use this many seconds to finish before the
     process exits without saving it."""
     overwrite: bool = False
     """Delete an earlier run in `run.dir`, including its checkpoints, and start from scratch."""
-    timeout_minutes: float = Field(default=30.0, gt=0)
+    timeout_minutes: float = Field(default=30.0, ge=0.001, le=10080)
     """Minutes that a rank waits for another rank before the run fails."""
 
     @model_validator(mode="after")

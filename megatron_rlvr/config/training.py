@@ -52,14 +52,14 @@ class LossSettings(Section):
     ratio."""
     clip_low: float | None = Field(default=0.2, gt=0, lt=1)
     """Clip the ratio below at 1 - clip_low. Default 3e-4 with `objective: gspo`, null (no lower bound) with cispo."""
-    clip_high: float = Field(default=0.28, gt=0)
+    clip_high: float = Field(default=0.28, gt=0, le=10**6)
     """Clip the ratio above at 1 + clip_high (DAPO's clip-higher). Default 4e-4 with `objective: gspo`, 4 with cispo."""
-    dual_clip: float | None = Field(default=10.0, gt=1)
+    dual_clip: float | None = Field(default=10.0, gt=1, le=10**6)
     """Upper bound of the ratio for negative advantages (dual-clip PPO); null: none. Default null with gspo, cispo."""
     rollout_correction: Literal["none", "tis", "mis"] = "none"
     """Importance weight w = p(policy before the update) / p(engine). tis: truncate w at C; mis: drop tokens with w
     outside 1/C .. C."""
-    correction_cap: float | None = Field(default=2.0, gt=1)
+    correction_cap: float | None = Field(default=2.0, gt=1, le=10**6)
     """The bound C of `loss.rollout_correction`; null without a correction."""
     normalizer: Literal["all_tokens", "selected_tokens"] = "all_tokens"
     """Divide the loss by all response tokens (the paper's formula) or by the selected ones (its released code)."""
@@ -98,11 +98,11 @@ _OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
 class BatchSettings(Section):
     """Sizes of batch, mini-batch and micro-batch."""
 
-    prompts: int = Field(default=512, ge=1)
+    prompts: int = Field(default=512, ge=1, le=2**20)
     """Number of prompts (groups) per training step."""
     mini_batch_prompts: int = Field(default=32, ge=1)
     """Number of prompts (groups) per optimizer step; divides `batch.prompts`."""
-    tokens_per_micro_batch: int = Field(default=24576, ge=1)
+    tokens_per_micro_batch: int = Field(default=24576, ge=1, le=2**31)
     """Tokens that are packed into one micro-batch; a longer sequence gets a micro-batch of its own."""
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class BatchSettings(Section):
 class OptimizerSettings(Section):
     """Adam with decoupled weight decay, and the learning-rate schedule."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0, le=10**6)
     """Peak learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or a cosine down to `min_learning_rate` at `decay_steps`."""
@@ -128,7 +128,7 @@ class OptimizerSettings(Section):
     """Training step at which the cosine ends, counted with the warm-up (cosine only)."""
     min_learning_rate: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the cosine (cosine only)."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=100)
     """Decoupled weight decay; norms are exempt."""
     clip_grad: float = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down to it."""

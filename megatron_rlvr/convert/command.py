@@ -43,8 +43,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     options = parser.parse_args(list(arguments))
     if options.direction == "to-megatron" and min(options.tensor, options.pipeline, options.expert) < 1:
         parser.error("--tensor, --pipeline and --expert must be at least 1")
-    if options.direction == "to-hf" and not options.shard_size > 0:
-        parser.error("--shard-size must be above 0")
+    if options.direction == "to-hf" and not 0 < options.shard_size <= 1e6:
+        parser.error(f"--shard-size {options.shard_size}: not between 0 and 1e6; give the size in GB")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tolerance of --verify is for fp32 on the CPU
     from rich.console import Console
     from rich.progress import track

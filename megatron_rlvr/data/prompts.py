@@ -169,17 +169,16 @@ def _names(files: Sequence[PromptFile]) -> list[str]:
 
 def _rendered(records: RecordFile, template: PromptTemplate) -> tuple[list[Record], list[int], list[str]]:
     """Return the records, for each the number of its text, and the distinct texts."""
-    kept: list[Record] = []
-    numbers: list[int] = []
+    kept = list(records)
+    first: dict[int, Record] = {}  # by the identity of the problem, as equal problems of a file are one object
+    for record in kept:
+        first.setdefault(id(record.prompt), record)
     texts: dict[str, int] = {}
-    number_of: dict[int, int] = {}  # by the identity of the problem, as equal problems of a file are one object
-    for record in records:
-        number = number_of.get(id(record.prompt))
-        if number is None:
-            number = number_of[id(record.prompt)] = texts.setdefault(template.text(record), len(texts))
-        kept.append(record)
-        numbers.append(number)
-    return kept, numbers, list(texts)
+    number_of = {
+        problem: texts.setdefault(text, len(texts))
+        for problem, text in zip(first, template.texts(list(first.values())), strict=True)
+    }
+    return kept, [number_of[id(record.prompt)] for record in kept], list(texts)
 
 
 def _tokenize(

@@ -45,6 +45,7 @@ GOLD_MARK = "####"
 Message = dict[str, str]
 """Message of a chat: {"role": ..., "content": ...}."""
 
+_MAX_DIGITS = 1000
 _MISSING = object()
 _NOTHING: dict[str, Any] = {}
 
@@ -274,8 +275,9 @@ def _answer(row: dict[str, Any], column: str, where: str, settings: str) -> str:
     value = _present(row, column, where)
     if isinstance(value, list) and len(value) == 1:  # as files have it in which other rows have several answers
         (value,) = value
-    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
-    answer = _digits(value) if number else _text(value, column, where).strip() if isinstance(value, str) else ""
+    if _is_number(value):
+        return _digits(value, column, where)
+    answer = _text(value, column, where).strip() if isinstance(value, str) else ""
     if not answer:
         raise DataError(
             f"{where}: {column} is {_kind(value)}; write the answer as text or a number, set {settings}.answer_key to "
@@ -284,11 +286,29 @@ def _answer(row: dict[str, Any], column: str, where: str, settings: str) -> str:
     return answer
 
 
-def _digits(number: int | float | Decimal) -> str:
-    """Return a number as digits without an exponent, those of the file; 27.0 as "27"."""
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _digits(number: int | float | Decimal, column: str, where: str) -> str:
+    """Return a number as digits without an exponent, those of the file; 27.0 as "27".
+
+    Raises: DataError if these are more than a thousand.
+    """
     if isinstance(number, float):  # the shortest digits that denote this float, unless the file has more
-        number = Decimal(number.literal if isinstance(number, LongFloat) else repr(number))
-    return str(int(number)) if number == int(number) else f"{number:f}"
+        literal = number.literal if isinstance(number, LongFloat) else repr(number)
+        try:
+            number = Decimal(literal)
+        except ArithmeticError:  # an exponent of twenty digits
+            number = Decimal("Infinity")
+    decimal = Decimal(number)
+    _, digits, exponent = decimal.as_tuple()
+    if not isinstance(exponent, int) or len(digits) + abs(exponent) > _MAX_DIGITS:
+        raise DataError(f"{where}: {column} is a number of more than {_MAX_DIGITS} digits; write it as text")
+    return str(int(decimal)) if decimal == int(decimal) else f"{decimal:f}"
 
 
 def _gold(answer: str, columns: Columns, where: str) -> str:

@@ -1,7 +1,6 @@
 """Rows of a JSON lines or parquet file, each with its line or row number for error messages."""
 
 import codecs
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatron_rlvr.errors import InputError
+from megatron_rlvr.input_files import BadFileError, decode, is_file, parse_json
 
 _EXACT_CHARACTERS = 16
+_MAX_LINE_BYTES = 2**26
 
 
 class DataError(InputError):
@@ -45,7 +46,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     Raises:
         DataError: If the file does not exist, has another extension, or cannot be read.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path} is not a file; check the path")
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json"):
@@ -60,7 +61,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     # Read bytes, not text: an invalid byte is then reported with its line, and only "\n" ends a line (not U+2028).
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            number = 0
+            while line := file.readline(_MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > _MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{path}, line {number}: longer than {_MAX_LINE_BYTES} bytes; write one JSON object per line"
+                    )
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
@@ -71,12 +78,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"), parse_float=_json_float)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start + 1} is not valid UTF-8; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not valid JSON ({reason}); write one JSON object per line") from error
+        row = parse_json(decode(line), parse_float=_json_float)
+    except BadFileError as error:
+        raise DataError(f"{where}: {error}; write one JSON object per line, in UTF-8") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON {type(row).__name__}, not an object; write one JSON object per line")
     return row
@@ -95,12 +99,17 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=4096):
-                for row in _with_short_floats(batch).to_pylist():
+                rows = _with_short_floats(batch).to_pylist()
+                for row in rows:
                     number += 1
                     yield "row", number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, TypeError, ImportError) as error:
+        # Not only of pyarrow: also dates that Python has not, nanoseconds, and text that is no UTF-8.
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise DataError(f"{path} cannot be read as parquet after row {number} ({reason}); create it again") from error
+        raise DataError(
+            f"{path} cannot be read as parquet after row {number} ({reason}); create it again, without columns of "
+            "types that are not needed"
+        ) from error
 
 
 def _with_short_floats(batch: Any) -> Any:

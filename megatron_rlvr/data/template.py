@@ -14,7 +14,7 @@ A template that reads the clock (today's date in the system message) is given on
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -91,13 +91,28 @@ class PromptTemplate:
             self._variables[_CLOCK] = now.strftime
         self._openings = self._find_openings() if self.chat else ()
 
-    def text(self, record: Record) -> str:
-        """Return the text of a prompt.
+    def texts(self, records: Sequence[Record]) -> Iterator[str]:
+        """Yield the text of the prompt of each record.
 
         Raises:
             DataError: If the row has its own system message although ``system`` is set, the chat template rejects the
                 messages or leaves one out, or the problem is already rendered.
         """
+        chats = [self._messages(record) for record in records]
+        if not self.chat:
+            yield from ("\n\n".join(message["content"] for message in chat) for chat in chats)
+            return
+        texts = self._tokenizer.render_chats(chats, self._variables)
+        for record, chat in zip(records, chats, strict=True):
+            try:
+                text = next(texts)
+            except TokenizerError as error:
+                raise DataError(f"prompt {record.id}: {error}") from error
+            self._check(chat, text, record.id)
+            yield text
+
+    def _messages(self, record: Record) -> list[Message]:
+        """Return the messages of a prompt, with those of the settings."""
         messages: list[Message] = (
             [{"role": "user", "content": record.prompt}] if isinstance(record.prompt, str) else record.prompt
         )
@@ -107,15 +122,7 @@ class PromptTemplate:
                     f"prompt {record.id} has its own system message; unset data.system or remove the message"
                 )
             messages = [{"role": "system", "content": self._system}, *messages]
-        messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + self._suffix}]
-        if not self.chat:
-            return "\n\n".join(message["content"] for message in messages)
-        try:
-            text = self._render(messages)
-        except TokenizerError as error:
-            raise DataError(f"prompt {record.id}: {error}") from error
-        self._check(messages, text, record.id)
-        return text
+        return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + self._suffix}]
 
     def with_start(self, ids: list[int]) -> list[int]:
         """Return the token ids of a text after the start tokens of the model, unless the text begins with them."""
@@ -141,7 +148,7 @@ class PromptTemplate:
         return EndOfTurn(after.strip(), None)
 
     def _render(self, messages: list[Message], *, answer_follows: bool = True) -> str:
-        return self._tokenizer.render_chat(messages, self._variables, answer_follows=answer_follows)
+        return next(self._tokenizer.render_chats([messages], self._variables, answer_follows=answer_follows))
 
     def _render_probe(self, messages: list[Message], *, answer_follows: bool = True) -> str:
         """Return the text of messages of this module; empty if the template rejects them in any form.

@@ -9,12 +9,14 @@ transformers takes seconds to import, so it is imported only when a folder is op
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_rlvr.data.bounded import BoundedError, bounded_texts
 from megatron_rlvr.data.records import Message
 from megatron_rlvr.errors import InputError
+from megatron_rlvr.input_files import BadFileError, is_file, is_folder, parse_json, read_text
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -23,6 +25,12 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", _TEMPLATE),
 )
 """Names of the files of a tokenizer in a Hugging Face folder, as far as the folder has them."""
+
+Chat = Sequence[Message]
+
+# Ids beyond make tokenizers allocate a table up to the largest.
+_MAX_TOKEN_ID = 2**24
+_MAX_TOKENIZER_BYTES = 2**28
 
 
 class TokenizerError(InputError):
@@ -63,22 +71,23 @@ class Tokenizer(Protocol):
     def token_text(self, token_id: int) -> str:
         """Return the text of one token, special or not."""
 
-    def render_chat(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
-    ) -> str:
-        """Return the text of a chat.
+    def render_chats(
+        self, chats: Sequence[Chat], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
+    ) -> Iterator[str]:
+        """Yield the text of each chat.
 
         Args:
-            messages: Messages of the chat.
+            chats: Messages of each chat.
             variables: Variables of the chat template, besides its own.
             answer_follows: True to end where the assistant's answer starts; False to end after the last message.
 
         Raises:
-            TokenizerError: If there is no chat template, or it rejects the messages.
+            TokenizerError: If there is no chat template, or it rejects the messages of the chat that was to be next,
+                fails in any other way, or takes too long (see `bounded`).
         """
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of the text of `render_chat`."""
+        """Return the ids of the text of a chat."""
 
     def save(self, folder: str | Path) -> None:
         """Write files from which `load_tokenizer` loads the same tokenizer."""
@@ -96,15 +105,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             token.
     """
     path = Path(path)
-    if path.is_file():
+    if is_file(path):
         if path.suffix == ".model":
             return SentencePieceTokenizer(path)
         raise TokenizerError(f"{path} is not a sentencepiece .model file; give the folder of the tokenizer")
-    if not path.is_dir():
+    if not is_folder(path):
         raise TokenizerError(f"{path} is not a folder on this machine; download the model and give its folder")
-    if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
+    if is_file(path / "tokenizer.json") or is_file(path / "tokenizer_config.json"):
         return HuggingFaceTokenizer(path)
-    if (path / SENTENCEPIECE_FILE).is_file():
+    if is_file(path / SENTENCEPIECE_FILE):
         return SentencePieceTokenizer(path / SENTENCEPIECE_FILE)
     raise TokenizerError(
         f"{path} has no tokenizer.json, tokenizer_config.json or {SENTENCEPIECE_FILE}; copy the model's tokenizer there"
@@ -135,10 +144,13 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
+        _check_files(folder)
         try:
             self._backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a bad file is an OSError, ValueError, KeyError or tokenizers' own bare Exception
             raise TokenizerError(_why_unreadable(folder, error)) from error
+        if not isinstance(self._backend.model_max_length, int | float):
+            raise TokenizerError(f"model_max_length of tokenizer_config.json in {folder} is no number; copy it again")
         ids = set(self._backend.get_vocab().values())
         if ids <= set(self._backend.all_special_ids):
             # transformers 5 silently creates an empty tokenizer if there is only a tokenizer_config.json.
@@ -154,7 +166,10 @@ class HuggingFaceTokenizer:
         self.start_ids = self._find_start_ids()
         template = self._backend.chat_template
         # A tokenizer may have several templates by name; those other than the default are for tools and retrieval.
-        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        template = template.get("default") if isinstance(template, dict) else template
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(f"the chat template in {folder} is no text; copy the tokenizer again")
+        self.chat_template: str | None = template
 
     def _find_start_ids(self) -> list[int]:
         around_nothing: list[int] = self._ids("", add_special_tokens=True)
@@ -187,14 +202,13 @@ class HuggingFaceTokenizer:
     def token_text(self, token_id: int) -> str:
         return self._backend.decode([token_id], clean_up_tokenization_spaces=False)
 
-    def render_chat(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
-    ) -> str:
-        from jinja2 import TemplateError
-
+    def render_chats(
+        self, chats: Sequence[Chat], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
+    ) -> Iterator[str]:
         if self.chat_template is None:
             raise TokenizerError(f"the tokenizer in {self._folder} has no chat template; set data.template=plain")
-        try:
+
+        def render(messages: Chat) -> str:
             return self._backend.apply_chat_template(
                 list(messages),
                 chat_template=self.chat_template,
@@ -202,13 +216,16 @@ class HuggingFaceTokenizer:
                 add_generation_prompt=answer_follows,
                 **(variables or {}),
             )
-        except (TemplateError, TypeError) as error:  # TypeError: the template uses a variable of another type
+
+        try:
+            yield from bounded_texts(render, chats)
+        except BoundedError as error:
             raise TokenizerError(
                 f"the chat template in {self._folder} rejects the messages ({error}); change them or the template"
             ) from error
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        return self.encode(self.render_chat(messages))
+        return self.encode(next(self.render_chats([messages])))
 
     def save(self, folder: str | Path) -> None:
         self._backend.save_pretrained(folder)
@@ -219,13 +236,43 @@ def _why_unreadable(folder: Path, error: Exception) -> str:
     from transformers import AutoConfig
 
     at_fault = f"the tokenizer in {folder}"
-    if (folder / "config.json").is_file():
+    if is_file(folder / "config.json"):
         try:
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as of_config:  # of the same kinds as those of the tokenizer
             at_fault, error = f"{folder}/config.json", of_config
     reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
     return f"{at_fault} cannot be read by transformers ({reason}); copy the model's own"
+
+
+def _check_files(folder: Path) -> None:
+    """Raise TokenizerError if a file of the tokenizer is no JSON object, or has an added token of an impossible id."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+        if not (folder / name).exists():
+            continue
+        try:
+            content = parse_json(read_text(folder / name, _MAX_TOKENIZER_BYTES))
+        except BadFileError as error:
+            raise TokenizerError(f"{folder / name} cannot be read: {error}; copy it again") from None
+        if not isinstance(content, dict):
+            raise TokenizerError(f"{folder / name} holds no JSON object; copy it again")
+        for token in _token_ids(name, content):
+            if type(token) is not int or not 0 <= token < _MAX_TOKEN_ID:
+                raise TokenizerError(f"{folder / name}: {token!r} is no token id below {_MAX_TOKEN_ID}; copy it again")
+
+
+def _token_ids(name: str, content: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the ids in a file of a tokenizer; other tokens than added ones are numbered by their position."""
+    if name == "added_tokens.json":
+        yield from content.values()
+    for entry in content.get("added_tokens") or () if name == "tokenizer.json" else ():
+        yield entry.get("id") if isinstance(entry, dict) else entry
+    decoder = content.get("added_tokens_decoder")
+    for text in decoder if isinstance(decoder, dict) else ():
+        yield int(text) if text.isdecimal() and len(text) < 20 else text
+    vocabulary = content.get("model", {}).get("vocab") if isinstance(content.get("model"), dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.values()
 
 
 class SentencePieceTokenizer:
@@ -276,14 +323,15 @@ class SentencePieceTokenizer:
     def token_text(self, token_id: int) -> str:
         return self._processor.id_to_piece(token_id)
 
-    def render_chat(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
-    ) -> str:
-        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-        return "\n\n".join([*turns, "Assistant:"] if answer_follows else turns)
+    def render_chats(
+        self, chats: Sequence[Chat], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
+    ) -> Iterator[str]:
+        for messages in chats:
+            turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+            yield "\n\n".join([*turns, "Assistant:"] if answer_follows else turns)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        return self.encode(self.render_chat(messages))
+        return self.encode(next(self.render_chats([messages])))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)

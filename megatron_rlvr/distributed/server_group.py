@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -81,17 +82,25 @@ class ServerGroup:
         name: Name of the group, on the server too.
         server_ranks: Number of the server's ranks; this process is rank 0, before them.
         host: Name or address of the server's host; this process uses the network interface on the way there.
+        address: Address of this process on the way there, the only one on which the store listens.
     """
 
-    def __init__(self, name: str, server_ranks: int, host: str = "localhost") -> None:
+    def __init__(self, name: str, server_ranks: int, host: str = "localhost", address: str = "127.0.0.1") -> None:
         self.name = name
         self.size = 1 + server_ranks
         self.backend = "nccl" if has_gpu() else "gloo"
         self._group: torch.distributed.ProcessGroup | None = None
         self._closed = False
         self._host = host
-        # Port 0 takes any free port; the store listens on all addresses.
-        self._store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        # By itself a store would listen on all addresses of this machine.
+        family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listening:
+            listening.bind(place)
+            listening.listen(2 * self.size)
+            port = listening.getsockname()[1]
+            self._store = torch.distributed.TCPStore(
+                address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+            )
 
     @property
     def port(self) -> int:

@@ -27,7 +27,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megatron_rlvr.errors import InputError
+from megatron_rlvr.hf.config_values import LARGEST, check_layer_lists, positive_float, positive_int
+from megatron_rlvr.hf.config_values import ModelError as ModelError
 
 Layout = Literal["replicated", "vocab", "column", "row", "qkv", "gate_up"]
 
@@ -196,10 +197,6 @@ _VOCAB_MULTIPLE = 128
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
-class ModelError(InputError):
-    """A model folder that cannot be used."""
-
-
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family of a Hugging Face ``config.json``.
 
@@ -222,9 +219,9 @@ def transformer_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_unsupported(config)
     heads, groups, size = attention_sizes(config)
     return {
-        "num_layers": _positive_int(config, "num_hidden_layers"),
-        "hidden_size": _positive_int(config, "hidden_size"),
-        "ffn_hidden_size": _positive_int(config, "intermediate_size"),
+        "num_layers": positive_int(config, "num_hidden_layers"),
+        "hidden_size": positive_int(config, "hidden_size"),
+        "ffn_hidden_size": positive_int(config, "intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": groups,
         "kv_channels": size,
@@ -237,17 +234,17 @@ def transformer_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def attention_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return the numbers of query heads and key-value groups, and the head size; older configs omit the last two."""
-    heads = _positive_int(config, "num_attention_heads")
-    groups = heads if config.get("num_key_value_heads") is None else _positive_int(config, "num_key_value_heads")
+    heads = positive_int(config, "num_attention_heads")
+    groups = heads if config.get("num_key_value_heads") is None else positive_int(config, "num_key_value_heads")
     if heads % groups:
         raise ModelError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}; copy its config")
     if config.get("head_dim") is not None:
-        return heads, groups, _positive_int(config, "head_dim")
-    return heads, groups, _positive_int(config, "hidden_size") // heads
+        return heads, groups, positive_int(config, "head_dim")
+    return heads, groups, positive_int(config, "hidden_size") // heads
 
 
 def _expert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    experts, top_k = expert_count(config), _positive_int(config, "num_experts_per_tok")
+    experts, top_k = expert_count(config), positive_int(config, "num_experts_per_tok")
     moe, normalized = moe_layers(config), bool(config.get("norm_topk_prob", False))
     if top_k > experts:
         raise ModelError(f"num_experts_per_tok {top_k} is more than the {experts} experts; copy the model's own config")
@@ -260,7 +257,7 @@ def _expert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError("no layer has experts by decoder_sparse_step and mlp_only_layers; convert it to a dense model")
     return {
         "num_moe_experts": experts,
-        "moe_ffn_hidden_size": _positive_int(config, "moe_intermediate_size"),
+        "moe_ffn_hidden_size": positive_int(config, "moe_intermediate_size"),
         "moe_layer_freq": [int(layer) for layer in moe],
         "moe_router_topk": top_k,
         "moe_router_dtype": "fp32",
@@ -284,12 +281,12 @@ def expert_count(config: Mapping[str, Any]) -> int:
     """
     if not family_of(config).moe:
         return 0
-    return _positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts")
+    return positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts")
 
 
 def moe_layers(config: Mapping[str, Any]) -> list[bool]:
     """Return for each layer whether it has experts."""
-    step = _positive_int(config, "decoder_sparse_step") if config.get("decoder_sparse_step") is not None else 1
+    step = positive_int(config, "decoder_sparse_step") if config.get("decoder_sparse_step") is not None else 1
     dense = config.get("mlp_only_layers") or ()
     return [
         family_of(config).moe and layer not in dense and (layer + 1) % step == 0
@@ -350,7 +347,10 @@ def padded_vocab_size(vocab: int, tensor: int) -> int:
 
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Return the base of the rotary embedding's periods; transformers 4 and 5 keep it in different places."""
-    return float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+    for values in (_rope(config), config):
+        if values.get("rope_theta") is not None:
+            return positive_float(values, "rope_theta")
+    return 10000.0
 
 
 def rope_scaling_factor(config: Mapping[str, Any]) -> float | None:
@@ -376,7 +376,7 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
+    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -406,25 +406,19 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             raise ModelError(f"{key} {value!r} is not supported; {remedy}")
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"activation {config['hidden_act']!r} is not supported; use a model with silu")
+    rope_theta(config)
+    check_layer_lists(config)
     if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ModelError("sliding-window attention is not supported; use a model whose layers attend to all tokens")
-    _positive_int(config, "vocab_size")
-    if not isinstance(config.get("rms_norm_eps"), float | int):
-        raise ModelError("rms_norm_eps of config.json is missing or not a number; copy the model's own")
+    positive_int(config, "vocab_size")
+    positive_float(config, "rms_norm_eps")
 
 
 def _refuse_other_llama3(rope: Mapping[str, Any]) -> None:
     for key, only in _LLAMA3_ROPE.items():
         if rope.get(key) != only:
             raise ModelError(f"{key} {rope.get(key)!r} of rope type llama3 is not supported; it is {only} in Llama 3")
-    if not isinstance(rope.get("factor"), float | int) or rope["factor"] < 1:
+    if not isinstance(rope.get("factor"), float | int) or not 1 <= rope["factor"] <= LARGEST:
         raise ModelError(
             f"factor {rope.get('factor')!r} of rope type llama3 is not a number of at least 1; copy the model's own"
         )
-
-
-def _positive_int(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise ModelError(f"{key} of config.json is {value!r}, not an integer above 0; copy the model's own")
-    return value

@@ -1,10 +1,10 @@
 """Configuration and file names of a Hugging Face model folder, read without a weight. Imports no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.hf.families import ModelError
+from megatron_rlvr.input_files import is_file, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -19,17 +19,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ModelError: If it does not exist or is not a JSON object.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from None
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, numbers or nesting beyond all limits
-        raise ModelError(f"{path} cannot be read ({type(error).__name__}: {error}); copy the model's own") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object; copy the model's own")
-    return config
+    return read_json_object(path, ModelError, "copy the model's own")
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -41,21 +33,21 @@ def weight_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     index = folder / INDEX
-    if not index.is_file():
-        if (folder / SINGLE).is_file():
+    if not is_file(index):
+        if is_file(folder / SINGLE):
             return [folder / SINGLE]
         raise ModelError(_no_weights(folder))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-        missing = [name for name in names if not (folder / name).is_file()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ModelError(f"{index} does not name the files of tensors; download it again") from None
+    files = read_json_object(index, ModelError, "download it again").get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ModelError(f"{index} does not name the files of tensors; download it again")
+    names = sorted(set(files.values()))
+    outside = [name for name in names if Path(name).name != name]
+    missing = [name for name in names if not is_file(folder / name)]
     if outside:
         raise ModelError(f"{index} names {outside[0]}, which is not in its folder; download it again")
     if missing:
         raise ModelError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; complete the download")
-    if SINGLE not in names and (folder / SINGLE).is_file():
+    if SINGLE not in names and is_file(folder / SINGLE):
         raise ModelError(f"{folder} holds {SINGLE} and {INDEX}, which names other files; remove one of the two")
     return [folder / name for name in names]
 
@@ -63,7 +55,10 @@ def weight_files(folder: str | Path) -> list[Path]:
 def _no_weights(folder: Path) -> str:
     """Return why a folder without safetensors cannot be used, and what to do."""
     problem, remedy = "", "give a folder with safetensors"
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} cannot be read ({error}); give the folder of a Hugging Face model") from None
     if "adapter_config.json" in names:
         problem, remedy = " but an adapter", "merge it into its base model and give the merged folder"
     elif parts := [name for name in names if name.endswith(".safetensors")]:

@@ -157,7 +157,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}); download it again") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():

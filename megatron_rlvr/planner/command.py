@@ -11,6 +11,7 @@ from megatron_rlvr.config import ParallelSettings, Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, validate
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.input_files import is_file, read_json_object
 from megatron_rlvr.planner import report
 from megatron_rlvr.planner.devices import DEVICES
 from megatron_rlvr.planner.layouts import Plan, PlanInputs, layout_error, plan_with_least_recompute, ranked_plans
@@ -220,15 +221,9 @@ def _gpus_per_listed_server(own: Settings | None, options: argparse.Namespace) -
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Read config.json from a model's folder, or from the path of the file itself."""
-    if not path.is_file():
+    if not is_file(path):
         return read_config(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SettingsError(f"{path} is not valid JSON ({error}); give the config.json of a model") from None
-    if not isinstance(config, dict):
-        raise SettingsError(f"{path} contains no JSON object; give the config.json of a model")
-    return config
+    return read_json_object(path, SettingsError, "give the config.json of a model")
 
 
 def _placeholder_settings(folder: str, given: dict[str, int], shared: bool) -> Settings:
@@ -254,6 +249,7 @@ def _placeholder_settings(folder: str, given: dict[str, int], shared: bool) -> S
 
 def _requested_plan(inputs: PlanInputs, own: Settings | None, options: argparse.Namespace) -> Plan | None:
     """Return the plan of --layout, or of the run's own layout; SettingsError if the trainer rejects it."""
+    megatron: dict[str, Any]
     if options.layout is None:
         if options.recompute is not None:
             raise SettingsError(f"--recompute {options.recompute}: has no effect without --layout; give both")
@@ -266,7 +262,8 @@ def _requested_plan(inputs: PlanInputs, own: Settings | None, options: argparse.
         megatron = {"use_distributed_optimizer": True} | inputs.settings.megatron
         if options.recompute is not None:
             modules = ["moe" if any(inputs.shape.moe_layers) else "mlp"]
-            megatron |= {"recompute_granularity": options.recompute, "recompute_modules": modules}
+            recompute: dict[str, Any] = {"recompute_granularity": options.recompute, "recompute_modules": modules}
+            megatron |= recompute
     if problem := layout_error(inputs, parallel):
         raise SettingsError(problem)
     return plan_with_least_recompute(inputs, parallel, megatron)

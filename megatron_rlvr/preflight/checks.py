@@ -30,6 +30,7 @@ CHECKS = (
     Check("disk", "run.dir: space, speed, shared by all hosts, atomic replacement", ("ranks",)),
     Check("grader", "a correct and an incorrect answer to the first prompt", ("ranks",)),
     Check("servers", "rollout.servers: reachable, the run's model, a sufficient context length", ("ranks",)),
+    Check("ports", "listening sockets that other hosts reach, servers that answer anyone", ("servers",)),
     Check("rehearsal", "one step on a few prompts by the run's own code", ("grader", "servers")),
     Check("mismatch", "log-probabilities of engine and policy for the same tokens", ("rehearsal",)),
     Check("memory", "the peak of the rehearsal and of the largest micro-batches", ("rehearsal",)),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -10,6 +11,8 @@ from typing import Any, NoReturn
 
 from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.config import ParallelSettings, SettingsError
+from megatron_rlvr.config.yaml_format import shown
+from megatron_rlvr.errors import one_line
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Stopped
 
@@ -44,8 +47,8 @@ def world_size(parallel: ParallelSettings) -> int:
     Raises: SettingsError if WORLD_SIZE is not an int above 0.
     """
     text = os.environ.get("WORLD_SIZE", str(parallel.replica))
-    if not text.isdecimal() or int(text) < 1:
-        raise SettingsError(f"WORLD_SIZE={text}: not an int above 0; set it to the number of ranks, or unset it")
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise SettingsError(f"WORLD_SIZE={shown(text)}: not an int above 0; set it to the number of ranks, or unset it")
     return int(text)
 
 
@@ -78,7 +81,7 @@ def print_error(error: Exception) -> None:
 
 def print_line(text: str) -> None:
     """Print a message as one line on stderr."""
-    print(f"megatron_rlvr: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"megatron_rlvr: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def leave(status: int, graders: GraderPool | None = None) -> NoReturn:

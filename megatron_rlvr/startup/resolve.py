@@ -4,7 +4,6 @@ An error of the user's input is raised here, as one sentence; later modules may 
 """
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,9 +12,11 @@ from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint
 from megatron_rlvr.config import FileSettings, RewardSettings, Settings, SettingsError, evaluation_name
+from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.template import EndOfTurn, PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rlvr.engines.sglang.api_key import read_api_key
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
 from megatron_rlvr.hf.headers import model_tensors
@@ -98,6 +99,8 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     check_experts(settings, fields, ranks)
     check_lengths(settings, hf_config)
     _check_packages(settings)
+    if settings.rollout.api_key_file is not None:
+        read_api_key(settings.rollout.api_key_file, "rollout.api_key_file")
     start = check_run_folder(settings) if is_main() else None  # the main rank has the lease of the folder
     tokenizer = load_tokenizer(settings.model.tokenizer or settings.model.path)
     if tokenizer.vocab_size > hf_config["vocab_size"]:
@@ -167,18 +170,15 @@ def _holds(prompts: PromptSet, turn: EndOfTurn | None) -> bool:
     return any((ids == turn.token_id).any() for ids in arrays.values())
 
 
-def _check_config(folder: str, hf_config: Any) -> None:
+def _check_config(folder: str, hf_config: Mapping[str, Any]) -> None:
     """Raise ModelError unless config.json has the entries that the rest of the program relies on."""
-    path = Path(folder) / "config.json"
-    if not isinstance(hf_config, dict):
-        raise ModelError(f"{path} holds no JSON object; copy the model's own")
     family_of(hf_config)
     for key in _SIZES:
         value = hf_config.get(key)
-        if type(value) is not int or value < 1:
-            raise ModelError(f"{path}: {key} is {json.dumps(value)}, not an int above 0; copy the model's own")
-    if not isinstance(hf_config.get("rms_norm_eps"), float | int):
-        raise ModelError(f"{path}: rms_norm_eps is missing or not a float; copy the model's own")
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ModelError(
+                f"{Path(folder) / 'config.json'}: {key} is {shown(value)}, not an int above 0; copy the model's own"
+            )
 
 
 def _check_packages(settings: Settings) -> None:

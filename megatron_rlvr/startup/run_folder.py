@@ -15,6 +15,7 @@ summary.json       written when the last step is done
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_rlvr.checkpoint.resume import check_files, checkpoint_to_resume, p
 from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, RunTotals
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import to_yaml
+from megatron_rlvr.input_files import same_place
 from megatron_rlvr.metrics import check_metrics
 from megatron_rlvr.startup.process import is_main
 
@@ -51,7 +53,7 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
         check_files(start)
     for key, needed in _inputs(settings):
         for name in earlier:
-            if Path(needed).resolve().is_relative_to((folder / name).resolve()):
+            if same_place(needed).is_relative_to(same_place(folder / name)):
                 raise SettingsError(f"{key}={needed}: is in run.dir={folder}, where {name} is replaced; choose another")
     if start is not None:
         check_metrics(folder, start.step)
@@ -94,9 +96,12 @@ def write_summary(settings: Settings, summary: dict[str, Any]) -> None:
 
 
 def _check_writable(key: str, folder: Path) -> None:
-    parent = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise SettingsError(f"{key}={folder}: cannot be written ({parent}); choose another folder")
+    parent = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    try:  # file systems of the kernel, such as /proc, say that they can be written
+        os.rmdir(tempfile.mkdtemp(prefix=".can_be_written_", dir=parent))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SettingsError(f"{key}={folder}: cannot be written ({parent}: {reason}); choose another folder") from None
 
 
 def _inputs(settings: Settings) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ in use, the eos of the tokenizer, and those of config.json and generation_config
 count, and so do the tokens of `rollout.stop`.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.template import EndOfTurn
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.hf.families import ModelError
+from megatron_rlvr.input_files import read_json_object
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -75,13 +75,8 @@ def _eos_tokens(folder: Path, hf_config: Mapping[str, Any]) -> Iterator[tuple[st
     """Yield (name of the file, id) of every eos of a model folder."""
     files: dict[str, Any] = {"config.json": hf_config}
     generation = folder / _GENERATION_CONFIG
-    if generation.is_file():
-        try:
-            files[_GENERATION_CONFIG] = json.loads(generation.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ModelError(f"{generation}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from None
-        if not isinstance(files[_GENERATION_CONFIG], dict):
-            raise ModelError(f"{generation} holds no JSON object; copy the model's own, or remove it")
+    if generation.exists():
+        files[_GENERATION_CONFIG] = read_json_object(generation, ModelError, "copy the model's own, or remove it")
     for file, content in files.items():
         value = content.get("eos_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:

@@ -56,7 +56,10 @@ def test_text_that_resembles_a_number_is_not_read_as_one(text: str, write: Calla
 
 def test_a_date_that_does_not_exist_is_one_sentence(write: Callable[..., Path]) -> None:
     message = refused(write(REQUIRED), "--optimizer.learning_rate=2024-99-99")
-    assert message == "value '2024-99-99' of flag --optimizer.learning_rate is not valid YAML; quote it"
+    assert (
+        message
+        == "value '2024-99-99' of flag --optimizer.learning_rate is not valid YAML ('2024-99-99' is no date); quote it"
+    )
 
 
 def test_flags_win_over_the_file(write: Callable[..., Path]) -> None:
@@ -126,8 +129,8 @@ def test_sections_may_share_keys_by_anchors(write: Callable[..., Path]) -> None:
         ("# nothing but a comment\n", ["is empty"]),
         ("- run\n- model\n", ["sections"]),
         ("3\n", ["sections"]),
-        (b"run: {dir: \xff\xfe}\n", ["utf-8", "position 11"]),
-        ("run: {dir: 2024-99-99}\n", ["not valid YAML", "month"]),
+        (b"run: {dir: \xff\xfe}\n", ["byte 12 is not valid UTF-8"]),
+        ("run: {dir: 2024-99-99}\n", ["not valid YAML", "no date"]),
     ],
 )
 def test_a_bad_file_is_one_sentence_with_the_place(

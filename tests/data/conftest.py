@@ -1,7 +1,7 @@
 """Fixtures: tokenizers small enough to be trained within a test, and prompt files written from literals."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,19 @@ class WordTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.words[token_id]
 
-    def render_chat(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, answer_follows: bool = True
-    ) -> str:
-        turns = [f"[{message['role']}] {message['content']}" for message in messages]
-        return " ".join([*turns, "[assistant]"] if answer_follows else turns)
+    def render_chats(
+        self,
+        chats: Sequence[Sequence[Message]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        answer_follows: bool = True,
+    ) -> Iterator[str]:
+        for messages in chats:
+            turns = [f"[{message['role']}] {message['content']}" for message in messages]
+            yield " ".join([*turns, "[assistant]"] if answer_follows else turns)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        return self.encode(self.render_chat(messages))
+        return self.encode(next(self.render_chats([messages])))
 
     def save(self, folder: str | Path) -> None:
         raise NotImplementedError

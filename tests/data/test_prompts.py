@@ -179,7 +179,9 @@ def test_both_kinds_of_real_tokenizer_load_prompts(write_rows, hugging_face_fold
 
 def test_an_error_names_the_row_that_the_template_rejects(write_rows, hugging_face_folder):
     file = PromptFile(write_rows("a.jsonl", [row("fine"), row([{"role": "judge", "content": "x"}])]))
-    with pytest.raises(DataError, match=r"prompt a/2: the chat template in .* rejects the messages \(no"):
+    with pytest.raises(
+        DataError, match=r"prompt a/2: the chat template in .* rejects the messages \(TemplateError: no"
+    ):
         load_prompts([file], load_tokenizer(hugging_face_folder), max_prompt_tokens=99)
 
 

@@ -82,7 +82,7 @@ def test_a_sentencepiece_model_renders_chats_in_a_plain_form(sentencepiece_folde
     tokenizer = load_tokenizer(sentencepiece_folder)
     text = f"System: Be brief.\n\nUser: {TEXT}\n\nAssistant:"
     assert tokenizer.chat_template is None
-    assert tokenizer.render_chat(CHAT) == text
+    assert next(tokenizer.render_chats([CHAT])) == text
     assert tokenizer.apply_chat_template(CHAT) == tokenizer.encode(text)
 
 
@@ -132,12 +132,12 @@ def test_without_a_padding_token_the_end_of_sequence_token_is_used(hugging_face_
     assert tokenizer.pad_token_id == 2
     assert tokenizer.chat_template is None
     with pytest.raises(TokenizerError, match=r"no chat template; set data\.template=plain"):
-        tokenizer.render_chat(CHAT)
+        next(tokenizer.render_chats([CHAT]))
 
 
 def test_the_reason_of_a_template_that_rejects_messages_is_in_the_error(hugging_face_folder):
-    with pytest.raises(TokenizerError, match=r"rejects the messages \(no judge here\)"):
-        load_tokenizer(hugging_face_folder).render_chat([{"role": "judge", "content": "x"}])
+    with pytest.raises(TokenizerError, match=r"rejects the messages \(TemplateError: no judge here\)"):
+        next(load_tokenizer(hugging_face_folder).render_chats([[{"role": "judge", "content": "x"}]]))
 
 
 def test_errors_about_unusable_tokenizers_name_the_problem(hugging_face_folder, no_eos_folder, tmp_path, write_config):

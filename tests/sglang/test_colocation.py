@@ -37,10 +37,10 @@ from megatron_rlvr.engines.sglang import colocation
 from megatron_rlvr.engines.sglang.client import Server
 
 class Stepped(Server):
-    async def send(self, method, path, timeout_seconds, body=None):
+    async def send(self, method, path, timeout_seconds, body=None, *limit):
         print(path, flush=True)
         sys.stdin.readline()
-        return await super().send(method, path, timeout_seconds, body)
+        return await super().send(method, path, timeout_seconds, body, *limit)
 
 async def step(url, folder):
     async with aiohttp.ClientSession() as session:
@@ -89,7 +89,7 @@ def greedy(model: Any, count: int) -> list[int]:
 
 async def orders(server: Server) -> tuple[int, int]:
     """Return the numbers of releases and of resumptions that the server has answered."""
-    text = await server.send("GET", "/metrics", SECONDS)
+    text = (await server.send("GET", "/metrics", SECONDS)).decode()
     lines = [line for line in text.splitlines() if "http_responses_total" in line and "_memory_occupation" in line]
     counts = [sum(float(line.split()[-1]) for line in lines if verb in line) for verb in ("/release_", "/resume_")]
     return int(counts[0]), int(counts[1])

@@ -78,7 +78,7 @@ def test_a_broken_index_is_one_sentence(text: str, resolve_with: Resolve, model:
         ({"attention_bias": True}, ["attention_bias"]),
         ({"use_sliding_window": True}, ["sliding-window"]),
         ({"hidden_size": None}, ["config.json", "hidden_size is null"]),
-        ({"vocab_size": "320"}, ["config.json", 'vocab_size is "320"']),
+        ({"vocab_size": "320"}, ["config.json", "vocab_size is '320'"]),
         ({"num_hidden_layers": 0}, ["config.json", "num_hidden_layers is 0"]),
         ({"max_position_embeddings": None}, ["config.json", "max_position_embeddings is null"]),
         ({"rms_norm_eps": None}, ["config.json", "rms_norm_eps"]),

@@ -1,6 +1,5 @@
 """The run folder before a run: files of an earlier run, inputs in it, and whether it can be written."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -43,6 +42,6 @@ def test_a_run_folder_that_cannot_be_written_is_refused(resolve_with: Resolve, t
     (tmp_path / "file").write_text("")
     for path in ("file", "file/run", "file/deep/run"):
         message = refusal(resolve_with, run={"dir": str(tmp_path / path)})
-        assert f"run.dir={tmp_path / path}: cannot be written ({tmp_path}/file)" in message
-    if os.geteuid() != 0:
-        assert "cannot be written" in refusal(resolve_with, run={"dir": "/proc/run"})
+        assert f"run.dir={tmp_path / path}: cannot be written ({tmp_path}/file: Not a directory)" in message
+    assert "run.dir=/proc/run: cannot be written (/proc: " in refusal(resolve_with, run={"dir": "/proc/run"})
+    assert list(tmp_path.glob(".can_be_written*")) == []

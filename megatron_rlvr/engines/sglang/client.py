@@ -7,7 +7,6 @@ RequestRefusedError       the request is invalid; every server would refuse it
 
 import asyncio
 import io
-import json
 import logging
 import re
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_rlvr.engines.sglang.answers import AnswerError, AnswerLimit, is_int, parse_object, read_body, shown
 from megatron_rlvr.errors import FaultError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ QUICK_SECONDS = 20.0
 _POLL_SECONDS = 1.0
 # /health itself answers 503 after 20 s without a token.
 _HEALTH_SECONDS = 30.0
+_MAX_RANKS, _MAX_TOKENS = 1024, 2**31
+_ANY_ANSWER = AnswerLimit()
 
 
 class ServerError(FaultError):
@@ -79,9 +81,10 @@ class Server:
         self.keep_paused = False
         self._session = session
 
-    async def generate(self, body: dict[str, Any], timeout_seconds: float) -> Any:
-        """Return the answer to one generation request, unchecked."""
-        return await self.call("POST", "/generate", timeout_seconds, body)
+    async def generate(self, body: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+        """Return the answer to one generation request, unchecked; it is no larger than its tokens need."""
+        limit = AnswerLimit(body["sampling_params"]["max_new_tokens"])
+        return await self.call("POST", "/generate", timeout_seconds, body, limit)
 
     async def abort(self, rid: str) -> None:
         """End the request with the id ``rid``, if it is running; it is answered with the tokens sampled so far."""
@@ -120,23 +123,25 @@ class Server:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def weight_version(self) -> str | None:
-        """Return the name of the weights that the server holds."""
-        return (await self.call("GET", "/model_info", QUICK_SECONDS)).get("weight_version")
+        """Return the name of the weights that the server holds; None if it reports none."""
+        name = (await self.call("GET", "/model_info", QUICK_SECONDS)).get("weight_version")
+        return name if isinstance(name, str) else None
 
     async def info(self) -> ServerInfo:
         """Return the description of the model that the server serves."""
         model = await self.call("GET", "/model_info", QUICK_SECONDS)
         models = await self.call("GET", "/v1/models", QUICK_SECONDS)
-        try:
-            return ServerInfo(
-                model_type=model["model_type"],
-                architectures=model["architectures"] or [],
-                context_length=int(models["data"][0]["max_model_len"]),
-                vocab_size=await self._vocab_size(),
-                preferred_sampling_params=model.get("preferred_sampling_params"),
-            )
-        except (LookupError, TypeError, ValueError):
-            raise UnhealthyServerError("/model_info and /v1/models do not describe a model; is this SGLang?") from None
+        model_type, architectures = model.get("model_type"), model.get("architectures") or []
+        context_length = _context_length(models)
+        if not (isinstance(model_type, str) and isinstance(architectures, list)) or context_length is None:
+            raise UnhealthyServerError("/model_info and /v1/models do not describe a model; is this SGLang?")
+        return ServerInfo(
+            model_type=model_type,
+            architectures=architectures,
+            context_length=context_length,
+            vocab_size=await self._vocab_size(),
+            preferred_sampling_params=model.get("preferred_sampling_params"),
+        )
 
     async def _vocab_size(self) -> int | None:
         """Return the vocabulary size that a refusal names.
@@ -148,7 +153,7 @@ class Server:
         try:
             await self.call("POST", "/generate", QUICK_SECONDS, {"input_ids": [0], "sampling_params": bias})
         except RequestRefusedError as refusal:
-            found = re.search(r"\[0, (\d+)\]", str(refusal))
+            found = re.search(r"\[0, (\d{1,9})\]", str(refusal))
             return int(found[1]) + 1 if found else None
         return None
 
@@ -193,13 +198,13 @@ class Server:
             UnhealthyServerError: The server has pipeline- or data-parallel ranks, too, which would get no buckets.
         """
         info = await self.call("GET", "/server_info", QUICK_SECONDS)
-        sizes = {name: info.get(name) for name in ("tp_size", "pp_size", "dp_size")}
-        if not isinstance(sizes["tp_size"], int) or (sizes["pp_size"], sizes["dp_size"]) != (1, 1):
+        sizes: dict[str, Any] = {name: info.get(name) for name in ("tp_size", "pp_size", "dp_size")}
+        if not is_int(sizes["tp_size"], 1, _MAX_RANKS) or (sizes["pp_size"], sizes["dp_size"]) != (1, 1):
             raise UnhealthyServerError(
-                f"the server runs with {sizes}, and only tensor-parallel servers take weights in buckets; start it "
-                "with --pp-size 1 --dp-size 1, or set sync.method to disk"
+                f"the server runs with {shown(sizes)}, and only tensor-parallel servers take weights in buckets; start "
+                "it with --pp-size 1 --dp-size 1, or set sync.method to disk"
             )
-        return sizes["tp_size"]
+        return int(sizes["tp_size"])
 
     async def join_group(
         self, name: str, address: str, port: int, size: int, backend: str, timeout_seconds: float
@@ -241,7 +246,7 @@ class Server:
     async def _check_version(self, version: str) -> None:
         found = await self.weight_version()
         if found != version:
-            raise UnhealthyServerError(f"weights {version} were pushed to the server, and it holds {found}")
+            raise UnhealthyServerError(f"weights {version} were pushed to the server, and it holds {shown(found)}")
 
     # Any request ------------------------------------------------------------------------------------------------------
 
@@ -253,48 +258,69 @@ class Server:
         """
         answer = await self.call("POST", path, timeout_seconds, body)
         if answer.get("success") is not True:
-            raise RequestRefusedError(f"{path} failed: {answer.get('message')}")
+            raise RequestRefusedError(f"{path} failed: {shown(answer.get('message'))}")
 
-    async def call(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> Any:
+    async def call(
+        self, method: str, path: str, timeout_seconds: float, body: Any = None, limit: AnswerLimit = _ANY_ANSWER
+    ) -> dict[str, Any]:
         """Return the JSON object that an endpoint answers; see `send`."""
-        text = await self.send(method, path, timeout_seconds, body)
+        answer = await self.send(method, path, timeout_seconds, body, limit)
         try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise UnhealthyServerError(f"{path} answered no JSON object: {_short(text)}")
-        return answer
+            return parse_object(answer, limit)
+        except AnswerError as error:
+            raise UnhealthyServerError(f"{path} {error}") from None
 
-    async def send(self, method: str, path: str, timeout_seconds: float, body: Any = None) -> str:
-        """Return the text that an endpoint answers.
+    async def send(
+        self, method: str, path: str, timeout_seconds: float, body: Any = None, limit: AnswerLimit = _ANY_ANSWER
+    ) -> bytes:
+        """Return the body that an endpoint answers.
 
         Args:
             body: An object to send as JSON, or bytes that already are JSON.
+            limit: Largest answer to the request.
 
         Raises:
-            UnhealthyServerError: The server does not answer in time, or the connection fails.
+            UnhealthyServerError: The server does not answer in time, the connection fails, or the answer is too large,
+                compressed, or a redirect, which is not followed.
             ServerError: The answer has an HTTP status of 500 or above.
             RequestRefusedError: The answer has an HTTP status of 400 to 499.
         """
-        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         content: dict[str, Any] = {"json": body}
         if isinstance(body, bytes):
             content = {"data": io.BytesIO(body), "headers": {"Content-Type": "application/json"}}
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         try:
-            async with self._session.request(method, self.url + path, timeout=timeout, **content) as response:
-                status, text = response.status, await response.text(errors="replace")
+            async with self._session.request(
+                method, self.url + path, timeout=timeout, allow_redirects=False, **content
+            ) as response:
+                status, answer = response.status, await self._read(response, path, limit)
         except TimeoutError:
             raise UnhealthyServerError(f"no answer to {path} in {timeout_seconds:.0f} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise UnhealthyServerError(f"{path}: {type(error).__name__} {_short(str(error))}") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that aiohttp cannot parse
+            raise UnhealthyServerError(f"{path}: {type(error).__name__} {shown(str(error))}") from None
         if status >= 500:
-            raise ServerError(f"{path} answered {status} {_short(text)}")
+            raise ServerError(f"{path} answered {status} {shown(answer)}")
         if status >= 400:
-            raise RequestRefusedError(f"{path} answered {status} {_short(text)}")
-        return text
+            raise RequestRefusedError(f"{path} answered {status} {shown(answer)}")
+        if not 200 <= status < 300:
+            raise UnhealthyServerError(f"{path} answered {status}, which is not followed; give the server's own URL")
+        return answer
+
+    async def _read(self, response: aiohttp.ClientResponse, path: str, limit: AnswerLimit) -> bytes:
+        """Return the body of a response, plain as it was requested, or raise UnhealthyServerError."""
+        try:
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise AnswerError(f"answered with encoding {shown(response.headers['Content-Encoding'])}")
+            return await read_body(response.content, limit)
+        except AnswerError as error:
+            response.close()
+            raise UnhealthyServerError(f"{path} {error}") from None
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:197] + "..."
+def _context_length(models: dict[str, Any]) -> int | None:
+    """Return the context length in an answer of /v1/models, or None if it has none."""
+    try:
+        length = models["data"][0]["max_model_len"]
+    except (LookupError, TypeError):
+        return None
+    return length if is_int(length, 1, _MAX_TOKENS) else None

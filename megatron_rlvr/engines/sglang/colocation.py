@@ -14,10 +14,12 @@ touches no memory. The weights, which must not be sampled from any more, lose th
 """
 
 import asyncio
+import math
 import re
 import time
 from enum import IntEnum
 
+from megatron_rlvr.engines.sglang.answers import shown
 from megatron_rlvr.engines.sglang.client import (
     QUICK_SECONDS,
     RequestRefusedError,
@@ -35,6 +37,8 @@ _POLL_SECONDS = 0.2
 
 _RELEASE, _RESUME = "/release_memory_occupation", "/resume_memory_occupation"
 _WEIGHTS, _CACHE = "weights", "kv_cache"
+_LABEL = re.compile(r'(?:^|,)(\w+)="([^"]*)"')
+_MAX_COUNT = 2**53
 _METRIC = re.compile(r"^(sglang:http_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -107,7 +111,7 @@ async def missing_memory(server: Server) -> Missing:
     deadline = time.monotonic() + _MEMORY_SECONDS
     while True:
         try:
-            text = await server.send("GET", "/metrics", QUICK_SECONDS)
+            text = (await server.send("GET", "/metrics", QUICK_SECONDS)).decode("utf-8", errors="replace")
         except RequestRefusedError:
             text = ""
         due, busy = _resumptions_due(text)
@@ -133,17 +137,29 @@ def _resumptions_due(metrics: str) -> tuple[int, bool]:
     seen, busy = False, False
     for name, labels, value in _METRIC.findall(metrics):
         seen = True
-        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        label = dict(_LABEL.findall(labels))
         if (endpoint := label.get("endpoint")) not in counts:
             continue
-        if name.endswith("_responses_total") and label["status_code"] == "200":
-            counts[endpoint] += int(float(value))
-        busy |= name.endswith("_requests_active") and float(value) > 0
+        count = _count(value)
+        if name.endswith("_responses_total") and label.get("status_code") == "200":
+            counts[endpoint] += count
+        busy |= name.endswith("_requests_active") and count > 0
     if not seen:
         raise UnhealthyServerError(
             "the server does not report whether its memory is released; start it with --enable-metrics"
         )
     return 2 * counts[_RELEASE] - counts[_RESUME], busy
+
+
+def _count(text: str) -> int:
+    """Return the value of a counter. Raises UnhealthyServerError if it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= _MAX_COUNT:
+        raise UnhealthyServerError(f"the server's metrics count {shown(text)} orders; restart the server")
+    return int(value)
 
 
 async def _may_sample(server: Server) -> bool:

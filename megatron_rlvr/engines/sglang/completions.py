@@ -5,7 +5,6 @@ the stop token in the response, as the embedded engine does. Neither is taken on
 its request before it is used.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rlvr.engines.sglang.answers import is_int, shown
 from megatron_rlvr.engines.sglang.client import UnhealthyServerError
 from megatron_rlvr.engines.sglang.request import AbortedRequestError, ServerRequest
 from megatron_rlvr.protocols import EngineError, Sampling
@@ -22,6 +22,10 @@ from megatron_rlvr.types import Completion, CompletionRequest, empty_completion
 _SECONDS_PER_REQUEST, _SECONDS_PER_TOKEN = 60.0, 0.5
 # Rounding can leave the log-probability of a certain token slightly above 0.
 _MAX_LOGPROB = 1e-3
+# Far below any that sampling can give; its square is finite in fp32.
+_MIN_LOGPROB = -1e18
+# Weights are pushed once in a step, and tokens that are older than a few steps are not trained on.
+_MAX_SPANS, _MAX_POSITION = 1000, 2**31
 
 
 class CompletionCodec:
@@ -98,7 +102,7 @@ class CompletionCodec:
             kind = reason["type"]
             pairs = [(entry[0], entry[1]) for entry in meta.get("output_token_logprobs") or []]
             versions = _versions_of(meta, len(tokens), self.versions)
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, AttributeError):
             raise UnhealthyServerError("the answer lacks tokens, log-probabilities or a finish reason") from None
         aborted = kind == "abort"
         if problem := self._problem(tokens, pairs, 0 if aborted else 1, max_tokens):
@@ -119,37 +123,52 @@ class CompletionCodec:
         stopped = kind == "stop" or (bool(tokens) and tokens[-1] in self._stop_token_ids)
         if kind == "stop" and (not tokens or reason.get("matched") != tokens[-1]):
             raise UnhealthyServerError(
-                f"the answer was stopped by {reason.get('matched')!r} and ends with {tokens[-1:]}"
+                f"the answer was stopped by {shown(reason.get('matched'), quoted=True)} and ends with {tokens[-1:]}"
             )
         if stopped or len(tokens) == max_tokens:
             return request, replace(completion, finish_reason="stop" if stopped else "length")
         if aborted:
-            raise AbortedRequestError(f"the server aborted the request: {reason.get('message')}", (request, completion))
+            raise AbortedRequestError(
+                f"the server aborted the request: {shown(reason.get('message'))}", (request, completion)
+            )
         raise UnhealthyServerError(
-            f"the answer of {len(tokens)} tokens has finish reason {kind!r} below the cap of {max_tokens}"
+            f"the answer of {len(tokens)} tokens has finish reason {shown(kind, quoted=True)} below the cap of "
+            f"{max_tokens}"
         )
 
-    def _problem(self, tokens: list[Any], pairs: list[tuple[Any, Any]], min_tokens: int, max_tokens: int) -> str | None:
+    def _problem(self, tokens: Any, pairs: list[tuple[Any, Any]], min_tokens: int, max_tokens: int) -> str | None:
         """Return a description of what is impossible in a response, or None."""
+        if not isinstance(tokens, list):
+            return f"{shown(tokens)} as tokens"
         if not min_tokens <= len(tokens) <= max_tokens:
             return f"{len(tokens)} tokens, not {min_tokens} to {max_tokens}"
-        outside = [token for token in tokens if type(token) is not int or not 0 <= token < self._vocab_size]
+        outside = [token for token in tokens if not is_int(token, 0, self._vocab_size - 1)]
         if outside:
-            return f"token id {outside[0]!r}, outside the vocabulary of {self._vocab_size}"
+            return f"token id {shown(outside[0], quoted=True)}, outside the vocabulary of {self._vocab_size}"
         if [token for _, token in pairs] != tokens:
             return "log-probabilities of other tokens"
-        impossible = [p for p, _ in pairs if not isinstance(p, int | float) or not math.isfinite(p) or p > _MAX_LOGPROB]
-        return f"log-probability {impossible[0]!r}" if impossible else None
+        impossible = [p for p, _ in pairs if type(p) not in (int, float) or not _MIN_LOGPROB <= p <= _MAX_LOGPROB]
+        return f"log-probability {shown(impossible[0])}" if impossible else None
 
 
 def _versions_of(meta: Mapping[str, Any], tokens: int, known: Mapping[str, int]) -> np.ndarray:
-    """Return [T] int32, the version of the weights of each of ``tokens`` new tokens, from the spans in an answer."""
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": tokens}]
+    """Return [T] int32, the version of the weights of each of ``tokens`` new tokens, from the spans in an answer.
+
+    Spans follow each other; the last may reach beyond the tokens of a request that was aborted.
+    """
     versions = np.full(tokens, -1, dtype=np.int32)
-    for span in spans if tokens else []:
-        if span["version"] not in known:
-            raise UnhealthyServerError(f"the server sampled from weights {span['version']}, which are not of this run")
-        versions[span["start"] : span["end"]] = known[span["version"]]
-    if tokens and versions.min() < 0:
+    if not tokens:
+        return versions
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": tokens}]
+    if len(spans) > _MAX_SPANS:
+        raise UnhealthyServerError(f"the answer has {len(spans)} spans of weights, more than {_MAX_SPANS}")
+    for span in spans:
+        name, start, end = span["version"], span["start"], span["end"]
+        if not isinstance(name, str) or name not in known:
+            raise UnhealthyServerError(f"the server sampled from weights {shown(name)}, which are not of this run")
+        if not (is_int(start, 0, _MAX_POSITION) and is_int(end, start, _MAX_POSITION)):
+            raise UnhealthyServerError(f"the answer has weights from token {shown(start)} to {shown(end)}")
+        versions[start:end] = known[name]
+    if versions.min() < 0:
         raise UnhealthyServerError("the answer does not give the weights of each token")
     return versions

@@ -13,6 +13,8 @@ from megatron_rlvr.config import RolloutSettings, SettingsError
 from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang import colocation
+from megatron_rlvr.engines.sglang.answers import shown
+from megatron_rlvr.engines.sglang.api_key import read_api_key
 from megatron_rlvr.engines.sglang.client import Server, ServerError, ServerInfo
 from megatron_rlvr.engines.sglang.pool import ServerPool
 from megatron_rlvr.engines.sglang.router import workers_of
@@ -39,12 +41,15 @@ def connect(
             server is logged.
     """
 
+    api_key = read_api_key(settings.api_key_file, "rollout.api_key_file") if settings.api_key_file else None
+
     def pool_of(urls: Sequence[str]) -> ServerPool:
         return ServerPool(
             urls,
             max_inflight=math.ceil(settings.max_inflight / ranks.data_size),
             retries=settings.retries,
             patience_seconds=settings.server_timeout_seconds,
+            api_key=api_key,
         )
 
     urls: list[str] = []
@@ -119,7 +124,7 @@ def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_token
         "architectures": (info.architectures, list(hf_config.get("architectures") or info.architectures)),
         "vocabulary": (info.vocab_size, hf_config["vocab_size"]),
     }
-    differing = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    differing = [f"{name} {shown(theirs)}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if differing:
         return f"the server serves another model ({', '.join(differing)}); start it on model.path"
     if info.context_length < max_sequence_tokens:
@@ -129,7 +134,7 @@ def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_token
         )
     if info.preferred_sampling_params:
         return (
-            f"the server adds its own sampling parameters ({info.preferred_sampling_params}); start it without "
+            f"the server adds its own sampling parameters ({shown(info.preferred_sampling_params)}); start it without "
             "--preferred-sampling-params"
         )
     return None

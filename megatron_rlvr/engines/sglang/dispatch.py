@@ -2,7 +2,8 @@
 
 A request is sent to the healthy server with the fewest running requests. An attempt that fails is repeated after an
 exponential backoff, if possible on a server where the request has not failed yet; requests of a server that is removed
-from rotation are repeated, too. After too many failures the stream gets an EngineError.
+from rotation are repeated, too. After too many failures the stream gets an EngineError. A refusal is such a failure:
+requests are valid when they are sent, so that a server which refuses one may be the only one that does.
 """
 
 import asyncio
@@ -129,16 +130,14 @@ class Dispatcher:
         # A server refuses an id that it still works on, for example after a timeout, so each attempt has an id of its
         # own. An order to abort an id also ends all requests whose ids begin with it, so no id is a prefix of another.
         request.rid = f"{stream.id}.{self._attempts:012d}"
-        error: ServerError | None = None
+        error: ServerError | RequestRefusedError | None = None
         try:
             answer = await member.server.generate(request.body | {"rid": request.rid}, request.timeout_seconds)
             result = request.read(answer)
         except AbortedRequestError as aborted:
             error, result = (None, aborted.partial) if stream.aborting else (aborted, None)
-        except ServerError as caught:
+        except (ServerError, RequestRefusedError) as caught:
             error = caught
-        except RequestRefusedError as refusal:
-            result = EngineError(f"{request.name} is refused by {member.server.url}: {refusal}")
         if member.running.pop(this_task(), None) is None:
             # The request was reassigned. The cancellation of this task can surface as a timeout that it overtook.
             return False
@@ -147,14 +146,14 @@ class Dispatcher:
             stream.results.put(result)
         else:
             member.consecutive_failures += 1
-            self._retry(queued, member, str(error))
+            self._retry(queued, member, error)
             if isinstance(error, UnhealthyServerError) or member.consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
                 self._membership.remove(member, str(error))
         return True
 
     # Failures ---------------------------------------------------------------------------------------------------------
 
-    def _retry(self, queued: QueuedRequest, member: Member, reason: str) -> None:
+    def _retry(self, queued: QueuedRequest, member: Member, reason: Exception | str) -> None:
         """Queue a failed request again after an exponential backoff, unless it has failed too often."""
         stream, request = queued
         if stream.aborting:
@@ -162,9 +161,9 @@ class Dispatcher:
         request.failures += 1
         request.tried.add(member.server.url)
         if request.failures > self._retries:
-            stream.results.put(
-                EngineError(f"{request.name} failed {request.failures} times, last on {member.server.url}: {reason}")
-            )
+            times = f"{request.failures} times, last " if request.failures > 1 else ""
+            verb = "was refused" if isinstance(reason, RequestRefusedError) else "failed"
+            stream.results.put(EngineError(f"{request.name} {verb} {times}on {member.server.url}: {reason}"))
             return
 
         def requeue() -> None:

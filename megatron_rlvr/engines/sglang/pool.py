@@ -40,6 +40,7 @@ class ServerPool:
         retries: Number of attempts of a request after the first.
         patience_seconds: Time after which a stream fails if no server is healthy.
         health_check_seconds: Time between two health checks of a healthy server.
+        api_key: Key that the servers demand, sent with every request as a bearer token; None if they demand none.
 
     Attributes:
         membership: Servers and their states, in the pool's event loop.
@@ -53,7 +54,9 @@ class ServerPool:
         retries: int,
         patience_seconds: float,
         health_check_seconds: float = 10.0,
+        api_key: str | None = None,
     ) -> None:
+        self._api_key = api_key
         self.patience_seconds = patience_seconds
         self._loop = EventLoopThread("servers")
         self.membership = Membership(self.run(self._connect(urls)), health_check_seconds)
@@ -64,7 +67,13 @@ class ServerPool:
         # Drop an idle connection before the server would do so (after 5 s), or before another server may be running on
         # the same port: a request on a connection that is found closed looks like one to a server that died.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
-        self._session = aiohttp.ClientSession(connector=connector)
+        headers = {"Accept-Encoding": "identity"}
+        if self._api_key is not None:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        # Bodies are not inflated, and servers leave nothing behind in this process: no cookies.
+        self._session = aiohttp.ClientSession(
+            connector=connector, headers=headers, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+        )
         return [Server(url, self._session) for url in urls]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 
+from megatron_rlvr.engines.sglang.answers import shown
 from megatron_rlvr.engines.sglang.client import (
     QUICK_SECONDS,
     RequestRefusedError,
@@ -18,7 +19,7 @@ from megatron_rlvr.engines.sglang.client import (
 )
 
 _POLL_SECONDS, _EQUAL_ANSWERS = 1.0, 3
-_HTTP_URL = re.compile(r"https?://[^/@]+")
+_HTTP_URL = re.compile(r"https?://[^/@\s]{1,300}")
 
 
 async def workers_of(server: Server, patience_seconds: float) -> list[str] | None:
@@ -43,7 +44,7 @@ async def workers_of(server: Server, patience_seconds: float) -> list[str] | Non
         except ServerError as caught:
             error = caught
         else:
-            workers = [_url(worker) for worker in answer.get("workers") or ()]
+            workers = _workers(answer)
             before, equal = set(workers), equal + 1 if set(workers) == before else 0
             if workers and (equal >= _EQUAL_ANSWERS or late):
                 return workers
@@ -52,11 +53,19 @@ async def workers_of(server: Server, patience_seconds: float) -> list[str] | Non
         await asyncio.sleep(_POLL_SECONDS)
 
 
+def _workers(answer: Mapping[str, object]) -> list[str]:
+    """Return the URLs of the workers in an answer. Raises UnhealthyServerError if they are none, or not usable."""
+    workers = answer.get("workers") or []
+    if not isinstance(workers, list) or not all(isinstance(worker, dict) for worker in workers):
+        raise UnhealthyServerError(f"/workers answered no list of workers: {shown(answer)}")
+    return [_url(worker) for worker in workers]
+
+
 def _url(worker: Mapping[str, object]) -> str:
-    url, kind = str(worker.get("url")).removesuffix("/"), worker.get("worker_type")
-    if not _HTTP_URL.fullmatch(url) or kind != "regular":
+    url, kind = worker.get("url"), worker.get("worker_type")
+    if not isinstance(url, str) or not _HTTP_URL.fullmatch(url.removesuffix("/")) or kind != "regular":
         raise UnhealthyServerError(
-            f"the server is a router whose worker {url} ({kind}) cannot be used alone; route to whole servers over "
-            "HTTP, without --pd-disaggregation and --dp-aware"
+            f"the server is a router whose worker {shown(url)} ({shown(kind)}) cannot be used alone; route to whole "
+            "servers over HTTP, without --pd-disaggregation and --dp-aware"
         )
-    return url
+    return url.removesuffix("/")

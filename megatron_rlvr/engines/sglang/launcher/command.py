@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_config
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 from megatron_rlvr.process_table import start_time
@@ -21,6 +22,7 @@ Start SGLang servers on this machine, supervise them, and stop them with the run
     rlvr serve MODEL                                   one server per GPU
     rlvr serve MODEL --tensor 4 --servers 2            two servers of four GPUs each
     rlvr serve MODEL --device cpu --servers 1          without a GPU, for tests; dense models only
+    rlvr serve MODEL --host 0.0.0.0 --api-key-file KEY  for other machines; requests need the key
     rlvr serve MODEL -- --context-length 32768         flags after -- are passed to SGLang
     rlvr serve MODEL --then rlvr train CONFIG.yaml \\
         --rollout.engine sglang --rollout.servers {servers}
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         programs,
         record=options.run_dir / "servers.json",
         say=_say,
+        api_key_file=options.api_key_file,
         restart=options.restart,
         until_pid=options.until_pid,
         then=then or [],
@@ -112,6 +115,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add(
         "--run-dir", type=Path, default=Path("runs/sglang"), metavar="DIR", help="folder for logs (default runs/sglang)"
     )
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with a key that servers demand of requests, for rollout.api_key_file",
+    )
     add("--restart", action="store_true", help="restart a server that exits after it was ready (exponential backoff)")
     add("--until-pid", type=int, metavar="PID", help="stop the servers when this process exits")
     return parser
@@ -140,6 +149,12 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
     python = shutil.which(options.python)
     if python is None or subprocess.run([python, "-c", _HAS_SGLANG], capture_output=True).returncode:
         raise ValueError(f"--python {options.python} cannot import sglang; give the python of an environment that can")
+    config = None
+    if options.api_key_file is not None:
+        if "--config" in flags:
+            raise ValueError(f"--api-key-file {options.api_key_file}: excludes --config; write api-key in that file")
+        config = options.run_dir.absolute() / "servers" / "api_key.yaml"
+        write_server_config(config, read_api_key(options.api_key_file, "--api-key-file"))
     visible = _visible_gpus(_gpus(), options) if options.device == "gpu" else [{}] * (options.servers or 1)
     ports = range(options.port, options.port + len(visible))
     for port in ports:
@@ -159,6 +174,7 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
             device=options.device,
             tensor=options.tensor,
             public_host=socket.gethostname() if options.host in ("0.0.0.0", "::") else "",
+            config=config,
             flags=[*extra, *flags],
             extra_environment=gpus,
         )

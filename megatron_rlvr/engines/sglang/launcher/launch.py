@@ -33,6 +33,7 @@ class Launcher:
         record: JSON file that names the launcher's process id and the servers' URLs and process ids. It exists from the
             moment all servers are ready until the launcher ends.
         say: Prints a message for people.
+        api_key_file: File with the key that the servers demand; None if they demand none.
         restart: True to restart a server that exits after it was ready, with exponential backoff.
         until_pid: Process id; the servers are stopped when this process exits.
         then: Command to run once all servers are ready; they are stopped when it exits. It gets
@@ -45,6 +46,7 @@ class Launcher:
         *,
         record: Path,
         say: Callable[[str], None],
+        api_key_file: Path | None = None,
         restart: bool = False,
         until_pid: int | None = None,
         then: Sequence[str] = (),
@@ -53,6 +55,7 @@ class Launcher:
         self._servers = [ServerProcess(program, self._guard) for program in programs]
         self._record = record
         self._say = say
+        self._api_key_file = api_key_file
         self._restart = restart
         self._until = None if until_pid is None else (until_pid, start_time(until_pid))
         self._then = list(then)
@@ -99,11 +102,13 @@ class Launcher:
                     f"last line of {waiting[0].program.url}: {last}"
                 )
             time.sleep(_POLL_SECONDS)
+        key = self._api_key_file
         self._say(
             "all servers are ready; use them by these lines of the settings file, or by these flags:\n"
-            f"rollout: {{engine: sglang, servers: {self._urls}}}"
+            f"rollout: {{engine: sglang, servers: {self._urls}{'' if key is None else f', api_key_file: {key}'}}}"
         )
-        self._say(f"--rollout.engine sglang --rollout.servers '{self._urls}'")
+        flag = "" if key is None else f" --rollout.api_key_file {key}"
+        self._say(f"--rollout.engine sglang --rollout.servers '{self._urls}'{flag}")
         return None
 
     def _supervise(self) -> int:

@@ -38,6 +38,7 @@ class ServerProgram:
         device: "gpu", or "cpu" to run dense models without a GPU.
         tensor: Number of GPUs (or groups of cores) over which the model is sharded.
         public_host: Host name in the server's URL, by which other machines reach it; ``host`` if empty.
+        config: YAML file with options of SGLang that must not be on a command line; None for none.
         flags: Further flags of SGLang; they override the ones that are set here.
         extra_environment: Variables to add to this process's environment.
     """
@@ -50,6 +51,7 @@ class ServerProgram:
     device: Literal["cpu", "gpu"] = "gpu"
     tensor: int = 1
     public_host: str = ""
+    config: Path | None = None
     flags: Sequence[str] = ()
     extra_environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,6 +75,8 @@ class ServerProgram:
             # Without a limit SGLang would reserve 15 GB for the KV cache.
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--sleep-on-idle"]
             command += ["--max-total-tokens", "65536", "--max-running-requests", "64"]
+        if self.config is not None:
+            command += ["--config", str(self.config)]
         return [*command, *self.flags]
 
     @property

@@ -72,9 +72,9 @@ class DistributedSync(BucketSync):
         name = f"megatron_rlvr {urlsplit(server.url).netloc}"
         await server.leave_group(name)  # the server may have joined it for an earlier trainer
         host = urlsplit(server.url).hostname or ""
-        group = server_group.ServerGroup(name, await server.tensor_parallel_size(), host)
-        self.groups[server.url] = group
         address = await _in_thread(lambda: network.own_address_toward(host))
+        group = server_group.ServerGroup(name, await server.tensor_parallel_size(), host, address)
+        self.groups[server.url] = group
         joined = _in_thread(lambda: group.join(seconds))
         await server.join_group(name, address, group.port, group.size, group.backend, seconds)
         await joined
