@@ -1,5 +1,6 @@
 """Tests of what is found out about Transformer Engine: whether Megatron can use it, and if not, why."""
 
+import importlib
 import sys
 
 import pytest
@@ -48,6 +49,7 @@ def test_a_package_that_cannot_be_imported_is_not_used_and_its_own_error_is_show
 
 
 def test_a_package_that_megatron_cannot_use_is_not_used(package):
-    package("")
     megatron_on_cpu.import_megatron()
-    assert "megatron-core lacks a name in it" in accelerator.transformer_engine_problem()
+    importlib.import_module("megatron.core.extensions.transformer_engine")  # finds no package yet
+    package("")
+    assert "megatron-core lacks a name in it" in (accelerator.transformer_engine_problem() or "")

@@ -19,6 +19,7 @@ from real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling, v
 from sync_runs import PROMPTS, Synced, trained_and_synced
 
 from megatron_rlvr.distributed.network import own_address_toward
+from megatron_rlvr.engines.sglang.client import Server
 from megatron_rlvr.engines.sglang.event_loop import EventLoopThread
 from megatron_rlvr.engines.sglang.weight_sync.bucket_sync import BucketSync
 from megatron_rlvr.engines.sglang.weight_sync.buckets import buckets
@@ -323,19 +324,19 @@ def test_the_next_bucket_is_filled_while_one_is_sent() -> None:
             assert packed.data.view(torch.float32).tolist() == [float(packed.names[0])] * 10
             taken.append(packed.names)
 
-    class Server:
-        url = "http://server"
+    class Idle(Server):
+        def __init__(self) -> None:
+            self.url = "http://server"
 
-        def __getattr__(self, name: str) -> Any:
-            async def answer(*arguments: Any) -> None: ...
+        async def answer(self, *arguments: Any) -> None: ...
 
-            return answer
+        pause = begin_update = end_update = resume = answer  # type: ignore[assignment]
 
     class Pool(EventLoopThread):
         patience_seconds = 60.0
 
         def everywhere(self, order: Any, exclude: Any) -> dict[str, Any]:
-            return {Server.url: self.run(order(Server()))}
+            return {"http://server": self.run(order(Idle()))}
 
     loop = Pool("servers")
     sync = Sync(None, SimpleNamespace(is_main=False), 40, torch.device("cpu"))  # type: ignore[arg-type]

@@ -147,7 +147,7 @@ def test_a_micro_batch_that_context_parallelism_cannot_shard_is_refused(resolve_
         ({"exp_avg_dtype": "half"}, "megatron.exp_avg_dtype=half: not one of bfloat16, float16, float32, u"),
         ({"recompute_num_layers": "many"}, "megatron.recompute_num_layers=many: input should be a valid integer"),
         ({"recompute_granularity": "ful"}, "megatron.recompute_granularity=ful: input should be 'full' or 'selective'"),
-        ({"timers": "yes"}, "megatron.timers=yes: input should be callable"),
+        ({"timers": "yes"}, "megatron.timers='yes': input should be callable"),
         ({"num_layers_in_first_pipeline_stage": 1}, "megatron.num_layers_in_first_pipeline_stage=1: is decided by"),
         ({"moe_grouped_gemm": True}, "megatron.moe_grouped_gemm=true: has no effect with a dense model; remove it"),
         ({"fp8": "hybrid"}, "megatron.fp8=hybrid: needs a GPU and Transformer Engine, which this machine lacks: t"),
