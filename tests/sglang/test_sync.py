@@ -301,7 +301,7 @@ def test_servers_on_this_machine_get_its_loopback_address():
 
 
 def test_the_next_bucket_is_filled_while_one_is_sent() -> None:
-    """The server takes each bucket only when the next one is being filled, so waiting for it first would never end."""
+    """The server takes each bucket only when the next one is being filled, which never happens if it is waited for."""
     filling = [threading.Event() for _ in range(4)]
     taken: list[list[str]] = []
 
@@ -319,7 +319,9 @@ def test_the_next_bucket_is_filled_while_one_is_sent() -> None:
 
         async def _send(self, server: Any, packed: Any, timeout_seconds: float) -> None:
             following = filling[int(packed.names[-1]) + 1]
+            deadline = time.monotonic() + 30
             while not following.is_set():
+                assert time.monotonic() < deadline, "the next bucket is not being filled"
                 await asyncio.sleep(0.01)
             assert packed.data.view(torch.float32).tolist() == [float(packed.names[0])] * 10
             taken.append(packed.names)
