@@ -15,8 +15,6 @@ _ALLOCATOR_TODAY = "PYTORCH_ALLOC_CONF"
 """Two names of one variable; newer releases of torch read either."""
 
 _DEFAULTS = {
-    # CPU threads of a rank. A rank on a GPU needs few; graders and servers are separate processes.
-    "OMP_NUM_THREADS": "1",
     # Megatron's tensor parallelism overlaps communication with matrix products only if the GPU has one queue for both.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # Micro-batches have all lengths: segments of fixed size would leave holes that fit none of them.
@@ -43,6 +41,8 @@ def set_defaults(megatron: Mapping[str, Any]) -> None:
     for name, value in _DEFAULTS.items():
         if name != _ALLOCATOR or _ALLOCATOR_TODAY not in os.environ:
             os.environ.setdefault(name, value)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # spinning threads of several ranks would slow each other down
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if megatron.get("deterministic_mode") and os.environ.setdefault(_NONDETERMINISTIC, "0") != "0":
         raise SettingsError(
             f"{_NONDETERMINISTIC}={os.environ[_NONDETERMINISTIC]}: contradicts megatron.deterministic_mode=true; unset "

@@ -23,9 +23,15 @@ def test_what_is_missing_is_set_and_what_is_set_is_kept():
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
     environment.set_defaults({})
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    assert os.environ["OMP_NUM_THREADS"] == "1"
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     assert DETERMINISTIC not in os.environ
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [("1", None), ("2", "1")])
+def test_only_several_ranks_compute_on_one_cpu_thread_each(ranks, threads):
+    os.environ["WORLD_SIZE"] = ranks
+    environment.set_defaults({})
+    assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 @pytest.mark.parametrize("name", ALLOCATOR)
