@@ -162,7 +162,8 @@ def error_of_saving(
             spoil(building)
         return plan(strategy, sharded, building)
 
-    with policy_of(str(folder), Layout(tensor=2)) as policy, mock.patch.object(megatron_versions, "plan_files", spoiled):
+    patch = mock.patch.object(megatron_versions, "plan_files", spoiled)
+    with policy_of(str(folder), Layout(tensor=2)) as policy, patch:
         try:
             save_weights(policy, target, folder, background=background)
         except OSError as error:
