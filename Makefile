@@ -66,7 +66,7 @@ CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/t
 
 core-0.19: install
 	@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
-	PYTHONPATH=build/core-$(CORE) $(PYTEST) -m "not soak" $(CORE_TESTS)
+	PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(CORE_TESTS)
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

@@ -122,9 +122,9 @@ def check_versions(context: PreflightContext) -> CheckResult:
     if outside:
         remedy = f"not tested with {', '.join(outside)}: check the result of mismatch"
         return CheckResult("versions", "warned", message, remedy)
-    problem = accelerator.transformer_engine_problem()
-    if accelerator.has_gpu() and problem:
-        remedy = f"make Transformer Engine usable ({problem}): this project's own layers are slower on a GPU"
+    without_engine = accelerator.transformer_engine_problem()
+    if accelerator.has_gpu() and without_engine:
+        remedy = f"make Transformer Engine usable ({without_engine}): this project's own layers are slower on a GPU"
         return CheckResult("versions", "warned", message, remedy)
     return CheckResult("versions", "passed", message)
 

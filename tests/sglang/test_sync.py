@@ -288,10 +288,10 @@ def test_buckets_hold_every_tensor_in_order_at_an_offset_that_its_receiver_can_c
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
     assert len(storages) == 1, "all buckets share one buffer"
-    before, content = None, None
+    before = content = torch.empty(0)
     for bucket in buckets(tensors.items(), max_bytes, torch.device("cpu"), buffers=2):
-        assert before is None or torch.equal(before.data, content), "the bucket before this one is still complete"
-        before, content = bucket, bucket.data.clone()
+        assert torch.equal(before, content), "the bucket before this one is still complete"
+        before, content = bucket.data, bucket.data.clone()
     assert list(buckets([], max_bytes, torch.device("cpu"))) == []
 
 
