@@ -61,7 +61,8 @@ COPY tools/sglang_gpu/requirements.txt tools/sglang_gpu/
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     set -eu; unset PIP_CONSTRAINT; \
     nccl=$(sed -n 's/^nvidia-nccl-cu.*==//p' tools/sglang_gpu/requirements.txt); \
-    if [ "${NCCL_VERSION:-$nccl}" != "$nccl" ]; then \
+    image=${NCCL_VERSION:-$nccl}; \
+    if [ "${image%%[-+]*}" != "$nccl" ]; then \
         echo "BASE_IMAGE has NCCL $NCCL_VERSION and SGLang needs $nccl; choose a BASE_IMAGE with $nccl" >&2; exit 1; \
     fi; \
     python3 -m venv --without-pip /opt/sglang; \

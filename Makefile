@@ -3,6 +3,7 @@
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
 # make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (`make test` leaves out the long ones)
+# make core-0.19    the tests of the policy and its checkpoints on the megatron-core of newer Pythons (minutes)
 # make container    build the CPU image with buildah and run `make test` in it (needs root; part of `make soak`)
 VENV ?= .venv
 RUN := $(VENV)/bin
@@ -10,7 +11,7 @@ export OMP_NUM_THREADS := 1
 # Processes of tests start many times: compiled modules are kept even where the environment forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart check promises test tests soak cluster container lint packages peers bench clean
+.PHONY: install quickstart check promises test tests soak core-0.19 cluster container lint packages peers bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -55,6 +56,17 @@ promises:
 soak: lint packages peers
 	$(PYTEST) -m soak
 	tests/container.sh
+
+# The newest megatron-core, which declares that it needs Python 3.12, in front of the installed one. Its Python runs on 3.11.
+CORE := 0.19.2
+CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/test_layout_checks.py \
+	"tests/multi_rank/test_policy.py::test_five_training_steps_are_those_of_plain_autograd_in_every_layout[untied]" \
+	"tests/multi_rank/test_invariance.py::test_eight_steps_are_those_of_the_golden_file[tensor 2, sequence]" \
+	tests/multi_rank/test_checkpoint.py
+
+core-0.19: install
+	@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
+	PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(CORE_TESTS)
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

@@ -42,8 +42,10 @@ setup(
     package_data={"megatron_rlvr": ["py.typed"]},
     entry_points={"console_scripts": ["rlvr = megatron_rlvr.cli:main"]},
     install_requires=[
-        "megatron-core>=0.16.1",
-        "torch>=2.6",
+        # 0.16.1 is the last release for Python 3.11.
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.19.2; python_version >= '3.12'",
+        "torch>=2.8",  # matrix products of bfloat16 with a result in float32
         "transformers>=4.57",
         "sentencepiece>=0.2",
         "safetensors>=0.5",
@@ -58,9 +60,12 @@ setup(
         "psutil>=5.9",  # megatron-core imports it without declaring it
     ],
     extras_require={
-        # NVIDIA's apex is built from source, as in NVIDIA's PyTorch images: the package of that name on PyPI is another
-        # program. Without it only megatron.gradient_accumulation_fusion is unavailable.
-        "gpu": ["transformer-engine[pytorch]"],
+        # Transformer Engine's part for torch is compiled when it is installed, against the torch that is there already:
+        # pip install --no-build-isolation. NVIDIA's apex is built from source, as in NVIDIA's PyTorch images: the
+        # package of that name on PyPI is another program. Without it megatron.gradient_accumulation_fusion is
+        # unavailable. NCCL connects only processes of the same version: this is the servers' in tools/sglang_gpu, and
+        # makes pip choose the torch that needs it.
+        "gpu": ["transformer-engine[pytorch,core-cu13]>=2.8", "nvidia-nccl-cu13==2.30.7"],
         "sglang": ["sglang", "sglang-router"],
         "wandb": ["wandb"],
         "plot": ["matplotlib"],

@@ -12,6 +12,7 @@ from typing import NoReturn
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.help import help_text
 from megatron_rlvr.config.loading import load_settings, to_yaml
+from megatron_rlvr.distributed import environment
 from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings = load_settings(config, flags)
         if not check:
             check_launch(settings.parallel, "torchrun --nproc-per-node {ranks} -m megatron_rlvr.train")
+            environment.set_defaults(settings.megatron)
             if is_main():
                 lease = take_lease(settings.run, print_line)
                 lease.keep(_end_without_lease)

@@ -161,6 +161,24 @@ def test_servers_on_gpus_are_those_that_the_tests_run_against():
     assert re.findall(r"(?:sglang|sglang-router|transformers)==?[\d$]", installer) == []
 
 
+def test_trainers_on_gpus_get_the_nccl_of_the_servers():
+    """NCCL connects only processes of the same version."""
+    (nccl,) = (pin for pin in pins("sglang_gpu/requirements.txt") if pin.startswith("nvidia-nccl-"))
+    (extra,) = re.findall(r'"gpu": \[(.*)\]', (tiny.CHECKOUT / "setup.py").read_text(encoding="utf-8"))
+    assert f'"{nccl}"' in extra
+    (torch,) = (pin for pin in pins("sglang_gpu/requirements.txt") if pin.startswith("torch=="))
+    assert f"pip install {torch} " in (tiny.CHECKOUT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("image", "status"), [("2.30.7", 0), ("2.30.7-1", 0), ("2.30.7+cuda13.3", 0), ("2.29.7-1", 1)])
+def test_a_base_image_is_refused_for_another_nccl_and_not_for_a_suffix_of_its_version(image, status):
+    (check,) = commands(r"(?s)(nccl=\$\(sed .*?\bfi); ")
+    (nccl,) = (pin for pin in pins("sglang_gpu/requirements.txt") if pin.startswith("nvidia-nccl-"))
+    variables = {"PATH": os.environ["PATH"], "NCCL_VERSION": image.replace("2.30.7", nccl.split("==")[1])}
+    done = subprocess.run(["bash", "-euc", check], cwd=tiny.CHECKOUT, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("choose a BASE_IMAGE")) == (status, status)
+
+
 def test_the_newest_sglang_that_the_preflight_accepts_is_the_one_that_the_tests_run_against():
     """The package cannot read tools/sglang.txt where it is installed, and a page cannot read either."""
     from megatron_rlvr.preflight.servers import TESTED_SGLANG  # imports torch, which no other test here needs

@@ -24,19 +24,9 @@ export PYTHONUNBUFFERED=1
 
 # Sets the environment of the ranks, which servers must not inherit. Requires LOG_DIR.
 trainer_environment() {
-    # CPU threads of a rank. A rank on a GPU needs few; graders and servers are separate processes.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-    # Megatron's tensor parallelism overlaps communication with matrix products only if the GPU has one queue for both.
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-
-    # A collective that fails, or takes longer than run.timeout_minutes, ends its process (3, which is torch's default);
-    # with 0 the process would keep waiting. run.timeout_minutes applies to NCCL and to gloo.
-    export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
+    # The trainer itself sets what does not depend on LOG_DIR (megatron_rlvr/distributed/environment.py).
 
     # When a collective times out, each rank writes a trace of its last collectives, which shows the missing rank.
-    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$LOG_DIR/nccl_trace_}
 
     # NCCL logs warnings; with INFO it also logs the networks and the topology that it uses. One file per process,

@@ -120,7 +120,7 @@ class _Shard:
         if a.dtype == out.dtype:
             out.addmm_(a, b)
         else:
-            out += self.product(a, b)
+            torch.addmm(out, a, b, out_dtype=self.dtype, out=out)
 
 
 def _row_tiles(rows: int, device: torch.device) -> Iterator[slice]:

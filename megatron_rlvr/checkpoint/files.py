@@ -40,6 +40,8 @@ from megatron_rlvr.hf.headers import check_tensors
 from megatron_rlvr.hf.weights import FILE_BYTES
 
 HUGGING_FACE = "hugging_face"
+COMMON = "common.pt"
+"""Name of the file with what is common to all ranks: settings of the optimizer, the schedule."""
 CONTENT_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
 """Megatron's options for the names in a checkpoint: each layer has its own, and a tensor is one entry."""
 _BACKEND = "torch_dist"
@@ -49,6 +51,11 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+
+
+def write_format(folder: Path) -> None:
+    """Write ``metadata.json``, by which Megatron recognizes a checkpoint's format."""
+    (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
 
 
 class CheckpointWriter:
@@ -100,10 +107,10 @@ class CheckpointWriter:
         """
         content = io.BytesIO()  # given a path, torch would hide why it could not be written
         torch.save({"content_metadata": CONTENT_METADATA}, content)
-        (self._folder / "common.pt").write_bytes(content.getbuffer())
+        (self._folder / COMMON).write_bytes(content.getbuffer())
         with (self._folder / ".metadata").open("wb") as file:
             pickle.dump(Metadata(self._tensors, storage_data=self._storage), file)
-        (self._folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+        write_format(self._folder)
         write_manifest(self._folder, about={})
 
 

@@ -65,6 +65,7 @@ _ONLY_SGLANG = (
 )
 _NAME_A_SET = "name a set, or remove it"
 _SET_COSINE = "remove it, or set cosine"
+_RAISE_PIPELINE = "remove it, or raise parallel.pipeline"
 
 NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect("run.keep_every", "run.save_every", (0,), "no checkpoints are saved on the way"),
@@ -76,8 +77,10 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     ),
     NoEffect(
         *("parallel.virtual_pipeline", "parallel.pipeline", (1,), "it divides pipeline stages"),
-        remedy="remove it, or raise parallel.pipeline",
+        remedy=_RAISE_PIPELINE,
     ),
+    NoEffect("parallel.first_stage_layers", "parallel.pipeline", (1,), "there is one stage", _RAISE_PIPELINE),
+    NoEffect("parallel.last_stage_layers", "parallel.pipeline", (1,), "there is one stage", _RAISE_PIPELINE),
     *(NoEffect(f"rollout.{key}", "rollout.engine", ("embedded",), "there are no servers") for key in _ONLY_SGLANG),
     NoEffect("rollout.max_batch_rows", "rollout.engine", ("sglang",), "servers have limits of their own"),
     NoEffect("rollout.max_batch_tokens", "rollout.engine", ("sglang",), "servers have limits of their own"),

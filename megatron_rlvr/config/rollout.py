@@ -110,7 +110,8 @@ class SyncSettings(Section):
     dir: OptionalPath = Field(default=None, min_length=1)
     """Folder for `sync.method: disk`, at the same path for trainer and servers; null: `DIR/sync`."""
     bucket_bytes: int = Field(default=2**28, ge=1, le=2**40)
-    """Bytes of weights sent at once, and the extra memory of a sync (distributed and tensor)."""
+    """Bytes of weights sent at once (distributed and tensor). A sync takes twice this memory: one bucket is
+    filled while another is sent."""
 
 
 class RewardSettings(Section):

@@ -1,5 +1,7 @@
 """The device of this process (a GPU, or the CPU if there is none), its memory, and the libraries available for it."""
 
+import functools
+import importlib
 import importlib.util
 import resource
 from dataclasses import dataclass, field
@@ -81,11 +83,44 @@ def has_fused_weight_gradients() -> bool:
 
 
 def has_transformer_engine() -> bool:
-    """Return whether layers from Transformer Engine can be used."""
-    return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+    """Return whether Megatron can use the layers of Transformer Engine."""
+    return transformer_engine_problem() is None
+
+
+@functools.cache
+def transformer_engine_problem() -> str | None:
+    """Return why Megatron cannot use Transformer Engine, in a few words; None if it can.
+
+    That it is installed says little: its compiled part may be missing, or made for another torch. Megatron finds out by
+    importing it, and uses a stand-in where that fails, so it is asked for the result.
+    """
+    if not has_gpu():
+        return "there is no GPU"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "it is not installed"
+    try:
+        # First, since its own error says more than that of Megatron, which imports it as well.
+        importlib.import_module("transformer_engine.pytorch")
+        megatron = importlib.import_module("megatron.core.extensions.transformer_engine")
+    except Exception as error:  # a missing library may be any error of the dynamic loader or of the package itself
+        return f"importing it fails with {type(error).__name__}: {' '.join(str(error).split())}"
+    return None if megatron.HAVE_TE else "this megatron-core lacks a name in it; install another version of either"
 
 
 def synchronize() -> None:
     """Wait for the device to finish all queued work, so that a clock read afterwards includes it."""
     if has_gpu():
         torch.cuda.synchronize()
+
+
+Moment = torch.cuda.Event
+"""A moment in the work that is queued on a GPU."""
+
+
+def now() -> Moment | None:
+    """Return the moment at which the work that this thread has queued so far is done; None on a CPU, where it is."""
+    if not has_gpu():
+        return None
+    moment = Moment()
+    moment.record()
+    return moment

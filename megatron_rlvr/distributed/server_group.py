@@ -12,13 +12,16 @@ from typing import Any
 import torch
 import torch.distributed
 
-from megatron_rlvr.distributed import network
+from megatron_rlvr.distributed import accelerator, network
 from megatron_rlvr.distributed.accelerator import has_gpu
 
 WATCHDOG_OFF = "TORCH_NCCL_BLOCKING_WAIT"
 """Environment variable that, set to 1 while an NCCL group is created, leaves it without a watchdog."""
 
 _CLOSE_SECONDS = 10.0
+_POLL_SECONDS = 0.001
+_OTHER_VERSION = "Mismatched NCCL version"
+"""Part of NCCL's own error message."""
 _closing: list[threading.Thread] = []
 """Threads that abort the connections of closed groups."""
 
@@ -92,6 +95,7 @@ class ServerGroup:
         self._group: torch.distributed.ProcessGroup | None = None
         self._closed = False
         self._host = host
+        self._stream: torch.cuda.Stream | None = None
         # By itself a store would listen on all addresses of this machine.
         family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listening:
@@ -136,8 +140,17 @@ class ServerGroup:
         if self._closed:
             self.close()
 
-    def broadcast(self, data: torch.Tensor, timeout_seconds: float) -> None:
+    def broadcast(self, data: torch.Tensor, timeout_seconds: float, filled: accelerator.Moment | None = None) -> None:
         """Send ``data`` to the server; return when it may be overwritten.
+
+        On a GPU nothing is queued on any stream but the group's own, so that a server that hangs delays neither the
+        trainer nor the broadcasts to other servers.
+
+        Args:
+            data: The same device as that of this process.
+            timeout_seconds: Time to send it.
+            filled: When ``data`` is complete, as `accelerator.now` returned it to the thread that filled it; None if
+                it is already.
 
         Raises:
             RuntimeError: The data is not sent in time.
@@ -147,8 +160,38 @@ class ServerGroup:
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=timeout_seconds)
-        # With a timeout, NCCL's wait also blocks this thread until the operation has finished.
-        group.broadcast([data], options).wait(options.timeout)
+        if self.backend != "nccl":
+            group.broadcast([data], options).wait(options.timeout)
+            return
+        try:
+            self._broadcast_on_gpu(group, data, options, filled)
+        except RuntimeError as error:
+            if _OTHER_VERSION not in str(error):
+                raise
+            raise RuntimeError(
+                f"the server's NCCL is not that of the trainer; install the same version for both ({error})"
+            ) from error
+
+    def _broadcast_on_gpu(
+        self, group: Any, data: torch.Tensor, options: Any, filled: accelerator.Moment | None
+    ) -> None:
+        deadline = time.monotonic() + options.timeout.total_seconds()
+        with torch.cuda.device(data.device), torch.cuda.stream(self._stream_on(data.device)):
+            if filled is not None:
+                torch.cuda.current_stream().wait_event(filled)
+            work = group.broadcast([data], options)
+            # NCCL's own wait would first make the stream wait for the operation. If the GPU has one queue for all
+            # streams (CUDA_DEVICE_MAX_CONNECTIONS), everything behind that would wait as well.
+            while not work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the broadcast did not finish within {options.timeout.total_seconds():.0f} s")
+                time.sleep(_POLL_SECONDS)
+            work.wait(options.timeout)  # returns at once, or raises the error of the operation
+
+    def _stream_on(self, device: torch.device) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
 
     def close(self) -> None:
         """Leave the group at once, which frees its name.

@@ -194,9 +194,20 @@ def candidate_layouts(inputs: PlanInputs) -> Iterator[ParallelSettings]:
                             virtual_pipeline=virtual_stages,
                             expert=expert,
                             sequence=tensor > 1,
+                            **_shorter_ends(inputs.shape.layers, pipeline, virtual_stages),
                         )
                         if parallel.replica <= inputs.ranks and layout_error(inputs, parallel) is None:
                             yield parallel
+
+
+def _shorter_ends(layers: int, pipeline: int, virtual_stages: int) -> dict[str, int]:
+    """Give the first and the last stage fewer layers if the layers do not divide: they hold embedding and head, too."""
+    if layers % (pipeline * virtual_stages) == 0:
+        return {}
+    middle = -(-layers // (pipeline * virtual_stages)) * virtual_stages
+    ends = layers - middle * (pipeline - 2)
+    last = ends // 2 // virtual_stages * virtual_stages
+    return {"first_stage_layers": ends - last, "last_stage_layers": last} if last > 0 else {}
 
 
 def plan_with_least_recompute(inputs: PlanInputs, parallel: ParallelSettings, megatron: Mapping[str, Any]) -> Plan:

@@ -1,4 +1,4 @@
-"""Bytes of training on one GPU, part by part, as the policy's own code and megatron-core 0.16 allocate them.
+"""Bytes of training on one GPU, part by part, as the policy's own code and megatron-core allocate them.
 
     weights       the model's weights in model.dtype
     gradients     one buffer for all parameters of the rank, fp32 unless megatron.grad_reduce_in_fp32 is false
@@ -258,9 +258,8 @@ def layer_workspace(
         saved = sum(saved_by_layer(shape, layer, parallel, options).values())
         full = options.recompute == "full"
         recomputed = options.unit_layers * saved if full else saved - retained_by_layer(shape, layer, parallel, options)
-        if options.block_layers and options.block_layers < shape.layers // (
-            parallel.pipeline * parallel.virtual_pipeline
-        ):
+        chunks = [chunk for stage in parallel.stages(shape.layers) for chunk in stage]
+        if options.block_layers and options.block_layers < min(map(len, chunks)):
             recomputed = 0.0  # the layers that are not recomputed have freed their activations by then
     columns = weight_columns = shape.ffn / parallel.tensor
     if shape.moe_layers[layer]:
@@ -305,9 +304,8 @@ def head_workspace(
     if weight_bytes == 4:
         tiles = 4.0 * (height * width + previous)
     else:
-        # fp32 sums of a tile of the weight's gradient, and beside them either the operands in fp32, or the product
-        # that is added to the sums, and dz in bf16.
-        operands = 4.0 * hidden * (width + height) if casts else 4.0 * width * hidden + weight_bytes * height * width
+        # fp32 sums of a tile of the weight's gradient, and beside them either the operands in fp32, or dz in bf16.
+        operands = 4.0 * hidden * (width + height) if casts else float(weight_bytes) * height * width
         tiles = 4.0 * (height * width + width * hidden) + operands + (4.0 if casts else weight_bytes) * previous
     scattered = weight_bytes * tokens / sequence_ranks * hidden + weight_bytes * rows * hidden
     return gradient_of_weight + gathered + gradient_of_rows + max(tiles, scattered)

@@ -46,7 +46,7 @@ class TrainingOptions:
     block_layers: int = 0
     unit_layers: int = 1
     recompute_modules: tuple[str, ...] = ()
-    fused_activation: bool = False
+    fused_activation: bool = True
     fused_gradient: bool = False
     transformer_engine: bool = True
 
@@ -75,7 +75,7 @@ class TrainingOptions:
             block_layers=layers if block else 0,
             unit_layers=1 if block else layers,
             recompute_modules=modules,
-            fused_activation=bool(megatron.get("bias_activation_fusion", False)),
+            fused_activation=bool(megatron.get("bias_activation_fusion", True)),
             fused_gradient=bool(megatron.get("gradient_accumulation_fusion", False)),
             transformer_engine=transformer_engine,
         )
@@ -94,8 +94,8 @@ class TrainingOptions:
             values["recompute_num_layers"] = self.block_layers or self.unit_layers
         if self.recompute == "selective":
             values |= {"recompute_granularity": "selective", "recompute_modules": list(self.recompute_modules)}
-        if self.fused_activation:
-            values["bias_activation_fusion"] = True
+        if not self.fused_activation:
+            values["bias_activation_fusion"] = False
         if self.fused_gradient:
             values["gradient_accumulation_fusion"] = True
         return values

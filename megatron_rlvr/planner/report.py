@@ -227,7 +227,7 @@ def _remedies(plan: Plan, largest: str) -> str:
         if options.recompute != "full":
             found.append("megatron.recompute_granularity full")
         if not options.fused_activation and options.recompute != "full":
-            found.append("megatron.bias_activation_fusion true")
+            found.append("megatron.bias_activation_fusion true, the default on GPUs")
         if inputs.work.micro_batch_tokens > inputs.work.max_sequence:
             found.append(
                 f"batch.tokens_per_micro_batch {inputs.work.max_sequence} instead of {inputs.work.micro_batch_tokens}"
@@ -236,7 +236,7 @@ def _remedies(plan: Plan, largest: str) -> str:
     elif largest == "working":
         found.append(f"{shard} further by parallel.tensor")
         if not options.fused_gradient:
-            found.append("megatron.gradient_accumulation_fusion true, with apex")
+            found.append("megatron.gradient_accumulation_fusion true, the default with apex")
     else:
         if not options.distributed_optimizer:
             found.append("megatron.use_distributed_optimizer true")

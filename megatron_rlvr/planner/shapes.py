@@ -152,10 +152,8 @@ class RankParameters:
 
 
 def stage_layers(shape: ModelShape, parallel: ParallelSettings, stage: int) -> list[int]:
-    """Return the layers of a pipeline stage; with virtual stages it holds one chunk of each pass over the pipeline."""
-    size = shape.layers // (parallel.pipeline * parallel.virtual_pipeline)
-    starts = (chunk * parallel.pipeline * size + stage * size for chunk in range(parallel.virtual_pipeline))
-    return [layer for start in starts for layer in range(start, start + size)]
+    """Return the layers of a pipeline stage, those of all its virtual stages."""
+    return [layer for chunk in parallel.stages(shape.layers)[stage] for layer in chunk]
 
 
 def rank_parameters(shape: ModelShape, parallel: ParallelSettings, stage: int) -> RankParameters:

@@ -4,8 +4,6 @@ The user's ``megatron:`` section is passed unchanged to TransformerConfig, Distr
 OptimizerConfig; fields that other settings decide are refused there.
 """
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +25,9 @@ from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.hf.families import padded_vocab_size, rope_scaling_factor, rope_theta, tied, transformer_fields
 from megatron_rlvr.policy.layers import layer_modules, layer_spec
+from megatron_rlvr.policy.megatron_fields import build_config, read_field, read_fields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
 
 
 class PolicyModel(GPTModel):
@@ -52,6 +50,8 @@ def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Ma
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
         # In the interleaved schedule two stages would otherwise exchange several messages at once and confuse them.
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
@@ -82,14 +82,19 @@ def owned_fields(model: ModelSettings, parallel: ParallelSettings, hf_config: Ma
     }
 
 
-# Defaults that replace Megatron's where those need kernels that may be missing; `megatron:` can turn them on.
-_DEFAULTS: dict[str, Any] = {
-    "bias_dropout_fusion": False,
-    "bias_activation_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "grad_reduce_in_fp32": True,
-}
+def default_fields() -> dict[str, Any]:
+    """Fields that replace Megatron's defaults unless ``megatron:`` sets them: fused operations whose kernels exist."""
+    return {
+        "bias_dropout_fusion": False,  # there is neither a bias nor dropout
+        "bias_activation_fusion": accelerator.has_gpu(),
+        "masked_softmax_fusion": False,  # for an attention that is not used here
+        "gradient_accumulation_fusion": accelerator.has_fused_weight_gradients(),
+        # Otherwise each layer asks the GPU for the lengths of the sequences, and the CPU waits for it.
+        "apply_rope_fusion": accelerator.has_transformer_engine(),
+        "grad_reduce_in_fp32": True,
+    }
+
+
 _OWNED_ELSEWHERE = {
     "lr": "optimizer.learning_rate",
     "min_lr": "optimizer.min_learning_rate",
@@ -111,21 +116,16 @@ _REFUSED = {
     "fp16": "training is in model.dtype float32 or bfloat16",
 }
 # Fields about experts that a user may set; the others change what the model computes, or have no effect here.
-_EXPERT_KEYS = ("moe_permute_fusion", "moe_router_fusion", "moe_router_padding_for_fp8")
+_EXPERT_KEYS = ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "moe_router_padding_for_fp8")
 
 
 def check_passthrough(
     megatron: Mapping[str, Any], model: ModelSettings, parallel: ParallelSettings, hf_config: Mapping[str, Any]
 ) -> None:
-    """Raise SettingsError for a ``megatron:`` key that no dataclass has, or that another setting decides."""
-    known = {f.name for cls in _CONFIGS for f in dataclasses.fields(cls) if f.init}
+    """Raise SettingsError for a ``megatron:`` key that is unknown, of a wrong type, or decided by another setting."""
     owned = owned_fields(model, parallel, hf_config)
-    for key in megatron:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise SettingsError(
-                f"unknown key megatron.{key}" + (f"; did you mean megatron.{near[0]}?" if near else "; remove it")
-            )
+    for key, value in megatron.items():
+        read_field(key, value)
         written = f"megatron.{key}={shown(megatron[key])}"
         if key in owned or key in _OWNED_ELSEWHERE:
             decided_by = _OWNED_ELSEWHERE.get(key, "the model folder and the sections model and parallel")
@@ -139,27 +139,15 @@ def check_passthrough(
 
 def check_kernels(megatron: Mapping[str, Any]) -> None:
     """Raise SettingsError for a ``megatron:`` key whose kernels this machine lacks. Not called by ``--check``."""
-    kernels = {
-        "gradient_accumulation_fusion": (
-            "a GPU and apex's fused weight gradients",
-            accelerator.has_fused_weight_gradients,
-        ),
-        "use_precision_aware_optimizer": ("a GPU and Transformer Engine", accelerator.has_transformer_engine),
-        "fp8": ("a GPU and Transformer Engine", accelerator.has_transformer_engine),
-        "apply_rope_fusion": ("a GPU and Transformer Engine", accelerator.has_transformer_engine),
-    }
-    for key, (what, present) in kernels.items():
-        if megatron.get(key) and not present():
-            raise SettingsError(
-                f"megatron.{key}={shown(megatron[key])}: needs {what}, which this machine lacks; remove it"
-            )
-
-
-def _config(cls: type, megatron: Mapping[str, Any], **fields: Any) -> Any:
-    """Build a Megatron dataclass from the defaults above, the user's fields and ``fields``, as far as it has them."""
-    names = {f.name for f in dataclasses.fields(cls) if f.init}
-    values = {**_DEFAULTS, **megatron, **fields}
-    return cls(**{key: value for key, value in values.items() if key in names})
+    keys = ("use_precision_aware_optimizer", "fp8", "apply_rope_fusion", "moe_grouped_gemm")
+    lacking = {}
+    if not accelerator.has_fused_weight_gradients():
+        lacking["gradient_accumulation_fusion"] = "a GPU and apex's fused weight gradients, which this machine lacks"
+    if problem := accelerator.transformer_engine_problem():
+        lacking |= dict.fromkeys(keys, f"a GPU and Transformer Engine, which this machine lacks: {problem}")
+    for key, what in lacking.items():
+        if megatron.get(key):
+            raise SettingsError(f"megatron.{key}={shown(megatron[key])}: needs {what}; remove it")
 
 
 def build_chunks(
@@ -175,8 +163,9 @@ def build_chunks(
     There is one chunk, or with the interleaved schedule one for each virtual stage of the rank.
     """
     model_parallel_cuda_manual_seed(seed)
-    config: TransformerConfig = _config(TransformerConfig, megatron, **owned_fields(model, parallel, hf_config))
-    ddp = _config(DistributedDataParallelConfig, megatron)
+    given = default_fields() | read_fields(megatron)
+    config: TransformerConfig = build_config(TransformerConfig, given, owned_fields(model, parallel, hf_config))
+    ddp = build_config(DistributedDataParallelConfig, given)
     virtual_stages, modules = parallel.virtual_pipeline, layer_modules()
     rope_factor = rope_scaling_factor(hf_config)
     chunks = []
@@ -216,20 +205,19 @@ def build_optimizer(
     chunks: list[DistributedDataParallel],
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build Adam with decoupled weight decay over loaded chunks, and its learning-rate schedule in training steps."""
-    config = _config(
-        OptimizerConfig,
-        megatron,
-        optimizer="adam",
-        lr=settings.learning_rate,
-        min_lr=settings.min_learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.eps,
-        clip_grad=settings.clip_grad,
-        bf16=model.dtype == "bfloat16",
-        params_dtype=DTYPES[model.dtype],
-    )
+    own = {
+        "optimizer": "adam",
+        "lr": settings.learning_rate,
+        "min_lr": settings.min_learning_rate,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.beta1,
+        "adam_beta2": settings.beta2,
+        "adam_eps": settings.eps,
+        "clip_grad": settings.clip_grad,
+        "bf16": model.dtype == "bfloat16",
+        "params_dtype": DTYPES[model.dtype],
+    }
+    config = build_config(OptimizerConfig, default_fields() | read_fields(megatron), own)
     optimizer = get_megatron_optimizer(config, chunks)
     cosine = settings.schedule == "cosine"
     schedule = OptimizerParamScheduler(

@@ -5,6 +5,7 @@ packed sequences. `RMSNorm` and `attention.PackedAttention` do, in plain PyTorch
 on any device. Parameters have the same meaning in both; only the names of two norms differ (`weights`).
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.hf.families import NORMS_IN_LINEARS
 from megatron_rlvr.policy.attention import PackedAttention
 from megatron_rlvr.policy.experts import moe_mlp_spec
+
+logger = logging.getLogger(__name__)
 
 
 class RMSNorm(torch.nn.Module):
@@ -54,6 +57,8 @@ class LayerModules:
             class.
         column_linear, row_linear: linear layers without a norm.
         attention: core attention over a packed stream.
+        grouped_linears: column- and row-parallel linear layers of all experts of a rank together; None if there are no
+            such classes.
     """
 
     norm: Any
@@ -61,11 +66,15 @@ class LayerModules:
     column_linear: Any
     row_linear: Any
     attention: Any
+    grouped_linears: MLPSubmodules | None = None
 
 
 def layer_modules() -> LayerModules:
-    """Transformer Engine's modules if it is installed and there is a GPU, else Megatron's and this project's."""
+    """Transformer Engine's modules if it can be used, else Megatron's and this project's own."""
     if not accelerator.has_transformer_engine():
+        if accelerator.has_gpu():
+            problem = accelerator.transformer_engine_problem()
+            logger.warning("layers are this project's own, which are slower, without Transformer Engine: %s", problem)
         return LayerModules(RMSNorm, None, ColumnParallelLinear, RowParallelLinear, PackedAttention)
     from megatron.core.extensions import transformer_engine as te
 
@@ -75,6 +84,7 @@ def layer_modules() -> LayerModules:
         te.TEColumnParallelLinear,
         te.TERowParallelLinear,
         te.TEDotProductAttention,
+        MLPSubmodules(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear),
     )
 
 
@@ -87,6 +97,7 @@ def layer_spec(config: TransformerConfig, layer: int, modules: LayerModules) -> 
     is_moe = config.num_moe_experts is not None and config.moe_layer_freq[layer]
     qk_norm = modules.norm if config.qk_layernorm else IdentityOp
     linears = MLPSubmodules(linear_fc1=modules.column_linear, linear_fc2=modules.row_linear)
+    grouped = modules.grouped_linears if config.moe_grouped_gemm else None
     built_in = modules.normed_column_linear is not None
     dense = replace(linears, linear_fc1=modules.normed_column_linear) if built_in else linears
     # Checkpoints use the names of built-in norms, except for the second norm of an MoE layer: a router follows it.
@@ -108,7 +119,9 @@ def layer_spec(config: TransformerConfig, layer: int, modules: LayerModules) -> 
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if built_in and not is_moe else modules.norm,
-            mlp=moe_mlp_spec(linears) if is_moe else ModuleSpec(module=MLP, submodules=dense),
+            mlp=moe_mlp_spec(grouped or linears, grouped is not None)
+            if is_moe
+            else ModuleSpec(module=MLP, submodules=dense),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),

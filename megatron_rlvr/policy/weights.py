@@ -103,6 +103,7 @@ def _all_gather(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
 
 
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
+_OF_GROUPED_EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(linear_fc[12]\.weight)(\d+)")
 
 
 def global_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
@@ -111,6 +112,7 @@ def global_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.P
     for chunk in chunks:
         model: Any = getattr(chunk, "module", chunk)
         for name, parameter in model.named_parameters():
+            name = _OF_GROUPED_EXPERT.sub(r"\1.local_experts.\3.\2", name)
             if match := _IN_LAYER.fullmatch(name):
                 layer, expert, rest = model.decoder.layers[int(match[1])], match[2], match[3]
                 if expert is not None:

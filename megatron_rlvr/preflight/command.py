@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_rlvr.config.loading import load_settings
+from megatron_rlvr.distributed import environment
 from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.preflight.checks import CHECKS, NAMES, REQUIRED, select_checks
 from megatron_rlvr.preflight.results import CheckResult, Report
@@ -128,6 +129,7 @@ def _resolve(config: str, flags: list[str]) -> Resolved:
     settings = load_settings(config, flags)
     command = f"torchrun --nproc-per-node {{ranks}} {sys.argv[0]} {config}, or by the run's launcher with PREFLIGHT=1"
     check_launch(settings.parallel, command)
+    environment.set_defaults(settings.megatron)
     resolved = resolve(settings, show_progress=is_main())
     check_megatron(settings, resolved.hf_config, kernels=True)
     return resolved

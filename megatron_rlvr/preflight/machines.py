@@ -29,8 +29,8 @@ _CLOCK_ROUNDS = 5
 # docs/preflight.md.
 TESTED = {
     "python": ((3, 11), (3, 13)),
-    "torch": ((2, 6), (2, 13)),
-    "megatron-core": ((0, 16, 1), (0, 16)),
+    "torch": ((2, 8), (2, 14)),
+    "megatron-core": ((0, 16, 1), (0, 19)),
     "transformers": ((4, 57), (5, 19)),
 }
 _GPU_PACKAGES = ("transformer-engine", "apex", "triton")
@@ -122,8 +122,9 @@ def check_versions(context: PreflightContext) -> CheckResult:
     if outside:
         remedy = f"not tested with {', '.join(outside)}: check the result of mismatch"
         return CheckResult("versions", "warned", message, remedy)
-    if accelerator.has_gpu() and not accelerator.has_transformer_engine():
-        remedy = "install transformer-engine: this project's own layers are slower on a GPU"
+    without_engine = accelerator.transformer_engine_problem()
+    if accelerator.has_gpu() and without_engine:
+        remedy = f"make Transformer Engine usable ({without_engine}): this project's own layers are slower on a GPU"
         return CheckResult("versions", "warned", message, remedy)
     return CheckResult("versions", "passed", message)
 

@@ -1,7 +1,7 @@
 """Checks of the settings against the model, the number of ranks, and Megatron: errors before any process group starts.
 
     attention heads, key-value heads, feed-forward columns    divide by tensor
-    layers                                                    divide by pipeline x virtual stages
+    layers                                                    divide by pipeline x virtual stages, or as given
     experts                                                   divide by expert
     ranks                                                     divide by tensor x context x pipeline
     prompt + response                                         fits the model's positions
@@ -38,12 +38,7 @@ def check_layout(settings: Settings, fields: Mapping[str, Any], world_size: int)
                 f"parallel.tensor={parallel.tensor}: does not divide the {fields[name]} {what} of "
                 f"{settings.model.path}; choose a divisor"
             )
-    if fields["num_layers"] % (parallel.pipeline * parallel.virtual_pipeline):
-        virtual = f" x parallel.virtual_pipeline={parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
-        raise SettingsError(
-            f"parallel.pipeline={parallel.pipeline}{virtual}: does not divide the {fields['num_layers']} layers of "
-            f"{settings.model.path}; choose a divisor"
-        )
+    parallel.stages(fields["num_layers"])
     shards = 2 * parallel.context * parallel.tensor
     if parallel.context > 1 and settings.batch.tokens_per_micro_batch < shards:
         raise SettingsError(
@@ -80,13 +75,8 @@ def check_experts(settings: Settings, fields: Mapping[str, Any], world_size: int
             f"context x data ranks; launch a multiple of {unit} ranks"
         )
     # Megatron computes the gradient norm of experts in a collective that only pipeline stages with experts join.
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    with_experts = {
-        layer * stages // fields["num_layers"] % parallel.pipeline
-        for layer, is_moe in enumerate(fields["moe_layer_freq"])
-        if is_moe
-    }
-    if len(with_experts) < parallel.pipeline:
+    stages = parallel.stages(fields["num_layers"])
+    if not all(any(fields["moe_layer_freq"][layer] for chunk in stage for layer in chunk) for stage in stages):
         raise SettingsError(
             f"parallel.pipeline={parallel.pipeline}: leaves a pipeline stage without experts, as mlp_only_layers and "
             f"decoder_sparse_step of {folder} place them; lower it"

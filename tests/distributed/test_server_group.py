@@ -1,5 +1,9 @@
-"""Tests of groups with a server: they are created without NCCL's watchdog, and closing one never blocks."""
+"""Tests of groups with a server: they are created without NCCL's watchdog, and closing one never blocks.
 
+A broadcast on GPUs is tested with stand-ins for torch's streams and NCCL's operations; tests/gpu has a real one.
+"""
+
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -73,3 +77,80 @@ def test_closing_a_group_on_the_cpu_destroys_it(group_of_one, monkeypatch):
     group.close()
     group.close()
     assert (ended, group_names()) == ([None], [])
+
+
+class Operation:
+    """A broadcast of NCCL that is complete after being asked ``polls`` times; its wait raises ``error``."""
+
+    def __init__(self, happened: list[Any], polls: float, error: str = "") -> None:
+        self.happened, self.polls, self.error = happened, polls, error
+
+    def is_completed(self) -> bool:
+        self.polls -= 1
+        return self.polls < 0
+
+    def wait(self, timeout: Any) -> None:
+        self.happened.append("wait")
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, str], tuple[server_group.ServerGroup, list[Any]]]:
+    """Factory of a group whose broadcasts are `Operation`; also returns a list of what happens, by stream."""
+
+    def make(polls: float, error: str = "") -> tuple[server_group.ServerGroup, list[Any]]:
+        happened: list[Any] = []
+        current = ["the trainer's"]
+
+        class Stream:
+            def __init__(self, device: Any) -> None:
+                pass
+
+            def wait_event(self, event: Any) -> None:
+                happened.append((current[0], "waits for", event))
+
+        @contextlib.contextmanager
+        def within(stream: Any) -> Iterator[None]:
+            current[0] = "its own"
+            yield
+            current[0] = "the trainer's"
+
+        class Group:
+            def broadcast(self, tensors: Any, options: Any) -> Operation:
+                happened.append((current[0], "broadcasts"))
+                return Operation(happened, polls, error)
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", within)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(None))
+        group = server_group.ServerGroup("server", 1)
+        monkeypatch.setattr(group, "backend", "nccl")
+        monkeypatch.setattr(group, "_group", Group())
+        return group, happened
+
+    return make
+
+
+def test_a_broadcast_on_a_gpu_is_queued_on_a_stream_of_its_own_behind_the_filling_of_the_bucket(on_gpu):
+    group, happened = on_gpu(3)
+    group.broadcast(torch.ones(1), 60.0, "filled")
+    assert happened == [("its own", "waits for", "filled"), ("its own", "broadcasts"), "wait"]
+
+
+def test_no_stream_waits_for_a_broadcast_that_never_ends(on_gpu):
+    group, happened = on_gpu(float("inf"))
+    with pytest.raises(RuntimeError, match="did not finish within 0 s"):
+        group.broadcast(torch.ones(1), 0.05)
+    assert happened == [("its own", "broadcasts")]
+
+
+def test_a_failure_of_a_broadcast_is_raised_and_other_versions_of_nccl_are_explained(on_gpu):
+    with pytest.raises(RuntimeError, match=r"^unhandled system error$"):
+        on_gpu(0, "unhandled system error")[0].broadcast(torch.ones(1), 60.0)
+    failure = (
+        "ncclInvalidUsage. Last error: Mismatched NCCL version detected : rank 0 version 22907 rank 1 version 23007"
+    )
+    with pytest.raises(RuntimeError, match=r"install the same version for both .*rank 0 version 22907"):
+        on_gpu(0, failure)[0].broadcast(torch.ones(1), 60.0)

@@ -152,17 +152,18 @@ def error_of_saving(
     folder: Path, target: Path, spoil: Callable[[Path], Any] = str, rank: int = 0, background: bool = False
 ) -> str:
     """Return this rank's error. ``spoil`` is called on one rank with the temporary folder, before Megatron's save."""
-    from megatron.core import dist_checkpointing
+    from megatron_rlvr.distributed import megatron_versions
 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    save = dist_checkpointing.save
+    plan = megatron_versions.plan_files
 
-    def spoiled(state: Any, building: str, *arguments: Any, **options: Any) -> Any:
+    def spoiled(strategy: Any, sharded: Any, building: Path) -> Any:
         if os.environ["RANK"] == str(rank):
-            spoil(Path(building))
-        return save(state, building, *arguments, **options)
+            spoil(building)
+        return plan(strategy, sharded, building)
 
-    with policy_of(str(folder), Layout(tensor=2)) as policy, mock.patch.object(dist_checkpointing, "save", spoiled):
+    patch = mock.patch.object(megatron_versions, "plan_files", spoiled)
+    with policy_of(str(folder), Layout(tensor=2)) as policy, patch:
         try:
             save_weights(policy, target, folder, background=background)
         except OSError as error:

@@ -40,6 +40,7 @@ FOLDER = Path(__file__).parents[1] / "published"
 PUBLISHED = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
 EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 MIXTURE = PUBLISHED["qwen3_8b"] | EXPERTS | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+UNEVEN = MIXTURE | {"num_hidden_layers": 46}
 DENSE = tiny.model_config(
     hidden_size=256,
     intermediate_size=768,
@@ -150,7 +151,8 @@ def planned(name: str, rank: int, found: Measured) -> tuple[Any, ModelShape, Tra
     layout, shape = case.layout, ModelShape.of(case.config)
     sizes = ("tensor", "pipeline", "context", "expert", "sequence")
     parallel = ParallelSettings(**{size: getattr(layout, size) for size in sizes})
-    options = TrainingOptions.of("bfloat16", dict(layout.megatron), transformer_engine=False)
+    megatron = dict(layout.megatron) | {"bias_activation_fusion": False}  # as on a CPU
+    options = TrainingOptions.of("bfloat16", megatron, transformer_engine=False)
     batches = MicroBatches(sum(LENGTHS), max(LENGTHS), found.rows, case.micro_batches)
     stage = rank if layout.pipeline > 1 else 0
     return stage_memory(shape, parallel, layout.size, options, batches, stage), shape, options, batches
@@ -359,15 +361,22 @@ def plan_inputs(config: dict[str, Any], gpus: int, gpu: str = "h100", **changes:
 
 @pytest.mark.parametrize(
     ("config", "gpus"),
-    [("qwen3_8b", 8), ("qwen3_14b", 32), ("qwen3_32b", 64), ("qwen3_32b", 24), ("mixture", 32)],
+    [("qwen3_8b", 8), ("qwen3_14b", 32), ("qwen3_32b", 64), ("qwen3_32b", 24), ("mixture", 32), ("uneven", 32)],
 )
 def test_proposed_layouts_are_accepted_when_they_are_pasted(config, gpus):
     """The settings, the trainer's layout checks and the policy's check of Megatron's fields accept them."""
     from megatron_rlvr.policy.build import check_passthrough
 
-    asked = plan_inputs(PUBLISHED.get(config, MIXTURE), gpus)
+    asked = plan_inputs(PUBLISHED.get(config, UNEVEN if config == "uneven" else MIXTURE), gpus)
     plans = [plan for plan in ranked_plans(asked) if plan.fits]
     assert plans
+    if config == "uneven":
+        ends = {
+            (p.virtual_pipeline, p.first_stage_layers, p.last_stage_layers)
+            for p in (plan.parallel for plan in plans)
+            if p.pipeline == 4
+        }
+        assert ends == {(1, 11, 11), (2, 12, 10)}
     fields = transformer_fields(asked.shape.config)
     for plan in plans:
         values = asked.settings.model_dump() | yaml.safe_load(report.settings_yaml(plan))

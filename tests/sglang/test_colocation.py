@@ -5,6 +5,7 @@ has not released.
 """
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -377,3 +378,45 @@ def test_a_trainer_that_exits_in_the_middle_of_a_step_leaves_the_memory_to_the_n
     assert all(not server.missing and not server.paused for server in colocated_servers)
     engine.update_weights(no_weights(), 1)
     check_all_sample(engine, colocated_servers)
+
+
+@pytest.mark.parametrize("leader", [True, False])
+def test_cached_memory_is_given_back_before_servers_resume_their_weights_and_again_before_their_caches(
+    leader: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every rank: the servers share the GPUs of all of them."""
+    from megatron_rlvr.engines.sglang import engine
+
+    happened: list[str] = []
+
+    class Pool:
+        in_rotation = ("http://server",)
+
+        def everywhere(self, order: Any, check_health: bool) -> dict[str, None]:
+            happened.append(order.__name__)
+            return {}
+
+        def pushing_weights(self) -> Any:
+            return contextlib.nullcontext()
+
+        def weights_pushed(self, weights: Any, failures: Any) -> None:
+            happened.append("sample")
+
+    class Sync:
+        announce = None
+
+        def push(self, *arguments: Any) -> tuple[None, dict[str, str]]:
+            happened.append("push")
+            return None, {}
+
+    for name, value in {"barrier": lambda: happened.append("barrier"), "get_rank": lambda: 0}.items():
+        monkeypatch.setattr(engine.dist, name, value)
+    monkeypatch.setattr(engine.process_group, "store", lambda: None)
+    monkeypatch.setattr(engine.accelerator, "release_cached_memory", lambda: happened.append("give back"))
+    monkeypatch.setattr(engine, "raise_on_all_ranks", lambda failure: happened.append(str(failure)))
+    pool: Any = Pool() if leader else None
+    sizes = {"vocab_size": 8, "max_sequence_tokens": 8}
+    servers = engine.SglangEngine(pool, Sync(), stop_token_ids=[0], colocated=True, **sizes)  # type: ignore[arg-type]
+    servers.update_weights([], 1)
+    pushed = ["give back", "barrier", *["resume_weights"] * leader, "push", "give back", "barrier"]
+    assert happened == [*pushed, *["resume_all", "sample"] * leader, "None"]

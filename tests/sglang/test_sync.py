@@ -1,11 +1,13 @@
 """Tests of weight sync to real servers: they get the policy's weights from any layout, and failures stay local."""
 
+import asyncio
 import json
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from real_servers import TOLERANCE, in_order, logprobs_of, requests, sampling, v
 from sync_runs import PROMPTS, Synced, trained_and_synced
 
 from megatron_rlvr.distributed.network import own_address_toward
+from megatron_rlvr.engines.sglang.client import Server
+from megatron_rlvr.engines.sglang.event_loop import EventLoopThread
+from megatron_rlvr.engines.sglang.weight_sync.bucket_sync import BucketSync
 from megatron_rlvr.engines.sglang.weight_sync.buckets import buckets
 
 METHODS = ["disk", "distributed", "tensor"]
@@ -266,11 +271,11 @@ def test_buckets_hold_every_tensor_in_order_at_an_offset_that_its_receiver_can_c
         tensors[f"t{i}"] = torch.randint(0, 200, sizes, generator=rng).to(dtypes[i % 7 % 4])
     tensors["large"] = torch.arange(300.0).reshape(3, 100).T
     tensors["last"] = torch.ones(2, 2)
-    max_bytes, found, buffers = 1000, {}, set()
+    max_bytes, found, storages = 1000, {}, set()
     for bucket in buckets(tensors.items(), max_bytes, torch.device("cpu")):
         assert bucket.bytes <= max_bytes or bucket.names == ["large"]
         if bucket.names != ["large"]:
-            buffers.add(bucket.data.untyped_storage().data_ptr())
+            storages.add(bucket.data.untyped_storage().data_ptr())
         start = 0
         for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
             assert start % dtype.itemsize == 0
@@ -282,10 +287,61 @@ def test_buckets_hold_every_tensor_in_order_at_an_offset_that_its_receiver_can_c
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    assert len(buffers) == 1, "all buckets share one buffer"
+    assert len(storages) == 1, "all buckets share one buffer"
+    before = content = torch.empty(0)
+    for bucket in buckets(tensors.items(), max_bytes, torch.device("cpu"), buffers=2):
+        assert torch.equal(before, content), "the bucket before this one is still complete"
+        before, content = bucket.data, bucket.data.clone()
     assert list(buckets([], max_bytes, torch.device("cpu"))) == []
 
 
 def test_servers_on_this_machine_get_its_loopback_address():
     assert own_address_toward("127.0.0.1") == "127.0.0.1"
     assert own_address_toward("localhost") in ("127.0.0.1", "::1")
+
+
+def test_the_next_bucket_is_filled_while_one_is_sent() -> None:
+    """The server takes each bucket only when the next one is being filled, which never happens if it is waited for."""
+    filling = [threading.Event() for _ in range(4)]
+    taken: list[list[str]] = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(3):
+            filling[number].set()
+            yield str(number), torch.full((10,), float(number))
+        filling[3].set()
+
+    class Sync(BucketSync):
+        async def _open(self, server: Any) -> None: ...
+
+        def _pack(self, bucket: Any) -> Any:
+            return bucket
+
+        async def _send(self, server: Any, packed: Any, timeout_seconds: float) -> None:
+            following = filling[int(packed.names[-1]) + 1]
+            deadline = time.monotonic() + 30
+            while not following.is_set():
+                assert time.monotonic() < deadline, "the next bucket is not being filled"
+                await asyncio.sleep(0.01)
+            assert packed.data.view(torch.float32).tolist() == [float(packed.names[0])] * 10
+            taken.append(packed.names)
+
+    class Idle(Server):
+        def __init__(self) -> None:
+            self.url = "http://server"
+
+        async def answer(self, *arguments: Any) -> None: ...
+
+        pause = begin_update = end_update = resume = answer  # type: ignore[assignment]
+
+    class Pool(EventLoopThread):
+        patience_seconds = 60.0
+
+        def everywhere(self, order: Any, exclude: Any) -> dict[str, Any]:
+            return {"http://server": self.run(order(Idle()))}
+
+    loop = Pool("servers")
+    sync = Sync(None, SimpleNamespace(is_main=False), 40, torch.device("cpu"))  # type: ignore[arg-type]
+    assert sync._push(loop, tensors(), "label", None) == {}  # type: ignore[arg-type]
+    loop.close()
+    assert taken == [["0"], ["1"], ["2"]]

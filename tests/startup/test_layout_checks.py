@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 from resolving import Resolve, refusal
 
+from megatron_rlvr.config import ParallelSettings, SettingsError
 from megatron_rlvr.startup.layout_checks import check_megatron
 
 
@@ -141,6 +143,14 @@ def test_a_micro_batch_that_context_parallelism_cannot_shard_is_refused(resolve_
             {"use_precision_aware_optimizer": True},
             "megatron.use_precision_aware_optimizer=true: needs a GPU and Transf",
         ),
+        ({"attention_backend": "flashy"}, "megatron.attention_backend=flashy: not one of auto, flash, fused, lo"),
+        ({"exp_avg_dtype": "half"}, "megatron.exp_avg_dtype=half: not one of bfloat16, float16, float32, u"),
+        ({"recompute_num_layers": "many"}, "megatron.recompute_num_layers=many: input should be a valid integer"),
+        ({"recompute_granularity": "ful"}, "megatron.recompute_granularity=ful: input should be 'full' or 'selective'"),
+        ({"timers": "yes"}, "megatron.timers='yes': input should be callable"),
+        ({"num_layers_in_first_pipeline_stage": 1}, "megatron.num_layers_in_first_pipeline_stage=1: is decided by"),
+        ({"moe_grouped_gemm": True}, "megatron.moe_grouped_gemm=true: has no effect with a dense model; remove it"),
+        ({"fp8": "hybrid"}, "megatron.fp8=hybrid: needs a GPU and Transformer Engine, which this machine lacks: t"),
         ({"optimizer_cpu_offload": True}, "megatron.optimizer_cpu_offload=true: cannot be used, its state cannot"),
     ],
 )  # fmt: skip
@@ -157,3 +167,106 @@ def test_kernels_are_not_checked_where_the_run_may_be_on_another_machine(resolve
     elsewhere = resolve_with(megatron={"use_precision_aware_optimizer": True})
     check_megatron(elsewhere.settings, elsewhere.hf_config, kernels=False)
     assert "needs a GPU" in refusal(partial(check_megatron, kernels=True), elsewhere.settings, elsewhere.hf_config)
+
+
+def test_enumerations_dtypes_and_numbers_reach_megatron_in_the_types_of_its_fields() -> None:
+    import torch
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_rlvr.policy.megatron_fields import read_fields
+
+    written = {"attention_backend": "flash", "exp_avg_dtype": "bfloat16", "layernorm_epsilon": 1, "fp8": None}
+    assert read_fields(written) == {
+        "attention_backend": AttnBackend.flash,
+        "exp_avg_dtype": torch.bfloat16,
+        "layernorm_epsilon": 1.0,
+        "fp8": None,
+    }
+
+
+@pytest.mark.parametrize(("engine", "apex", "gpu"), [(True, True, True), (False, False, True), (False, False, False)])
+def test_fused_operations_are_the_default_where_their_kernels_are(monkeypatch, engine, apex, gpu) -> None:
+    from megatron_rlvr.distributed import accelerator
+    from megatron_rlvr.policy.build import default_fields
+
+    monkeypatch.setattr(accelerator, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(accelerator, "has_transformer_engine", lambda: engine)
+    monkeypatch.setattr(accelerator, "has_fused_weight_gradients", lambda: apex)
+    fields = default_fields()
+    assert (fields["apply_rope_fusion"], fields["gradient_accumulation_fusion"]) == (engine, apex)
+    assert fields["bias_activation_fusion"] == gpu
+
+
+# Uneven pipelines -----------------------------------------------------------------------------------------------------
+
+
+def by_megatron(parallel: ParallelSettings, layers: int) -> list[list[range]]:
+    """The layers of each virtual stage of each pipeline stage, by Megatron's own functions."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    config: Any = SimpleNamespace(
+        num_layers=layers,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        pipeline_model_parallel_layout=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+    )
+    stages = []
+    for rank in range(parallel.pipeline):
+        chunks = []
+        for number in range(parallel.virtual_pipeline):
+            place = {"vp_stage": number if parallel.virtual_pipeline > 1 else None, "pp_rank": rank}
+            first = get_transformer_layer_offset(config, **place)
+            chunks.append(range(first, first + get_num_layers_to_build(config, **place)))
+        stages.append(chunks)
+    return stages
+
+
+@pytest.mark.parametrize(
+    ("layers", "pipeline", "virtual", "first", "last"),
+    [
+        (8, 1, 1, None, None),
+        (8, 2, 1, None, None),
+        (8, 2, 2, None, None),
+        (94, 4, 1, 23, 23),
+        (94, 8, 1, 11, 11),
+        (94, 4, 1, 22, None),
+        (94, 16, 1, None, 4),
+        (94, 2, 1, 50, 44),
+        (20, 4, 2, 4, 4),
+        (22, 4, 2, 4, 6),
+    ],
+)
+def test_layers_are_divided_over_the_pipeline_as_megatron_divides_them(layers, pipeline, virtual, first, last) -> None:
+    parallel = ParallelSettings(
+        pipeline=pipeline, virtual_pipeline=virtual, first_stage_layers=first, last_stage_layers=last
+    )
+    stages = parallel.stages(layers)
+    assert stages == by_megatron(parallel, layers)
+    assert sorted(layer for stage in stages for chunk in stage for layer in chunk) == list(range(layers))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"pipeline": 4},
+            "parallel.pipeline=4: does not divide the 94 layers; choose a divisor, or set parallel.first",
+        ),
+        ({"pipeline": 2, "virtual_pipeline": 2}, "parallel.pipeline=2 x parallel.virtual_pipeline=2: does not divide"),
+        (
+            {"pipeline": 4, "first_stage_layers": 23, "last_stage_layers": 22},
+            "parallel.first_stage_layers=23 and parallel.last_stage_layers=22: the 94 layers do not divide that way",
+        ),
+        ({"pipeline": 2, "first_stage_layers": 94}, "parallel.first_stage_layers=94: the 94 layers do not divide"),
+        ({"pipeline": 3, "first_stage_layers": 100}, "parallel.first_stage_layers=100: the 94 layers do not divide"),
+    ],
+)
+def test_layers_that_do_not_divide_are_refused(given, message) -> None:
+    with pytest.raises(SettingsError) as refused:
+        ParallelSettings(**given).stages(94)
+    assert str(refused.value).startswith(message)

@@ -55,6 +55,7 @@ LINES = (
     Line("tensor 2", Layout(tensor=2)),
     Line("tensor 2, sequence", Layout(tensor=2, sequence=True)),
     Line("pipeline 2", Layout(pipeline=2, budget=90)),
+    Line("pipeline 2, stages of 3 and 1 layers", Layout(pipeline=2, first_stage_layers=3, budget=90)),
     Line("pipeline 2, 2 virtual stages", Layout(pipeline=2, virtual_pipeline=2, budget=90)),
     Line("context 2", Layout(context=2, budget=150)),
     Line("data 2", Layout(data=2, budget=150)),

@@ -45,6 +45,7 @@ class Layout:
     virtual_pipeline: int = 1
     context: int = 1
     expert: int = 1
+    first_stage_layers: int | None = None
     budget: int = 100_000
     megatron: tuple[tuple[str, Any], ...] = ()
 
@@ -93,6 +94,7 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
         virtual_pipeline=layout.virtual_pipeline,
         context=layout.context,
         expert=layout.expert,
+        first_stage_layers=layout.first_stage_layers,
     )
     optimizer = None
     if recipe is not None:

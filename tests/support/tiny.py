@@ -219,7 +219,7 @@ def command(*arguments: str | Path, ranks: int = 0) -> list[str]:
 def environment(search: Sequence[Path] = (), **variables: str) -> dict[str, str]:
     """The environment of a user who has the checkout (and ``search``) on PYTHONPATH and no launcher around them."""
     inherited = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
-    path = os.pathsep.join(map(str, [*search, CHECKOUT]))
+    path = os.pathsep.join(map(str, filter(None, [*search, CHECKOUT, inherited.get("PYTHONPATH")])))
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 

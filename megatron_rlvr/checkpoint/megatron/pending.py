@@ -7,7 +7,8 @@
 
 The folder gets its name last, so that a folder of that name is complete. Only the main rank writes outside `wait`, and
 its errors are raised on every rank. Megatron would have the main rank write files in the middle of its own collectives,
-where a failure leaves the other ranks waiting; two of its classes are subclassed below to defer that to `publish`.
+where a failure leaves the other ranks waiting; here `publish` writes them. So the files are the same with every version
+of megatron-core, of which newer ones would put the state common to all ranks among the tensors.
 """
 
 import io
@@ -20,19 +21,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rlvr.atomic import flush, flush_tree, new_folder, temporary_path
-from megatron_rlvr.checkpoint.files import CONTENT_METADATA, HUGGING_FACE
+from megatron_rlvr.checkpoint.files import COMMON, CONTENT_METADATA, HUGGING_FACE, write_format
 from megatron_rlvr.checkpoint.manifest import FileDigest, InvalidCheckpointError, read_manifest
 from megatron_rlvr.checkpoint.megatron.writer import BackgroundWriter
 from megatron_rlvr.checkpoint.store import Finish
+from megatron_rlvr.distributed import megatron_versions
 from megatron_rlvr.distributed.collectives import gather_on_first, on_main_rank
 from megatron_rlvr.hf.weights import copy_all_but_weights
 
@@ -53,7 +52,7 @@ class PendingCheckpoint:
         self._building = temporary_path(folder)
         self._hf_folder = hf_folder
         self._finish = finish
-        self._common = _DeferredCommonStrategy()
+        self._common = io.BytesIO()
         self._sharded = _DeferredShardedStrategy()
         self._failures: list[Exception] = []
         self._digests: dict[str, FileDigest] = {}
@@ -70,17 +69,11 @@ class PendingCheckpoint:
         # Megatron would start a manager process to pass on what its writers report, keep it for the next checkpoint,
         # and so leave it behind on every machine where a rank is killed.
         filesystem_async._results_queue = queue.Queue()
-        # dist_checkpointing.save accepts only a registered strategy for the common part.
-        register_default_strategy(StrategyAction.SAVE_COMMON, self._common.backend, self._common.version, self._common)
-        request = dist_checkpointing.save(
-            state,
-            str(self._building),
-            self._sharded,
-            content_metadata=dict(CONTENT_METADATA),
-            async_sharded_save=True,
-        )
-        # The second would write metadata.json on the main rank while the others wait for it; `publish` does so instead.
-        self._gather_results, _ = request.finalize_fns
+        sharded, common = save_preprocess(state | {"content_metadata": dict(CONTENT_METADATA)})
+        if dist.get_rank() == 0:
+            torch.save(common, self._common)
+        request = megatron_versions.plan_files(self._sharded, sharded, self._building)
+        (self._gather_results,) = request.finalize_fns
         self._writer = BackgroundWriter(request, background)
 
     def wait(self) -> None:
@@ -109,9 +102,9 @@ class PendingCheckpoint:
             if self._failures:
                 cause = self._failures[0].__cause__ or self._failures[0]
                 raise cause if isinstance(cause, OSError) else OSError(str(cause))
-            self._common.write(self._building)
+            (self._building / COMMON).write_bytes(self._common.getbuffer())
             self._sharded.write_metadata()
-            save_config(CheckpointingConfig(self._sharded.backend, self._sharded.version), str(self._building))
+            write_format(self._building)
             (self._building / HUGGING_FACE).mkdir()
             copy_all_but_weights(self._hf_folder, self._building / HUGGING_FACE)
             self._finish(self._building, self._digests)
@@ -154,22 +147,6 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-class _DeferredCommonStrategy(TorchCommonSaveStrategy):
-    """Megatron's strategy for the state common to all ranks, which keeps the file's content until `write`."""
-
-    def __init__(self) -> None:
-        super().__init__("torch", 1)
-        self._content = io.BytesIO()
-
-    def save_common(self, common_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        if dist.get_rank() == 0:
-            torch.save(common_state_dict, self._content)
-
-    def write(self, folder: Path) -> None:
-        """Write the file. To be called on the main rank."""
-        (folder / COMMON_STATE_FNAME).write_bytes(self._content.getbuffer())
-
-
 class _DeferredShardedStrategy(TorchDistSaveShardedStrategy):
     """Megatron's strategy for sharded tensors, which defers writing ``.metadata`` until `write_metadata`."""
 
@@ -178,11 +155,11 @@ class _DeferredShardedStrategy(TorchDistSaveShardedStrategy):
         self.write_metadata: Callable[[], None] = lambda: None
         """Writes ``.metadata``. To be called on the main rank once it has the results of all ranks."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *strategy: str) -> Any:
         finish = writer.finish
 
         def defer(*arguments: Any) -> None:
             self.write_metadata = lambda: finish(*arguments)
 
         writer.finish = defer
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *strategy)

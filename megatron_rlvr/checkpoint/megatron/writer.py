@@ -27,7 +27,7 @@ class BackgroundWriter:
     """Writes the files that Megatron has planned for this rank.
 
     Args:
-        request: Megatron's ``AsyncRequest``, returned by ``dist_checkpointing.save``.
+        request: Megatron's ``AsyncRequest``, returned by `megatron_versions.plan_files`.
         background: If True, copy this rank's tensors to memory and start writing now; else write in `wait`.
 
     Attributes:

@@ -76,17 +76,17 @@ class SglangEngine:
         Raises:
             EngineError: On every rank, if no server took the weights.
         """
-        if self._colocated:  # before the servers' memory is resumed
-            accelerator.release_cached_memory()
-            dist.barrier()
+        self._yield_memory()  # to the servers' weights
         if self.pool is None:
-            weights, _ = self.weight_sync.push(named_tensors, version)
+            self.weight_sync.push(named_tensors, version)
+            self._yield_memory()
             raise_on_all_ranks(None)
         else:
             with self.pool.pushing_weights():
                 # A server would crash if it loaded weights into memory that it has released.
                 without_memory = self._order_memory(colocation.resume_weights)
                 weights, failures = self.weight_sync.push(named_tensors, version, without_memory)
+                self._yield_memory()  # that of the whole tensors gathered for the push, to the servers' KV caches
                 # Of several failures of a server, the first is the reason.
                 failures = self._order_memory(colocation.resume_all) | failures
                 self.pool.weights_pushed(weights, failures)
@@ -94,6 +94,15 @@ class SglangEngine:
             none_left = f"no server took the weights of version {version}; {reasons}"
             raise_on_all_ranks(None if self.pool.in_rotation else EngineError(none_left))
         self._version = version
+
+    def _yield_memory(self) -> None:
+        """Return cached GPU memory on every rank before colocated servers resume theirs, which fails if there is none.
+
+        A collective over the world if servers are colocated.
+        """
+        if self._colocated:
+            accelerator.release_cached_memory()
+            dist.barrier()
 
     def release_memory(self) -> None:
         """Have colocated servers release their memory for training until the next `update_weights`."""

@@ -14,6 +14,7 @@ by dispatch.py; membership.py says which servers may be used.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -79,6 +80,10 @@ class ServerPool:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the pool's thread and return its result."""
         return self._loop.run(coroutine)
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run a coroutine in the pool's thread and return a future of its result."""
+        return self._loop.submit(coroutine)
 
     def status(self) -> list[ServerStatus]:
         """Return a snapshot of all servers, in the order of their URLs in the constructor."""

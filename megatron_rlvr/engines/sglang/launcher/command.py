@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_rlvr.distributed import nccl
 from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_config
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str], program: str) -> int:
         programs = _programs(options, flags or [])
     except ValueError as error:
         parser.error(str(error))
+    if options.device == "gpu":
+        _compare_nccl(Path(sys.executable), programs[0].python)
     launcher = Launcher(
         programs,
         record=options.run_dir / "servers.json",
@@ -180,6 +183,17 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
         )
         for port, gpus in zip(ports, visible, strict=True)
     ]
+
+
+def _compare_nccl(trainer: Path, server: Path) -> None:
+    """Say it if trainers from this environment cannot push weights to the servers through NCCL."""
+    ours, theirs = nccl.versions(trainer, server)
+    if ours and theirs and ours != theirs:
+        _say(
+            f"the servers have NCCL {theirs} and this environment has {ours}, which do not connect: for sync.method "
+            f"distributed, give the trainer's environment the same (pip install nvidia-nccl-cu13=={theirs}, or the "
+            "torch that needs it)"
+        )
 
 
 _MAX_PORT = 2**16 - 1

@@ -10,6 +10,7 @@ import asyncio
 import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,7 @@ class PushMetrics:
         seconds: Duration of the push.
         bytes: Size of the weights.
         buckets: Number of buckets.
-        largest_bucket: Size of the largest bucket in bytes, which is the extra memory of the push.
+        largest_bucket: Size of the largest bucket in bytes; two of them are the extra memory of the push.
         servers: Number of servers that took the weights.
     """
 
@@ -56,7 +57,8 @@ class BucketSync(WeightSync):
     Args:
         pool: Servers, on the main rank; other ranks pass their own pool or None.
         ranks: Ranks of the run.
-        bucket_bytes: Size of a bucket; a larger tensor is sent as a bucket of its own.
+        bucket_bytes: Size of a bucket, of which one is filled while another is sent; a larger tensor is sent as a
+            bucket of its own.
         device: Device on which buckets are filled.
 
     Attributes:
@@ -96,7 +98,7 @@ class BucketSync(WeightSync):
 
     @abstractmethod
     def _pack(self, bucket: Bucket) -> Any:
-        """Return a bucket in the form that `_send` takes; called once for all servers."""
+        """Return a bucket in the form that `_send` takes; called once for all servers, while another one is sent."""
 
     @abstractmethod
     async def _send(self, server: Server, packed: Any, timeout_seconds: float) -> None:
@@ -121,11 +123,17 @@ class BucketSync(WeightSync):
         servers = _split(pool.everywhere(begin, exclude=exclude), failures)
         sizes = []
         try:
-            for bucket in buckets(named_tensors, self._bucket_bytes, self._device):
+            sending: Future[dict[str, Server | ServerError]] | None = None
+            for bucket in buckets(named_tensors, self._bucket_bytes, self._device, buffers=2):
                 sizes.append(bucket.bytes)
                 if servers:
                     send = partial(self._send, packed=self._pack(bucket), timeout_seconds=_bucket_timeout(pool, bucket))
-                    servers = _split(pool.run(self._try_all(servers, send)), failures)
+                    if sending:
+                        servers = _split(sending.result(), failures)
+                    # The next bucket is filled while this one is sent.
+                    sending = pool.submit(self._try_all(servers, send)) if servers else None
+            if sending:
+                servers = _split(sending.result(), failures)
             end = partial(self._end, label, pool.patience_seconds)
             servers = _split(pool.run(self._try_all(servers, end)), failures)
         except BaseException:  # an error of the trainer itself, or Ctrl-C: do not leave servers paused

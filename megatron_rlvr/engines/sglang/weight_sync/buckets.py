@@ -1,10 +1,11 @@
-"""Buckets of weights: many small tensors in one flat buffer, which is the only extra memory of a weight sync.
+"""Buckets of weights: many small tensors in one flat buffer. The buffers are the only extra memory of a weight sync.
 
 Tensors follow each other in a bucket without gaps: the receiver finds them by their dtypes and shapes alone, and can
 view the bytes as numbers only where a tensor begins at a multiple of its element size. A tensor that would not begin at
 such a place begins the next bucket.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -33,20 +34,23 @@ class Bucket:
 
 
 def buckets(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int, device: torch.device
+    named_tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int, device: torch.device, buffers: int = 1
 ) -> Iterator[Bucket]:
     """Copy tensors into buckets of at most ``max_bytes`` on ``device``.
 
-    All buckets share one buffer, so a bucket must be used up before the next one is requested. A tensor larger than a
-    bucket becomes a bucket of its own, in its own memory if possible.
+    The buckets take turns at the buffers: with one, a bucket must be used up before the next one is requested, with two
+    before the next but one is. A tensor larger than a bucket becomes a bucket of its own, in its own memory if
+    possible.
     """
-    buffer = torch.empty(max_bytes, dtype=torch.uint8, device=device)
+    turns = itertools.cycle([torch.empty(max_bytes, dtype=torch.uint8, device=device) for _ in range(buffers)])
+    buffer = next(turns)
     bucket = Bucket(buffer[:0])
     for name, tensor in named_tensors:
         size = tensor.numel() * tensor.element_size()
         start = bucket.bytes
         if bucket.names and (start + size > max_bytes or start % tensor.element_size()):
             yield bucket
+            buffer = next(turns)
             bucket, start = Bucket(buffer[:0]), 0
         if size > max_bytes:
             bucket.data = tensor.detach().to(device).contiguous().view(-1).view(torch.uint8)

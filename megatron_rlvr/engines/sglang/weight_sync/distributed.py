@@ -12,9 +12,10 @@ Three threads take part. The trainer's thread fills a bucket, and waits until ev
 to do so in time. The pool's thread sends each server the description of the bucket. One more thread blocks in each
 broadcast; if a broadcast never ends, nothing waits for its thread, not even the end of the program.
 
-On CPUs the groups use gloo, on GPUs NCCL with buckets in GPU memory; the latter has not been run yet. NCCL groups have
-no watchdog, which would end the trainer with any server. They are aborted in a thread of their own when a server is
-given up, so that the pool's thread continues to read the answers of the other servers.
+On CPUs the groups use gloo, on GPUs NCCL with buckets in GPU memory; the latter has not been run yet. Each NCCL group
+has a stream of its own, which waits for the bucket and for nothing else, and no watchdog, which would end the trainer
+with any server. Groups are aborted in a thread of their own when a server is given up, so that the pool's thread
+continues to read the answers of the other servers.
 """
 
 import asyncio
@@ -79,20 +80,24 @@ class DistributedSync(BucketSync):
         await server.join_group(name, address, group.port, group.size, group.backend, seconds)
         await joined
 
-    def _pack(self, bucket: Bucket) -> Bucket:
-        return bucket
+    def _pack(self, bucket: Bucket) -> tuple[Bucket, accelerator.Moment | None]:
+        """Return the bucket, and the moment at which the GPU has filled it."""
+        return bucket, accelerator.now()
 
-    async def _send(self, server: Server, packed: Bucket, timeout_seconds: float) -> None:
+    async def _send(
+        self, server: Server, packed: tuple[Bucket, accelerator.Moment | None], timeout_seconds: float
+    ) -> None:
         group = self.groups[server.url]
+        bucket, filled = packed
         body = {
-            "names": packed.names,
-            "dtypes": [str(dtype).removeprefix("torch.") for dtype in packed.dtypes],
-            "shapes": [list(shape) for shape in packed.shapes],
+            "names": bucket.names,
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+            "shapes": [list(shape) for shape in bucket.shapes],
             "group_name": group.name,
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        sent = _in_thread(lambda: group.broadcast(packed.data, timeout_seconds))
+        sent = _in_thread(lambda: group.broadcast(bucket.data, timeout_seconds, filled))
         await server.take_bucket("/update_weights_from_distributed", body, timeout_seconds)
         await sent
 
