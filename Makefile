@@ -2,6 +2,7 @@
 # make check        install, then lint, types, unit tests and one test of each promise (minutes)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
+# make rehearsals   a training step of every recipe at its real shapes, with a CUDA build of torch (part of `make soak`)
 # make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (part of `make test`)
 # make container    build the CPU image with buildah and run `make test` in it (needs root; part of `make soak`)
 VENV ?= .venv
@@ -10,7 +11,7 @@ export OMP_NUM_THREADS := 1
 # Processes of tests start many times: compiled modules are kept even where the environment forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart check promises test tests soak cluster container lint packages peers bench clean
+.PHONY: install quickstart check promises test tests soak rehearsals cluster container lint packages peers bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -52,9 +53,14 @@ check: install
 promises:
 	$(PYTEST) $(UNITS) $(PROMISES)
 
-soak: lint packages peers
+soak: lint packages peers rehearsals
 	$(PYTEST) -m soak
 	tests/container.sh
+
+# `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own.
+rehearsals:
+	@tools/install_rehearsal.sh build/rehearsal
+	build/rehearsal/bin/python -m pytest -q tests/rehearsal
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

@@ -171,7 +171,10 @@ class Recorder(TorchDispatchMode):
     # Communication ---------------------------------------------------------------------------------------------------
 
     def _collective(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Record a collective, and its effect on known values: every rank is taken to hold what this one holds."""
+        """Record a collective, and its effect on known values: every rank is taken to hold what this one holds.
+
+        What a reduction makes of integers is not followed.
+        """
         tensors = tensors_in((args, kwargs))
         size = next((_group_size(a) for a in args if _group_size(a)), 1)
         # Lists of tensors are the two sides of an operation.
@@ -181,11 +184,6 @@ class Recorder(TorchDispatchMode):
         record[1] += max(sides, default=0)
         if name in ("allgather_base", "alltoall_base") and is_exact(tensors[0]):
             self._exchange(name, *tensors[:2], size)
-        elif name == "allreduce":
-            for tensor in tensors:
-                value = self.values.get(tensor)
-                if value is not None and value.dtype != torch.bool:
-                    value.mul_(size)
         elif name != "broadcast":
             self.values.forget(_received(name, args, tensors))
 

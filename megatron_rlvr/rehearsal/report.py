@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from megatron_rlvr.config import Settings
+from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.planner.devices import GIB, Device
 from megatron_rlvr.planner.layouts import RELEASED_SERVER, RESERVE
 from megatron_rlvr.planner.memory import ROTARY_LENGTHS, Memory, MicroBatches, stage_memory
@@ -115,12 +115,21 @@ class Summary:
         return all(not outcome.failed and outcome.peak <= self.usable for outcome in self.outcomes)
 
     @cached_property
-    def planned(self) -> tuple[Memory, ...]:
-        """The planner's estimate for each stage, for the micro-batches of the rehearsal, all of one length."""
-        options = TrainingOptions.of(self.settings.model.dtype, self.settings.megatron, self.transformer_engine)
-        found = []
+    def planned(self) -> tuple[Memory | None, ...]:
+        """The planner's estimate for each stage, for the micro-batches of the rehearsal, all of one length.
+
+        None where there is no estimate: for options that the planner does not know, and for a rank that has failed.
+        """
+        try:
+            options = TrainingOptions.of(self.settings.model.dtype, self.settings.megatron, self.transformer_engine)
+        except SettingsError:
+            return (None,) * len(self.outcomes)
+        found: list[Memory | None] = []
         for outcome in self.outcomes:
-            batches = MicroBatches(outcome.tokens, outcome.longest, outcome.rows, max(1, outcome.micro_batches))
+            if not outcome.train_peak:
+                found.append(None)
+                continue
+            batches = MicroBatches(outcome.tokens, outcome.longest, outcome.rows, outcome.micro_batches)
             shape = ModelShape.of(self.config)
             memory = stage_memory(shape, self.settings.parallel, self.world, options, batches, outcome.stage)
             found.append(replace(memory, rotary=memory.rotary / ROTARY_LENGTHS))
@@ -133,7 +142,8 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "passed": summary.passed,
         "usable": summary.usable,
         "ranks": [
-            asdict(outcome) | {"peak": outcome.peak, "train_peak": outcome.train_peak, "planned_peak": memory.peak}
+            asdict(outcome)
+            | {"peak": outcome.peak, "train_peak": outcome.train_peak, "planned_peak": memory.peak if memory else None}
             for outcome, memory in zip(summary.outcomes, summary.planned, strict=True)
         ],
     }
@@ -147,7 +157,7 @@ def as_text(summary: Summary) -> str:
     return "\n\n".join([*blocks, _verdict(summary)])
 
 
-def _rank(summary: Summary, outcome: Outcome, planned: Memory) -> str:
+def _rank(summary: Summary, outcome: Outcome, planned: Memory | None) -> str:
     stages = f", stage {outcome.stage + 1} of {len(summary.outcomes)}" if len(summary.outcomes) > 1 else ""
     lines = [f"rank {outcome.rank} of {summary.world}{stages}"]
     if outcome.tokens:
@@ -165,10 +175,10 @@ def _rank(summary: Summary, outcome: Outcome, planned: Memory) -> str:
         )
     if outcome.failed:
         return "\n".join([*lines, f"  {outcome.failed}: failed with {outcome.error}"])
-    lines.append(
-        f"  peak of training {outcome.train_peak / GIB:.2f} GiB; rlvr plan: {planned.peak / GIB:.2f} "
-        f"({planned.peak / outcome.train_peak - 1:+.1%})"
-    )
+    plan = "no estimate"
+    if planned is not None:
+        plan = f"{planned.peak / GIB:.2f} ({planned.peak / outcome.train_peak - 1:+.1%})"
+    lines.append(f"  peak of training {outcome.train_peak / GIB:.2f} GiB; rlvr plan: {plan}")
     lines.append(f"  a checkpoint: {outcome.saved / GIB:.2f} GiB written by this rank")
     last = next(phase for phase in reversed(outcome.phases) if phase.name.startswith("train"))
     lines += _listed(f"waits for the GPU in {last.name}", [

@@ -25,8 +25,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
 
-MOST_ELEMENTS = 8_000_000
-"""Tensors with more elements are not followed."""
+MOST_BYTES = 2**28
+"""Larger tensors are not followed."""
 
 _UNFILLED = {
     *(aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default),
@@ -114,7 +114,7 @@ class KnownValues:
         if self._follow_fill(func, args, made):
             return
         given = tensors_in((args, kwargs))
-        if made and all(is_exact(t) and t.numel() <= MOST_ELEMENTS for t in made):
+        if made and all(is_exact(t) and t.nbytes <= MOST_BYTES for t in made):
             if func in _UNFILLED:
                 with _disable_current_modes():
                     self.set(made[0], torch.zeros(made[0].shape, dtype=made[0].dtype))
@@ -125,7 +125,7 @@ class KnownValues:
                 return
         if func is aten.topk.default or func is aten.sort.default or func is aten.sort.stable:
             self._guess_order(func, args, made)
-        elif func in _INDICES_OF_MAXIMUM and made[-1].numel() <= MOST_ELEMENTS:
+        elif func in _INDICES_OF_MAXIMUM and made[-1].nbytes <= MOST_BYTES:
             self.guesses["position of a maximum: 0"] += 1
             with _disable_current_modes():
                 zeros = torch.zeros(made[-1].shape, dtype=made[-1].dtype)
@@ -172,7 +172,7 @@ class KnownValues:
         values = [self.get(t) if is_exact(t) else None for t in given]
         if any(value is None and is_exact(t) for t, value in zip(given, values, strict=True)):
             return None
-        if any(not is_exact(t) and t.numel() > MOST_ELEMENTS for t in given):
+        if any(not is_exact(t) and t.nbytes > MOST_BYTES for t in given):
             return None
         name = func._schema.name.removeprefix("aten::")
         return [self.guess(t, name) if value is None else value for t, value in zip(given, values, strict=True)]
@@ -200,7 +200,7 @@ class KnownValues:
     def _guess_order(self, func: Any, args: Sequence[Any], made: list[Tensor]) -> None:
         """Guess which columns a sort or a top-k over floating-point numbers has found."""
         indices, columns = made[1], args[0].shape[-1] if args[0].dim() else 1
-        if indices.numel() > MOST_ELEMENTS or not indices.dim():
+        if indices.nbytes > MOST_BYTES or not indices.dim():
             return
         self.guesses[f"{func._schema.name.removeprefix('aten::')}: every column alike"] += 1
         with _disable_current_modes():

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
+from torch.nn.attention import bias
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rlvr.config import ParallelSettings
@@ -67,7 +68,7 @@ def entered(world: FakeWorld, recorder: Recorder, memory: int) -> Iterator[None]
         recorder: Records where the CPU would wait for a stream, and knows values.
         memory: Bytes of the GPU.
     """
-    new_group = dist.new_group
+    new_group, numpy = dist.new_group, torch.Tensor.numpy
 
     def fake_group(ranks: list[int] | None = None, *args: Any, backend: Any = None, **kwargs: Any) -> Any:
         return new_group(ranks, backend="fake")
@@ -79,6 +80,9 @@ def entered(world: FakeWorld, recorder: Recorder, memory: int) -> Iterator[None]
     def gather(out: list[Any], value: Any, group: Any = None) -> None:
         ranks = range(world.size) if group is None else dist.get_process_group_ranks(group)
         out[:] = [world.object_of(rank, value) for rank in ranks]
+
+    def to_numpy(tensor: torch.Tensor) -> Any:
+        return numpy(recorder.values.guess(tensor, "numpy") if isinstance(tensor, FakeTensor) else tensor)
 
     torch._C._ensureCUDADeviceGuardSet()  # of devices that do nothing, as long as there seem to be none
     driver.show_devices()
@@ -93,10 +97,11 @@ def entered(world: FakeWorld, recorder: Recorder, memory: int) -> Iterator[None]
         *((torch.cuda, name, answer) for name, answer in _answers(recorder.note_wait, memory).items()),
         (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(_GPU)),
         (torch.Tensor, "record_stream", lambda tensor, stream: None),
-        # They read memory, which a fake tensor lacks.
-        (torch.Tensor, "numpy", lambda tensor: recorder.values.guess(tensor, "numpy").numpy()),
+        # Both read memory, which a fake tensor lacks.
+        (torch.Tensor, "numpy", to_numpy),
         (FakeTensor, "tolist", lambda tensor: recorder.to_list(tensor)),
         (functional, "scaled_dot_product_attention", _flash_attention),
+        (bias, "causal_lower_right", lambda queries, keys: True),
     ):
         yield
 
