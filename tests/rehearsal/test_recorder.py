@@ -1,8 +1,11 @@
 """What a rehearsal counts and follows, on fake tensors of the CPU, against the same programs on ordinary tensors."""
 
 import inspect
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_rlvr.batching.batch import MicroBatch
+from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.policy.context import context_shard, zigzag
+from megatron_rlvr.rehearsal import driver
 from megatron_rlvr.rehearsal.recorder import Recorder
 from megatron_rlvr.rehearsal.storages import StorageCounter
 from megatron_rlvr.rehearsal.values import KnownValues
+from megatron_rlvr.rehearsal.world import FakeWorld
 
 
 def recorder() -> Recorder:
@@ -184,3 +190,51 @@ def test_the_stand_in_of_the_head_s_kernels_takes_their_arguments():
         assert list(inspect.signature(getattr(HeadKernels, name)).parameters) == list(
             inspect.signature(getattr(tiles, name)).parameters
         )
+
+
+@pytest.mark.parametrize(
+    ("transpose_a", "transpose_b", "product"),
+    [
+        (True, False, lambda a, b: b @ a.t()),
+        (False, False, lambda a, b: b @ a),
+        (False, True, lambda a, b: b.t() @ a),
+    ],
+)
+def test_products_of_transformer_engine_have_the_shapes_of_cublas(
+    transpose_a: bool, transpose_b: bool, product: Callable[[Tensor, Tensor], Tensor]
+):
+    from megatron_rlvr.rehearsal.te_extension import DType, generic_gemm
+
+    a = torch.empty((5, 3) if transpose_a else (3, 5))
+    b = torch.empty((3, 7) if transpose_b else (7, 3))
+    found, *_ = generic_gemm(a, transpose_a, b, transpose_b, None, None, DType.kBFloat16)
+    assert (found.shape, found.dtype) == (product(a, b).shape, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="generic_gemm of"):
+        generic_gemm(a, transpose_a, b[:, :2] if not transpose_b else b[:2], transpose_b, None, None, None)
+
+
+def test_the_stand_in_of_the_driver_shows_devices_when_it_is_told_to(tmp_path: Path):
+    program = """if True:
+        import ctypes, sys
+        library = ctypes.CDLL(sys.argv[1])
+        count = library._ZN3c104cuda12device_countEv
+        count.restype = ctypes.c_byte
+        before = count()
+        library.show_devices()
+        active, flags = ctypes.c_int(9), ctypes.c_uint(9)
+        assert library.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0
+        print(before, count(), active.value)
+    """
+    command = [sys.executable, "-c", program, str(driver.build(tmp_path))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["0", "8", "0"]
+
+
+def test_ranks_exchange_what_differs_between_them():
+    stages = ({"a": (torch.Size([2]), torch.float32)}, {"b": (torch.Size([3]), torch.float32)})
+    fake = FakeWorld(rank=0, size=16, parallel=ParallelSettings(tensor=2, context=2, pipeline=2), parameters=stages)
+    # tensor, context, data and pipeline ranks, from the innermost
+    assert [fake.object_of(rank, 0) for rank in range(16)] == 2 * [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [fake.object_of(rank, stages[0]) for rank in (3, 8)] == [stages[0], stages[1]]
+    assert [fake.object_of(rank, None) for rank in (3, 8)] == [None, {"loss": 1.0}]
+    with pytest.raises(AssertionError, match="other parameters"):
+        fake.object_of(0, stages[1])

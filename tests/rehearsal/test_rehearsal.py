@@ -9,8 +9,11 @@ import tiny
 import torch
 
 from megatron_rlvr.config import ParallelSettings
+from megatron_rlvr.config.loading import load_settings
+from megatron_rlvr.planner.devices import DEVICES
 from megatron_rlvr.planner.shapes import ModelShape, rank_parameters
 from megatron_rlvr.rehearsal import command
+from megatron_rlvr.rehearsal.report import Outcome, PhaseOutcome, Summary, as_json, as_text
 from megatron_rlvr.rehearsal.stage_parameters import parameters_of_stages
 
 PUBLISHED = Path(__file__).parents[1] / "published"
@@ -86,6 +89,35 @@ def test_a_torch_without_cuda_is_named_with_what_to_install(tmp_path: Path, caps
         command.main([recipe, "--model", str(tmp_path), "--world", "8"], "rlvr rehearse")
     assert stopped.value.code == 2
     assert "pip install torch==" in capsys.readouterr().err
+
+
+# Outcomes ------------------------------------------------------------------------------------------------------------
+
+
+def outcome_of(peak_gib: float, **fields: Any) -> Outcome:
+    names = ("build", "train 1", "train 2", "save")
+    phases = [PhaseOutcome(name, 1, int(peak_gib * 2**30), 1, 1, 1, [], []) for name in names]
+    return Outcome(0, 0, phases, tokens=1024, rows=100, micro_batches=2, longest=1024, saved=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "passed", "line"),
+    [
+        (outcome_of(71.0), True, "fits: at most 71.0 GiB of the 71.6 "),
+        (outcome_of(72.0), False, "does not fit: at most 72.0 GiB of the 71.6 "),
+        (outcome_of(1.0, failed="export", error="KeyError: 'x'"), False, "failed: export of rank 0"),
+        (Outcome(0, 0, failed="start", error="its process ended with status 137"), False, "failed: start of rank 0"),
+    ],
+)
+def test_a_rehearsal_fails_if_a_phase_does_or_the_peak_does_not_fit(outcome: Outcome, passed: bool, line: str):
+    settings = load_settings(tiny.CHECKOUT / "examples" / "qwen3_32b" / "forking_20k.yaml", [])
+    config = shape_of("qwen3_32b", num_hidden_layers=2)
+    summary = Summary(settings, config, 32, DEVICES["h100"], transformer_engine=False, outcomes=(outcome,))
+    text = as_text(summary)
+    assert summary.passed is passed
+    assert text.splitlines()[-1].startswith(line)
+    assert outcome.error in text
+    assert as_json(summary)["passed"] is passed
 
 
 # Rehearsals ----------------------------------------------------------------------------------------------------------
