@@ -24,6 +24,6 @@ pip install --quiet "torch==$torch"
 grep -v '^triton==' "$root/requirements.txt" >"$venv/requirements.txt"
 echo "torch==$torch" >"$venv/constraints.txt"
 pip install --quiet --constraint "$venv/constraints.txt" --requirement "$venv/requirements.txt"
-pip install --quiet --no-deps "transformer-engine==$transformer_engine" onnxscript onnx onnx_ir ml_dtypes
+pip install --quiet --no-deps "transformer-engine==$transformer_engine" onnxscript onnx onnx_ir ml_dtypes einops
 pip install --quiet --no-deps --no-build-isolation --editable "$root"
 echo "$wanted" >"$stamp"

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         if options.transformer_engine and importlib.util.find_spec("transformer_engine") is None:
             raise SettingsError(
                 "--transformer-engine: the package transformer_engine is missing; pip install --no-deps "
-                "transformer_engine onnxscript onnx_ir ml_dtypes, or leave the option out"
+                "transformer_engine onnxscript onnx onnx_ir ml_dtypes einops, or leave the option out"
             )
         device = DEVICES[options.gpu]
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:

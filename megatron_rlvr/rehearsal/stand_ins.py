@@ -83,13 +83,15 @@ class _Separately:
 
 
 def _to(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Move buffers; parameters must be on the device already."""
+    """Move parameters and buffers that are elsewhere, such as Megatron's router; parameters keep their marks."""
     for part in module.modules():
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.to(device)
-    elsewhere = [name for name, parameter in module.named_parameters() if parameter.device.type != device.type]
-    if elsewhere:
-        raise RuntimeError(f"built on another device than {device}: {', '.join(elsewhere)}")
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.device.type != device.type:
+                moved = torch.nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+                vars(moved).update(vars(parameter))
+                part._parameters[name] = moved
     return module
 
 
