@@ -194,7 +194,8 @@ class Recorder(TorchDispatchMode):
             return
         with _disable_current_modes():
             copies = value.repeat(size, *[1] * (value.dim() - 1)) if name == "allgather_base" else value.clone()
-        self.values.set(output, copies.view(output.shape))
+            copies = copies.view(output.shape)
+        self.values.set(output, copies)
 
 
 def _received(name: str, args: Sequence[Any], tensors: list[Tensor]) -> list[Tensor]:

@@ -90,7 +90,8 @@ def _to(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type != device.type:
                 moved = torch.nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
-                vars(moved).update(vars(parameter))
+                for mark, value in vars(parameter).items():  # those of fake tensors, such as the device, are its own
+                    vars(moved).setdefault(mark, value)
                 part._parameters[name] = moved
     return module
 

@@ -9,9 +9,12 @@ Written for Transformer Engine 2.17.
 import builtins
 import enum
 import importlib
+import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -105,6 +108,7 @@ def install() -> None:
         setattr(extension, name, lambda *args, answer=answer: answer)
     for name in _IN_PLACE:
         setattr(extension, name, lambda *args: None)
+    extension.__all__ = sorted(_names_in_use())  # its own Python imports all names at once
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its common part then loads no library
     sys.modules[_NAME] = extension
     common = importlib.import_module("transformer_engine.common")
@@ -114,6 +118,14 @@ def install() -> None:
     )
     # It compares the type of queries with torch.Tensor, to tell it from its own quantized ones.
     attention.type = lambda x: Tensor if isinstance(x, FakeTensor) else builtins.type(x)
+
+
+def _names_in_use() -> set[str]:
+    """Return the names of the extension that Transformer Engine's Python reads."""
+    spec = importlib.util.find_spec("transformer_engine")
+    assert spec is not None and spec.submodule_search_locations
+    files = Path(spec.submodule_search_locations[0]).glob("pytorch/**/*.py")
+    return {name for file in files for name in re.findall(r"\btex\.(\w+)", file.read_text(encoding="utf-8"))}
 
 
 def _same_device(*tensors: Tensor | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -79,6 +80,7 @@ class KnownValues:
     def set(self, tensor: Tensor, value: Tensor) -> None:
         """Give a fake tensor its values, an ordinary tensor of the same shape on the CPU, which is not copied."""
         assert value.shape == tensor.shape
+        assert not isinstance(value, FakeTensor)
         self._values[tensor] = value
         self._share(tensor)
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention import bias
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.distributed import accelerator, megatron_on_cpu, process_group
@@ -82,17 +83,19 @@ def entered(world: FakeWorld, recorder: Recorder, memory: int) -> Iterator[None]
         out[:] = [world.object_of(rank, value) for rank in ranks]
 
     def to_numpy(tensor: torch.Tensor) -> Any:
-        return numpy(recorder.values.guess(tensor, "numpy") if isinstance(tensor, FakeTensor) else tensor)
+        value = recorder.values.guess(tensor, "numpy") if isinstance(tensor, FakeTensor) else tensor
+        with _disable_current_modes():
+            return numpy(value)
 
     torch._C._ensureCUDADeviceGuardSet()  # of devices that do nothing, as long as there seem to be none
     driver.show_devices()
     with replaced(
         (fake_tensor, "init_gpu_context", lambda device: None),
+        (FakeTensorMode, "avoid_device_init", True),  # although a device seems to be available
         (dist, "new_group", fake_group),
         (dist, "all_gather_object", gather),
         (dist, "broadcast_object_list", lambda objects, *args, **kwargs: None),
         (process_group, "initialize", initialize),
-        (accelerator, "has_gpu", lambda: True),
         (accelerator, "device", lambda: _GPU),
         *((torch.cuda, name, answer) for name, answer in _answers(recorder.note_wait, memory).items()),
         (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(_GPU)),
@@ -181,7 +184,7 @@ def _answers(waits: Callable[[str], None], memory: int) -> dict[str, Any]:
     return {
         **dict.fromkeys((*silent, "reset_peak_memory_stats"), nothing),
         **dict.fromkeys(zero, lambda *args: 0),
-        "is_available": lambda: False,  # asked by FakeTensorMode; the project asks `accelerator.has_gpu`
+        "is_available": lambda: True,
         "device_count": lambda: 8,
         "current_device": lambda: _GPU,
         "synchronize": lambda *args: waits("synchronize"),
