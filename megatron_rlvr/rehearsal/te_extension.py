@@ -108,7 +108,8 @@ def install() -> None:
         setattr(extension, name, lambda *args, answer=answer: answer)
     for name in _IN_PLACE:
         setattr(extension, name, lambda *args: None)
-    extension.__all__ = sorted(_names_in_use())  # its own Python imports all names at once
+    own = {name for name in vars(extension) if not name.startswith("_")}
+    extension.__all__ = sorted(own | _names_in_use())  # Transformer Engine's Python imports all names at once
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its common part then loads no library
     sys.modules[_NAME] = extension
     common = importlib.import_module("transformer_engine.common")
@@ -123,7 +124,8 @@ def install() -> None:
 def _names_in_use() -> set[str]:
     """Return the names of the extension that Transformer Engine's Python reads."""
     spec = importlib.util.find_spec("transformer_engine")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
     files = Path(spec.submodule_search_locations[0]).glob("pytorch/**/*.py")
     return {name for file in files for name in re.findall(r"\btex\.(\w+)", file.read_text(encoding="utf-8"))}
 
