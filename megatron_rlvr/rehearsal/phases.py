@@ -54,14 +54,13 @@ class RankRehearsal:
         self.outcome.failed = name
         yield
         self.outcome.failed = ""
+        collectives = [(what, ranks, times, size) for (what, ranks), (times, size) in phase.collectives.items()]
         self.outcome.phases.append(
             PhaseOutcome(
                 name,
                 *(recorder.device.now, recorder.device.peak, recorder.host.now, recorder.host.peak, phase.operators),
                 waits=[(*key, times) for key, times in phase.waits.most_common()],
-                collectives=[
-                    (*key, *numbers) for key, numbers in sorted(phase.collectives.items(), key=lambda item: -item[1][1])
-                ],
+                collectives=sorted(collectives, key=lambda each: -each[3]),
             )
         )
 
@@ -128,8 +127,7 @@ class RankRehearsal:
 
         with self._phase("ranks"):
             ranks = initialize_ranks(settings.parallel, settings.run.timeout_minutes)
-        policy_module.build_chunks, policy_module.build_optimizer = chunks, optimizer
-        try:
+        with world.replaced((policy_module, "build_chunks", chunks), (policy_module, "build_optimizer", optimizer)):
             return Policy(
                 settings.model,
                 settings.parallel,
@@ -139,8 +137,6 @@ class RankRehearsal:
                 temperature=settings.rollout.temperature,
                 seed=settings.run.seed,
             )
-        finally:
-            policy_module.build_chunks, policy_module.build_optimizer = build_chunks, build_optimizer
 
     def _micro_batches(self, policy: Policy) -> list[MicroBatch]:
         """Return the largest micro-batches of the run, as many as a pipeline holds at once."""

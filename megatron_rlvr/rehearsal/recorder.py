@@ -33,7 +33,7 @@ _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
 
 @dataclass
 class Phase:
-    """What was recorded since the phase began.
+    """Records of one phase.
 
     Attributes:
         operators: Number of operators run.
@@ -183,7 +183,7 @@ class Recorder(TorchDispatchMode):
         record[0] += 1
         record[1] += max(sides, default=0)
         if name in ("allgather_base", "alltoall_base") and is_exact(tensors[0]):
-            self._exchange(name, *tensors[:2], size)
+            self._exchange(name, tensors[0], tensors[1], size)
         elif name != "broadcast":
             self.values.forget(_received(name, args, tensors))
 

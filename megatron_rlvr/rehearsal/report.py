@@ -1,4 +1,4 @@
-"""Outcomes of rehearsed ranks, the planner's figures for the same, and both as text and as JSON."""
+"""Outcomes of rehearsed ranks, the planner's estimates for the same, and both as text and as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace

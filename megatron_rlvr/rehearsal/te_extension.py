@@ -112,9 +112,9 @@ def install() -> None:
     extension.__all__ = sorted(own | _names_in_use())  # Transformer Engine's Python imports all names at once
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its common part then loads no library
     sys.modules[_NAME] = extension
-    common = importlib.import_module("transformer_engine.common")
+    common: Any = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
-    attention = importlib.import_module(
+    attention: Any = importlib.import_module(
         "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention"
     )
     # It compares the type of queries with torch.Tensor, to tell it from its own quantized ones.

@@ -49,7 +49,7 @@ def shape_of(name: str, **changes: Any) -> dict[str, Any]:
         (shape_of("qwen3_8b", **MIXTURE, num_hidden_layers=8, decoder_sparse_step=2), {"pipeline": 2, "expert": 4}),
     ],
 )
-def test_stages_have_the_parameters_that_the_planner_counts(config: dict[str, Any], layout: dict[str, int]):
+def test_stages_have_the_parameters_that_the_planner_counts(config: dict[str, Any], layout: dict[str, Any]):
     parallel = ParallelSettings(**layout)
     stages = parameters_of_stages(config, parallel, torch.bfloat16)
     counted = [rank_parameters(ModelShape.of(config), parallel, stage).total for stage in range(parallel.pipeline)]
