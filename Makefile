@@ -2,8 +2,9 @@
 # make check        install, then lint, types, unit tests and one test of each promise (2 minutes)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
-# make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (`make test` leaves out the long ones)
 # make core-0.19    the tests of the policy and its checkpoints on the megatron-core of newer Pythons (minutes)
+# make rehearsals   a training step of every recipe at its real shapes, with a CUDA build of torch (part of `make soak`)
+# make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (`make test` leaves out the long ones)
 # make container    build the CPU image with buildah and run `make test` in it (needs root; part of `make soak`)
 VENV ?= .venv
 RUN := $(VENV)/bin
@@ -11,7 +12,8 @@ export OMP_NUM_THREADS := 1
 # Processes of tests start many times: compiled modules are kept even where the environment forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart check promises test tests soak core-0.19 cluster container lint packages peers bench clean
+.PHONY: install quickstart check promises test tests soak core-0.19 rehearsals cluster container lint packages peers bench \
+	clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -53,7 +55,7 @@ check: install
 promises:
 	$(PYTEST) $(UNITS) $(PROMISES)
 
-soak: lint packages peers
+soak: lint packages peers rehearsals
 	$(PYTEST) -m soak
 	tests/container.sh
 
@@ -67,6 +69,11 @@ CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/t
 core-0.19: install
 	@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
 	PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(CORE_TESTS)
+
+# `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own.
+rehearsals:
+	@tools/install_rehearsal.sh build/rehearsal
+	build/rehearsal/bin/python -m pytest -q tests/rehearsal
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

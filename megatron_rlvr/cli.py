@@ -2,6 +2,7 @@
 
     rlvr train CONFIG.yaml          train; starts the ranks itself
     rlvr plan CONFIG.yaml ...       memory and time of a layout, from config.json alone
+    rlvr rehearse CONFIG.yaml ...   a training step at its real shapes, without GPUs
     rlvr preflight CONFIG.yaml      check a cluster before a long run
     rlvr serve MODEL                start SGLang servers on this machine
     rlvr convert to-megatron ...    Hugging Face folder to megatron-core checkpoint
@@ -70,6 +71,12 @@ def _plan(arguments: list[str]) -> int:
     return command.main(arguments, "rlvr plan")
 
 
+def _rehearse(arguments: list[str]) -> int:
+    from megatron_rlvr.rehearsal import command
+
+    return command.main(arguments, "rlvr rehearse")
+
+
 def _serve(arguments: list[str]) -> int:
     from megatron_rlvr.engines.sglang.launcher import command
 
@@ -85,6 +92,7 @@ def _convert(arguments: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "plan": _plan,
+    "rehearse": _rehearse,
     "preflight": _preflight,
     "serve": _serve,
     "convert": _convert,

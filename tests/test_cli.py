@@ -46,7 +46,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["trian"], "rlvr: unknown verb 'trian'; choose from train, plan, preflight, serve, convert"),
+        (["trian"], "rlvr: unknown verb 'trian'; choose from train, plan, rehearse, preflight, serve, convert"),
         (
             ["train"],
             "megatron_rlvr: the first argument is not a settings file; give CONFIG.yaml, or",

@@ -19,11 +19,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 ONLY_IN: dict[str, set[str]] = {
     # library: rooms and modules that may import it
-    "megatron": {"policy", "checkpoint", "convert", "distributed"},
+    "megatron": {"policy", "checkpoint", "convert", "distributed", "rehearsal"},
     "aiohttp": {"engines.sglang"},
     "torch.distributed": {
         *("algo", "batching", "distributed", "policy", "checkpoint", "learner", "evaluation"),
-        *("rollout", "engines.sglang", "startup", "preflight", "launch"),
+        *("rollout", "engines.sglang", "startup", "preflight", "rehearsal", "launch"),
     },
 }
 
@@ -45,6 +45,7 @@ WITHOUT_TORCH = {
     ),
     *("data", "reward", "hf.families", "hf.files", "checkpoint.store", "planner"),
     *("startup.resolve", "startup.describe", "startup.run_folder", "startup.lease", "preflight.command"),
+    "rehearsal.command",
 }
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 
@@ -56,6 +57,7 @@ NAMES_DEVICES = {
     "distributed",
     "algo.tile_shape",
     "planner.memory",
+    "rehearsal",
     "convert.command",
     "engines.sglang.launcher.command",
 }

@@ -25,8 +25,8 @@ from megatron_rlvr.hf.families import padded_vocab_size
 from megatron_rlvr.planner.options import TrainingOptions
 from megatron_rlvr.planner.shapes import ModelShape, rank_parameters, stage_layers
 
-# Number of sequence lengths for which Megatron's rotary embedding caches the angles.
-_ROTARY_LENGTHS = 32
+ROTARY_LENGTHS = 32
+"""Number of sequence lengths for which Megatron's rotary embedding caches the angles."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def stage_memory(
         gradients=gradients,
         optimizer=optimizer,
         activations=activations(shape, parallel, options, batches, stage),
-        rotary=4.0 * _ROTARY_LENGTHS * shape.head_size * batches.longest_sequence,
+        rotary=4.0 * ROTARY_LENGTHS * shape.head_size * batches.longest_sequence,
         head=head,
         layer=max(layer_workspace(shape, layer, parallel, options, tokens) for layer in layers),
     )
