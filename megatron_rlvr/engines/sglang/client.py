@@ -52,6 +52,8 @@ class ServerInfo:
         context_length: Maximum number of tokens of a prompt and its response together.
         vocab_size: Size of the vocabulary; None if the server does not report it.
         preferred_sampling_params: Sampling parameters that the server adds to every request; None if there are none.
+        model_path: Folder from which the server has loaded the model; None if it does not report it.
+        weights: Name of the weights that it holds; None if it does not report it.
     """
 
     model_type: str | None
@@ -59,6 +61,8 @@ class ServerInfo:
     context_length: int
     vocab_size: int | None
     preferred_sampling_params: Any
+    model_path: str | None = None
+    weights: str | None = None
 
 
 class Server:
@@ -134,6 +138,8 @@ class Server:
                 context_length=int(models["data"][0]["max_model_len"]),
                 vocab_size=await self._vocab_size(),
                 preferred_sampling_params=model.get("preferred_sampling_params"),
+                model_path=model.get("model_path"),
+                weights=model.get("weight_version"),
             )
         except (LookupError, TypeError, ValueError):
             raise UnhealthyServerError("/model_info and /v1/models do not describe a model; is this SGLang?") from None
