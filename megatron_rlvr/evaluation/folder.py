@@ -25,6 +25,7 @@ EVALUATIONS = "evaluations"
 Description = dict[str, Any]
 """JSON-compatible description: sections target, prompts, sampling, reward, and sets by name."""
 
+_LEASE = "lease"  # of `startup.lease`, which is taken before anything is written
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -66,7 +67,8 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
     if not folder.is_dir():
         raise RecordsError(f"--out {folder}: not a folder; choose another")
     if not (folder / DESCRIPTION).exists():
-        names = sorted(path.name for path in folder.iterdir() if path != atomic.temporary_path(folder / DESCRIPTION))
+        own = {atomic.temporary_path(folder / DESCRIPTION).name, _LEASE}
+        names = sorted(path.name for path in folder.iterdir() if path.name not in own)
         if names:
             raise RecordsError(f"--out {folder}: holds {names[0]}, and no evaluation; choose another folder")
         return

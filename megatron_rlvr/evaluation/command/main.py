@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.errors import RlvrError
@@ -18,11 +18,12 @@ from megatron_rlvr.evaluation.command.target import Target, find_target
 from megatron_rlvr.evaluation.compare import compare
 from megatron_rlvr.evaluation.folder import DESCRIPTION, check_folder, read_description, write_description
 from megatron_rlvr.evaluation.records import read_records
-from megatron_rlvr.launch import end_with_launcher, launched, start_ranks
+from megatron_rlvr.launch import launched, start_ranks
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.evaluation import ResolvedEvaluation, describe_evaluation, resolve_evaluation
-from megatron_rlvr.startup.process import is_main, print_error, quiet_libraries
+from megatron_rlvr.startup.lease import take_lease
+from megatron_rlvr.startup.process import end_with_launcher, is_main, leave, print_error, print_line, quiet_libraries
 
 _SERVED_MODEL = "model"
 _SERVE_FLAGS = {
@@ -58,8 +59,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def _evaluate(options: Namespace, arguments: list[str]) -> int:
-    if launched():
-        end_with_launcher()
+    end_with_launcher()
     servers = _servers(options.servers) if options.servers else []
     target = find_target(_served_folder(servers) if options.target is None else options.target, options.step)
     # The settings are those of servers also before any is started.
@@ -84,9 +84,19 @@ def _sample(options: Namespace, resolved: ResolvedEvaluation, target: Target, de
     from megatron_rlvr.evaluation.command.session import run_session
 
     served = [target.folder, options.out / _SERVED_MODEL] if options.target is not None else []
-    with _graders(resolved) as graders:
+    with ExitStack() as resources:
+        if is_main():  # a second command would sample the same completions
+            lease = take_lease(resolved.settings.run, print_line)
+            resources.callback(lease.release)
+            lease.keep(_end_without_lease)
+        graders = resources.enter_context(_graders(resolved))
         run_session(resolved, target, description, options.out, graders, served=served, as_json=options.json)
     return 0
+
+
+def _end_without_lease(error: Exception) -> NoReturn:
+    print_error(error)
+    leave(1)
 
 
 def _report_again(options: Namespace, resolved: ResolvedEvaluation) -> int:
