@@ -4,6 +4,8 @@
     rlvr plan CONFIG.yaml ...       memory and time of a layout, from config.json alone
     rlvr rehearse CONFIG.yaml ...   a training step at its real shapes, without GPUs
     rlvr preflight CONFIG.yaml      check a cluster before a long run
+    rlvr evaluate MODEL --sets ...  accuracy on problem sets, and how sure it is; compare models
+    rlvr data prepare | overlap     published problem sets; problems in training and evaluation
     rlvr serve MODEL                start SGLang servers on this machine
     rlvr convert to-megatron ...    Hugging Face folder to megatron-core checkpoint
     rlvr convert to-hf ...          megatron-core checkpoint to Hugging Face folder
@@ -83,6 +85,18 @@ def _serve(arguments: list[str]) -> int:
     return command.main(arguments, "rlvr serve")
 
 
+def _evaluate(arguments: list[str]) -> int:
+    from megatron_rlvr.evaluation.command import main as command
+
+    return command.main(arguments, "rlvr evaluate")
+
+
+def _data(arguments: list[str]) -> int:
+    from megatron_rlvr.data import command
+
+    return command.main(arguments, "rlvr data")
+
+
 def _convert(arguments: list[str]) -> int:
     from megatron_rlvr.convert import command
 
@@ -94,6 +108,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "rehearse": _rehearse,
     "preflight": _preflight,
+    "evaluate": _evaluate,
+    "data": _data,
     "serve": _serve,
     "convert": _convert,
 }

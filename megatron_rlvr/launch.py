@@ -72,6 +72,11 @@ def run_on_ranks(verb: str, arguments: Sequence[str], ranks: int | None, config:
     settings = load_settings(config, flags)
     if ranks is None:
         ranks = default_ranks(settings)
+    return start_ranks(verb, arguments, ranks)
+
+
+def start_ranks(verb: str, arguments: Sequence[str], ranks: int) -> int:
+    """Run ``rlvr VERB ARGUMENTS`` on this number of ranks and return the exit status; see `run_on_ranks`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several ranks would slow each other down
     return _Launch([sys.executable, "-m", "megatron_rlvr.cli", verb, *arguments], ranks).run()
 

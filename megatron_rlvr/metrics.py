@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr import atomic
 from megatron_rlvr.config import LogSettings, Settings
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.types import Group
@@ -68,14 +69,23 @@ class MetricsLog:
         """Write one object for a step. JSON has no NaN or infinity; such a value is written as null."""
         if not self._enabled:
             return
-        clean = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step} | clean) + "\n")
-        self._file.flush()
+        self._write_line(step, metrics)
         if self._tensorboard is not None:
             for key, value in metrics.items():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
+
+    def write_late(self, step: int, metrics: dict[str, float]) -> None:
+        """Write metrics of a step that may lie behind: an object of their own in metrics.jsonl, under that step."""
+        if not self._enabled:
+            return
+        self._write_line(step, metrics)
+        if self._tensorboard is not None:
+            for key, value in metrics.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:  # which accepts no step twice
+            self._wandb.log(metrics | {"eval/step": step})
 
     def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Any) -> None:
         """Write a few sampled responses as text with their grades to `rollouts/step_<n>.jsonl`.
@@ -107,6 +117,11 @@ class MetricsLog:
                         }
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return path
+
+    def _write_line(self, step: int, metrics: dict[str, float]) -> None:
+        clean = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step} | clean) + "\n")
+        self._file.flush()
 
     def flush_to_disk(self) -> None:
         """Wait until all lines of metrics.jsonl are on the disk."""
@@ -163,15 +178,23 @@ def check_metrics(folder: Path, after: int) -> None:
 
 
 def _truncate(path: Path, after: int) -> None:
-    """Truncate metrics.jsonl after the lines of step ``after``, and before a damaged line."""
+    """Remove the lines of steps after ``after`` from metrics.jsonl, and damaged ones, which are behind the others.
+
+    Lines of earlier steps may follow those of later ones (`MetricsLog.write_late`).
+    """
     if not path.exists():
         return
-    kept = 0
+    start, kept = 0, []
     for length, step in _lines(path):
-        if step is None or step > after:
-            break
-        kept += length
-    os.truncate(path, kept)
+        if step is not None and step <= after:
+            kept.append(slice(start, start + length))
+        start += length
+    end = sum(part.stop - part.start for part in kept)
+    if not kept or kept[-1].stop == end:
+        os.truncate(path, end)
+    else:
+        content = path.read_bytes()
+        atomic.write_text(path, b"".join(content[part] for part in kept).decode("utf-8"))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int | None]]:

@@ -79,16 +79,21 @@ class Progress:
 
     @contextmanager
     def evaluating(self, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar for ``total`` completions on this rank; yields a function that advances it by a number of them."""
+        """Show a bar for ``total`` completions on this rank; yields a function to call with the tokens of each."""
         task = self._bar.add_task("evaluation", total=total, status="")
         try:
-            yield lambda count: self._bar.advance(task, count)
+            yield lambda tokens: self._bar.advance(task)
         finally:
             self._bar.remove_task(task)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Print the result of an evaluation."""
-        shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in sorted(metrics.items()))
+        """Print the result of an evaluation: the accuracy of each set with its standard error."""
+        accuracies = [key for key in sorted(metrics) if key.endswith("/accuracy")]
+        errors = {key: metrics.get(f"{key}_standard_error") for key in accuracies}
+        shown = "  ".join(
+            f"{key.removeprefix('eval/')} {metrics[key]:.3f}" + ("" if error is None else f" +- {error:.3f}")
+            for key, error in errors.items()
+        )
         self.say(f"evaluation after step {step}: {shown}")
 
     def _show(self) -> None:

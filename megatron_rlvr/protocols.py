@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_rlvr.errors import FaultError
-from megatron_rlvr.types import Completion, CompletionRequest, Prompt
+from megatron_rlvr.types import Completion, CompletionRequest, Graded, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -83,10 +83,11 @@ class StreamingEngine(RolloutEngine, Protocol):
 class Reward(Protocol):
     """Reward function of a response. Runs in a grader process, which is killed when it takes too long.
 
-    A bool means correct or incorrect; a float is the reward itself, and correct if it is above zero.
+    A bool means correct or incorrect; a float is the reward itself, and correct if it is above zero. Either may come
+    with the answer that the function has read, as `types.Graded`.
     """
 
-    def __call__(self, prompt: Prompt, response: str) -> bool | float: ...
+    def __call__(self, prompt: Prompt, response: str) -> bool | float | Graded: ...
 
 
 class PolicyLoss(Protocol):

@@ -20,7 +20,8 @@ from megatron_rlvr.checkpoint.store import Checkpoint, Checkpoints, RunTotals
 from megatron_rlvr.config import Settings
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.collectives import gather
-from megatron_rlvr.evaluation.evaluator import Evaluator
+from megatron_rlvr.evaluation.background import BackgroundEvaluation
+from megatron_rlvr.evaluation.training import TrainingEvaluation
 from megatron_rlvr.learner import Learner, SkippedStepsError
 from megatron_rlvr.metrics import MetricsLog
 from megatron_rlvr.policy.policy import Policy
@@ -52,7 +53,8 @@ class Trainer:
         collector: Collector,
         prompts: Sequence[Prompt],
         learner: Learner,
-        evaluator: Evaluator,
+        evaluation: TrainingEvaluation,
+        background: BackgroundEvaluation | None,
         log: MetricsLog,
         progress: Progress,
         checkpoints: Checkpoints,
@@ -65,7 +67,8 @@ class Trainer:
         self.collector = collector
         self.prompts = prompts
         self.learner = learner
-        self.evaluator = evaluator
+        self.evaluation = evaluation
+        self.background = background
         self.log = log
         self.progress = progress
         self.checkpoints = checkpoints
@@ -80,7 +83,7 @@ class Trainer:
         run, totals = self.settings.run, self.totals
         self.sync(version=totals.step)
         if totals.step == 0 and not totals.before:
-            totals.before = totals.after = self.evaluate(0)
+            self._note_evaluation(0, self.evaluate(0))
         for step in range(totals.step + 1, run.steps + 1):
             try:
                 metrics = self.train_step(step)
@@ -89,11 +92,11 @@ class Trainer:
                 self.save()
                 break
             if step == run.steps or _is_multiple(step, run.eval_every):
-                totals.after = self.evaluate(step)
-                metrics |= totals.after
+                metrics |= self._note_evaluation(step, self.evaluate(step))
             self.log.write(step, metrics)
             self.progress.step(step, metrics)
             totals.step = step
+            self._collect_evaluation(wait=False)
             self.checkpoints.complete()
             stop = self._stop_is_wanted()
             if stop or self.checkpoints.due(step):
@@ -103,6 +106,8 @@ class Trainer:
                 self.export(Path(run.dir) / "exports" / f"step_{step:06d}")
             if stop:
                 break
+        if totals.step == run.steps:
+            self._collect_evaluation(wait=True)
         self.checkpoints.complete()
         totals.seconds += time.perf_counter() - self._start_time
         return totals
@@ -158,19 +163,44 @@ class Trainer:
         self.engine.update_weights(self.policy.export_weights(), version)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return the accuracy on each evaluation set; empty without sets."""
-        if not self.evaluator:
+        """Return the metrics of each evaluation set; empty without sets, and if the background evaluates them."""
+        if not self.evaluation:
             return {}
+        if self.background is not None:
+            self._collect_evaluation(wait=True)
+            self.background.start(step, self.policy.export_weights())
+            return {}
+        self.evaluation.start(step)
         while True:
             try:
-                with self.progress.evaluating(self.evaluator.requests_of_this_rank()) as finished:
-                    metrics = self.evaluator.run(finished)
+                with self.progress.evaluating(self.evaluation.share_size()) as finished:
+                    metrics = self.evaluation.run(step, finished)
                 break
             except WeightsMissingError:  # raised on every rank: servers have restarted without the weights
-                self.sync(version=step)
+                self.sync(version=step)  # and the evaluation continues with what is not recorded yet
         self.progress.evaluated(step, metrics)
         if step == 0:
             self.log.write(0, metrics)
+        return metrics
+
+    def _collect_evaluation(self, *, wait: bool) -> None:
+        """Take the metrics of an evaluation in the background, if it has ended, and log them under its own step."""
+        found = self.background.collect(wait=wait) if self.background is not None else None
+        if found is None:
+            return
+        step, metrics, failure = found
+        if failure is not None:
+            self.progress.say(f"the evaluation after step {step} has failed, and training continues: {failure}")
+            return
+        self.progress.evaluated(step, self._note_evaluation(step, metrics))
+        self.log.write_late(step, metrics)
+
+    def _note_evaluation(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Keep the metrics of the first evaluation of the run, and of the last one; return them."""
+        if metrics:
+            self.totals.after = metrics
+            if step == 0:
+                self.totals.before = metrics
         return metrics
 
     def _warn_of_truncation(self, step: int, rollout: Rollout) -> None:

@@ -9,7 +9,7 @@ All types are NumPy and plain Python, so that they can be pickled to a grader pr
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -82,6 +82,18 @@ def empty_completion(request: CompletionRequest) -> Completion:
     return Completion(request.prompt.id, request.index, empty, empty.astype(np.float32), "abort", empty)
 
 
+class Graded(NamedTuple):
+    """Result of a reward function that also names the answer that it has read, for evaluations and their records.
+
+    Attributes:
+        value: True or False for correct and incorrect, or the reward itself.
+        answer: Answer in the response; None if it has none.
+    """
+
+    value: bool | float
+    answer: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Grade:
     """Grade of one completion, from a reward function.
@@ -91,11 +103,14 @@ class Grade:
         correct: True if the answer is correct; decides dynamic sampling and accuracy.
         failure: None, or the reason why no verdict was reached ("timeout", "error: ..."); ``reward`` is then that of an
             incorrect answer.
+        answer: Answer that the reward function has read; None if the response has none, if no verdict was reached, or
+            if the function names none.
     """
 
     reward: float
     correct: bool
     failure: str | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

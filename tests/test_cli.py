@@ -46,7 +46,10 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["trian"], "rlvr: unknown verb 'trian'; choose from train, plan, rehearse, preflight, serve, convert"),
+        (
+            ["trian"],
+            "rlvr: unknown verb 'trian'; choose from train, plan, rehearse, preflight, evaluate, data, serve, convert",
+        ),
         (
             ["train"],
             "megatron_rlvr: the first argument is not a settings file; give CONFIG.yaml, or",
@@ -60,6 +63,13 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
         (["plan", "none.yaml", "--gpus", "8", "--gpu", "h100"], "rlvr plan: none.yaml does not exist; give a settings"),
         (["serve", "none"], "rlvr serve: none is no model (it has no config.json); give a Hugging Face folder"),
         (["convert", "to-hf", "none", "out"], "none"),
+        (
+            ["evaluate", "none", "--sets", "a.jsonl", "--out", "out"],
+            "megatron_rlvr: none is no model, checkpoint or run",
+        ),
+        (["evaluate", "--compare", "a"], "rlvr evaluate: --compare: needs two evaluations or more; name their folders"),
+        (["evaluate", "--compare", "a", "b"], "megatron_rlvr: a is no evaluation (it has no evaluation.json); give"),
+        (["data", "overlap", "none.jsonl", "--sets", "none.jsonl"], "rlvr data: none.jsonl is not a file; check"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(arguments: list[str], line: str, tmp_path: Path):

@@ -46,6 +46,7 @@ WITHOUT_TORCH = {
     *("data", "reward", "hf.families", "hf.files", "checkpoint.store", "planner"),
     *("startup.resolve", "startup.describe", "startup.run_folder", "startup.lease", "preflight.command"),
     "rehearsal.command",
+    *("startup.evaluation", "evaluation.records", "evaluation.folder", "evaluation.compare", "evaluation.command.main"),
 }
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 

@@ -44,6 +44,27 @@ def test_a_step_is_a_line_with_null_for_values_that_json_does_not_have(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_metrics_of_an_earlier_step_are_an_object_of_their_own_and_survive_a_resumed_run(tmp_path: Path):
+    log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True)
+    for step in (1, 2, 3, 4):
+        log.write(step, {"loss": float(step)})
+        if step == 3:
+            log.write_late(1, {"eval/set/accuracy": 0.5})
+    log.write_late(3, {"eval/set/accuracy": math.nan})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "los')
+    log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True, after=2)
+    log.write(3, {"loss": 30.0})
+    log.close()
+    assert lines_of(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 1, "eval/set/accuracy": 0.5},
+        {"step": 3, "loss": 30.0},
+    ]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -26,7 +26,6 @@ from megatron_rlvr.startup.resolve import Resolved, resolve
 
 EXAMPLES = tiny.CHECKOUT / "examples"
 PUBLISHED = Path(__file__).parent / "published"
-PREPARE = EXAMPLES / "prepare_data.py"
 MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b")
 RECIPES = [
     f"{model}/{kind}_{size}" for model in MODELS for kind in ("forking", "all_tokens") for size in ("20k", "29k")
@@ -65,7 +64,7 @@ def numbers_of(model: str) -> dict[str, int]:
 
 
 def prepare(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PREPARE), *map(str, arguments)]
+    command = [sys.executable, "-m", "megatron_rlvr.cli", "data", "prepare", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=tiny.environment(), capture_output=True, text=True, check=False)
 
 
@@ -87,7 +86,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder data/ of the recipes, made by prepare_data.py from files in the published layouts."""
+    """The folder data/ of the recipes, made by rlvr data prepare from files in the published layouts."""
     folder = tmp_path_factory.mktemp("published_data")
     additions = [(f"What is {i} + {2 * i}?", str(3 * i)) for i in range(600)]
     copies = [dapo_row(text, answer, f"uuid-{text}") for _ in range(3) for text, answer in additions]
@@ -95,12 +94,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_aime(folder / "aime24.parquet")
     tiny.write_rows(folder / "aime25.jsonl", [{"problem": t, "answer": str(n), "id": str(i)} for i, (t, n) in
                                               enumerate(tiny.PROBLEMS)])  # fmt: skip
-    for published, name in (
-        ("dapo-math-17k.parquet", "dapo_math_17k"),
-        ("aime24.parquet", "aime24"),
-        ("aime25.jsonl", "aime25"),
+    for published, set_name, name in (
+        ("dapo-math-17k.parquet", "dapo-math-17k", "dapo_math_17k"),
+        ("aime24.parquet", "aime24", "aime24"),
+        ("aime25.jsonl", "aime25", "aime25"),
     ):
-        done = prepare(folder / published, "--out", folder / f"data/{name}.jsonl", cwd=folder)
+        out = folder / f"data/{name}.jsonl"
+        done = prepare(set_name, folder / published, "--frame", "paper", "--out", out, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder / "data"
 
@@ -109,11 +109,12 @@ def test_dapo_loses_duplicates_and_instructions_and_gets_the_papers_prompt(tmp_p
     rows = [dapo_row("What is $1+1$?\u2028So?", "2", "a"), dapo_row("Twice?", "4", "b"), dapo_row("Twice?", "5", "c")]
     rows = [*rows * 100, dapo_row("Bare", "7", "d", instructed=False)]
     source = tiny.write_rows(tmp_path / "dapo.parquet", rows)
-    done = prepare(source, "--out", "new/dapo.jsonl", cwd=tmp_path)
+    done = prepare("dapo-math-17k", source, "--frame", "paper", "--out", "new/dapo.jsonl", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         "new/dapo.jsonl: 4 problems from 301 rows, 297 repeated rows omitted; DAPO's instructions removed from 300 "
-        "rows; problems with more than one answer, all kept: 1\n"
+        "rows; problems with more than one answer, all kept: 1; expected 1,791,700 rows, found 301; not the published "
+        "file, or not all of it\n"
     )
     asked = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n\nAssistant:\n"
     lines = (tmp_path / "new/dapo.jsonl").read_text(encoding="utf-8").split("\n")
@@ -143,7 +144,7 @@ def test_all_published_layouts_of_aime_give_the_same_file(tmp_path: Path) -> Non
         ["h4.parquet"], ["verl.parquet"], ["I.jsonl", "II.jsonl"],
         ["own.jsonl", "--problem-key", "Problem", "--answer-key", "Answer"],
     ]):  # fmt: skip
-        done = prepare(*files, "--out", f"{number}.jsonl", cwd=tmp_path)
+        done = prepare("aime24", *files, "--out", f"{number}.jsonl", cwd=tmp_path)
         assert done.stdout.startswith(f"{number}.jsonl: 30 problems from {960 if number == 1 else 30} rows"), (
             done.stderr
         )
@@ -183,7 +184,7 @@ def test_rows_that_cannot_be_prepared_are_one_line_and_leave_the_old_file(
     tiny.write_rows(tmp_path / "chat.jsonl", [{"prompt": turns, "answer": "1"}])
     out = tmp_path / "out.jsonl"
     out.write_text("old")
-    done = prepare(*arguments, "--out", out, cwd=tmp_path)
+    done = prepare("aime24", *arguments, "--out", out, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert part in done.stderr
     assert done.stderr.count("\n") == 1

@@ -31,8 +31,8 @@ _SETTINGS = "settings.json"
 _MAY_CHANGE = {
     *("run", "parallel", "sync", "log", "reward.workers", "reward.timeout_seconds", "optimizer.max_skipped_steps"),
     *("batch.tokens_per_micro_batch", "rollout.max_batch_rows", "rollout.max_batch_tokens", "rollout.servers"),
-    "rollout.api_key_file",
-    *("rollout.max_inflight", "rollout.retries", "rollout.server_timeout_seconds", "rollout.colocated"),
+    *("rollout.api_key_file", "rollout.max_inflight", "rollout.retries", "rollout.server_timeout_seconds"),
+    *("rollout.colocated", "evaluate.servers"),
 }
 _MUST_STAY = {"run.seed"}
 

@@ -78,6 +78,12 @@ class Settings(Section):
                 f"reward.overlong_buffer={reward.overlong_buffer}: must be below "
                 f"rollout.max_response_tokens={rollout.max_response_tokens}; lower it, or set it to 0 for no penalty"
             )
+        for url in self.evaluate.servers:
+            if url in rollout.servers:
+                raise ValueError(
+                    f"evaluate.servers={url}: also in rollout.servers, whose weights change while it evaluates; give "
+                    "other servers, or remove evaluate.servers"
+                )
         if rollout.overlap == "one_step":
             if rollout.colocated:
                 raise ValueError(

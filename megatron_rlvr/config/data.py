@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_rlvr.config.section import FreeForm, PathText, Section
+from megatron_rlvr.config.urls import check_urls, without_slash
 from megatron_rlvr.config.yaml_format import shown
 
 # Set by the trainer, or decided by other settings.
@@ -109,11 +110,20 @@ class EvaluateSettings(Section):
     """Sampling temperature; 0: greedy."""
     top_p: float = Field(default=0.7, gt=0, le=1)
     """Nucleus sampling: probability mass of the tokens to sample from."""
+    pass_at: list[int] | None = Field(default=None, min_length=1)
+    """Values of k for which pass@k is computed; null: 1, 2, 4 and so on up to `evaluate.group_size`."""
+    servers: list[str] = Field(default_factory=list)
+    """URLs of SGLang servers for evaluations only, which then run beside training; none: evaluations use the rollout
+    engine, and training waits. Servers read the weights of each evaluation from `DIR/sync_evaluation`."""
 
     @model_validator(mode="before")
     @classmethod
     def _paths_are_files(cls, values: Any) -> Any:
-        return _expand_paths(values, "sets")
+        values = _expand_paths(values, "sets")
+        if isinstance(values, dict) and isinstance(values.get("servers"), list | str):
+            servers = values["servers"]
+            values = values | {"servers": without_slash([servers] if isinstance(servers, str) else servers)}
+        return values
 
     @model_validator(mode="after")
     def _combination(self) -> "EvaluateSettings":
@@ -126,6 +136,13 @@ class EvaluateSettings(Section):
                 f"evaluate.temperature={self.temperature}: neither 0 nor at least {MIN_TEMPERATURE}; give 0 for greedy "
                 "sampling"
             )
+        check_urls("evaluate.servers", self.servers)
+        for k in self.pass_at or ():
+            if not 1 <= k <= self.group_size:
+                raise ValueError(
+                    f"evaluate.pass_at={k}: pass@k needs k completions, and evaluate.group_size={self.group_size}; "
+                    "give ints from 1 to that"
+                )
         if self.sets and self.temperature == 0 and self.group_size > 1:
             raise ValueError(
                 f"evaluate.group_size={self.group_size}: with evaluate.temperature=0 all completions are alike; set 1"

@@ -43,9 +43,9 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     layers = Layers()
     for layer in read_layers(Path(path), _read_yaml):
         layers.add(layer)
-    flags = _parse_flags(overrides or [])
+    flags = parse_flags(overrides or [])
     for key, value in flags:
-        _set(layers.values, key, value)
+        set_key(layers.values, key, value)
     layers.close([".".join(key.split(".")[:2]) for key, _ in flags])
     layers.drop_settings_of_other_objectives()
     while True:
@@ -105,7 +105,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_flags(arguments: list[str]) -> list[tuple[str, Any]]:
+def parse_flags(arguments: list[str]) -> list[tuple[str, Any]]:
+    """Return (key, value) of each flag ``--section.key value`` or ``--section.key=value``. Raises SettingsError."""
     flags, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -138,7 +139,8 @@ def _holds_str(key: str) -> bool:
     return any(f"{section}.{name}" == key and f.annotation in (str, str | None) for section, name, f in fields())
 
 
-def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a key such as "run.steps" in nested dictionaries. Raises SettingsError if it has no section."""
     *sections, key = dotted.split(".")
     if not sections or not all((*sections, key)):
         raise SettingsError(f"unknown flag --{dotted}; {_suggestion(dotted) or 'flags look like --section.key value'}")

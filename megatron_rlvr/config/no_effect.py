@@ -107,6 +107,8 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect("evaluate.group_size", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
     NoEffect("evaluate.temperature", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
     NoEffect("evaluate.top_p", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
+    NoEffect("evaluate.servers", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
+    NoEffect("evaluate.pass_at", "evaluate.sets", ([],), "there is nothing to evaluate", _NAME_A_SET),
     NoEffect(
         *("log.wandb_project", "log.wandb", (False,), "nothing is sent"),
         remedy="remove it, or set log.wandb to true",

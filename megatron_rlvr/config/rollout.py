@@ -1,17 +1,14 @@
 """Settings of sampling, of the weight sync to the engine, and of rewards."""
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megatron_rlvr.config.data import MIN_TEMPERATURE
 from megatron_rlvr.config.section import OptionalPath, Section
+from megatron_rlvr.config.urls import check_urls, without_slash
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.types import REWARD_FUNCTION
-
-_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
-_MAX_PORT = 2**16 - 1
 
 
 class RolloutSettings(Section):
@@ -73,8 +70,7 @@ class RolloutSettings(Section):
             return values
         values = values | {key: [values[key]] for key in ("servers", "stop") if isinstance(values.get(key), str | int)}
         if isinstance(values.get("servers"), list):
-            urls = [url.removesuffix("/") if isinstance(url, str) else url for url in values["servers"]]
-            values = values | {"servers": urls}
+            values = values | {"servers": without_slash(values["servers"])}
         return values
 
     @field_validator("stop", mode="before")
@@ -89,16 +85,7 @@ class RolloutSettings(Section):
     def _servers(self) -> "RolloutSettings":
         if self.engine == "sglang" and not self.servers:
             raise ValueError("rollout.servers=[]: rollout.engine=sglang needs servers; give their URLs")
-        for url in self.servers:
-            match = _URL.fullmatch(url)
-            if not match or int(match["port"] or 80) > _MAX_PORT:
-                without_password = re.sub(r"//[^/]*@", "//...@", url)
-                raise ValueError(
-                    f"rollout.servers={shown(without_password)}: not the URL of a server; write it as http://HOST:PORT"
-                )
-        twice = sorted({url for url in self.servers if self.servers.count(url) > 1})
-        if twice:
-            raise ValueError(f"rollout.servers={twice[0]}: given twice; remove one of them")
+        check_urls("rollout.servers", self.servers)
         return self
 
 

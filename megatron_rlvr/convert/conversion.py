@@ -102,13 +102,26 @@ def to_hugging_face(source: Path, target: Path, file_bytes: int = FILE_BYTES, tr
     reader = CheckpointReader(source)
     _check_target(target, reader.check(config))
     reader.check_content(config)
+    write_folder(target, source / HUGGING_FACE, checkpoint_tensors(source, track), file_bytes=file_bytes)
+
+
+def checkpoint_tensors(source: Path, track: Track = iter) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a checkpoint by their Hugging Face names, with one parameter in memory at a time.
+
+    Args:
+        source: Folder of a checkpoint of any layout.
+        track: Iterates over the rows of the model, to display progress.
+
+    Raises:
+        ModelError: If the checkpoint cannot be used.
+    """
+    config = read_config(source / HUGGING_FACE)
+    reader = CheckpointReader(source)
+    reader.check(config)
+    reader.check_content(config)
     geometry = Geometry.of(config)
-
-    def named_tensors() -> Iterator[tuple[str, Tensor]]:
-        for row in track([row for (row,) in rows_of(config)]):
-            yield from zip(row.hugging_face, unmerge(row.layout, reader.read(row), geometry), strict=True)
-
-    write_folder(target, source / HUGGING_FACE, named_tensors(), file_bytes=file_bytes)
+    for row in track([row for (row,) in rows_of(config)]):
+        yield from zip(row.hugging_face, unmerge(row.layout, reader.read(row), geometry), strict=True)
 
 
 def _check_target(target: Path, size: int) -> None:

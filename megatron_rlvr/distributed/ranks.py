@@ -71,6 +71,43 @@ class Ranks:
         return next(v for v in gathered if v is not None)
 
 
+def initialize_replicas(timeout_minutes: float) -> Ranks:
+    """Join the process group with every rank a data-parallel replica of its own, without Megatron.
+
+    Every rank must call it.
+
+    Args:
+        timeout_minutes: Time after which a collective fails.
+    """
+    process_group.initialize(timeout_minutes)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # Creating a group is collective over the world: every rank creates every group, and keeps its own.
+    alone = [process_group.object_group([each]) for each in range(size)][rank]
+    everyone = process_group.object_group(list(range(size)))
+    return Ranks(
+        rank=rank,
+        world_size=size,
+        tensor_rank=0,
+        tensor_size=1,
+        pipeline_rank=0,
+        pipeline_size=1,
+        context_rank=0,
+        context_size=1,
+        expert_rank=0,
+        expert_size=1,
+        data_rank=rank,
+        data_size=size,
+        tensor_group=alone,
+        pipeline_group=alone,
+        context_group=alone,
+        expert_group=alone,
+        data_group=everyone,
+        data_context_group=everyone,
+        data_objects=everyone,
+        replica_objects=alone,
+    )
+
+
 def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Ranks:
     """Join the process group and arrange its ranks in Megatron's grid. Every rank must call it.
 

@@ -34,11 +34,13 @@ class Verdict:
         value: True (correct), False (incorrect), or the reward itself (float); None after a failure.
         failure: None, "timeout after ... s", "grader died ..." or "error: ...".
         seconds: Wall-clock time from leaving the queue to the verdict.
+        answer: Answer that the function has read in the response, if it names one.
     """
 
     value: bool | float | None
     failure: str | None
     seconds: float
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def grade(
     else:
         reward, is_correct = verdict.value, verdict.value > 0
     penalty = soft_overlong_penalty(response_tokens, max_response_tokens, overlong_buffer)
-    return Grade(reward=reward + penalty, correct=is_correct, failure=verdict.failure)
+    return Grade(reward + penalty, is_correct, verdict.failure, verdict.answer)
 
 
 class GraderPool:
@@ -211,7 +213,7 @@ class GraderPool:
     def _grade(self, task: _Task, process: GraderProcess | None) -> GraderProcess | None:
         """Set the verdict of ``task``; return the process if it can grade another task."""
         start = time.monotonic()
-        value, failure, timed_out = None, None, False
+        value, failure, answer, timed_out = None, None, None, False
         try:
             message = pickle.dumps((task.prompt, task.response))
         except Exception as error:  # pickling an object in prompt.extra may raise anything and must not end the thread
@@ -219,7 +221,7 @@ class GraderPool:
         else:
             try:
                 process = process or self._start()
-                value, failure = process.grade(message)
+                value, failure, answer = process.grade(message)
             except (GraderTimeout, GraderDied, RewardError) as error:
                 process, failure, timed_out = None, str(error), isinstance(error, GraderTimeout)
         with self._lock:
@@ -231,7 +233,7 @@ class GraderPool:
         if cancelled:
             task.future.set_exception(CancelledError())
         else:
-            task.future.set_result(Verdict(value, failure, time.monotonic() - start))
+            task.future.set_result(Verdict(value, failure, time.monotonic() - start, answer))
         return process
 
     def _start(self) -> GraderProcess:

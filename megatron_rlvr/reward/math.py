@@ -22,7 +22,7 @@ from decimal import Decimal
 import numpy as np
 
 from megatron_rlvr.reward.final_answer import final_answer as final_answer
-from megatron_rlvr.types import Prompt
+from megatron_rlvr.types import Graded, Prompt
 
 MAX_EXPRESSION_CHARACTERS = 2000
 """Longest answer that is compared; a longer one is incorrect. Gold answers of the usual data sets have hundreds."""
@@ -40,8 +40,18 @@ def math_reward(prompt: Prompt, response: str, *, answer_after: str | None = Non
         answer_after: Text that ends the thinking section, such as "</think>": only what follows its last occurrence
             is read, and a response without it has no answer. None if the template does not open such a section.
     """
+    return bool(math_grade(prompt, response, answer_after=answer_after).value)
+
+
+def math_grade(prompt: Prompt, response: str, *, answer_after: str | None = None) -> Graded:
+    """Return the verdict of `math_reward` together with the answer in the response.
+
+    A longer answer than `MAX_EXPRESSION_CHARACTERS`, which is incorrect, is truncated to that length.
+    """
     answer = final_answer(response, answer_after=answer_after)
-    return answer is not None and equivalent(gold_answer(prompt.answer), answer)
+    if answer is None:
+        return Graded(False, None)
+    return Graded(equivalent(gold_answer(prompt.answer), answer), answer[:MAX_EXPRESSION_CHARACTERS])
 
 
 def gold_answer(text: str) -> str:

@@ -106,8 +106,8 @@ class GraderProcess:
         self.reap()
         raise RewardError(f"reward.function={self._function}: {message}")
 
-    def grade(self, task: bytes) -> tuple[bool | float | None, str | None]:
-        """Send one task, a pickled (Prompt, response), and return its (value, failure).
+    def grade(self, task: bytes) -> tuple[bool | float | None, str | None, str | None]:
+        """Send one task, a pickled (Prompt, response), and return its (value, failure, answer).
 
         Raises:
             GraderTimeout: If the process misses the deadline.

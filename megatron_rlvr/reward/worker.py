@@ -6,7 +6,7 @@ trainer; it imports neither torch nor the trainer. Messages are length-prefixed 
 
     grader -> trainer   once: None if the function is ready, else why it cannot be imported (str)
     trainer -> grader   (Prompt, response)
-    grader -> trainer   (bool | float, None) or (None, failure)
+    grader -> trainer   (bool | float, None, answer or None) or (None, failure, None)
 
 The process may be killed at any time. It never outlives the trainer: the kernel kills it with the thread that started
 it (Linux), and it exits when the socket closes. Its standard output is redirected to standard error, so that a reward
@@ -27,6 +27,7 @@ import numpy as np
 
 from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.protocols import Reward
+from megatron_rlvr.types import Graded
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Limit on the address space of one grader.
@@ -66,10 +67,10 @@ def load(function: str, answer_after: str | None = None) -> Reward:
         AttributeError, TypeError: If the module has no such function.
     """
     if function == "math":
-        from megatron_rlvr.reward.math import math_reward, warm_up
+        from megatron_rlvr.reward.math import math_grade, warm_up
 
         warm_up()
-        return functools.partial(math_reward, answer_after=answer_after)
+        return functools.partial(math_grade, answer_after=answer_after)
     module, _, name = function.partition(":")
     reward = getattr(importlib.import_module(module), name)
     if not callable(reward):
@@ -77,28 +78,31 @@ def load(function: str, answer_after: str | None = None) -> Reward:
     return reward
 
 
-def run_task(reward: Reward, task: bytes) -> tuple[bool | float | None, str | None]:
+def run_task(reward: Reward, task: bytes) -> tuple[bool | float | None, str | None, str | None]:
     """Apply the reward function to one pickled (Prompt, response).
 
     MemoryError is not caught: the process cannot be trusted afterwards, so it ends and is replaced.
 
     Returns:
-        (value, None), or (None, failure) if the function raises or returns no reward.
+        (value, None, answer or None), or (None, failure, None) if the function raises or returns no reward.
     """
     try:
         prompt, response = pickle.loads(task)
-        value = reward(prompt, response)
+        result = reward(prompt, response)
+        value, answer = result if isinstance(result, Graded) else (result, None)
+        if not isinstance(answer, str | None):
+            raise TypeError(f"the answer is of type {type(answer).__name__}; return a str or None")
         if isinstance(value, bool | np.bool_):
-            return bool(value), None
+            return bool(value), None, answer
         if not isinstance(value, int | float | np.integer | np.floating):
             raise TypeError(f"the reward is of type {type(value).__name__}; return a bool or a finite float")
         if not math.isfinite(value):
             raise ValueError(f"the reward is {value}; return a bool or a finite float")
-        return float(value), None
+        return float(value), None, answer
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything; only this response fails
-        return None, f"error: {_describe(error)}"
+        return None, f"error: {_describe(error)}", None
 
 
 def _describe(error: BaseException) -> str:

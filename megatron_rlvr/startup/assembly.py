@@ -1,5 +1,6 @@
 """Assembly of a run: every part is made from the settings and connected to the others here, and nowhere else."""
 
+import threading
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,10 @@ from megatron_rlvr.engines.sglang.weight_sync.base import WeightSync
 from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
 from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
-from megatron_rlvr.evaluation.evaluator import Evaluator
+from megatron_rlvr.evaluation.background import BackgroundEvaluation
+from megatron_rlvr.evaluation.evaluator import Evaluator, share_of
+from megatron_rlvr.evaluation.majority import same_answers
+from megatron_rlvr.evaluation.training import TrainingEvaluation
 from megatron_rlvr.learner import Learner
 from megatron_rlvr.metrics import MetricsLog
 from megatron_rlvr.policy.build import DTYPES
@@ -35,6 +39,7 @@ from megatron_rlvr.rollout.collector import Collector
 from megatron_rlvr.rollout.sampler import Sampler
 from megatron_rlvr.rollout.synchronous import SynchronousCollector
 from megatron_rlvr.signals import Signals
+from megatron_rlvr.startup.evaluation import describe_evaluation
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.trainer import Trainer
 
@@ -65,12 +70,15 @@ def build_trainer(
     resources.callback(collector.close)
     evaluator = Evaluator(
         sampler,
-        ranks,
         settings.evaluate,
         {name: prompts.prompts for name, prompts in resolved.evaluation.items()},
+        share=share_of(ranks, leaders_only=on_servers),
+        same=same_answers(settings.reward, graders, resolved.answer_after),
         max_response_tokens=settings.rollout.max_response_tokens,
         seed=settings.run.seed,
     )
+    evaluation = TrainingEvaluation(evaluator, describe_evaluation(resolved), Path(settings.run.dir))
+    background = _background_evaluation(resolved, graders, ranks, resources)
     learner = Learner(settings, policy, make_loss(settings.loss))
     folder = Path(settings.run.dir)
     log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main, after=start.step if start else None)
@@ -97,7 +105,8 @@ def build_trainer(
         collector,
         resolved.train.prompts,
         learner,
-        evaluator,
+        evaluation,
+        background,
         log,
         progress,
         checkpoints,
@@ -145,6 +154,47 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
     )
     resources.callback(engine.close)
     return engine
+
+
+def _background_evaluation(
+    resolved: Resolved, graders: GraderPool, ranks: Ranks, resources: ExitStack
+) -> BackgroundEvaluation | None:
+    """Make the evaluation on `evaluate.servers`; None without them. A collective if there are any."""
+    settings = resolved.settings
+    if not settings.evaluate.servers:
+        return None
+    longest = settings.max_sequence_tokens
+    pool = connect(
+        settings.rollout,
+        ranks,
+        resolved.hf_config,
+        max_sequence_tokens=longest,
+        evaluation_servers=settings.evaluate.servers,
+    )
+    folder = Path(settings.run.dir) / "sync_evaluation"
+    engine = SglangEngine(
+        pool,
+        DiskSync(folder, Path(settings.model.path), pool, ranks, partial(_replace_tokenizer, resolved)),
+        stop_token_ids=resolved.stop_token_ids,
+        vocab_size=resolved.hf_config["vocab_size"],
+        max_sequence_tokens=longest,
+    )
+    resources.callback(engine.close)
+    stop = threading.Event()
+    evaluator = Evaluator(
+        Sampler(engine, resolved.tokenizer, graders, settings.reward),
+        settings.evaluate,
+        {name: prompts.prompts for name, prompts in resolved.evaluation.items()},
+        share=slice(None),
+        same=same_answers(settings.reward, graders, resolved.answer_after),
+        max_response_tokens=settings.rollout.max_response_tokens,
+        seed=settings.run.seed,
+        generate=partial(engine.completions, stop_wanted=stop.is_set),
+    )
+    evaluation = TrainingEvaluation(evaluator, describe_evaluation(resolved), Path(settings.run.dir))
+    background = BackgroundEvaluation(evaluation, engine.update_weights, stop)
+    resources.callback(background.close)
+    return background
 
 
 def _weight_sync(resolved: Resolved, pool: ServerPool | None, ranks: Ranks) -> WeightSync:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint
-from megatron_rlvr.config import FileSettings, RewardSettings, Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import DataSettings, FileSettings, RewardSettings, Settings, SettingsError, evaluation_name
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.template import EndOfTurn, PromptTemplate
@@ -92,7 +92,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     """
     hf_config = read_config(settings.model.path)
     weight_files(settings.model.path)
-    _check_config(settings.model.path, hf_config)
+    check_config(settings.model.path, hf_config)
     fields = transformer_fields(hf_config)
     ranks = world_size(settings.parallel)
     check_layout(settings, fields, ranks)
@@ -118,8 +118,8 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
             f"batch.prompts={settings.batch.prompts}: more than the {len(train)} prompts of data.train; lower it"
         )
     turn = template.end_of_turn()
-    stop = find_stop_tokens(settings, hf_config, tokenizer, turn, in_use=template.chat or _holds(train, turn))
-    after = _answer_after(settings.reward, tokenizer, train)
+    stop = find_stop_tokens(settings, hf_config, tokenizer, turn, in_use=template.chat or holds_turns(train, turn))
+    after = find_answer_after(settings.reward, tokenizer, train)
     resolved = Resolved(
         settings, hf_config, tokenizer, stop, turn, after, train, evaluation, now, ranks, start, skipped
     )
@@ -132,37 +132,46 @@ def _prompt_sets(
 ) -> tuple[PromptSet, dict[str, PromptSet]]:
     """Read the prompts to train on, and those of each evaluation set by its name."""
     data = settings.data
-
-    def load(files: Sequence[PromptFile]) -> PromptSet:
-        return load_prompts(
-            files,
-            tokenizer,
-            max_prompt_tokens=data.max_prompt_tokens,
-            template=data.template,
-            system=data.system,
-            suffix=data.suffix,
-            template_kwargs=data.template_kwargs,
-            now=now,
-            show_progress=show_progress,
-        )
-
-    def own(file: FileSettings) -> dict[str, str | None]:
-        return {key: getattr(file, key) for key in _KEYS}
-
     train = []
     for file in data.train:
-        keys = {key: value or getattr(data, key) for key, value in own(file).items()}
+        keys = {key: value or getattr(data, key) for key, value in _own_keys(file).items()}
         train.append(PromptFile(file.path, file.weight, None, **keys))
-    evaluation = {
-        evaluation_name(file): load(
-            [PromptFile(file.path, None, evaluation_name(file), **own(file), settings=f"evaluate.sets.{number}")]
-        )
+    evaluation = evaluation_sets(settings, tokenizer, now, show_progress=show_progress)
+    return _load(train, data, tokenizer, now, show_progress), evaluation
+
+
+def evaluation_sets(
+    settings: Settings, tokenizer: Tokenizer, now: datetime | None, *, show_progress: bool
+) -> dict[str, PromptSet]:
+    """Return {name: prompts} of `evaluate.sets`. Raises DataError."""
+    files = [
+        PromptFile(file.path, None, evaluation_name(file), **_own_keys(file), settings=f"evaluate.sets.{number}")
         for number, file in enumerate(settings.evaluate.sets)
-    }
-    return load(train), evaluation
+    ]
+    return {str(file.name): _load([file], settings.data, tokenizer, now, show_progress) for file in files}
 
 
-def _holds(prompts: PromptSet, turn: EndOfTurn | None) -> bool:
+def _load(
+    files: Sequence[PromptFile], data: DataSettings, tokenizer: Tokenizer, now: datetime | None, show_progress: bool
+) -> PromptSet:
+    return load_prompts(
+        files,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        template=data.template,
+        system=data.system,
+        suffix=data.suffix,
+        template_kwargs=data.template_kwargs,
+        now=now,
+        show_progress=show_progress,
+    )
+
+
+def _own_keys(file: FileSettings) -> dict[str, str | None]:
+    return {key: getattr(file, key) for key in _KEYS}
+
+
+def holds_turns(prompts: PromptSet, turn: EndOfTurn | None) -> bool:
     """Return whether prompts have been rendered beforehand by the chat template: they then hold its end of turn."""
     if turn is None or turn.token_id is None:
         return False
@@ -170,7 +179,7 @@ def _holds(prompts: PromptSet, turn: EndOfTurn | None) -> bool:
     return any((ids == turn.token_id).any() for ids in arrays.values())
 
 
-def _check_config(folder: str, hf_config: Mapping[str, Any]) -> None:
+def check_config(folder: str, hf_config: Mapping[str, Any]) -> None:
     """Raise ModelError unless config.json has the entries that the rest of the program relies on."""
     family_of(hf_config)
     for key in _SIZES:
@@ -189,7 +198,7 @@ def _check_packages(settings: Settings) -> None:
             )
 
 
-def _answer_after(reward: RewardSettings, tokenizer: Tokenizer, train: PromptSet) -> str | None:
+def find_answer_after(reward: RewardSettings, tokenizer: Tokenizer, prompts: PromptSet) -> str | None:
     """Return the text after which the answer of a response begins, by `reward.answer_after`.
 
     With auto, the first prompt decides, as the template has rendered it: the response thinks first if the prompt ends
@@ -199,7 +208,7 @@ def _answer_after(reward: RewardSettings, tokenizer: Tokenizer, train: PromptSet
         return None
     marker = reward.answer_after
     if marker == "auto":
-        _, opened, thoughts = tokenizer.decode(train.prompts[0].token_ids.tolist()).rpartition(THINK_OPEN)
+        _, opened, thoughts = tokenizer.decode(prompts.prompts[0].token_ids.tolist()).rpartition(THINK_OPEN)
         if not opened or THINK_CLOSE in thoughts:
             return None
         marker = THINK_CLOSE

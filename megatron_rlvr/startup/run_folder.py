@@ -8,7 +8,9 @@ skipped/           mini-batches with a non-finite loss or gradient
 tensorboard/       the metrics for TensorBoard
 checkpoints/       training state (megatron_rlvr/checkpoint/store.py)
 exports/, hf/      the model in Hugging Face format: on the way, and at the end
+evaluations/       records and metrics of each evaluation (megatron_rlvr/evaluation/folder.py)
 sync/              weights on their way to servers (`sync.method` disk)
+sync_evaluation/   weights on their way to `evaluate.servers`
 summary.json       written when the last step is done
 """
 
@@ -23,18 +25,20 @@ from megatron_rlvr.checkpoint.resume import check_files, checkpoint_to_resume, p
 from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, RunTotals
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import to_yaml
+from megatron_rlvr.evaluation.folder import EVALUATIONS, remove_later_evaluations
 from megatron_rlvr.input_files import same_place
 from megatron_rlvr.metrics import check_metrics
 from megatron_rlvr.startup.process import is_main
 
 RUN_FILES = (
     *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
+    *(EVALUATIONS, "sync_evaluation"),
 )
 """Names that a run writes in `run.dir` besides config.yaml, and that a fresh run in the same folder replaces."""
 
 _SUMMARY = "summary.json"
 # Written again by a resumed run, so that no file of them may be left from before.
-_REPLACED_ON_RESUME = (_SUMMARY, "sync")
+_REPLACED_ON_RESUME = (_SUMMARY, "sync", "sync_evaluation")
 
 
 def check_run_folder(settings: Settings) -> Checkpoint | None:
@@ -71,6 +75,8 @@ def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
     for name in replaced if start is None else _REPLACED_ON_RESUME:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if start is not None:
+        remove_later_evaluations(folder, start.step)
     prepare_checkpoints(settings, start)
     (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
 

@@ -1,12 +1,17 @@
 """Evaluation over ranks: a scripted engine and the real graders against a direct count."""
 
+from __future__ import annotations
+
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from statistics import mean, stdev
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from scripted import (
@@ -25,13 +30,18 @@ from scripted import (
 )
 
 from megatron_rlvr.config import EvaluateSettings, EvaluationFileSettings, RewardSettings
+from megatron_rlvr.evaluation.folder import evaluation_folder
+from megatron_rlvr.evaluation.majority import same_by_text
 from megatron_rlvr.types import Completion, CompletionRequest, Prompt
+
+if TYPE_CHECKING:
+    from megatron_rlvr.evaluation.training import TrainingEvaluation
 
 SAMPLES, CAP, SEED = 3, 20, 5
 SETS: dict[str, Sequence[Prompt]] = {
     "many": prompts_of([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.2, 0.2], "many"),
     "one": prompts_of([0.5], "one"),
-    "none correct": prompts_of([0.0] * 4, "incorrect"),
+    "none correct": prompts_of([0.0] * 4, "none correct"),
 }
 LAYOUTS = {
     "1": Layout(((0,),)),
@@ -47,36 +57,76 @@ class Outcome:
 
     first: dict[str, float]
     again: dict[str, float]
+    resumed: dict[str, float]
+    asked_resumed: list[CompletionRequest]
+    errors: list[str]
     asked_first: list[CompletionRequest]
     asked_again: list[CompletionRequest]
     samplings: set[tuple[float, float, int]]
     expected_count: int
     finished: int
+    tokens: int
 
 
-def evaluate_twice(layout: Layout, folder: Path) -> Outcome:
-    from megatron_rlvr.evaluation.evaluator import Evaluator
+def evaluation_of(
+    engine: ScriptedEngine, graders: Any, layout: Layout, run: Path, share: slice | None = None
+) -> TrainingEvaluation:
+    from megatron_rlvr.evaluation.evaluator import Evaluator, share_of
+    from megatron_rlvr.evaluation.training import TrainingEvaluation
     from megatron_rlvr.rollout.sampler import Sampler
 
     files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
     settings = EvaluateSettings(sets=files, group_size=SAMPLES, temperature=0.5, top_p=0.25)
+    # The reward settings are those of training: neither they nor a penalty for length may enter an accuracy.
+    reward = RewardSettings(correct=-1.0, incorrect=-2.0, overlong_buffer=10)
+    sampler = Sampler(engine, PlainTokenizer(), graders, reward)  # type: ignore[arg-type]
+    share = share or share_of(ranks_of(layout), leaders_only=False)
+    evaluator = Evaluator(sampler, settings, SETS, share=share, same=same_by_text, max_response_tokens=CAP, seed=SEED)
+    return TrainingEvaluation(evaluator, {"target": {}}, run)
+
+
+def evaluate_repeatedly(layout: Layout, folder: Path, run: Path) -> Outcome:
+    import torch.distributed as dist
+
+    from megatron_rlvr.evaluation.records import RecordsError
+
     with joined_process_group(), start_graders(folder) as graders:
         engine = ScriptedEngine()
-        # The reward settings are those of training: neither they nor a penalty for length may enter an accuracy.
-        reward = RewardSettings(correct=-1.0, incorrect=-2.0, overlong_buffer=10)
-        sampler = Sampler(engine, PlainTokenizer(), graders, reward)  # type: ignore[arg-type]
-        evaluator = Evaluator(sampler, ranks_of(layout), settings, SETS, max_response_tokens=CAP, seed=SEED)
+        evaluation = evaluation_of(engine, graders, layout, run)
         finished: list[int] = []
-        first = evaluator.run(finished.append)
+        evaluation.start(1)
+        first = evaluation.run(1, finished.append)
         asked_first, engine.asked = engine.asked, []
-        again = evaluator.run()
+        evaluation.start(2)
+        again = evaluation.run(2, lambda tokens: None)
+        asked_again, engine.asked = engine.asked, []
+        records = evaluation_folder(run, 2) / "records" / f"{dist.get_rank():05d}.jsonl"
+        if records.exists():  # as if this rank had been killed while it wrote its second record
+            lines = records.read_bytes().splitlines(keepends=True)
+            records.write_bytes(lines[0] + lines[1][:40] if len(lines) > 1 else lines[0])
+        dist.barrier()
+        resumed = evaluation.run(2, lambda tokens: None)
+        asked_resumed = [request for request, _ in engine.asked]
+        errors = []
+        if dist.get_rank() == 0:
+            foreign = evaluation_folder(run, 2) / "records" / "00009.jsonl"
+            foreign.write_text(lines[0].decode().replace('"seed": ', '"seed": 1').replace('"index": ', '"index": 7'))
+        dist.barrier()
+        try:
+            evaluation.run(2, lambda tokens: None)
+        except RecordsError as error:
+            errors.append(str(error))
         return Outcome(
             first,
             again,
+            resumed,
+            asked_resumed,
+            errors,
             [request for request, _ in asked_first],
-            [request for request, _ in engine.asked],
+            [request for request, _ in asked_again],
             {(s.temperature, s.top_p, s.max_response_tokens) for _, s in asked_first},
-            evaluator.requests_of_this_rank(),
+            evaluation.share_size(),
+            len(finished),
             sum(finished),
         )
 
@@ -84,11 +134,19 @@ def evaluate_twice(layout: Layout, folder: Path) -> Outcome:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     folder = write_reward(tmp_path_factory.mktemp("reward"))
-    return {name: on_ranks(evaluate_twice, layout.world_size, layout, folder) for name, layout in LAYOUTS.items()}
+    runs = tmp_path_factory.mktemp("runs")
+    return {
+        name: on_ranks(evaluate_repeatedly, layout.world_size, layout, folder, runs / name)
+        for name, layout in LAYOUTS.items()
+    }
 
 
 def identity(request: CompletionRequest) -> tuple[str, int, int]:
     return request.prompt.id, request.index, request.seed
+
+
+def standard_error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -105,10 +163,17 @@ def test_accuracy_and_pass_at_k_are_a_direct_count(name: str, outcomes: dict[str
         count = len(prompts) * SAMPLES
         expected = {
             "accuracy": correct.total() / count,
+            "accuracy_standard_error": standard_error([correct[prompt.id] / SAMPLES for prompt in prompts]),
+            "pass_at_2": mean(
+                mean(any(pair) for pair in combinations([i < correct[prompt.id] for i in range(SAMPLES)], 2))
+                for prompt in prompts
+            ),
             f"pass_at_{SAMPLES}": sum(hits > 0 for hits in correct.values()) / len(prompts),
+            "failed_fraction": 0.0,
             "response_tokens_mean": sum(len(c.token_ids) for c in completions.values()) / count,
             "truncated_fraction": sum(c.finish_reason == "length" for c in completions.values()) / count,
         }
+        expected = {key: value for key, value in expected.items() if math.isfinite(value)}
         for outcome in outcomes[name]:
             metrics = {
                 key.rpartition("/")[2]: value
@@ -128,16 +193,28 @@ def test_every_layout_and_every_evaluation_uses_the_same_random_streams(outcomes
     assert len(streams) == 1
     assert len({seed for _, _, seed in streams.pop()}) == 14 * SAMPLES
     for ranks in outcomes.values():
-        assert all(outcome.first == outcome.again == ranks[0].first for outcome in ranks)
-        assert ranks[0].first == pytest.approx(outcomes["1"][0].first)
+        for outcome in ranks:
+            for metrics in (outcome.first, outcome.again, outcome.resumed):
+                assert metrics == pytest.approx(outcomes["1"][0].first, rel=1e-12)
 
 
 def test_completions_are_distributed_evenly_and_counted_in_advance(outcomes: dict[str, list[Outcome]]):
     for ranks in outcomes.values():
         counts = [len(outcome.asked_first) for outcome in ranks]
-        assert max(counts) - min(counts) <= len(SETS)
+        assert max(counts) - min(counts) <= 1
+        assert sum(counts) == 14 * SAMPLES
         assert [outcome.finished for outcome in ranks] == counts
         assert [outcome.expected_count for outcome in ranks] == counts
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_recorded_is_not_sampled_again(name: str, outcomes: dict[str, list[Outcome]]):
+    ranks = outcomes[name]
+    asked = [identity(request) for outcome in ranks for request in outcome.asked_resumed]
+    assert len(asked) == len(set(asked)) == 14 * SAMPLES - len(ranks), "each rank had kept one record"
+    for outcome in ranks:
+        (error,) = outcome.errors
+        assert "does not belong to this evaluation; choose another --out" in error
 
 
 def test_sampling_parameters_are_those_of_the_evaluation_with_the_cap_of_training(outcomes: dict[str, list[Outcome]]):
@@ -145,52 +222,124 @@ def test_sampling_parameters_are_those_of_the_evaluation_with_the_cap_of_trainin
     assert all(samplings == {(0.5, 0.25, CAP)} for samplings in found)
 
 
-def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path) -> tuple[dict[str, float], Any, Any]:
-    """Metrics, versions of the pushed weights, and reported steps of a trainer's evaluation."""
-    from megatron_rlvr.evaluation.evaluator import Evaluator
+def evaluate_on_servers_that_lose_their_weights(layout: Layout, folder: Path, run: Path) -> tuple[Any, ...]:
+    """Metrics, versions of the pushed weights, reported steps, and requests of a trainer's evaluation."""
     from megatron_rlvr.protocols import WeightsMissingError
-    from megatron_rlvr.rollout.sampler import Sampler
     from megatron_rlvr.trainer import Trainer
 
     class ForgettingEngine(ScriptedEngine):
-        """Fails in the middle of its second call, and of its fifth: in the second set, and then in the third."""
+        """Fails in the middle of its first two calls."""
 
         def __init__(self) -> None:
             super().__init__()
             self.versions: list[int] = []
+            self.answered: list[tuple[str, int, int]] = []
 
         def update_weights(self, named_tensors: Any, version: int) -> None:
             self.versions.append(version)
 
         def generate(self, requests: Sequence[CompletionRequest], sampling: Any) -> Iterator[Completion]:
-            fails = len(self.calls) in (1, 4)
+            fails = len(self.calls) < 2
+            by_key = {(r.prompt.id, r.index): r for r in requests}
             for number, completion in enumerate(super().generate(requests, sampling)):
                 if fails and number == len(requests) // 2:
                     break
+                self.answered.append(identity(by_key[completion.prompt_id, completion.index]))
                 yield completion
             if fails:
                 raise WeightsMissingError("no server holds the current weights")
 
-    files = [EvaluationFileSettings(path=f"{name}.jsonl") for name in SETS]
-    settings = EvaluateSettings(sets=files, group_size=SAMPLES, temperature=0.5, top_p=0.25)
     with joined_process_group(), start_graders(folder) as graders:
         engine = ForgettingEngine()
-        sampler = Sampler(engine, PlainTokenizer(), graders, RewardSettings())  # type: ignore[arg-type]
-        evaluator = Evaluator(sampler, ranks_of(layout), settings, SETS, max_response_tokens=CAP, seed=SEED)
         reported: list[int] = []
         progress = SimpleNamespace(
-            evaluating=lambda total: nullcontext(lambda count: None),
+            evaluating=lambda total: nullcontext(lambda tokens: None),
             evaluated=lambda step, metrics: reported.append(step),
         )
         trainer: Any = Trainer.__new__(Trainer)  # with only the attributes that evaluations need
-        trainer.evaluator, trainer.progress, trainer.engine = evaluator, progress, engine
-        trainer.policy = SimpleNamespace(export_weights=lambda: iter(()))
-        return trainer.evaluate(7), engine.versions, reported
+        trainer.evaluation, trainer.progress = evaluation_of(engine, graders, layout, run), progress
+        trainer.engine, trainer.policy = engine, SimpleNamespace(export_weights=lambda: iter(()))
+        trainer.background = None
+        return trainer.evaluate(7), engine.versions, reported, engine.answered
 
 
-def test_weights_that_servers_have_lost_are_pushed_again_and_the_evaluation_is_repeated(
+def test_weights_that_servers_have_lost_are_pushed_again_and_the_evaluation_continues(
     outcomes: dict[str, list[Outcome]], tmp_path: Path
 ):
     layout = LAYOUTS["2"]
-    found = on_ranks(evaluate_on_servers_that_lose_their_weights, layout.world_size, layout, write_reward(tmp_path))
-    assert found == [(outcomes["2"][0].first, [7, 7], [7])] * layout.world_size
+    world = layout.world_size
+    found = on_ranks(
+        evaluate_on_servers_that_lose_their_weights, world, layout, write_reward(tmp_path), tmp_path / "run"
+    )
+    for metrics, versions, reported, _ in found:
+        assert metrics == pytest.approx(outcomes["2"][0].first)
+        assert (versions, reported) == ([7, 7], [7])
+    answered = [each for _, _, _, answers in found for each in answers]
+    assert len(answered) == len(set(answered)) == 14 * SAMPLES, "no completion is sampled twice"
+
+
+def evaluate_in_the_background(layout: Layout, folder: Path, run: Path) -> dict[str, Any]:
+    """What a rank sees of two evaluations beside training, and of one whose servers fail."""
+    import threading
+
+    import torch.distributed as dist
+
+    from megatron_rlvr.evaluation.background import BackgroundEvaluation
+    from megatron_rlvr.protocols import EngineError
+
+    gate = threading.Event()
+
+    class WaitingEngine(ScriptedEngine):
+        """Answers half of its requests, and then waits for the gate; its third call fails."""
+
+        def generate(self, requests: Sequence[CompletionRequest], sampling: Any) -> Iterator[Completion]:
+            for number, completion in enumerate(super().generate(requests, sampling)):
+                if number == len(requests) // 2:
+                    if len(self.calls) == 3:
+                        raise EngineError("no server was healthy")
+                    gate.wait()
+                yield completion
+
+    pushed: list[int] = []
+    found: dict[str, Any] = {}
+    with joined_process_group(), start_graders(folder) as graders:
+        evaluation = evaluation_of(WaitingEngine(), graders, Layout(((0,), (1,))), run, share=slice(None))
+        background = BackgroundEvaluation(
+            evaluation, lambda tensors, version: pushed.append(version), threading.Event()
+        )
+        found["before"] = background.collect(wait=True)
+        background.start(5, iter(()))
+        found["in flight"] = background.collect(wait=False)
+        found["step"] = background.step
+        records = evaluation_folder(run, 5) / "records" / "00000.jsonl"
+        found["summary"] = (evaluation_folder(run, 5) / "summary.json").exists()
+        gate.set()
+        found["first"] = background.collect(wait=True)
+        found["again"] = background.collect(wait=True)
+        found["records"] = records.read_text().count("\n")
+        background.start(9, iter(()))
+        found["second"] = background.collect(wait=True)
+        background.start(12, iter(()))
+        found["failed"] = background.collect(wait=True)
+        background.close()
+        dist.barrier()
+    return found | {"pushed": pushed}
+
+
+def test_an_evaluation_in_the_background_has_its_metrics_under_its_own_step(
+    outcomes: dict[str, list[Outcome]], tmp_path: Path
+):
+    layout = LAYOUTS["2"]
+    folder = write_reward(tmp_path)
+    for found in on_ranks(evaluate_in_the_background, layout.world_size, layout, folder, tmp_path / "run"):
+        assert (found["before"], found["in flight"], found["step"], found["again"]) == (None, None, 5, None)
+        assert not found["summary"]
+        step, metrics, failure = found["first"]
+        assert (step, failure) == (5, None)
+        assert metrics == pytest.approx(outcomes["2"][0].first)
+        assert found["records"] == 14 * SAMPLES
+        step, metrics, failure = found["second"]
+        assert (step, failure) == (9, None)
+        assert metrics == pytest.approx(outcomes["2"][0].first)
+        assert found["failed"] == (12, {}, "no server was healthy")
+        assert found["pushed"] == [5, 9, 12]

@@ -54,6 +54,8 @@ class ServerInfo:
         context_length: Maximum number of tokens of a prompt and its response together.
         vocab_size: Size of the vocabulary; None if the server does not report it.
         preferred_sampling_params: Sampling parameters that the server adds to every request; None if there are none.
+        model_path: Folder from which the server has loaded the model; None if it does not report it.
+        weights: Name of the weights that it holds; None if it does not report it.
     """
 
     model_type: str | None
@@ -61,6 +63,8 @@ class ServerInfo:
     context_length: int
     vocab_size: int | None
     preferred_sampling_params: Any
+    model_path: str | None = None
+    weights: str | None = None
 
 
 class Server:
@@ -141,6 +145,8 @@ class Server:
             context_length=context_length,
             vocab_size=await self._vocab_size(),
             preferred_sampling_params=model.get("preferred_sampling_params"),
+            model_path=_text(model.get("model_path")),
+            weights=_text(model.get("weight_version")),
         )
 
     async def _vocab_size(self) -> int | None:
@@ -315,6 +321,11 @@ class Server:
         except AnswerError as error:
             response.close()
             raise UnhealthyServerError(f"{path} {error}") from None
+
+
+def _text(value: Any) -> str | None:
+    """Return a text of an answer, or None for anything else."""
+    return value if isinstance(value, str) else None
 
 
 def _context_length(models: dict[str, Any]) -> int | None:

@@ -23,12 +23,18 @@ logger = logging.getLogger(__name__)
 
 
 def connect(
-    settings: RolloutSettings, ranks: Ranks, hf_config: Mapping[str, Any], *, max_sequence_tokens: int
+    settings: RolloutSettings,
+    ranks: Ranks,
+    hf_config: Mapping[str, Any],
+    *,
+    max_sequence_tokens: int,
+    evaluation_servers: Sequence[str] = (),
 ) -> ServerPool | None:
     """Connect the leader of each data-parallel replica to the servers; a collective over the world.
 
     Args:
         settings: Settings of the rollout, with the servers' URLs.
+        evaluation_servers: URLs to connect to instead, those of `evaluate.servers`, which the main rank alone uses.
         ranks: Ranks of the run.
         hf_config: config.json of the model.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
@@ -41,12 +47,13 @@ def connect(
             server is logged.
     """
 
+    key = "evaluate.servers" if evaluation_servers else "rollout.servers"
     api_key = read_api_key(settings.api_key_file, "rollout.api_key_file") if settings.api_key_file else None
 
     def pool_of(urls: Sequence[str]) -> ServerPool:
         return ServerPool(
             urls,
-            max_inflight=math.ceil(settings.max_inflight / ranks.data_size),
+            max_inflight=math.ceil(settings.max_inflight / (1 if evaluation_servers else ranks.data_size)),
             retries=settings.retries,
             patience_seconds=settings.server_timeout_seconds,
             api_key=api_key,
@@ -55,14 +62,15 @@ def connect(
     urls: list[str] = []
     problems: list[str] = []
     if ranks.is_main:
-        with closing(pool_of(settings.servers)) as pool_of_settings:
+        with closing(pool_of(evaluation_servers or settings.servers)) as pool_of_settings:
             find_workers = partial(workers_of, patience_seconds=pool_of_settings.patience_seconds)
-            urls, problems = expand(pool_of_settings.everywhere(find_workers))
+            urls, problems = expand(pool_of_settings.everywhere(find_workers), key)
     found: list[list[str]] = [urls]
     dist.broadcast_object_list(found, src=0)
     pool = pool_of(found[0]) if ranks.replica_rank == 0 else None
     if ranks.is_main and pool is not None:
-        problems += _problems(pool, hf_config, max_sequence_tokens, colocated=settings.colocated)
+        colocated = settings.colocated and not evaluation_servers
+        problems += _problems(pool, hf_config, max_sequence_tokens, colocated=colocated, key=key)
         for problem in problems[1:]:
             logger.error(problem)
     try:
@@ -74,11 +82,27 @@ def connect(
     return pool
 
 
-def expand(answers: Mapping[str, list[str] | ServerError | None]) -> tuple[list[str], list[str]]:
+def served_folder(urls: Sequence[str]) -> str | None:
+    """Return the folder from which the first server has loaded its model; None if it does not report it.
+
+    Raises:
+        SettingsError: If the server does not answer.
+    """
+    with closing(ServerPool(urls[:1], max_inflight=1, retries=0, patience_seconds=0.0)) as pool:
+        (answer,) = pool.everywhere(lambda server: server.info()).values()
+    if isinstance(answer, ServerError):
+        raise SettingsError(_unusable(urls[0], answer, "--servers"))
+    return answer.model_path
+
+
+def expand(
+    answers: Mapping[str, list[str] | ServerError | None], key: str = "rollout.servers"
+) -> tuple[list[str], list[str]]:
     """Return the URLs of all servers, and one sentence for each problem.
 
     Args:
-        answers: {URL of `rollout.servers`: result of `workers_of`}.
+        answers: {URL of a setting: result of `workers_of`}.
+        key: The setting, for messages.
 
     Returns:
         Every URL once, in order, each router replaced by its workers; and the problems.
@@ -87,14 +111,14 @@ def expand(answers: Mapping[str, list[str] | ServerError | None]) -> tuple[list[
     problems = []
     for url, answer in answers.items():
         if isinstance(answer, ServerError):
-            problems.append(_unusable(url, answer))
+            problems.append(_unusable(url, answer, key))
         else:
             urls |= dict.fromkeys([url] if answer is None else answer)
     return list(urls), problems
 
 
 def _problems(
-    pool: ServerPool, hf_config: Mapping[str, Any], max_sequence_tokens: int, *, colocated: bool
+    pool: ServerPool, hf_config: Mapping[str, Any], max_sequence_tokens: int, *, colocated: bool, key: str
 ) -> list[str]:
     """Return one sentence for each server that cannot be used. Waits for servers that are starting."""
 
@@ -107,14 +131,14 @@ def _problems(
     problems = []
     for url, answer in pool.everywhere(ask).items():
         if isinstance(answer, ServerError):
-            problems.append(_unusable(url, answer))
+            problems.append(_unusable(url, answer, key))
         elif problem := _mismatch(answer, hf_config, max_sequence_tokens):
-            problems.append(f"rollout.servers={url}: {problem}")
+            problems.append(f"{key}={url}: {problem}")
     return problems
 
 
-def _unusable(url: str, error: ServerError) -> str:
-    return f"rollout.servers={url}: the server cannot be used ({error}); start it, or remove it from the list"
+def _unusable(url: str, error: ServerError, key: str) -> str:
+    return f"{key}={url}: the server cannot be used ({error}); start it, or remove it from the list"
 
 
 def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_tokens: int) -> str | None:

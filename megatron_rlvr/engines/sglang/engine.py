@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 1.0
+
 
 class SglangEngine:
     """Samples completions on servers; see protocols.StreamingEngine.
@@ -139,7 +141,7 @@ class SglangEngine:
         failure = None
         try:
             if requests:
-                yield from self._completions(requests, sampling)
+                yield from self.completions(requests, sampling)
         except EngineError as error:
             failure = error
         finally:
@@ -148,15 +150,28 @@ class SglangEngine:
         counters.wait_for_all(dist.get_world_size())
         raise_on_all_ranks(failure)
 
-    def _completions(self, requests: Sequence[CompletionRequest], sampling: Sampling) -> Iterator[Completion]:
-        """Yield the completions of this rank's requests as they arrive."""
+    def completions(
+        self,
+        requests: Sequence[CompletionRequest],
+        sampling: Sampling,
+        stop_wanted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Completion]:
+        """Yield the completions of this leader's requests as they arrive; not a collective.
+
+        Args:
+            stop_wanted: Asked once a second; if it returns True, the iterator ends and the other requests are aborted.
+
+        Raises:
+            EngineError: The servers fail for good, or a request cannot be sent to any server.
+        """
         if self.pool is None:
             raise RuntimeError("this rank is not the leader of its data-parallel replica; give requests to the leader")
         with self.open(sampling) as stream:
             stream.submit(requests)
             for _ in requests:
-                answer = stream.get()
-                assert answer is not None
+                while (answer := stream.get(_POLL_SECONDS)) is None:
+                    if stop_wanted():
+                        return
                 yield answer[1]
 
     @contextmanager

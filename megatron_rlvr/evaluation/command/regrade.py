@@ -1,0 +1,129 @@
+"""Grading the recorded responses of an evaluation again, with the same or another reward, without sampling."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rlvr.config import RewardSettings, SettingsError
+from megatron_rlvr.config.loading import parse_flags, validate
+from megatron_rlvr.data.records import RecordFile
+from megatron_rlvr.evaluation.command.results import publish
+from megatron_rlvr.evaluation.folder import check_folder, read_description, write_description
+from megatron_rlvr.evaluation.majority import majorities, same_answers
+from megatron_rlvr.evaluation.records import Record, RecordsError, RecordWriter, read_records, read_responses
+from megatron_rlvr.evaluation.summary import summarize_sets
+from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
+from megatron_rlvr.types import Prompt
+
+_IN_FLIGHT = 64
+_TEXT_AFTER = "answer_after"
+
+
+def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> None:
+    """Grade the responses recorded in ``source``, and write records and metrics to ``out``.
+
+    Args:
+        source: Folder of an evaluation.
+        out: Folder to write, or to resume.
+        flags: Flags ``--reward.KEY VALUE`` that win over the reward of the evaluation.
+        as_json: Print JSON instead of a table.
+
+    Raises:
+        RlvrError: If there are no records, the sets have changed, or ``out`` holds something else.
+    """
+    before = read_description(source)
+    reward, answer_after = _reward(before["reward"], flags)
+    own = reward.model_dump(include={"function", "correct", "incorrect"}) | {_TEXT_AFTER: answer_after}
+    description = {**before, "reward": own, "regraded_from": str(source.resolve())}
+    if source.resolve() == out.resolve():
+        raise RecordsError(f"--out {out}: holds the records to grade again; choose another folder")
+    check_folder(out, description)
+    prompts = _prompts(before["sets"])
+    done = {record.key for record in read_records(out)}
+    changed = 0
+    with GraderPool(
+        reward.function, workers=reward.workers, timeout_seconds=reward.timeout_seconds, answer_after=answer_after
+    ) as graders:
+        write_description(out, description)
+        with RecordWriter(out, 0) as writer:
+            waiting: deque[tuple[Record, str, Future[Verdict]]] = deque()
+
+            def take() -> None:
+                record, response, verdict = waiting.popleft()
+                writer.write(_regraded(record, verdict.result(), reward), response)
+
+            try:
+                for record, response in read_responses(source):
+                    if record.key not in done:
+                        prompt = _prompt_of(record, prompts)
+                        waiting.append((record, response, graders.submit(prompt, response)))
+                    while len(waiting) > _IN_FLIGHT:
+                        take()
+            finally:
+                while waiting:
+                    take()
+        records = read_records(out)
+        summaries = summarize_sets(
+            records,
+            {name: each["problems"] for name, each in before["sets"].items()},
+            group_size=before["sampling"]["group_size"],
+            pass_at=None,
+            majority=majorities(records, same_answers(reward, graders, answer_after)),
+            names_answers=reward.function == "math",
+        )
+    verdicts = {record.key: record.correct for record in read_records(source)}
+    changed = sum(verdicts[record.key] != record.correct for record in records)
+    publish(out, summaries, {"verdicts": [f"{changed:,} of {len(records):,} have changed"]}, rate=None, as_json=as_json)
+
+
+def _reward(before: Mapping[str, Any], flags: Sequence[str]) -> tuple[RewardSettings, str | None]:
+    """Return the reward's settings, and the text after which answers begin: the recorded one unless a flag sets it."""
+    values: dict[str, Any] = {key: value for key, value in before.items() if key != _TEXT_AFTER}
+    answer_after = before[_TEXT_AFTER]
+    for key, value in parse_flags(list(flags)):
+        section, _, name = key.partition(".")
+        if section != "reward" or name not in RewardSettings.model_fields or name == "overlong_buffer":
+            raise SettingsError(f"--{key}: no setting of a reward; --regrade reads --reward.function and its like only")
+        values[name] = value
+        if name == _TEXT_AFTER:
+            answer_after = None if value in ("none", "auto") else value
+    whole = {"run": {"dir": "-", "steps": 1}, "model": {"path": "-"}, "data": {"train": ["-"]}, "reward": values}
+    reward = validate(whole).reward
+    return reward, answer_after if reward.function == "math" else None
+
+
+def _prompts(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Prompt]:
+    """Return {id: problem} of all sets, without tokens."""
+    found = {}
+    for name, each in sets.items():
+        keys = {key: each[key] for key in ("prompt_key", "answer_key", "id_key")}
+        for row in RecordFile(each["path"], name=name, **keys, settings="evaluate.sets"):
+            found[row.id] = Prompt(row.id, np.zeros(0, np.int32), row.answer, row.source, row.extra)
+    return found
+
+
+def _prompt_of(record: Record, prompts: Mapping[str, Prompt]) -> Prompt:
+    prompt = prompts.get(record.problem)
+    if prompt is None or prompt.answer != record.gold:
+        raise RecordsError(
+            f"{record.problem}: the set's file has changed since the evaluation, and does not have this problem with "
+            "its gold answer; restore the file"
+        )
+    return prompt
+
+
+def _regraded(record: Record, verdict: Verdict, reward: RewardSettings) -> Record:
+    found = grade(
+        verdict,
+        record.tokens,
+        correct=reward.correct,
+        incorrect=reward.incorrect,
+        max_response_tokens=record.tokens,
+        overlong_buffer=0,
+    )
+    return replace(record, answer=found.answer, correct=found.correct, reward=found.reward, failure=found.failure)
