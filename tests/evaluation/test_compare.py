@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats as scipy_stats
 
 from megatron_rlvr.evaluation.compare import compare, compare_sets, unlike_settings
 from megatron_rlvr.evaluation.folder import write_description
 from megatron_rlvr.evaluation.records import Record, RecordsError, RecordWriter
-
-scipy_stats = pytest.importorskip("scipy.stats")
 
 
 def records_of(verdicts: np.ndarray, name: str = "aime24", start: int = 0) -> list[Record]:

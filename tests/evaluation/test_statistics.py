@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats as scipy_stats
 
 from megatron_rlvr.evaluation.statistics import (
     bootstrap_interval,
@@ -17,8 +18,6 @@ from megatron_rlvr.evaluation.statistics import (
     sign_test,
     student_quantile,
 )
-
-scipy_stats = pytest.importorskip("scipy.stats")
 
 
 def tables(count: int = 30):
