@@ -1,7 +1,7 @@
 """Pairs of a gold answer and an answer or response: incorrect answers are not paid, correct ones are not refused.
 
-`pairs.jsonl` has the verdicts of the mathematics, `strict.jsonl` the correct answers that the grader refuses on
-purpose, each with its reason.
+`pairs.jsonl` has the verdicts of the mathematics, `blind.jsonl` those of pairs whose authors had not seen the grader or
+other pairs of its tests, and `strict.jsonl` the correct answers that the grader refuses on purpose, with reasons.
 """
 
 import json
@@ -28,13 +28,21 @@ def verdict(row: dict[str, Any]) -> bool:
     return math_reward(prompt, row.get("response") or f"So it is $\\boxed{{{row['answer']}}}$.")
 
 
-PAIRS, STRICT = rows("pairs.jsonl"), rows("strict.jsonl")
+PAIRS, BLIND, STRICT = rows("pairs.jsonl"), rows("blind.jsonl"), rows("strict.jsonl")
 
 
 @pytest.mark.parametrize("kind", sorted({row["kind"] for row in PAIRS}))
 def test_every_pair_has_the_verdict_of_the_mathematics(kind: str) -> None:
     of_kind = [row for row in PAIRS if row["kind"] == kind]
     assert [row for row in of_kind if verdict(row) is not row["expected"]] == []
+
+
+def test_of_blind_pairs_no_incorrect_answer_is_paid_and_the_refused_ones_are_listed() -> None:
+    listed = {(row["gold"], row.get("answer")) for row in STRICT}
+    assert [row for row in BLIND if verdict(row) and not row["expected"]] == []
+    assert [
+        row for row in BLIND if not verdict(row) and row["expected"] and (row["gold"], row["answer"]) not in listed
+    ] == []
 
 
 def test_there_are_hundreds_of_pairs_and_as_many_incorrect_as_correct_ones() -> None:
