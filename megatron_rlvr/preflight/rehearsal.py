@@ -93,7 +93,7 @@ def rehearsal_settings(
             "max_response_tokens": response,
             "dynamic_sampling": False,
             "max_rounds": RolloutSettings.model_fields["max_rounds"].default,
-            "max_logprob_gap": 1e9,  # the mismatch is a check of its own
+            "max_logprob_gap": 1e6,  # the mismatch is a check of its own
         },
         "batch": {"prompts": prompts, "mini_batch_prompts": prompts},
         "log": {"tensorboard": False, "wandb": False, "wandb_project": None, "rollouts": 0},

@@ -253,12 +253,12 @@ def test_an_existing_folder_is_refused_and_unchanged(model, checkpoint, tmp_path
 
 def test_too_little_disk_space_is_refused_before_anything_is_written(tmp_path):
     """The model is a sparse file of 8 TiB."""
-    vocab, folder = 2**36, tmp_path / "vast"
-    tiny.write_model(folder, tie_word_embeddings=True)
+    vocab, hidden, folder = 2**31, 1024, tmp_path / "vast"
+    tiny.write_model(folder, tie_word_embeddings=True, hidden_size=hidden)
     weights = {n: t for n, t in weights_of(folder).items() if n != "model.embed_tokens.weight"}
     header: dict[str, Any] = {}
-    end = vocab * 32 * 4
-    header["model.embed_tokens.weight"] = {"dtype": "F32", "shape": [vocab, 32], "data_offsets": [0, end]}
+    end = vocab * hidden * 4
+    header["model.embed_tokens.weight"] = {"dtype": "F32", "shape": [vocab, hidden], "data_offsets": [0, end]}
     for name, tensor in weights.items():
         offsets = [end, end := end + tensor.nbytes]
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}

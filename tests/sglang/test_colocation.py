@@ -22,7 +22,7 @@ from real_servers import RealServer
 from waiting import wait_for
 
 from megatron_rlvr.engines.sglang import colocation
-from megatron_rlvr.engines.sglang.client import RequestRefusedError, Server, UnhealthyServerError
+from megatron_rlvr.engines.sglang.client import RequestRefusedError, Server, UnhealthyServerError, new_session
 from megatron_rlvr.engines.sglang.colocation import RELEASED, Missing, missing_memory
 from megatron_rlvr.engines.sglang.membership import ServerState
 
@@ -35,7 +35,7 @@ TRAINER = """
 import asyncio, sys
 import aiohttp
 from megatron_rlvr.engines.sglang import colocation
-from megatron_rlvr.engines.sglang.client import Server
+from megatron_rlvr.engines.sglang.client import Server, new_session
 
 class Stepped(Server):
     async def send(self, method, path, timeout_seconds, body=None, *limit):
@@ -44,7 +44,7 @@ class Stepped(Server):
         return await super().send(method, path, timeout_seconds, body, *limit)
 
 async def step(url, folder):
-    async with aiohttp.ClientSession() as session:
+    async with new_session(aiohttp.TCPConnector()) as session:
         server = Stepped(url, session)
         await colocation.release(server)
         await colocation.resume_weights(server)
@@ -60,7 +60,7 @@ def with_client(url: str, use: Callable[[Server], Awaitable[T]]) -> T:
     """Return the result of ``use`` on a new client of the server, which knows nothing about it."""
 
     async def run() -> T:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+        async with new_session(aiohttp.TCPConnector(force_close=True)) as session:
             return await use(Server(url, session))
 
     return asyncio.run(run())

@@ -192,7 +192,7 @@ def settings_of(recipe: Recipe) -> Any:
             "data": {"train": "nowhere"},
             "selection": selection,
             "loss": loss,
-            "rollout": {"max_logprob_gap": 1e9},
+            "rollout": {"max_logprob_gap": 1e6},
         }
     )
 

@@ -67,6 +67,16 @@ class ServerInfo:
     weights: str | None = None
 
 
+def new_session(connector: aiohttp.BaseConnector, api_key: str | None = None) -> aiohttp.ClientSession:
+    """Return a session for any number of servers. Asks for plain bodies, inflates none, and keeps no cookies."""
+    headers = {"Accept-Encoding": "identity"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return aiohttp.ClientSession(
+        connector=connector, headers=headers, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+    )
+
+
 class Server:
     """Client of one server. All methods are coroutines of the event loop that owns the session.
 

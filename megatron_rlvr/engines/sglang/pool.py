@@ -20,7 +20,13 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from megatron_rlvr.engines.sglang.client import RequestRefusedError, Server, ServerError, UnhealthyServerError
+from megatron_rlvr.engines.sglang.client import (
+    RequestRefusedError,
+    Server,
+    ServerError,
+    UnhealthyServerError,
+    new_session,
+)
 from megatron_rlvr.engines.sglang.dispatch import Dispatcher
 from megatron_rlvr.engines.sglang.event_loop import EventLoopThread, cancel
 from megatron_rlvr.engines.sglang.membership import ExpectedWeights, Member, Membership, ServerStatus
@@ -68,13 +74,7 @@ class ServerPool:
         # Drop an idle connection before the server would do so (after 5 s), or before another server may be running on
         # the same port: a request on a connection that is found closed looks like one to a server that died.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
-        headers = {"Accept-Encoding": "identity"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        # Bodies are not inflated, and servers leave nothing behind in this process: no cookies.
-        self._session = aiohttp.ClientSession(
-            connector=connector, headers=headers, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
-        )
+        self._session = new_session(connector, self._api_key)
         return [Server(url, self._session) for url in urls]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
