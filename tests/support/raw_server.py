@@ -1,6 +1,7 @@
 """A server that sends any bytes as its answer, also such as no HTTP library would send."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ class RawServer:
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             self.requests.append(await reader.readuntil(b"\r\n\r\n"))
+            length = re.search(rb"(?i)content-length: (\d+)", self.requests[-1])
+            await reader.readexactly(int(length[1]) if length else 0)  # closing with bytes unread would reset
             for chunk in self.answer():
                 if not chunk:
                     await asyncio.sleep(0.05)
