@@ -72,7 +72,8 @@ def head(status: str = "200 OK", **headers: str) -> bytes:
 
 def plain(body: bytes, status: str = "200 OK", **headers: str) -> bytes:
     """Return a whole answer."""
-    return head(status, Content_Type="application/json", Content_Length=str(len(body)), **headers) + body
+    headers = {"Content_Type": "application/json", "Content_Length": str(len(body)), "Connection": "close"} | headers
+    return head(status, **headers) + body
 
 
 def endless(begin: bytes, chunk: bytes) -> Iterator[bytes]:
