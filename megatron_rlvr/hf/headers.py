@@ -22,10 +22,11 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that older programs saved with the weights and every loader computes itself, and heads that predict further
 # tokens: next-token logits depend on none of them. The bias of an attention is a buffer only if it is a causal mask.
 _NOT_NEEDED = re.compile(
-    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_)?attn\.masked_bias|position_ids)|(model\.)?mtp\..*"
+    r"(.*\.)?(rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)|(self_)?attn\.masked_bias|position_ids)|(model\.)?mtp\..*"
 )
 _MASK, _MASK_DIMENSIONS = re.compile(r"(.*\.)?(self_)?attn\.bias"), 4
 _CHUNK_BYTES = 2**24
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,21 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if _is_lfs_pointer(path):
+            raise ModelError(f"{path} is a pointer of Git LFS, not the file; run git lfs pull in its folder") from None
         raise ModelError(f"{path} cannot be read ({error}); download it again") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         yield name, StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + size + start, end - start)
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
 
 
 def _is_not_needed(name: str, stored: StoredTensor) -> bool:

@@ -5,6 +5,7 @@ in use, the eos of the tokenizer, and those of config.json and generation_config
 count, and so do the tokens of `rollout.stop`.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from megatron_rlvr.data.template import EndOfTurn
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.hf.families import ModelError
 from megatron_rlvr.input_files import read_json_object
+
+logger = logging.getLogger(__name__)
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -60,8 +63,11 @@ def find_stop_tokens(
     if in_use and turn is not None and turn.token_id is not None:
         reasons[turn.token_id] = ["the end of turn of the chat template"]
     reasons.setdefault(tokenizer.eos_token_id, []).append("eos of the tokenizer")
-    for file, token in _eos_tokens(Path(settings.model.path), hf_config):
+    generation = _generation_config(Path(settings.model.path))
+    for file, token in _eos_tokens(Path(settings.model.path), hf_config, generation):
         reasons.setdefault(token, []).append(f"eos of {file}")
+    for token in _stop_strings(generation, tokenizer):
+        reasons.setdefault(token, []).append(f"stop_strings of {_GENERATION_CONFIG}")
     for entry in settings.rollout.stop:
         reasons.setdefault(_own_token(entry, tokenizer, hf_config["vocab_size"]), []).append("rollout.stop")
     known = range(tokenizer.vocab_size)  # the model's vocabulary may be padded
@@ -71,12 +77,28 @@ def find_stop_tokens(
     )
 
 
-def _eos_tokens(folder: Path, hf_config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _generation_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / _GENERATION_CONFIG
+    return read_json_object(path, ModelError, "copy the model's own, or remove it") if path.exists() else {}
+
+
+def _stop_strings(generation: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[int]:
+    """Yield the id of every stop string that is one token; a warning names the others, which end no response."""
+    value = generation.get("stop_strings") or []
+    for text in value if isinstance(value, list) else [value]:
+        token = tokenizer.token_id(text) if isinstance(text, str) else None
+        if token is not None:
+            yield token
+        else:
+            logger.warning(
+                "stop_strings of %s holds %s, which is not one token, and ends no response; rollout.stop takes tokens",
+                *(_GENERATION_CONFIG, shown(text)),
+            )
+
+
+def _eos_tokens(folder: Path, hf_config: Mapping[str, Any], generation: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield (name of the file, id) of every eos of a model folder."""
-    files: dict[str, Any] = {"config.json": hf_config}
-    generation = folder / _GENERATION_CONFIG
-    if generation.exists():
-        files[_GENERATION_CONFIG] = read_json_object(generation, ModelError, "copy the model's own, or remove it")
+    files = {"config.json": hf_config, _GENERATION_CONFIG: generation}
     for file, content in files.items():
         value = content.get("eos_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:

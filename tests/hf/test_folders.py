@@ -141,6 +141,9 @@ def test_errors_name_the_missing_or_damaged_file(tmp_path):
     (tmp_path / names[1]).write_bytes((tmp_path / names[0]).read_bytes()[:-3])
     with pytest.raises(ModelError, match=f"{names[1]} cannot be read"):
         TensorReader(tmp_path)
+    (tmp_path / names[1]).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match="is a pointer of Git LFS, not the file; run git lfs pull in its folder"):
+        TensorReader(tmp_path)
     save_file({"b": torch.ones(2)}, tmp_path / names[1])
     assert_holds(tmp_path, {"a": torch.zeros(2), "b": torch.ones(2)})
 

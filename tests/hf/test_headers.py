@@ -55,7 +55,8 @@ def with_buffers(tensors: Tensors) -> Tensors:
         buffers |= {rope + "inv_freq": torch.ones(4), rope + "cos_cached": torch.ones(1, 1, 8, 4).half()}
         buffers[attention.format(layer) + "bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
         buffers[attention.format(layer) + "masked_bias"] = torch.tensor(-1e4)
-    buffers |= {"model.rotary_emb.inv_freq": torch.ones(4), "model.position_ids": torch.arange(8)[None]}
+    buffers |= {"model.rotary_emb.inv_freq": torch.ones(4), "model.rotary_emb.original_inv_freq": torch.ones(4)}
+    buffers |= {"model.position_ids": torch.arange(8)[None]}
     return tensors | buffers | {"mtp.layers.0.weight": torch.ones(3, 3)}
 
 

@@ -105,6 +105,15 @@ def test_lists_of_eos_and_the_users_own_tokens_are_stop_tokens(
     }
 
 
+def test_a_stop_string_of_the_model_that_is_one_token_is_a_stop_token_and_others_are_named(
+    base_model: Callable[..., dict[str, Any]], resolve_with: Resolve, caplog: pytest.LogCaptureFixture
+) -> None:
+    section = base_model(generation={"stop_strings": ["<|start|>", "Answer: 12"]})
+    found = reasons(resolve_with(model=section))
+    assert found[START] == ("stop_strings of generation_config.json",)
+    assert "'Answer: 12', which is not one token, and ends no response" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("stop", "message"),
     [
