@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,13 @@ def _one_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "SECONDS", 1.0)
 
 
+@pytest.fixture(autouse=True)
+def _every_process_ends() -> Iterator[None]:
+    before = psutil.Process().children()
+    yield
+    assert [process for process in psutil.Process().children() if process not in before] == []
+
+
 @pytest.mark.usefixtures("_one_second")
 def test_a_template_that_fails_in_any_way_is_one_line(
     hugging_face_folder: Path, tmp_path: Path, write_config: Callable[..., None]
@@ -58,7 +65,6 @@ def test_a_template_that_fails_in_any_way_is_one_line(
         assert len(str(error.value)) < 1000, name
         assert PromptTemplate(tokenizer).end_of_turn() is not None
         assert time.monotonic() - start < 60, name
-    assert psutil.Process().children() == []
 
 
 @pytest.mark.parametrize("template", [5, ["x"]])
@@ -78,7 +84,6 @@ def test_texts_come_in_order_and_the_process_is_gone() -> None:
     texts = bounded_texts(str, [1, 2, 3])
     assert next(texts) == "1"
     texts.close()
-    assert psutil.Process().children() == []
 
 
 @pytest.mark.usefixtures("_one_second")
@@ -99,7 +104,6 @@ def test_texts_come_in_order_and_the_process_is_gone() -> None:
 def test_whatever_a_function_does_is_an_error_with_its_reason(function: Callable[[int], Any], message: str) -> None:
     with pytest.raises(BoundedError, match=message):
         next(bounded_texts(function, [1]))
-    assert psutil.Process().children() == []
 
 
 def end_itself(item: int) -> str:

@@ -65,7 +65,10 @@ def test_stages_have_the_parameters_that_the_planner_counts(config: dict[str, An
         (["--world", "0"], "argument --world: '0' is not an int above 0"),
         (["--world", "6"], "6 ranks do not divide into parallel.tensor=4; launch a multiple of 4"),
         (["--world", "8", "--model", "none"], "none holds no config.json; give the folder of a Hugging Face model"),
-        (["--world", "8", "--layers", "3", "--parallel.pipeline", "2"], "does not divide the 3 layers of"),
+        (
+            ["--world", "8", "--layers", "3", "--parallel.pipeline", "2"],
+            "parallel.pipeline=2: does not divide the 3 layers; choose a divisor",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(

@@ -25,9 +25,9 @@ from megatron_rlvr.startup.layout_checks import check_megatron
         (None, {"tensor": 8}, ["4 attention heads", "parallel.tensor=8", "choose a divisor"]),
         (None, {"tensor": 4}, ["2 key-value heads", "parallel.tensor=4", "choose a divisor"]),
         (None, {"pipeline": 4}, ["2 layers", "parallel.pipeline=4", "choose a divisor"]),
-        (0, {}, ["WORLD_SIZE=0"]),
+        (0, {}, ["WORLD_SIZE='0'"]),
         ("many", {}, ["WORLD_SIZE=many"]),
-        ("-2", {}, ["WORLD_SIZE=-2"]),
+        ("-2", {}, ["WORLD_SIZE='-2'"]),
     ],
 )
 def test_layouts_that_do_not_divide_are_refused(

@@ -273,6 +273,6 @@ def test_a_lease_needs_neither_locks_nor_hard_links(
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run"), tmp_path / ("x" * 300)):
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
         with pytest.raises(SettingsError, match=r"run.dir=.*: cannot be written \(.*\); choose another folder"):
             take_lease(settings(folder), pytest.fail)
