@@ -14,6 +14,7 @@ import psutil
 import pytest
 import tiny
 import torch
+import zygote
 from launcher import forget_process_groups
 
 if not torch.cuda.is_available():
@@ -69,6 +70,12 @@ def _no_process_groups_are_left() -> Iterator[None]:
     yield
     if psutil.Process().num_threads() > 20:
         forget_process_groups()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_forked_processes_are_left() -> Iterator[None]:
+    yield
+    zygote.stop()
 
 
 @pytest.fixture(scope="session")

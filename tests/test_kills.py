@@ -18,6 +18,7 @@ import psutil
 import pytest
 import tiny
 import yaml
+import zygote
 from safetensors.numpy import load_file
 from waiting import wait_for
 
@@ -113,10 +114,8 @@ def config(place: Path, name: str, *, steps: int, tensor: int = 1, **run: Any) -
 
 def run_with_kills(place: Path, name: str, kills: int) -> list[list[Any]]:
     """Return [status, whether it was saving, latest checkpoint] of each process of a run."""
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED_RUNS, str(place / f"{name}.yaml"), str(place / name), str(kills)],
-        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", FORKED_RUNS, str(place / f"{name}.yaml"), str(place / name), str(kills)]
+    done = zygote.run(command, cwd=place, env=tiny.environment([place]), timeout=600.0)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

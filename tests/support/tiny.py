@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).parents[2]
+import zygote
+from zygote import CHECKOUT
+
 # Variables that torchrun and Slurm set, and that a user's own shell does not have.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -234,14 +236,15 @@ def run_train(
     ranks: int = 0,
     search: Sequence[Path] = (),
     variables: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end."""
+    """Run the program to its end.
+
+    Its processes are forked, and there is no launcher, unless ``fresh``: then the start itself is what a test is about.
+    """
+    env = environment(search, **(variables or {}))
+    if not fresh:
+        return zygote.run(command(*arguments), cwd=cwd, env=env, ranks=ranks)
     return subprocess.run(
-        command(*arguments, ranks=ranks),
-        cwd=cwd,
-        env=environment(search, **(variables or {})),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+        command(*arguments, ranks=ranks), cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False
     )
