@@ -174,10 +174,7 @@ def terminate(
 ) -> Terminated:
     """Call ``before`` after two steps, then send SIGTERM to each rank, at different moments, and wait for the end."""
     with config.with_suffix(".stdout").open("w+") as out:
-        trainer = psutil.Popen(
-            tiny.command(config, ranks=ranks), cwd=config.parent, env=tiny.environment([config.parent]),
-            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        trainer = tiny.start_train(config, cwd=config.parent, ranks=ranks, stdout=out, search=[config.parent])
         try:
             deadline = time.monotonic() + 300
             while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 2:

@@ -155,10 +155,7 @@ def _run(name: str, config: Path, place: Path, ranks: int) -> dict[str, Run]:
 def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all: bool) -> Ending:
     """Start an endless run, send the signal after its second step, and collect the processes that remain."""
     with (folder.with_suffix(".stdout")).open("w+") as out, (folder.with_suffix(".stderr")).open("w+") as err:
-        trainer = psutil.Popen(
-            tiny.command(config, ranks=ranks),
-            cwd=config.parent, env=tiny.environment(), stdout=out, stderr=err, start_new_session=True,
-        )  # fmt: skip
+        trainer = tiny.start_train(config, cwd=config.parent, ranks=ranks, stdout=out, stderr=err)
         children: list[psutil.Process] = []
         try:
             _wait_for_lines(folder / "metrics.jsonl", 2, trainer)
@@ -179,7 +176,7 @@ def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all
         return Ending(Run(folder, status, out.read(), err.read()), seconds, graders, left_behind)
 
 
-def _wait_for_lines(path: Path, count: int, trainer: psutil.Popen) -> None:
+def _wait_for_lines(path: Path, count: int, trainer: Any) -> None:
     deadline = time.monotonic() + 300
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert trainer.poll() is None, "the trainer ended by itself"

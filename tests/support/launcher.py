@@ -1,9 +1,9 @@
 """Ranks for tests: processes on this machine that run a function together, and that a hang cannot outlive.
 
-The processes are forked from one that has imported what they need (`zygote`), and are used again: `Ranks.run` hands the first
-n of them a function, its arguments and a world of their own (RANK, WORLD_SIZE and a free port of the loopback), and
-returns their results in rank order. If one fails or the time is up, all are killed by their process id, and the next
-call starts new ones.
+The processes are forked from one that has imported what they need (`zygote`), and are used again: `Ranks.run` hands
+the first n of them a function, its arguments and a world of their own (RANK, WORLD_SIZE and a free port of the
+loopback), and returns their results in rank order. If one fails or the time is up, all are killed by their process id,
+and the next call starts new ones.
 """
 
 import contextlib

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zygote
 from zygote import CHECKOUT
 
@@ -228,6 +229,19 @@ def environment(search: Sequence[Path] = (), **variables: str) -> dict[str, str]
 def unmeasured(variables: dict[str, str]) -> dict[str, str]:
     """An environment in which a process does not write the lines that it ran, for its disk is to be full."""
     return {key: value for key, value in variables.items() if not key.startswith("COVERAGE_")}
+
+
+def start_train(
+    *arguments: str | Path, cwd: Path, ranks: int, stdout: Any, stderr: Any = None, search: Sequence[Path] = ()
+) -> "zygote.Process | psutil.Popen":
+    """Start the program in a session of its own: forked, or under torchrun with ``ranks`` processes.
+
+    Without ``stderr``, its errors are written to ``stdout`` as well.
+    """
+    words, env, errors = command(*arguments, ranks=ranks), environment(search), stderr or stdout
+    if not ranks:
+        return zygote.start(words, cwd=cwd, env=env, stdout=stdout, stderr=errors)
+    return psutil.Popen(words, cwd=cwd, env=env, stdout=stdout, stderr=errors, start_new_session=True)
 
 
 def run_train(

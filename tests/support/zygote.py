@@ -84,11 +84,14 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signum)
 
-    def children(self) -> list[psutil.Process]:
-        """Its processes, and theirs."""
+    def children(self, recursive: bool = False) -> list[psutil.Process]:
+        """Its processes, and with ``recursive`` also theirs."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self.pid).children(recursive=True)
+            return psutil.Process(self.pid).children(recursive)
         return []
+
+    def is_running(self) -> bool:
+        return self.poll() is None
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -112,10 +115,10 @@ def start(
     stdout: Any = None,
     stderr: Any = None,
 ) -> Process:
-    """Start a program: `sys.executable`, then "-m" MODULE, "-c" CODE or a file, and arguments.
+    """Start a program.
 
     Args:
-        command: Command line.
+        command: `sys.executable`, then "-m" MODULE, "-c" CODE or a file, and arguments.
         cwd: Folder in which it runs.
         env: Its environment.
         stdin: File, socket or descriptor; None is an empty file.
@@ -130,7 +133,9 @@ def start(
     with theirs, open(os.devnull, "rb") as nothing:
         files = [nothing if stdin is None else stdin, 1 if stdout is None else stdout, 2 if stderr is None else stderr]
         descriptors = [file if isinstance(file, int) else file.fileno() for file in (*files, theirs)]
-        _zygote().request({"command": list(command[1:]), "cwd": str(cwd), "env": dict(env)}, descriptors)
+        with _lock:
+            zygote = _zygote()
+        zygote.request({"command": list(command[1:]), "cwd": str(cwd), "env": dict(env)}, descriptors)
     return Process(command, ours)
 
 
@@ -165,9 +170,10 @@ def run(
 
 def stop() -> None:
     """End the process that forks, and with it the programs that still run."""
-    if _zygote.cache_info().currsize:
-        _zygote().stop()
-        _zygote.cache_clear()
+    with _lock:
+        if _zygote.cache_info().currsize:
+            _zygote().stop()
+            _zygote.cache_clear()
 
 
 @contextlib.contextmanager
@@ -226,6 +232,9 @@ class _Zygote:
         self._process.wait()
 
 
+_lock = threading.Lock()
+
+
 @functools.cache
 def _zygote() -> _Zygote:
     return _Zygote()
@@ -246,7 +255,9 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
             message, descriptors, _, _ = socket.recv_fds(requests, _LARGEST_REQUEST, 4)
             if not message:
                 for pid, _ in children.values():
-                    os.killpg(pid, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it had no session of its own yet
+                        os.killpg(pid, signal.SIGKILL)
                 return None
             pid = os.fork()
             if not pid:
