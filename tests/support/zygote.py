@@ -2,15 +2,16 @@
 
 torch, Megatron and transformers take 8 seconds of CPU time to import, more than most runs of a test. `start` and `run`
 take a command line as `subprocess` does, and run it as a new interpreter would: with its arguments, environment, search
-path, folder, streams and default signals, in a session of its own, up to the exit handlers at its end. One process for
-each worker of pytest has done the imports. It has one thread, no process group and no random numbers drawn; it forks a
-child for each call, and ends with the worker.
+path, folder, streams and default signals, in a session of its own, up to the exit handlers at its end. For each worker
+of pytest another process has done the imports. It has one thread, no process group and no random numbers drawn; it
+forks a child for each call, and ends with the worker. There is a further one for other imports, and for other values of
+what is read when Python or a library starts (`_READ_AT_START`).
 
 Of what a new interpreter does, this is different:
 
-- What is read when Python or a library starts is that of the first process (`_READ_AT_START`).
 - Modules are imported before the program's first line, and ranks share the seed of their hashes.
 - The kernel's list of processes shows the environment of the first process.
+- At the end objects are not freed.
 
 Where one of these is what a test is about, it starts the program by `subprocess`.
 """
@@ -18,7 +19,6 @@ Where one of these is what a test is about, it starts the program by `subprocess
 import atexit
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import json
@@ -43,7 +43,7 @@ import psutil
 CHECKOUT = Path(__file__).parents[2]
 _IMPORTS = ("megatron_rlvr.startup.assembly", "megatron_rlvr.startup.golds", "megatron_rlvr.startup.run")
 _READ_AT_START = ("COVERAGE_", "HF_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCH_", "TRITON_")
-"""Beginnings of the names of variables that a child cannot change, PYTHONPATH excepted."""
+"""Beginnings of the names of variables that a child cannot change; PYTHONPATH is none of them."""
 _LARGEST_REQUEST = 1 << 20  # bytes
 _COMMAND_BYTES = 8192  # of a command line that the kernel's list of processes shows
 _PATIENCE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the other ranks of one that failed; torchrun's are 30
@@ -114,28 +114,30 @@ def start(
     stdin: Any = None,
     stdout: Any = None,
     stderr: Any = None,
+    imports: tuple[str, ...] = _IMPORTS,
 ) -> Process:
     """Start a program.
 
     Args:
-        command: `sys.executable`, then "-m" MODULE, "-c" CODE or a file, and arguments.
+        command: Interpreter, then "-m" MODULE, "-c" CODE or a file, and arguments.
         cwd: Folder in which it runs.
         env: Its environment.
         stdin: File, socket or descriptor; None is an empty file.
         stdout: The same; None is this process's, and the same holds for ``stderr``.
         stderr: See ``stdout``.
-
-    Raises: ValueError if the environment has variables that a child cannot change.
+        imports: Modules that are imported before.
     """
-    if command[0] != sys.executable:
-        raise ValueError(f"{command[0]} is not {sys.executable}")
     ours, theirs = socket.socketpair()
     with theirs, open(os.devnull, "rb") as nothing:
         files = [nothing if stdin is None else stdin, 1 if stdout is None else stdout, 2 if stderr is None else stderr]
         descriptors = [file if isinstance(file, int) else file.fileno() for file in (*files, theirs)]
+        request = {"command": list(command), "cwd": str(cwd), "env": dict(env)}
+        fixed = {(key, env[key]) for key in env if key.startswith(_READ_AT_START) and key != "PYTHONPATH"}
+        key = (command[0], imports, frozenset(fixed))
         with _lock:
-            zygote = _zygote()
-        zygote.request({"command": list(command[1:]), "cwd": str(cwd), "env": dict(env)}, descriptors)
+            if key not in _zygotes:
+                _zygotes[key] = _Zygote(command[0], imports, env)
+        socket.send_fds(_zygotes[key].requests, [json.dumps(request).encode()], descriptors)
     return Process(command, ours)
 
 
@@ -169,11 +171,10 @@ def run(
 
 
 def stop() -> None:
-    """End the process that forks, and with it the programs that still run."""
+    """End the processes that fork, and with them the programs that still run."""
     with _lock:
-        if _zygote.cache_info().currsize:
-            _zygote().stop()
-            _zygote.cache_clear()
+        while _zygotes:
+            _zygotes.popitem()[1].stop()
 
 
 @contextlib.contextmanager
@@ -205,39 +206,30 @@ def _statuses(processes: Sequence[Process], deadline: float) -> list[int | None]
 
 
 class _Zygote:
-    """The process that forks, as its worker sees it."""
+    """A process that forks, as its worker sees it.
 
-    def __init__(self) -> None:
-        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    Attributes:
+        requests: Socket that takes requests with their descriptors.
+    """
+
+    def __init__(self, python: str, imports: Sequence[str], env: Mapping[str, str]) -> None:
+        self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # As megatron_rlvr.startup.process sets them before these libraries are imported.
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        self._variables = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), "-" * _COMMAND_BYTES],
-                env={**quiet, **self._variables}, cwd=CHECKOUT, pass_fds=[theirs.fileno()], start_new_session=True,
-                stdin=subprocess.DEVNULL,
+                [python, __file__, str(theirs.fileno()), *imports, "-" * _COMMAND_BYTES],
+                env={**env, **quiet, "PYTHONPATH": str(CHECKOUT)}, cwd=CHECKOUT, stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
 
-    def request(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-        env = request["env"]
-        fixed = {name for name in (*env, *self._variables) if name.startswith(_READ_AT_START)} - {"PYTHONPATH"}
-        changed = sorted(name for name in fixed if env.get(name) != self._variables.get(name))
-        if changed:
-            raise ValueError(f"{', '.join(changed)}: read when a process starts; use subprocess")
-        socket.send_fds(self._requests, [json.dumps(request).encode()], list(descriptors))
-
     def stop(self) -> None:
-        self._requests.close()
+        self.requests.close()
         self._process.wait()
 
 
+_zygotes: dict[object, _Zygote] = {}
 _lock = threading.Lock()
-
-
-@functools.cache
-def _zygote() -> _Zygote:
-    return _Zygote()
 
 
 def _serve(requests: socket.socket) -> dict[str, Any] | None:
@@ -296,13 +288,14 @@ def _become(request: Mapping[str, Any], search: Sequence[str]) -> NoReturn:
     os.environ.update(request["env"])
     np.random.seed()  # Python's own generator has a new seed after a fork
     importlib.invalidate_caches()
-    option, *arguments = request["command"]
+    _, option, *arguments = request["command"]
     first = {"-m": request["cwd"], "-c": ""}.get(option, os.path.dirname(os.path.abspath(option)))
     sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *search]
-    sys.argv[:] = arguments if option == "-m" else request["command"]
+    sys.argv[:] = [option, *arguments]
     status: object = 0
     try:
         if option == "-m":
+            sys.argv[:] = arguments
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         elif option == "-c":
             sys.argv[:] = ["-c", *arguments[1:]]
@@ -332,7 +325,7 @@ def _show(command: Sequence[str]) -> None:
     """Show a command line in the kernel's list of processes, which reads it from this process's memory."""
     fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     first, end = int(fields[45]), int(fields[46])  # arg_start and arg_end
-    words = b"\0".join(map(os.fsencode, (sys.executable, *command)))[: end - first - 1]
+    words = b"\0".join(map(os.fsencode, command))[: end - first - 1]
     ctypes.memmove(first, words.ljust(end - first, b"\0"), end - first)
 
 
@@ -341,7 +334,7 @@ def _main() -> None:
     search = sys.path[2:]  # behind this file's folder and PYTHONPATH
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in _IMPORTS:
+        for name in sys.argv[2:-1]:
             importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
     gc.collect()
