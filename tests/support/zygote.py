@@ -162,6 +162,7 @@ def run(
         finally:
             for process in processes:
                 process.kill()
+                process.wait()
         for file in (out, err):
             file.seek(0)
         said = [file.read().decode() for file in (out, err)]
@@ -280,13 +281,15 @@ def _become(request: Mapping[str, Any], search: Sequence[str]) -> NoReturn:
 
     After the exit handlers the process ends at once: to free each object of the imports takes a second.
     """
-    import numpy as np
-
     _show(request["command"])
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    np.random.seed()  # Python's own generator has a new seed after a fork
+    # Seeds that an import draws; Python's own generator has a new one after a fork.
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     importlib.invalidate_caches()
     _, option, *arguments = request["command"]
     first = {"-m": request["cwd"], "-c": ""}.get(option, os.path.dirname(os.path.abspath(option)))
