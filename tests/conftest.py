@@ -14,8 +14,7 @@ import psutil
 import pytest
 import tiny
 import torch
-import zygote
-from launcher import forget_process_groups
+from launcher import forget_process_groups, stop_all
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on the CPU
@@ -75,7 +74,7 @@ def _no_process_groups_are_left() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _no_forked_processes_are_left() -> Iterator[None]:
     yield
-    zygote.stop()
+    stop_all()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -33,6 +34,9 @@ _GRACE_SECONDS = 1.0
 _MOST_THREADS = 120
 
 
+_all: "weakref.WeakSet[Ranks]" = weakref.WeakSet()
+
+
 class RankError(AssertionError):
     """A rank raised, died or did not answer in time; the message is its traceback."""
 
@@ -42,6 +46,7 @@ class Ranks:
 
     def __init__(self, most: int = 4) -> None:
         self._most = most
+        _all.add(self)
         self._processes: list[tuple[zygote.Process, Connection]] = []
 
     def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
@@ -89,6 +94,13 @@ class Ranks:
             process = zygote.start([sys.executable, "-c", code], cwd=Path.cwd(), env=environment, stdin=theirs)
             theirs.close()
             self._processes.append((process, ours))
+
+
+def stop_all() -> None:
+    """End all ranks, which write down the lines that they ran, and the processes that fork."""
+    for ranks in list(_all):
+        ranks.stop()
+    zygote.stop()
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -168,7 +168,7 @@ def run(
         said = [file.read().decode() for file in (out, err)]
     if None in statuses:
         raise subprocess.TimeoutExpired(command, timeout, *said)
-    return subprocess.CompletedProcess(command, statuses[0] if not ranks else int(any(statuses)), *said)
+    return subprocess.CompletedProcess(command, int(any(statuses)) if ranks else statuses[0] or 0, *said)
 
 
 def stop() -> None:
@@ -179,7 +179,7 @@ def stop() -> None:
 
 
 @contextlib.contextmanager
-def _world(ranks: int) -> Any:
+def _world(ranks: int) -> Iterator[list[dict[str, str]]]:
     """The environment of each rank, whose store is in this process, as it is in torchrun's."""
     from torch.distributed import TCPStore
 
@@ -237,20 +237,18 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
     """Fork a child for each request, and report its id and its end; return the request in a child, None at the end."""
     children: dict[int, tuple[int, socket.socket]] = {}
     while True:
-        for ready in select.select([requests, *children], [], [])[0]:
-            if ready is not requests:
+        for ready in select.select([requests.fileno(), *children], [], [])[0]:
+            if ready in children:
                 pid, report = children.pop(ready)
-                _, status = os.waitpid(pid, 0)
                 os.close(ready)
-                _say(report, os.waitstatus_to_exitcode(status))
+                _say(report, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 report.close()
                 continue
             message, descriptors, _, _ = socket.recv_fds(requests, _LARGEST_REQUEST, 4)
             if not message:
-                for pid, _ in children.values():
-                    os.kill(pid, signal.SIGKILL)
-                    with contextlib.suppress(ProcessLookupError):  # it had no session of its own yet
-                        os.killpg(pid, signal.SIGKILL)
+                for pid, report in children.values():
+                    _kill(pid)
+                    _say(report, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 return None
             pid = os.fork()
             if not pid:
@@ -259,9 +257,9 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
                 for descriptor in children:
                     os.close(descriptor)
                 os.setsid()
-                for number in range(3):
-                    os.dup2(descriptors[number], number)
-                for descriptor in descriptors:
+                for number, descriptor in enumerate(descriptors):
+                    if number < 3:
+                        os.dup2(descriptor, number)
                     os.close(descriptor)
                 return json.loads(message)
             for descriptor in descriptors[:3]:
@@ -269,6 +267,12 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
             report = socket.socket(fileno=descriptors[3])
             children[os.pidfd_open(pid)] = pid, report
             _say(report, pid)
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it had no session of its own yet
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _say(report: socket.socket, number: int) -> None:
@@ -311,7 +315,7 @@ def _become(request: Mapping[str, Any], search: Sequence[str]) -> NoReturn:
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     if not isinstance(status, int | None):
         print(status, file=sys.stderr)
         status = 1
