@@ -297,7 +297,8 @@ def _become(request: Mapping[str, Any], search: Sequence[str]) -> NoReturn:
     importlib.invalidate_caches()
     _, option, *arguments = request["command"]
     first = {"-m": request["cwd"], "-c": ""}.get(option, os.path.dirname(os.path.abspath(option)))
-    sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *search]
+    own = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [first, *dict.fromkeys([*own, *search])]
     sys.argv[:] = [option, *arguments]
     status: object = 0
     try:
