@@ -14,7 +14,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from launcher import forget_process_groups
+from launcher import forget_process_groups, stop_all
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on the CPU
@@ -69,6 +69,12 @@ def _no_process_groups_are_left() -> Iterator[None]:
     yield
     if psutil.Process().num_threads() > 20:
         forget_process_groups()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_forked_processes_are_left() -> Iterator[None]:
+    yield
+    stop_all()
 
 
 @pytest.fixture(scope="session")

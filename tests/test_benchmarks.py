@@ -7,14 +7,15 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+import zygote
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -48,15 +49,7 @@ def measured_with_a_fault(group: Any) -> dict[str, Any]:
 
 
 def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=BENCHMARKS.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return zygote.run([sys.executable, *arguments], cwd=BENCHMARKS.parent, env=tiny.environment())
 
 
 @LINUX

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import tiny
 import yaml
+import zygote
 from safetensors.numpy import load_file
 from waiting import wait_for
 
@@ -113,10 +114,8 @@ def config(place: Path, name: str, *, steps: int, tensor: int = 1, **run: Any) -
 
 def run_with_kills(place: Path, name: str, kills: int) -> list[list[Any]]:
     """Return [status, whether it was saving, latest checkpoint] of each process of a run."""
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED_RUNS, str(place / f"{name}.yaml"), str(place / name), str(kills)],
-        cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", FORKED_RUNS, str(place / f"{name}.yaml"), str(place / name), str(kills)]
+    done = zygote.run(command, cwd=place, env=tiny.environment([place]), timeout=600.0)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -175,10 +174,7 @@ def terminate(
 ) -> Terminated:
     """Call ``before`` after two steps, then send SIGTERM to each rank, at different moments, and wait for the end."""
     with config.with_suffix(".stdout").open("w+") as out:
-        trainer = psutil.Popen(
-            tiny.command(config, ranks=ranks), cwd=config.parent, env=tiny.environment([config.parent]),
-            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        trainer = tiny.start_train(config, cwd=config.parent, ranks=ranks, stdout=out, search=[config.parent])
         try:
             deadline = time.monotonic() + 300
             while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 2:

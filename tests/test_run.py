@@ -1,6 +1,6 @@
 """Whole runs, as a user starts them: real data formats, a user's reward function, every selection, signals.
 
-A run spends seconds on imports, so all runs start in the background, two at a time, when the first test needs one.
+All runs start in the background, two at a time, when the first test needs one.
 """
 
 import json
@@ -8,8 +8,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,30 +86,6 @@ STOPS = {
     "killed launcher": (signal.SIGKILL, 2, False),
 }
 
-# Imports once, then forks a process for each settings file, since imports take ten times longer than such a run.
-FORKING = """
-import os, sys, traceback
-import megatron_rlvr.startup.assembly
-from megatron_rlvr.train import main
-
-for config in sys.argv[1:]:
-    if os.fork():
-        open(config + ".status", "w").write(str(os.waitstatus_to_exitcode(os.wait()[1])))
-        continue
-    os.dup2(os.open(config + ".stdout", os.O_WRONLY | os.O_CREAT), 1)
-    os.dup2(os.open(config + ".stderr", os.O_WRONLY | os.O_CREAT), 2)
-    status = 1
-    try:
-        main([config])
-        status = 0
-    except SystemExit as left:
-        status = left.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(status)
-"""
-
 
 @pytest.fixture(scope="module")
 def background(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[dict[str, "Future[Any]"]]:
@@ -167,8 +141,7 @@ def _start_all(pool: ThreadPoolExecutor, place: Path, model: Path) -> dict[str, 
             "rollout": {"dynamic_sampling": False, "max_rounds": 10},
         },
     }
-    configs = {name: config(name, **({"reward": even} | sections)) for name, sections in variants.items()}
-    runs |= dict.fromkeys(configs, pool.submit(_fork_all, configs, place))
+    runs |= {name: alone(name, **({"reward": even} | sections)) for name, sections in variants.items()}
     endless: dict[str, Any] = {"run": {"steps": 10**6}, "reward": {"function": "rewards:slow", "workers": 2}}
     runs |= {name: pool.submit(_stop, place / name, config(name, **endless), *how) for name, how in STOPS.items()}
     return runs
@@ -179,21 +152,10 @@ def _run(name: str, config: Path, place: Path, ranks: int) -> dict[str, Run]:
     return {name: Run(place / name, done.returncode, done.stdout, done.stderr)}
 
 
-def _fork_all(configs: dict[str, Path], place: Path) -> dict[str, Run]:
-    program = [sys.executable, "-c", FORKING, *map(str, configs.values())]
-    subprocess.run(program, cwd=place, env=tiny.environment(), check=True, timeout=300, capture_output=True)
-    left = {name: [Path(f"{path}.{what}") for what in ("status", "stdout", "stderr")] for name, path in configs.items()}
-    texts = {name: [path.read_text(encoding="utf-8") for path in paths] for name, paths in left.items()}
-    return {name: Run(place / name, int(status), out, err) for name, (status, out, err) in texts.items()}
-
-
 def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all: bool) -> Ending:
     """Start an endless run, send the signal after its second step, and collect the processes that remain."""
     with (folder.with_suffix(".stdout")).open("w+") as out, (folder.with_suffix(".stderr")).open("w+") as err:
-        trainer = psutil.Popen(
-            tiny.command(config, ranks=ranks),
-            cwd=config.parent, env=tiny.environment(), stdout=out, stderr=err, start_new_session=True,
-        )  # fmt: skip
+        trainer = tiny.start_train(config, cwd=config.parent, ranks=ranks, stdout=out, stderr=err)
         children: list[psutil.Process] = []
         try:
             _wait_for_lines(folder / "metrics.jsonl", 2, trainer)
@@ -214,7 +176,7 @@ def _stop(folder: Path, config: Path, signum: signal.Signals, ranks: int, to_all
         return Ending(Run(folder, status, out.read(), err.read()), seconds, graders, left_behind)
 
 
-def _wait_for_lines(path: Path, count: int, trainer: psutil.Popen) -> None:
+def _wait_for_lines(path: Path, count: int, trainer: Any) -> None:
     deadline = time.monotonic() + 300
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert trainer.poll() is None, "the trainer ended by itself"

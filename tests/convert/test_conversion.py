@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import zygote
 from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.convert.conversion import check_layout, to_hugging_face, to_megatron
@@ -63,8 +64,11 @@ def run_tool(
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     environment = tiny.environment((), **variables)
+    command = [sys.executable, *program, *map(str, arguments)]
+    if not largest_file and program == ("tools/convert.py",):
+        return zygote.run(command, cwd=tiny.CHECKOUT, env=environment)
     return subprocess.run(
-        [sys.executable, *program, *map(str, arguments)],
+        command,
         cwd=tiny.CHECKOUT,
         env=tiny.unmeasured(environment) if largest_file else environment,
         capture_output=True,

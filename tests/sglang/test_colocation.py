@@ -6,7 +6,7 @@ has not released.
 
 import asyncio
 import contextlib
-import subprocess
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 import tiny
 import torch
+import zygote
 from fake_server import FakeColocatedServer, FakeServer
 from pool_runs import CONFIG, SAMPLING, check, no_weights, removals, requests
 from real_servers import RealServer
@@ -101,23 +102,25 @@ class Trainer:
 
     def __init__(self, server: RealServer, folder: Path) -> None:
         program = [sys.executable, "-c", TRAINER, server.url, str(folder)]
-        self._process = subprocess.Popen(
-            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tiny.CHECKOUT
-        )
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._process = zygote.start(
+                program, stdin=theirs, stdout=theirs, cwd=tiny.CHECKOUT, env=tiny.environment()
+            )
+            self._talk = ours.makefile("rw")
 
     def next_request(self) -> str:
         """Return the path of the request that it is about to send; empty if it has exited."""
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        return self._talk.readline().strip()
 
     def proceed(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        self._talk.write("\n")
+        self._talk.flush()
 
     def kill(self) -> None:
-        with self._process:
-            self._process.kill()
+        self._process.kill()
+        self._process.wait()
+        self._talk.close()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
 import threading
 import time
 import urllib.error
@@ -378,9 +377,7 @@ def test_servers_are_idle_after_the_trainer_has_exited_and_a_saved_step_resumes(
     )
     config = tiny.write_settings(tmp_path / "config.yaml", settings)
     with (tmp_path / "out").open("wb") as out:
-        trainer = subprocess.Popen(
-            tiny.command(config), cwd=tmp_path, env=tiny.environment(), stdout=out, stderr=subprocess.STDOUT
-        )
+        trainer = tiny.start_train(config, cwd=tmp_path, ranks=0, stdout=out)
         try:
             deadline = time.monotonic() + 480
             while not (folder / "checkpoints" / "latest").exists() or all(idle(server) for server in servers):

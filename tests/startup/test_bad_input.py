@@ -331,7 +331,7 @@ def test_the_program_prints_one_line_and_imports_no_torch(arguments: list[str], 
     (tmp_path / "broken.yaml").write_text("run:\n\tdir: x\n", encoding="utf-8")
     (tmp_path / "sitecustomize.py").write_text(WITNESS, encoding="utf-8")
     witness = tmp_path / "witness"
-    done = tiny.run_train(*arguments, cwd=tmp_path, search=[tmp_path], variables={"WITNESS": str(witness)})
+    done = tiny.run_train(*arguments, cwd=tmp_path, search=[tmp_path], variables={"WITNESS": str(witness)}, fresh=True)
     assert message in one_line(done)
     imported = witness.read_text(encoding="utf-8").split()
     assert "pydantic" in imported
@@ -373,7 +373,7 @@ def test_weights_that_do_not_belong_to_the_config_are_one_line_of_the_check_and_
 
 def test_under_torchrun_a_bad_setting_is_printed_once_and_all_ranks_exit(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(REQUIRED, encoding="utf-8")
-    done = tiny.run_train("config.yaml", "--selection.fraction=2", cwd=tmp_path, ranks=2)
+    done = tiny.run_train("config.yaml", "--selection.fraction=2", cwd=tmp_path, ranks=2, fresh=True)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("megatron_rlvr:")]
     assert said == ["megatron_rlvr: selection.fraction=2: out of range; give at most 1"]

@@ -36,7 +36,7 @@ def test_check_prints_the_plan_and_starts_nothing(write_config: Callable[..., Pa
     )
     done = tiny.run_train(
         config, "--check", "--selection.fraction=0.1", cwd=tmp_path, search=[tmp_path],
-        variables={"WORLD_SIZE": "64", "WITNESS": str(tmp_path / "witness")},
+        variables={"WORLD_SIZE": "64", "WITNESS": str(tmp_path / "witness")}, fresh=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     settings, words = done.stdout.split("\n\n")

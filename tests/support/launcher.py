@@ -1,9 +1,9 @@
 """Ranks for tests: processes on this machine that run a function together, and that a hang cannot outlive.
 
-Starting a process costs seconds of imports, so processes are started once and used again: `Ranks.run` hands the first
-n of them a function, its arguments and a world of their own (RANK, WORLD_SIZE and a free port of the loopback), and
-returns their results in rank order. If one fails or the time is up, all are killed by their process id, and the next
-call starts new ones.
+The processes are forked from one that has imported what they need (`zygote`), and are used again: `Ranks.run` hands
+the first n of them a function, its arguments and a world of their own (RANK, WORLD_SIZE and a free port of the
+loopback), and returns their results in rank order. If one fails or the time is up, all are killed by their process id,
+and the next call starts new ones.
 """
 
 import contextlib
@@ -12,24 +12,29 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 import psutil
+import zygote
 
-_CONTEXT = multiprocessing.get_context("spawn")
 # When one rank has failed, the others may wait for it in a collective, or be about to report their own failure.
 _GRACE_SECONDS = 1.0
 # A process group that is still referred to has threads that wake a hundred times a second each. A process with more
 # threads than this is replaced before the next run.
 _MOST_THREADS = 120
+
+
+_all: "weakref.WeakSet[Ranks]" = weakref.WeakSet()
 
 
 class RankError(AssertionError):
@@ -41,7 +46,8 @@ class Ranks:
 
     def __init__(self, most: int = 4) -> None:
         self._most = most
-        self._processes: list[tuple[SpawnProcess, Connection]] = []
+        _all.add(self)
+        self._processes: list[tuple[zygote.Process, Connection]] = []
 
     def run(self, function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
         """Call ``function(*arguments)`` on ``size`` ranks at once; return the result of each.
@@ -73,19 +79,28 @@ class Ranks:
             connection.close()
         deadline = time.monotonic() + _GRACE_SECONDS
         for process, _ in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
             process.kill()
         for process, _ in self._processes:
-            process.join()
+            process.wait()
         self._processes = []
 
     def _start(self) -> None:
         for _ in range(self._most - len(self._processes)):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            code = f"import sys; sys.path[:] = {sys.path!r}; from launcher import serve; serve()"
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = zygote.start([sys.executable, "-c", code], cwd=Path.cwd(), env=environment, stdin=theirs)
             theirs.close()
             self._processes.append((process, ours))
+
+
+def stop_all() -> None:
+    """End all ranks, which write down the lines that they ran, and the processes that fork."""
+    for ranks in list(_all):
+        ranks.stop()
+    zygote.stop()
 
 
 @contextlib.contextmanager
@@ -117,10 +132,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(connection: Connection) -> None:
-    """Body of a rank's process: serve one request after the other until the test session ends."""
+def serve() -> None:
+    """Body of a rank's process: serve one request after the other until the other end of its standard input closes."""
     warnings.simplefilter("ignore")
-    os.environ["OMP_NUM_THREADS"] = "1"  # torch is imported by the first function that needs it
+    connection = Connection(os.dup(0))
     while True:
         try:
             environment, function, arguments = pickle.loads(connection.recv_bytes())
@@ -145,8 +160,7 @@ def forget_process_groups() -> None:
     gc.collect()
 
 
-def _threads(process: SpawnProcess) -> int:
-    assert process.pid is not None
+def _threads(process: zygote.Process) -> int:
     return psutil.Process(process.pid).num_threads()
 
 

@@ -1,4 +1,4 @@
-"""Preflights as a user starts them. Imports take longer than such a run, so one process forks several."""
+"""Preflights, as a user starts them."""
 
 import json
 import subprocess
@@ -9,47 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import zygote
 
 _TOOL = tiny.CHECKOUT / "tools" / "preflight.py"
-
-# Runs argument lists, which are one file each; the output of a run goes to files beside its own.
-_FORKING = """
-import importlib, json, os, runpy, socket, sys, traceback
-import megatron_rlvr.preflight.runner, megatron_rlvr.engines.embedded.engine
-import megatron_rlvr.evaluation.evaluator, megatron_rlvr.learner, megatron_rlvr.rollout.synchronous
-import megatron_rlvr.train, megatron_rlvr.trainer
-
-TOOL, *paths = sys.argv[1:]
-for path in paths:
-    if not os.fork():
-        for number, name in ((1, ".stdout"), (2, ".stderr")):
-            os.dup2(os.open(path + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = [TOOL, *json.load(open(path))]
-        status = 1
-        try:
-            if sys.argv[1] == "train":
-                megatron_rlvr.train.main(sys.argv[2:-2])
-            elif sys.argv[1] == "ranks":
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", 0))
-                    port = probe.getsockname()[1]
-                rank = os.fork() == 0
-                os.environ |= {"RANK": str(int(rank)), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-                os.environ["MASTER_PORT"] = str(port)
-                importlib.import_module(sys.argv[2]).together(*sys.argv[3:])
-            else:
-                os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}  # a launcher's, or the tool would start a process itself
-                runpy.run_path(TOOL, run_name="__main__")
-            status = 0
-        except SystemExit as left:
-            status = left.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    open(path + ".status", "w").write(str(os.waitstatus_to_exitcode(os.wait()[1])))
-"""
 
 
 @dataclass(frozen=True)
@@ -78,24 +40,27 @@ def run_all(place: Path, runs: Mapping[str, Sequence[str | Path]]) -> dict[str, 
     """Run preflights of one rank each, one after the other.
 
     Args:
-        place: Folder for their output.
+        place: Folder in which they run.
         runs: {name: arguments}. With "train" as the first argument, the others start a training run. With "ranks" and
             MODULE, two ranks call the module's function `together` with the other arguments.
     """
-    for name, arguments in runs.items():
-        words = [*map(str, arguments), "--json", str(place / f"{name}.results.json")]
-        (place / f"{name}.args").write_text(json.dumps(words), encoding="utf-8")
-    paths = [str(place / f"{name}.args") for name in runs]
-    program = [sys.executable, "-c", _FORKING, str(_TOOL), *paths]
-    subprocess.run(
-        program,
-        cwd=place,
-        env=tiny.environment([place, Path(__file__).parent, tiny.CHECKOUT / "tests" / "preflight"]),
-        check=True,
-        timeout=400,
-        capture_output=True,
-    )
-    return {name: _of(place, name) for name in runs}
+    return {name: _run(place, name, arguments) for name, arguments in runs.items()}
+
+
+def _run(place: Path, name: str, arguments: Sequence[str | Path]) -> Preflight:
+    first, *words = map(str, arguments)
+    results = ["--json", str(place / f"{name}.results.json")]
+    env = tiny.environment([place, Path(__file__).parent, tiny.CHECKOUT / "tests" / "preflight"])
+    if first == "train":
+        done = zygote.run(tiny.command(*words), cwd=place, env=env)
+    elif first == "ranks":
+        module, *words = words
+        code = f"import sys, {module}; {module}.together(*sys.argv[1:])"
+        done = zygote.run([sys.executable, "-c", code, *words, *results], cwd=place, env=env, ranks=2)
+    else:
+        env |= {"RANK": "0", "WORLD_SIZE": "1"}  # a launcher's, or the tool would start a process itself
+        done = zygote.run([sys.executable, str(_TOOL), first, *words, *results], cwd=place, env=env)
+    return Preflight(done.returncode, done.stdout, done.stderr, _checks(place, name))
 
 
 def run_ranks(place: Path, name: str, ranks: int, *arguments: str | Path) -> Preflight:
@@ -106,11 +71,6 @@ def run_ranks(place: Path, name: str, ranks: int, *arguments: str | Path) -> Pre
         cwd=place, env=tiny.environment([place]), capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     return Preflight(done.returncode, done.stdout, done.stderr, _checks(place, name))
-
-
-def _of(place: Path, name: str) -> Preflight:
-    status, out, err = ((place / f"{name}.args.{what}").read_text() for what in ("status", "stdout", "stderr"))
-    return Preflight(int(status), out, err, _checks(place, name))
 
 
 def _checks(place: Path, name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -22,9 +21,9 @@ import numpy as np
 import psutil
 import tiny
 import torch
+import zygote
 from fake_server import free_port
 
-from megatron_rlvr.child_process import ends_with_parent
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 from megatron_rlvr.rollout.sampler import requests_for
 from megatron_rlvr.types import Completion, CompletionRequest, Prompt
@@ -32,6 +31,7 @@ from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 # A start takes 40 s on two idle cores; two servers start at once, and the machine may be busy.
 _START_SECONDS = 480
 _INSTALL_SECONDS = 900
+_IMPORTS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
 # Colocation needs --enable-metrics.
 _FLAGS = (
     *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "32"),
@@ -68,7 +68,7 @@ class RealServer:
         self._model = model
         self._log = log
         self._flags = flags
-        self._process: psutil.Popen | None = None
+        self._process: zygote.Process | None = None
 
     def start(self) -> None:
         """Start the server, without waiting for it; see `wait`."""
@@ -83,14 +83,8 @@ class RealServer:
         # Without the checkout on PYTHONPATH: its tests/sglang would shadow the package of that name.
         environment = {key: value for key, value in program.environment.items() if key != "PYTHONPATH"}
         with self._log.open("ab") as log:
-            self._process = psutil.Popen(
-                program.command,
-                cwd=self._log.parent,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=ends_with_parent(signal.SIGKILL),
+            self._process = zygote.start(
+                program.command, cwd=self._log.parent, env=environment, stdout=log, stderr=log, imports=_IMPORTS
             )
 
     def wait(self) -> None:
@@ -142,8 +136,10 @@ class RealServer:
 
     def _family(self) -> list[psutil.Process]:
         if self._process is None or self._process.poll() is not None:
-            return []  # psutil considers a process that was not reaped as running
-        return [self._process, *self._process.children(recursive=True)]
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [psutil.Process(self._process.pid), *self._process.children(recursive=True)]
+        return []
 
     @property
     def log(self) -> str:

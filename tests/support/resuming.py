@@ -53,7 +53,6 @@ def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) ->
         steps: Number of steps after which the run is stopped.
         writers_wait: Seconds by which writing checkpoints is delayed.
     """
-    import multiprocessing
     import os
     from unittest import mock
 
@@ -65,8 +64,6 @@ def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) ->
     from megatron_rlvr.startup.resolve import resolve
     from megatron_rlvr.startup.run import train
 
-    # Files are written in child processes, which the ranks of tests, being daemons, may not start.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     write = BackgroundWriter._run
 
     def late(self: Any) -> None:

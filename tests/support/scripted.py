@@ -5,7 +5,6 @@ changes with the layout means that a seed did. A response is [verdict, four word
 reward function reads its first token, and the seed distinguishes it from every other response.
 """
 
-import atexit
 import functools
 import random
 import sys
@@ -177,9 +176,7 @@ def ranks_of(layout: Layout) -> Any:
 
 @functools.cache
 def _world() -> World:
-    world = World()
-    atexit.register(world.stop)
-    return world
+    return World()
 
 
 def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).parents[2]
+import psutil
+import zygote
+from zygote import CHECKOUT
+
 # Variables that torchrun and Slurm set, and that a user's own shell does not have.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -228,20 +231,34 @@ def unmeasured(variables: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in variables.items() if not key.startswith("COVERAGE_")}
 
 
+def start_train(
+    *arguments: str | Path, cwd: Path, ranks: int, stdout: Any, stderr: Any = None, search: Sequence[Path] = ()
+) -> "zygote.Process | psutil.Popen":
+    """Start the program in a session of its own: forked, or under torchrun with ``ranks`` processes.
+
+    Without ``stderr``, its errors are written to ``stdout`` as well.
+    """
+    words, env, errors = command(*arguments, ranks=ranks), environment(search), stderr or stdout
+    if not ranks:
+        return zygote.start(words, cwd=cwd, env=env, stdout=stdout, stderr=errors)
+    return psutil.Popen(words, cwd=cwd, env=env, stdout=stdout, stderr=errors, start_new_session=True)
+
+
 def run_train(
     *arguments: str | Path,
     cwd: Path,
     ranks: int = 0,
     search: Sequence[Path] = (),
     variables: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end."""
+    """Run the program to its end.
+
+    Its processes are forked, and there is no launcher, unless ``fresh``: then the start itself is what a test is about.
+    """
+    env = environment(search, **(variables or {}))
+    if not fresh:
+        return zygote.run(command(*arguments), cwd=cwd, env=env, ranks=ranks)
     return subprocess.run(
-        command(*arguments, ranks=ranks),
-        cwd=cwd,
-        env=environment(search, **(variables or {})),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+        command(*arguments, ranks=ranks), cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False
     )
