@@ -42,18 +42,16 @@ def load_sharded(shards: Sequence[ShardedTensor], folder: Path) -> dict[str, Any
         InvalidCheckpointError: On every rank, if the files do not hold what the shards need, or anything but tensors
             and numbers.
     """
-    failure: Exception | None = None
+    reason: Exception | None = None
     common: dict[str, Any] = {}
     try:
         state = {_SHARDS: {str(number): shard for number, shard in enumerate(shards)}}
         common = megatron_versions.load(state, folder, _RestrictedShardedStrategy(), read_common)
         common.pop(_SHARDS, None)
-    except CheckpointException as error:  # of any rank
-        failure = next((failure for failure, _ in error.failures.values()), error)
+    except CheckpointException as error:  # of any rank, in older releases of Megatron; in newer ones of this rank
+        reason = next((failure for failure, _ in error.failures.values() if isinstance(failure, Exception)), error)
     except (CheckpointingException, pickle.UnpicklingError, OSError) as error:
-        failure = error
-    try:
-        raise_on_all_ranks(failure)  # in newer releases of Megatron, ranks read without each other
-    except Exception as reason:
-        raise InvalidCheckpointError(f"{folder}: cannot be loaded ({reason}); copy the checkpoint again") from reason
+        reason = error
+    message = f"{folder}: cannot be loaded ({reason}); copy the checkpoint again"
+    raise_on_all_ranks(None if reason is None else InvalidCheckpointError(message))
     return common

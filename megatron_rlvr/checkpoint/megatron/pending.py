@@ -73,12 +73,7 @@ class PendingCheckpoint:
         # Megatron would start a manager process to pass on what its writers report, keep it for the next checkpoint,
         # and so leave it behind on every machine where a rank is killed.
         filesystem_async._results_queue = queue.Queue()
-        copies = [
-            replace(shard, data=shard.data.to("cpu", copy=True))
-            for shard in shards
-            if shard.data is not None and is_main_replica(shard.replica_id)
-        ]
-        state = {str(number): shard for number, shard in enumerate(copies)}
+        state = {str(number): shard for number, shard in enumerate(copied_to_host(shards))}
         sharded, common = save_preprocess({"shards": state, **common, "content_metadata": dict(CONTENT_METADATA)})
         if dist.get_rank() == 0:
             torch.save(common, self._common)
@@ -124,6 +119,18 @@ class PendingCheckpoint:
         except OSError:
             shutil.rmtree(self._building, ignore_errors=True)
             raise
+
+
+def copied_to_host(shards: Iterable[ShardedTensor]) -> list[ShardedTensor]:
+    """Return the shards that this rank writes with copies of their tensors in the machine's memory, made one by one.
+
+    This is all of the memory that a save takes: the bytes that this rank writes, and none on the GPU.
+    """
+    return [
+        replace(shard, data=shard.data.to("cpu", copy=True))
+        for shard in shards
+        if shard.data is not None and is_main_replica(shard.replica_id)
+    ]
 
 
 def link_checkpoint(same: Path, folder: Path, finish: Finish) -> None:

@@ -129,7 +129,7 @@ class ShardedOptimizer:
         self._leaves, self.common = extract_sharded_base(states[0] if len(parts) == 1 else dict(enumerate(states)))
 
     def written(self) -> Iterator[ShardedTensor]:
-        """Yield what this rank writes. The precision-aware optimizer computes each tensor when it is asked for."""
+        """Yield what this rank writes. The precision-aware optimizer computes each tensor when its turn comes."""
         yield from self.own(loading=False)
         yield from _shares(self._weights.groups(_written(nested_values(self._leaves))))
 
@@ -147,18 +147,18 @@ class ShardedOptimizer:
                 start = part._get_model_param_range_map(parameter)["param"].start
                 for name, values in self._state_of(part, parameter, loading).items():
                     for shard in shards_of_range(leaves[parameter], values, start):
+                        data = shard.data if loading else shard.data.to(torch.float32)  # type: ignore[union-attr]
                         replica = (*shard.replica_id[:2], part.distributed_optimizer_instance_id)  # type: ignore[index]
-                        yield replace(shard, key=f"optimizer.state.{name}.{shard.key}", replica_id=replica)
+                        key = f"optimizer.state.{name}.{shard.key}"
+                        yield replace(shard, key=key, data=data, dtype=torch.float32, replica_id=replica)
 
     def _state_of(self, part: DistributedOptimizer, parameter: Any, loading: bool) -> dict[str, torch.Tensor]:
-        """Return this rank's part of the state of a parameter, flat."""
+        """Return this rank's part of the state of a parameter, flat; copies in fp32 if a load cannot fill the state."""
         state = part._get_main_param_and_optimizer_states(parameter)
         state = {name: values.detach().view(-1) for name, values in state.items() if name != "step"}
-        if part.config.use_precision_aware_optimizer:  # these are computed from what it stores
-            device = {"device": "cpu"} if loading else {}
-            state = {name: values.to(**device, dtype=torch.float32) for name, values in state.items()}
-            if loading:
-                self._copies.append((part, parameter, state))
+        if loading and part.config.use_precision_aware_optimizer:  # it computes these from what it stores
+            state = {name: values.to("cpu", torch.float32) for name, values in state.items()}
+            self._copies.append((part, parameter, state))
         return state
 
     def restore(self, common: dict[str, Any]) -> None:
