@@ -175,10 +175,11 @@ def save_and_load(folder: Path, layout: Layout, source: Path | None, target: Pat
             found.wrong = tuple(
                 name for name, tensor, wanted in state(policy) if not torch.equal(tensor, wanted.to(tensor.dtype))
             )
+        tensors = [tensor for _, tensor, _ in state(policy)]
         with Alive() as alive:
             complete = save_policy(policy, target, lambda folder, digests: None, background=background)
             if background:  # training may continue
-                for _, tensor, _ in state(policy):
+                for tensor in tensors:
                     tensor.fill_(-2.0)
             complete()
         found.saving = alive.peak
@@ -192,7 +193,7 @@ def save_and_load(folder: Path, layout: Layout, source: Path | None, target: Pat
 def test_a_rank_holds_what_it_writes_and_a_box_of_what_it_reads_and_any_layout_finds_the_same_state(
     ranks: Ranks, folders: dict[str, Path], model: str, kind: str, tmp_path: Path
 ) -> None:
-    source = None
+    source, before = None, None
     for number, layout in enumerate((LAYOUTS if model == "Qwen3" else EXPERT_LAYOUTS)[kind]):
         target = tmp_path / str(number)
         found = ranks.run(save_and_load, layout.size, folders[model], layout, source, target, bool(number % 2))
@@ -200,9 +201,11 @@ def test_a_rank_holds_what_it_writes_and_a_box_of_what_it_reads_and_any_layout_f
         for each in found:
             assert each.wrong == (), layout
             assert each.written > 10 * BOX_BYTES, "the bound means something"
-            assert each.saving <= 1.05 * each.written + SLACK_BYTES, layout
+            assert each.saving <= 1.05 * each.written, layout
             assert each.loading <= 2 * BOX_BYTES + SLACK_BYTES, layout
             if model == "Qwen3" and layout.pipeline == 1:  # whose stages have other numbers of parameters
                 assert each.written <= 1.1 * total / layout.size, layout
-                assert each.read <= 1.5 * total / layout.size, layout
-        source = target
+                assert each.read <= 2 * total / layout.size, layout
+                if before == (layout.tensor, layout.context * layout.data):
+                    assert each.read == each.written, layout
+        source, before = target, (layout.tensor, layout.context * layout.data)

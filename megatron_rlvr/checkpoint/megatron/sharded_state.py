@@ -54,7 +54,7 @@ class ShardedWeights:
 
     def written(self) -> Iterator[ShardedTensor]:
         """Yield what this rank writes."""
-        return _shares(self.groups(_written(nested_values(self.leaves))))
+        return _shares(self.groups(_written(nested_values(self.leaves))), loading=False)
 
     def replicated(self) -> list[Replicated]:
         """Return all weights by the ranks that hold them."""
@@ -91,7 +91,7 @@ def load_replicated(replicated: Sequence[Replicated], shards: Iterable[ShardedTe
     Raises:
         InvalidCheckpointError: On every rank, if a file cannot be loaded.
     """
-    common = load_sharded([*_shares(replicated), *shards], folder)
+    common = load_sharded([*_shares(replicated, loading=True), *shards], folder)
     for each in replicated:
         each.exchange()
     return common
@@ -131,7 +131,7 @@ class ShardedOptimizer:
     def written(self) -> Iterator[ShardedTensor]:
         """Yield what this rank writes. The precision-aware optimizer computes each tensor when its turn comes."""
         yield from self.own(loading=False)
-        yield from _shares(self._weights.groups(_written(nested_values(self._leaves))))
+        yield from _shares(self._weights.groups(_written(nested_values(self._leaves))), loading=False)
 
     def replicated(self) -> list[Replicated]:
         """Return the tensors of the state that all ranks with the same weights hold, by these ranks."""
@@ -146,7 +146,7 @@ class ShardedOptimizer:
             for parameter in part.model_param_gbuf_map:
                 start = part._get_model_param_range_map(parameter)["param"].start
                 for name, values in self._state_of(part, parameter, loading).items():
-                    for shard in shards_of_range(leaves[parameter], values, start):
+                    for shard in shards_of_range(leaves[parameter], values, start, loading=loading):
                         data = shard.data if loading else shard.data.to(torch.float32)  # type: ignore[union-attr]
                         replica = (*shard.replica_id[:2], part.distributed_optimizer_instance_id)  # type: ignore[index]
                         key = f"optimizer.state.{name}.{shard.key}"
@@ -173,8 +173,8 @@ class ShardedOptimizer:
             part._set_main_param_and_optimizer_states(parameter, state)
 
 
-def _shares(replicated: Iterable[Replicated]) -> Iterator[ShardedTensor]:
-    return (shard for each in replicated for shard in each.shards())
+def _shares(replicated: Iterable[Replicated], *, loading: bool) -> Iterator[ShardedTensor]:
+    return (shard for each in replicated for shard in each.shards(loading=loading))
 
 
 def set_common_state(optimizer: Any, loaded: Any) -> None:

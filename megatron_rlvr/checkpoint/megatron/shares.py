@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 BOX_BYTES = 2**28
-"""Maximum size of a box, unless a single row is larger: a reader holds one box in memory at a time."""
+"""Maximum size of a box that is written, unless a single row is larger: a reader holds one in memory at a time."""
 
 
 def boxes(shape: Sequence[int], start: int, stop: int, most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -58,22 +58,26 @@ def boxes(shape: Sequence[int], start: int, stop: int, most: int) -> Iterator[tu
         yield from within(last, 0, stop - last * row)
 
 
-def shards_of_range(leaf: ShardedTensor | ShardedTensorFactory, values: Tensor, start: int) -> list[ShardedTensor]:
+def shards_of_range(
+    leaf: ShardedTensor | ShardedTensorFactory, values: Tensor, start: int, *, loading: bool
+) -> list[ShardedTensor]:
     """Describe a flat range of a tensor as shards that form no grid, whose data are views of ``values``.
 
     Args:
         leaf: Megatron's description of the whole local tensor, which is contiguous.
         values: [n] elements ``start`` to ``start + n`` of that tensor, or of another one of its shape and any type.
         start: First element.
+        loading: False to limit the size of a shard; a reader would read what is in two shards twice.
     """
     shards = []
+    most = values.numel() if loading else BOX_BYTES // values.element_size()
     wholes = nested_values(leaf.build()) if isinstance(leaf, ShardedTensorFactory) else [leaf]
     for whole in wholes:  # a factory describes parts of the tensor, such as gate and up, which follow each other in it
         assert whole.data.is_contiguous(), f"{whole.key} has parts that are no flat ranges"
         first = whole.data.storage_offset() - leaf.data.storage_offset()
         begin, end = max(start, first), min(start + values.numel(), first + whole.data.numel())
         before = (1,) * whole.prepend_axis_num
-        for offset, size in boxes(whole.local_shape, begin - first, end - first, BOX_BYTES // values.element_size()):
+        for offset, size in boxes(whole.local_shape, begin - first, end - first, most):
             data = values[begin - start : begin - start + prod(size)].view(*before, *size)
             begin += data.numel()
             place = (*(0 for _ in before), *offset)
@@ -123,12 +127,15 @@ class Replicated:
         self._flat = [leaf.data.detach().view(-1) for leaf in leaves]
         self._shares = distribute(self._flat, dist.get_world_size(group))
 
-    def shards(self) -> list[ShardedTensor]:
-        """Return this rank's share. Of ranks that differ in tensor or pipeline rank, only the first is to write it."""
+    def shards(self, *, loading: bool) -> list[ShardedTensor]:
+        """Return this rank's share, to be filled by a load or to be written.
+
+        The tensors may also be on ranks of another tensor or pipeline rank, of which only the first is to write them.
+        """
         shards: list[ShardedTensor] = []
         own = self._shares[dist.get_rank(self._group)]
         for leaf, flat, share in zip(self._leaves, self._flat, own, strict=True):
-            shards += shards_of_range(leaf, flat[share], share.start)
+            shards += shards_of_range(leaf, flat[share], share.start, loading=loading)
         return [replace(shard, replica_id=(*shard.replica_id[:2], 0)) for shard in shards]  # type: ignore[index]
 
     def exchange(self) -> None:

@@ -28,7 +28,7 @@ class BackgroundWriter:
 
     Args:
         request: Megatron's ``AsyncRequest``, returned by `megatron_versions.plan_files`.
-            Its tensors are on the CPU, and nobody changes them.
+            Its tensors are on the CPU and do not change.
         background: If True, start writing now; else write in `wait`.
 
     Attributes:
