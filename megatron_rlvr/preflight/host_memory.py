@@ -1,7 +1,7 @@
 """Memory that processes can still take on a host: of the machine, or within a limit of their cgroups. Imports no torch.
 
-A container's limit is that of a cgroup. Whoever exceeds it is killed, although the machine may have memory left. Cached
-pages of files that nobody uses count as used by a cgroup, and can be taken.
+A container's limit is that of a cgroup. A process is killed if it exceeds the limit, although the machine may have
+memory left. Cached pages of files that are not in use count as used by a cgroup, and can be taken.
 """
 
 from collections.abc import Iterator

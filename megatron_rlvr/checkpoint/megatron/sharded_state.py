@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_rlvr.checkpoint.files import CONTENT_METADATA, CheckpointReader
@@ -49,7 +49,7 @@ class ShardedWeights:
             f"model{number}": {key: leaf for key, leaf in state.items() if not isinstance(leaf, ShardedObject)}
             for number, state in enumerate(states)
         }
-        # As Megatron's data-parallel wrapper tells them apart.
+        # Megatron's data-parallel wrapper distinguishes them by this mark as well.
         self._experts = {leaf.key for leaf in nested_values(self.leaves) if not getattr(leaf.data, "allreduce", True)}
 
     def written(self) -> Iterator[ShardedTensor]:
@@ -126,7 +126,8 @@ class ShardedOptimizer:
             else part.sharded_state_dict(weights.leaves, loading, metadata=CONTENT_METADATA)
             for part in parts
         ]
-        self._leaves, self.common = extract_sharded_base(states[0] if len(parts) == 1 else dict(enumerate(states)))
+        self._leaves, state = extract_sharded_base(states[0] if len(parts) == 1 else dict(enumerate(states)))
+        self._local, self.common = extract_nonpersistent(state)
 
     def written(self) -> Iterator[ShardedTensor]:
         """Yield what this rank writes. The precision-aware optimizer computes each tensor when its turn comes."""
@@ -167,8 +168,9 @@ class ShardedOptimizer:
         Args:
             common: The value of `common` when the checkpoint was saved.
         """
-        dict_list_map_inplace(lambda leaf: leaf.data if isinstance(leaf, ShardedBase) else leaf, self._leaves)
-        set_common_state(self._optimizer, merge(common, self._leaves))
+        dict_list_map_inplace(lambda leaf: leaf.data, self._leaves)
+        dict_list_map_inplace(lambda value: value.unwrap(), self._local)
+        set_common_state(self._optimizer, merge(merge(common, self._leaves), self._local))
         for part, parameter, state in self._copies:
             part._set_main_param_and_optimizer_states(parameter, state)
 

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 BOX_BYTES = 2**28
-"""Maximum size of a box that is written, unless a single row is larger: a reader holds one in memory at a time."""
+"""Maximum size of a box that is written: a reader holds one in memory at a time."""
 
 
 def boxes(shape: Sequence[int], start: int, stop: int, most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -35,7 +35,7 @@ def boxes(shape: Sequence[int], start: int, stop: int, most: int) -> Iterator[tu
         shape: Shape of the tensor, of one dimension or more.
         start: First element.
         stop: Element after the last one.
-        most: Maximum number of elements of a box, unless a single row is larger.
+        most: Maximum number of elements of a box, at least 1.
     """
     if start >= stop:
         return
@@ -51,9 +51,12 @@ def boxes(shape: Sequence[int], start: int, stop: int, most: int) -> Iterator[tu
         return
     if start < first * row:
         yield from within(first - 1, start - (first - 1) * row, row)
-    step = max(1, most // row)
-    for index in range(first, last, step):
-        yield (index, *[0] * (len(shape) - 1)), (min(step, last - index), *shape[1:])
+    step = most // row
+    for index in range(first, last, step or 1):
+        if step:
+            yield (index, *[0] * (len(shape) - 1)), (min(step, last - index), *shape[1:])
+        else:
+            yield from within(index, 0, row)
     if last * row < stop:
         yield from within(last, 0, stop - last * row)
 
