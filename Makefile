@@ -64,7 +64,7 @@ CORE := 0.19.2
 CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/test_layout_checks.py \
 	"tests/multi_rank/test_policy.py::test_five_training_steps_are_those_of_plain_autograd_in_every_layout[untied]" \
 	"tests/multi_rank/test_invariance.py::test_eight_steps_are_those_of_the_golden_file[tensor 2, sequence]" \
-	tests/multi_rank/test_checkpoint.py
+	tests/multi_rank/test_checkpoint.py tests/multi_rank/test_checkpoint_memory.py
 
 core-0.19: install
 	@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)

@@ -144,7 +144,10 @@ def check(result: dict[str, Any]) -> None:
         assert names[:3] == ["ranks", "build", "weights"]
         assert names[3:] == ["optimizer", "score", "train 1", "train 2", "export", "save", "load"]
         assert abs(rank["planned_peak"] / rank["train_peak"] - 1) <= MOST_DIFFERENCE
-        assert rank["saved"] > 0
+        export, save, load = rank["phases"][-3:]
+        assert 0 < save["host_peak"] - export["host"] <= 1.2 * rank["saved"]
+        assert save["device_peak"] - export["device"] <= 2**30
+        assert load["host_peak"] - save["host"] <= 2 * 2**28
 
 
 @cuda_build
