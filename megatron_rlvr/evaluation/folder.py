@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_rlvr import atomic
 from megatron_rlvr.evaluation.records import FOLDER, RecordsError
+from megatron_rlvr.write_errors import explained
 
 DESCRIPTION, SUMMARY = "evaluation.json", "summary.json"
 
@@ -81,15 +82,21 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the description, unless it is there; `check_folder` has accepted the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / DESCRIPTION).exists():
+    """Write the description, unless it is there; `check_folder` has accepted the folder.
+
+    Raises: WriteError if that is not possible.
+    """
+    if (folder / DESCRIPTION).exists():
+        return
+    with explained(DESCRIPTION, folder):
+        folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write or replace summary.json."""
-    atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write or replace summary.json. Raises WriteError if that is not possible."""
+    with explained(SUMMARY, folder):
+        atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

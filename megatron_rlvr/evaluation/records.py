@@ -9,14 +9,16 @@ records first and requests only the completions that have none, on any number of
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.atomic import AppendedFile
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.types import Completion, CompletionRequest, Grade
+from megatron_rlvr.write_errors import explained
 
 FOLDER = "records"
 
@@ -92,7 +94,7 @@ def record_of(request: CompletionRequest, completion: Completion, grade: Grade, 
 
 
 class RecordWriter:
-    """Appends the records of one rank; a context manager.
+    """Appends the records of one rank; a context manager. Every method raises WriteError if the file cannot be written.
 
     Args:
         folder: Folder of the evaluation.
@@ -101,9 +103,11 @@ class RecordWriter:
 
     def __init__(self, folder: Path, rank: int) -> None:
         path = folder / FOLDER / f"{rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        _remove_incomplete_line(path)
+        self._folder = path.parent
+        with self._explained():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = AppendedFile(path)
+            _remove_incomplete_line(path)
 
     def write(self, record: Record, response: str) -> None:
         """Append one record with the text of its response."""
@@ -113,15 +117,18 @@ class RecordWriter:
             content = line.encode("utf-8")
         except UnicodeEncodeError:
             content = json.dumps(asdict(record) | {"response": response}).encode("ascii")
-        self._file.write(content + b"\n")
-        self._file.flush()
+        with self._explained():
+            self._file.write(content + b"\n")
 
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with closing(self._file), self._explained():
+            self._file.flush_to_disk()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained("records of the evaluation", self._folder)
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -34,6 +34,7 @@ from megatron_rlvr.startup.lease import Lease, Process
 from megatron_rlvr.startup.process import is_first_of_host, is_main, leave, logger, print_error, print_line
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.startup.run_folder import prepare_run_folder, summarize, write_summary
+from megatron_rlvr.write_errors import explained
 
 if TYPE_CHECKING:
     from megatron_rlvr.distributed.ranks import Ranks
@@ -141,7 +142,8 @@ def _prepare(resolved: Resolved, ranks: "Ranks", lease: Lease | None) -> Resolve
 
     def prepare() -> None:
         if lease is not None:
-            lease.name_processes(processes)
+            with explained("the lease", Path(resolved.settings.run.dir)):
+                lease.name_processes(processes)
         prepare_run_folder(resolved.settings, start)
 
     on_main_rank(prepare)
