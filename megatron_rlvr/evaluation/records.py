@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_rlvr.atomic import AppendedFile
 from megatron_rlvr.errors import InputError
+from megatron_rlvr.input_files import decode, parse_json
 from megatron_rlvr.types import Completion, CompletionRequest, Grade
 from megatron_rlvr.write_errors import explained
 
@@ -24,6 +25,17 @@ FOLDER = "records"
 
 Key = tuple[str, int]
 """Prompt id and completion index, which identify a record."""
+
+
+# {key of a record: types of its value}
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("problem", "finish_reason", "gold", "response"), (str,)),
+    **dict.fromkeys(("answer", "failure"), (str, type(None))),
+    **dict.fromkeys(("index", "seed", "tokens"), (int,)),
+    **dict.fromkeys(("reward", "seconds"), (int, float)),
+    "correct": (bool,),
+}
+_LARGEST = 2.0**64  # of a number: its square can be computed with
 
 
 class RecordsError(InputError):
@@ -172,13 +184,12 @@ def by_problem(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 def _parse(line: bytes, where: str) -> tuple[Record, str]:
     try:
-        row: dict[str, Any] = json.loads(line)
-        response = row.pop("response")
-        record = Record(**{name: row[name] for name in Record.__slots__})
-        if not (isinstance(record.problem, str) and type(record.index) is int and isinstance(record.correct, bool)):
-            raise TypeError
-        return record, response
-    except (ValueError, LookupError, TypeError, AttributeError):
+        row: dict[str, Any] = parse_json(decode(line))
+        for name, kinds in _KINDS.items():
+            if type(row[name]) not in kinds or not (isinstance(row[name], str) or abs(row[name] or 0) < _LARGEST):
+                raise ValueError(name)
+        return Record(**{name: row[name] for name in Record.__slots__}), row["response"]
+    except (ValueError, LookupError, TypeError):
         raise RecordsError(
             f"{where}: not a record of an evaluation; restore the file, or choose another --out"
         ) from None
