@@ -58,7 +58,7 @@ class MetricsLog:
                         sampled.unlink()
             self._file = atomic.AppendedFile(path)
         if log.tensorboard:
-            with self._explained("tensorboard"):
+            with self._explained("TensorBoard's file"):
                 self._tensorboard = _TensorBoard(folder / "tensorboard", after)
         if log.wandb:
             import wandb
@@ -124,7 +124,7 @@ class MetricsLog:
         with self._explained(f"metrics.jsonl of step {step}"):
             self._file.write((json.dumps({"step": step} | clean) + "\n").encode("ascii"))
         if self._tensorboard is not None:
-            with self._explained(f"tensorboard of step {step}"):
+            with self._explained(f"TensorBoard's file of step {step}"):
                 self._tensorboard.write(step, metrics)
 
     def flush_to_disk(self) -> None:

@@ -75,7 +75,7 @@ def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
     Raises: WriteError if that is not possible.
     """
     folder = Path(settings.run.dir)
-    with explained("what a run begins with", folder):
+    with explained("the files that a run begins with", folder):
         _prepare(folder, settings, start)
 
 
