@@ -268,7 +268,8 @@ class Full(atomic.AppendedFile):
 
 
 def test_a_full_disk_is_one_line_that_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    space = r" could not be written to .*, where [0-9.]+ GB are free \(\[Errno 28\] .*\); make room, and the same command resumes$"
+    space = r" could not be written to .*, where [0-9.]+ GB are free \(\[Errno 28\] .*\); make room, and the same "
+    space += "command resumes$"
     monkeypatch.setattr(atomic, "AppendedFile", Full)
     log = MetricsLog(tmp_path, LogSettings(tensorboard=False, rollouts=1), SETTINGS, enabled=True)
     with pytest.raises(WriteError, match=r"^metrics\.jsonl of step 1" + space):
