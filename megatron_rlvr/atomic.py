@@ -25,8 +25,10 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of a file, in UTF-8.
 
     Raises:
-        OSError: If the file cannot be written; it keeps its old content.
+        OSError: If the file cannot be written, or is a folder, device or pipe; it keeps its old content.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
     building = temporary_path(path)
     building.write_text(text, encoding="utf-8")
     flush(building)

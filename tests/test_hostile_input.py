@@ -26,6 +26,7 @@ from megatron_rlvr.evaluation.folder import DESCRIPTION, read_description
 from megatron_rlvr.evaluation.records import read_records as read_evaluated
 from megatron_rlvr.hf.families import parameter_count, rope_scaling_factor, rope_theta, transformer_fields
 from megatron_rlvr.hf.files import INDEX, SINGLE, read_config, weight_files
+from megatron_rlvr.input_files import lines_of
 
 SOAK = 40
 """Factor between the examples of `make soak` and those of `make test`."""
@@ -420,3 +421,23 @@ def test_half_a_character_is_one_line_in_every_setting(tmp_path: Path) -> None:
         with pytest.raises(InputError) as error:
             load_settings(path, [f"--{key}=a\udcffb"])
         assert one_line(error.value).isprintable(), key
+
+
+def test_records_of_an_evaluation_that_are_a_pipe_or_have_no_end_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_rlvr.evaluation.records.lines_of", lambda file: lines_of(file, 2**16))
+    for kind in ("pipe", "loop", "folder", "zeros"):
+        path = tmp_path / kind / "records" / "00000.jsonl"
+        path.parent.mkdir(parents=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "loop":
+            path.symlink_to(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            with path.open("wb") as file:
+                file.truncate(2**33)
+        with pytest.raises(InputError, match=r"00000\.jsonl.* cannot be read \(.*\); restore the file"):
+            read_evaluated(tmp_path / kind)

@@ -56,8 +56,8 @@ def main(arguments: Sequence[str], program: str) -> int:
                 f"or give {' or '.join(FRAMES)}"
             )
         keys = {"problem_key": options.problem_key, "answer_key": options.answer_key}
-        if options.out.is_dir():
-            parser.error(f"--out {options.out}: a folder; give a .jsonl file")
+        if options.out.exists() and not options.out.is_file():
+            parser.error(f"--out {options.out}: a folder or device; give a .jsonl file")
         counts = prepare(options.set, options.files, options.out, frame=frame, **keys)
     except (DataError, OSError) as error:
         parser.error(str(error))

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_rlvr.atomic import AppendedFile
 from megatron_rlvr.errors import InputError
-from megatron_rlvr.input_files import decode, parse_json
+from megatron_rlvr.input_files import BadFileError, decode, lines_of, open_file, parse_json
 from megatron_rlvr.types import Completion, CompletionRequest, Grade
 from megatron_rlvr.write_errors import explained
 
@@ -156,14 +156,11 @@ def read_responses(folder: Path) -> Iterator[tuple[Record, str]]:
     """Yield each record of an evaluation with the text of its response; see `read_records`."""
     known: set[Key] = set()
     for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                record, response = _parse(line, f"{path}, line {number}")
-                if record.key not in known:
-                    known.add(record.key)
-                    yield record, response
+        for number, line in enumerate(_lines(path), start=1):
+            record, response = _parse(line, f"{path}, line {number}")
+            if record.key not in known:
+                known.add(record.key)
+                yield record, response
 
 
 def by_set(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -180,6 +177,18 @@ def by_problem(records: Iterable[Record]) -> dict[str, list[Record]]:
     for record in records:
         problems.setdefault(record.problem, []).append(record)
     return {problem: sorted(own, key=lambda r: r.index) for problem, own in problems.items()}
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the complete lines of a file."""
+    try:
+        with open_file(path) as file:
+            for line in lines_of(file):
+                if line.endswith(b"\n"):
+                    yield line
+    except (FileNotFoundError, BadFileError) as error:
+        where = f"{path}, line {error.line}" if isinstance(error, BadFileError) and error.line else path
+        raise RecordsError(f"{where}: cannot be read ({error}); restore the file, or choose another --out") from None
 
 
 def _parse(line: bytes, where: str) -> tuple[Record, str]:

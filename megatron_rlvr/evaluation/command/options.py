@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.command_line import Parser, path, small_int
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
-from megatron_rlvr.config.data import EvaluationFileSettings
+from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, parse_flags, set_key, validate
 
 DESCRIPTION = """\
@@ -229,6 +228,6 @@ def _values_of(run: Path, servers: Sequence[str]) -> dict[str, Any]:
 def _set_file(text: str) -> dict[str, str]:
     name, equals, path = text.partition("=")
     file = {"path": path, "name": name} if equals and "/" not in name else {"path": text}
-    if "/" in evaluation_name(EvaluationFileSettings(**file)) or not file["path"]:
+    if not file["path"]:
         raise SettingsError(f"--sets {text}: not a file, or NAME=FILE; correct it")
     return file

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         parser.error(f"--until-pid {options.until_pid}: no such process is running; give the id of one that is")
     try:
         programs = _programs(options, flags or [])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.device == "gpu":
         _compare_nccl(Path(sys.executable), programs[0].python)
@@ -142,7 +142,7 @@ def _split(words: Sequence[str], mark: str) -> tuple[list[str], list[str] | None
 
 
 def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerProgram]:
-    """Return the servers to start. Raises ValueError with a message of one line if the input is wrong."""
+    """Return the servers to start. Raises ValueError or OSError with a message of one line if the input is wrong."""
     model = options.model.absolute()
     if not (model / "config.json").is_file():
         raise ValueError(f"{options.model} is no model (it has no config.json); give a Hugging Face folder")
@@ -155,6 +155,7 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
     python = shutil.which(options.python)
     if python is None or subprocess.run([python, "-c", _HAS_SGLANG], capture_output=True).returncode:
         raise ValueError(f"--python {options.python} cannot import sglang; give the python of an environment that can")
+    (options.run_dir / "servers").mkdir(parents=True, exist_ok=True)
     config = None
     if options.api_key_file is not None:
         if "--config" in flags:
