@@ -11,11 +11,24 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from megatron_rlvr import atomic
 from megatron_rlvr.evaluation.records import FOLDER, RecordsError
+from megatron_rlvr.input_files import is_folder, read_json_object
+from megatron_rlvr.write_errors import explained
 
 DESCRIPTION, SUMMARY = "evaluation.json", "summary.json"
 
@@ -24,6 +37,49 @@ EVALUATIONS = "evaluations"
 
 Description = dict[str, Any]
 """JSON-compatible description: sections target, prompts, sampling, reward, and sets by name."""
+
+
+def _clock(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Prompts(_Strict):
+    clock: Annotated[str, AfterValidator(_clock)] | None = None
+
+
+class _Sampling(_Strict):
+    group_size: PositiveInt
+
+
+class _Reward(_Strict):
+    function: str
+    correct: FiniteFloat
+    incorrect: FiniteFloat
+    answer_after: str | None
+
+
+class _Set(_Strict):
+    path: str
+    prompt_key: str | None
+    answer_key: str | None
+    id_key: str | None
+    problems: NonNegativeInt
+
+
+class _Shape(_Strict):
+    """What readers of a description rely on, which a person may have edited."""
+
+    target: dict[str, Any]
+    prompts: _Prompts
+    sampling: _Sampling
+    reward: _Reward
+    sets: dict[str, _Set]
+
 
 _LEASE = "lease"  # of `startup.lease`, which is taken before anything is written
 _STEP = re.compile(r"step_(\d{6,})")
@@ -50,13 +106,18 @@ def read_description(folder: Path) -> Description:
     """
     path = folder / DESCRIPTION
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        if not is_folder(folder):
+            raise FileNotFoundError
+        found = read_json_object(path, RecordsError, "restore it, or evaluate again")
+    except FileNotFoundError:
         raise RecordsError(f"{folder} is no evaluation (it has no {DESCRIPTION}){_inner(folder)}") from None
-    except (OSError, ValueError) as error:
-        raise RecordsError(f"{path} cannot be read ({error}); restore it, or evaluate again") from None
-    if not (isinstance(found, dict) and {"sets", "sampling", "reward", "prompts", "target"} <= found.keys()):
-        raise RecordsError(f"{path} describes no evaluation; restore it, or evaluate again")
+    try:
+        _Shape.model_validate(found)
+    except ValidationError as error:
+        wrong = ".".join(str(part) for part in error.errors()[0]["loc"])[:200]
+        raise RecordsError(
+            f"{path} describes no evaluation ({wrong} is missing or wrong); restore it, or evaluate again"
+        ) from None
     return found
 
 
@@ -81,15 +142,21 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the description, unless it is there; `check_folder` has accepted the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / DESCRIPTION).exists():
+    """Write the description, unless it is there; `check_folder` has accepted the folder.
+
+    Raises: WriteError if that is not possible.
+    """
+    if (folder / DESCRIPTION).exists():
+        return
+    with explained(DESCRIPTION, folder):
+        folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write or replace summary.json."""
-    atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write or replace summary.json. Raises WriteError if that is not possible."""
+    with explained(SUMMARY, folder):
+        atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -9,19 +9,33 @@ records first and requests only the completions that have none, on any number of
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.atomic import AppendedFile
 from megatron_rlvr.errors import InputError
+from megatron_rlvr.input_files import BadFileError, decode, lines_of, open_file, parse_json
 from megatron_rlvr.types import Completion, CompletionRequest, Grade
+from megatron_rlvr.write_errors import explained
 
 FOLDER = "records"
 
 Key = tuple[str, int]
 """Prompt id and completion index, which identify a record."""
+
+
+# {key of a record: types of its value}
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("problem", "finish_reason", "gold", "response"), (str,)),
+    **dict.fromkeys(("answer", "failure"), (str, type(None))),
+    **dict.fromkeys(("index", "seed", "tokens"), (int,)),
+    **dict.fromkeys(("reward", "seconds"), (int, float)),
+    "correct": (bool,),
+}
+_LARGEST = 2.0**64  # of a number: its square can be computed with
 
 
 class RecordsError(InputError):
@@ -92,7 +106,7 @@ def record_of(request: CompletionRequest, completion: Completion, grade: Grade, 
 
 
 class RecordWriter:
-    """Appends the records of one rank; a context manager.
+    """Appends the records of one rank; a context manager. Every method raises WriteError if the file cannot be written.
 
     Args:
         folder: Folder of the evaluation.
@@ -101,9 +115,11 @@ class RecordWriter:
 
     def __init__(self, folder: Path, rank: int) -> None:
         path = folder / FOLDER / f"{rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        _remove_incomplete_line(path)
+        self._folder = path.parent
+        with self._explained():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = AppendedFile(path)
+            _remove_incomplete_line(path)
 
     def write(self, record: Record, response: str) -> None:
         """Append one record with the text of its response."""
@@ -113,15 +129,18 @@ class RecordWriter:
             content = line.encode("utf-8")
         except UnicodeEncodeError:
             content = json.dumps(asdict(record) | {"response": response}).encode("ascii")
-        self._file.write(content + b"\n")
-        self._file.flush()
+        with self._explained():
+            self._file.write(content + b"\n")
 
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with closing(self._file), self._explained():
+            self._file.flush_to_disk()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained("records of the evaluation", self._folder)
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -137,14 +156,11 @@ def read_responses(folder: Path) -> Iterator[tuple[Record, str]]:
     """Yield each record of an evaluation with the text of its response; see `read_records`."""
     known: set[Key] = set()
     for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                record, response = _parse(line, f"{path}, line {number}")
-                if record.key not in known:
-                    known.add(record.key)
-                    yield record, response
+        for number, line in enumerate(_lines(path), start=1):
+            record, response = _parse(line, f"{path}, line {number}")
+            if record.key not in known:
+                known.add(record.key)
+                yield record, response
 
 
 def by_set(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -163,15 +179,26 @@ def by_problem(records: Iterable[Record]) -> dict[str, list[Record]]:
     return {problem: sorted(own, key=lambda r: r.index) for problem, own in problems.items()}
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the complete lines of a file."""
+    try:
+        with open_file(path) as file:
+            for line in lines_of(file):
+                if line.endswith(b"\n"):
+                    yield line
+    except (FileNotFoundError, BadFileError) as error:
+        where = f"{path}, line {error.line}" if isinstance(error, BadFileError) and error.line else path
+        raise RecordsError(f"{where}: cannot be read ({error}); restore the file, or choose another --out") from None
+
+
 def _parse(line: bytes, where: str) -> tuple[Record, str]:
     try:
-        row: dict[str, Any] = json.loads(line)
-        response = row.pop("response")
-        record = Record(**{name: row[name] for name in Record.__slots__})
-        if not (isinstance(record.problem, str) and type(record.index) is int and isinstance(record.correct, bool)):
-            raise TypeError
-        return record, response
-    except (ValueError, LookupError, TypeError, AttributeError):
+        row: dict[str, Any] = parse_json(decode(line))
+        for name, kinds in _KINDS.items():
+            if type(row[name]) not in kinds or not (isinstance(row[name], str) or abs(row[name] or 0) < _LARGEST):
+                raise ValueError(name)
+        return Record(**{name: row[name] for name in Record.__slots__}), row["response"]
+    except (ValueError, LookupError, TypeError):
         raise RecordsError(
             f"{where}: not a record of an evaluation; restore the file, or choose another --out"
         ) from None

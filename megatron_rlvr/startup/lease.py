@@ -105,12 +105,15 @@ class Lease:
             file.truncate()
 
     def release(self) -> None:
-        """Remove the file, its folder, and those created for it, if they are empty. May be called repeatedly."""
+        """Remove the file, its folder, and those created for it, if they are empty. May be called repeatedly.
+
+        A file that cannot be removed is that of a dead run for the next one.
+        """
         self._released.set()
         if self._touching is not None:
             self._touching.join()
-        self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
             for folder in self._created:
                 folder.rmdir()
 

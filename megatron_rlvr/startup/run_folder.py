@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr import atomic
 from megatron_rlvr.checkpoint.resume import check_files, checkpoint_to_resume, prepare_checkpoints
 from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, RunTotals
 from megatron_rlvr.config import Settings, SettingsError
@@ -29,6 +30,7 @@ from megatron_rlvr.evaluation.folder import EVALUATIONS, remove_later_evaluation
 from megatron_rlvr.input_files import same_place
 from megatron_rlvr.metrics import check_metrics
 from megatron_rlvr.startup.process import is_main
+from megatron_rlvr.write_errors import explained
 
 RUN_FILES = (
     *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
@@ -68,8 +70,16 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
 
 
 def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
-    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank."""
+    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank.
+
+    Raises: WriteError if that is not possible.
+    """
     folder = Path(settings.run.dir)
+    with explained("the files that a run begins with", folder):
+        _prepare(folder, settings, start)
+
+
+def _prepare(folder: Path, settings: Settings, start: Checkpoint | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     replaced = [name for name in RUN_FILES if name != FOLDER]  # `prepare_checkpoints` removes those
     for name in replaced if start is None else _REPLACED_ON_RESUME:
@@ -97,8 +107,10 @@ def summarize(settings: Settings, totals: RunTotals, export: Path | None) -> dic
 
 
 def write_summary(settings: Settings, summary: dict[str, Any]) -> None:
-    """Write summary.json; for the main rank."""
-    (Path(settings.run.dir) / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    """Write summary.json; for the main rank. Raises WriteError if that is not possible."""
+    folder = Path(settings.run.dir)
+    with explained(_SUMMARY, folder):
+        atomic.write_text(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def _check_writable(key: str, folder: Path) -> None:

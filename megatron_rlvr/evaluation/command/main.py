@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rlvr.config import SettingsError
+from megatron_rlvr.config import ParallelSettings, SettingsError
 from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.evaluation.command import options as command_line
 from megatron_rlvr.evaluation.command.regrade import regrade
@@ -18,12 +18,21 @@ from megatron_rlvr.evaluation.command.target import Target, find_target
 from megatron_rlvr.evaluation.compare import compare
 from megatron_rlvr.evaluation.folder import DESCRIPTION, check_folder, read_description, write_description
 from megatron_rlvr.evaluation.records import read_records
+from megatron_rlvr.input_files import is_folder
 from megatron_rlvr.launch import launched, start_ranks
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.evaluation import ResolvedEvaluation, describe_evaluation, resolve_evaluation
 from megatron_rlvr.startup.lease import take_lease
-from megatron_rlvr.startup.process import end_with_launcher, is_main, leave, print_error, print_line, quiet_libraries
+from megatron_rlvr.startup.process import (
+    end_with_launcher,
+    is_main,
+    leave,
+    print_error,
+    print_line,
+    quiet_libraries,
+    world_size,
+)
 
 _SERVED_MODEL = "model"
 _SERVE_FLAGS = {
@@ -159,10 +168,10 @@ def _served_folder(servers: Sequence[str]) -> Path:
     from megatron_rlvr.engines.sglang.connect import served_folder
 
     folder = served_folder(servers)
-    if folder is None or not Path(folder).is_dir():
+    if folder is None or not is_folder(folder):
         raise SettingsError(
-            f"--servers {servers[0]}: serves {folder}, which is no folder of this machine; give TARGET, whose "
-            "tokenizer and configuration are read"
+            f"--servers {servers[0]}: serves {str(folder)[:200]}, which is no folder of this machine; give TARGET, "
+            "whose tokenizer and configuration are read"
         )
     return Path(folder)
 
@@ -192,7 +201,7 @@ def _graders(resolved: ResolvedEvaluation) -> GraderPool:
 
 def _default_ranks() -> int:
     if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+        return world_size(ParallelSettings())
     from megatron_rlvr.distributed.accelerator import gpu_count  # imports torch
 
     return gpu_count() or 1

@@ -8,10 +8,10 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
-from megatron_rlvr.config.data import EvaluationFileSettings
+from megatron_rlvr.command_line import Parser, path, small_int
+from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, parse_flags, set_key, validate
 
 DESCRIPTION = """\
@@ -58,11 +58,6 @@ _KEYS = {
 _FLAG = re.compile(r"--[a-z_]+\.[^\s=]+(=.*)?", re.DOTALL)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse(arguments: Sequence[str], program: str) -> argparse.Namespace:
     """Return the options; ``flags`` are those with the key of a setting, ``server_flags`` follow ``--``.
 
@@ -81,25 +76,31 @@ def parse(arguments: Sequence[str], program: str) -> argparse.Namespace:
     return options
 
 
-def _parser(program: str) -> _Parser:
-    parser = _Parser(
-        prog=program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+def _parser(program: str) -> Parser:
+    parser = Parser(
+        program,
+        description=DESCRIPTION,
         usage="%(prog)s [TARGET] [FLAGS] [--section.key VALUE ...] [-- SGLANG_FLAG ...]",
-    )  # fmt: skip
+    )
     add = parser.add_argument
-    add("target", nargs="?", type=Path, metavar="TARGET", help="model, checkpoint or run to evaluate")
-    add("--step", type=int, metavar="N", help="step of the run TARGET (default: its export, or its latest checkpoint)")
+    add("target", nargs="?", type=path, metavar="TARGET", help="model, checkpoint or run to evaluate")
+    add(
+        "--step",
+        type=small_int,
+        metavar="N",
+        help="step of the run TARGET (default: its export, or its latest checkpoint)",
+    )
     add("--sets", nargs="+", metavar="FILE", help="problem sets (.jsonl, .parquet), or NAME=FILE (default: of --like)")
     add(
         "--samples",
-        type=int,
+        type=small_int,
         metavar="N",
         help="completions for each problem: evaluate.group_size (default: of --like, or 32)",
     )
-    add("--out", type=Path, metavar="DIR", help="folder to write, or to resume")
+    add("--out", type=path, metavar="DIR", help="folder to write, or to resume")
     add(
         "--like",
-        type=Path,
+        type=path,
         metavar="RUN",
         help="run whose prompts, sampling and reward are used (default: a run TARGET)",
     )
@@ -110,13 +111,18 @@ def _parser(program: str) -> _Parser:
         help="SGLang servers to sample on (default: this process, with transformers)",
     )
     add("--serve", choices=("gpu", "cpu"), help="start SGLang servers on this machine, and stop them at the end")
-    add("--serve-count", type=int, metavar="N", help="number of servers (default: as many as the GPUs allow)")
-    add("--serve-tensor", type=int, metavar="N", help="GPUs per server (default: 1)")
-    add("--serve-port", type=int, metavar="N", help="port of the first server (default: 30000)")
-    add("--serve-python", type=Path, metavar="PATH", help="Python that has SGLang (default: this one)")
-    add("--ranks", type=int, metavar="N", help="ranks of the embedded engine on this machine (default: one per GPU)")
-    add("--compare", nargs="+", type=Path, metavar="OUT", help="evaluations to compare, each with the first")
-    add("--regrade", type=Path, metavar="OUT", help="evaluation whose recorded responses are graded again")
+    add("--serve-count", type=small_int, metavar="N", help="number of servers (default: as many as the GPUs allow)")
+    add("--serve-tensor", type=small_int, metavar="N", help="GPUs per server (default: 1)")
+    add("--serve-port", type=small_int, metavar="N", help="port of the first server (default: 30000)")
+    add("--serve-python", type=path, metavar="PATH", help="Python that has SGLang (default: this one)")
+    add(
+        "--ranks",
+        type=small_int,
+        metavar="N",
+        help="ranks of the embedded engine on this machine (default: one per GPU)",
+    )
+    add("--compare", nargs="+", type=path, metavar="OUT", help="evaluations to compare, each with the first")
+    add("--regrade", type=path, metavar="OUT", help="evaluation whose recorded responses are graded again")
     add("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -222,6 +228,6 @@ def _values_of(run: Path, servers: Sequence[str]) -> dict[str, Any]:
 def _set_file(text: str) -> dict[str, str]:
     name, equals, path = text.partition("=")
     file = {"path": path, "name": name} if equals and "/" not in name else {"path": text}
-    if "/" in evaluation_name(EvaluationFileSettings(**file)) or not file["path"]:
+    if not file["path"]:
         raise SettingsError(f"--sets {text}: not a file, or NAME=FILE; correct it")
     return file

@@ -17,6 +17,7 @@ from megatron_rlvr.evaluation.folder import check_folder, read_description, writ
 from megatron_rlvr.evaluation.majority import majorities, same_answers
 from megatron_rlvr.evaluation.records import Record, RecordsError, RecordWriter, read_records, read_responses
 from megatron_rlvr.evaluation.summary import summarize_sets
+from megatron_rlvr.input_files import same_place
 from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
 from megatron_rlvr.types import Prompt
 
@@ -39,8 +40,8 @@ def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> 
     before = read_description(source)
     reward, answer_after = _reward(before["reward"], flags)
     own = reward.model_dump(include={"function", "correct", "incorrect"}) | {_TEXT_AFTER: answer_after}
-    description = {**before, "reward": own, "regraded_from": str(source.resolve())}
-    if source.resolve() == out.resolve():
+    description = {**before, "reward": own, "regraded_from": str(same_place(source))}
+    if same_place(source) == same_place(out):
         raise RecordsError(f"--out {out}: holds the records to grade again; choose another folder")
     check_folder(out, description)
     prompts = _prompts(before["sets"])

@@ -11,6 +11,7 @@ from megatron_rlvr.evaluation.majority import majorities, same_answers
 from megatron_rlvr.evaluation.records import Record
 from megatron_rlvr.evaluation.report import show, table_of
 from megatron_rlvr.evaluation.summary import SetSummary, hints, summarize_sets
+from megatron_rlvr.input_files import parse_json, read_text
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.startup.evaluation import ResolvedEvaluation
 
@@ -92,6 +93,7 @@ def _expected(summaries: dict[str, SetSummary]) -> int:
 
 def _earlier_rate(out: Path) -> float | None:
     try:
-        return json.loads((out / SUMMARY).read_text(encoding="utf-8"))["tokens_per_second"]
-    except (OSError, ValueError, LookupError):
+        rate = parse_json(read_text(out / SUMMARY))["tokens_per_second"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    return float(rate) if isinstance(rate, float) else None

@@ -30,6 +30,7 @@ from megatron_rlvr.evaluation.evaluator import Evaluator
 from megatron_rlvr.evaluation.folder import check_folder, write_description
 from megatron_rlvr.evaluation.majority import same_answers
 from megatron_rlvr.evaluation.records import read_records
+from megatron_rlvr.input_files import is_folder, same_place
 from megatron_rlvr.policy.build import DTYPES
 from megatron_rlvr.protocols import RolloutEngine
 from megatron_rlvr.reward.graders import GraderPool
@@ -178,6 +179,6 @@ def _other_model(path: str | None, weights: str | None, served: Sequence[Path]) 
             f"the server holds weights that a run has pushed ({weights}), not those of TARGET; start it on TARGET, or "
             "leave TARGET out to evaluate what it holds"
         )
-    if path is not None and Path(path).is_dir() and Path(path).resolve() not in [own.resolve() for own in served]:
+    if path is not None and is_folder(path) and same_place(path) not in [same_place(own) for own in served]:
         return f"the server serves {path}, not TARGET ({served[0]}); start it on TARGET, or give {path} as TARGET"
     return None
