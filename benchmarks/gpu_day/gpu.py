@@ -26,25 +26,25 @@ class Measured:
 
 
 def measure(device: str, function: Callable[[], Any], calls: int) -> Measured:
-    """Call a function once to warm up, and then so many times. What it returns is dropped."""
+    """Call a function twice, to warm up and for its memory, and then so many times. What it returns is dropped."""
     function()
-    seconds, peak = [], None
+    before = start_of_peak(device)
+    function()
+    peak = None if before is None else torch.cuda.max_memory_allocated() - before
+    seconds = []
     for _ in range(calls):
-        before = start_of_measurement(device)
+        wait(device)
         start = time.perf_counter()
         function()
         wait(device)
         seconds.append(time.perf_counter() - start)
-        if before is not None:
-            peak = torch.cuda.max_memory_allocated() - before
     return Measured(min(seconds), peak)
 
 
-def start_of_measurement(device: str) -> int | None:
+def start_of_peak(device: str) -> int | None:
     """Measure the peak memory from now on; return the bytes allocated now, None on a CPU."""
     if device == "cpu":
         return None
-    torch.cuda.empty_cache()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()

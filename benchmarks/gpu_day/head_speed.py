@@ -37,7 +37,7 @@ def main() -> None:
     )
     ours: float | None = None
     for name in FOR_A_TRIAL if options.small else METHODS:
-        with rows.guarded(METHODS[name].label):
+        with rows.guarded(METHODS[name].label, METHODS[name].peer):
             seconds = one_method(rows, name, check, inputs, ours)
             ours = seconds if name == "a" else ours
     dist.destroy_process_group()

@@ -57,7 +57,7 @@ def main() -> None:
         share = share_of_peak(2 * size**3, product.seconds)
         rows.add(
             "matrix product",
-            f"{2 * size**3 / product.seconds / 1e12:.0f} TFLOP/s{percent(share)}",
+            f"{2 * size**3 / product.seconds / 1e12:.3g} TFLOP/s{percent(share)}",
             note=f"{size} x {size} x {size} in bf16: what a product can reach here",
             seconds=product.seconds,
             share=share,
@@ -69,7 +69,7 @@ def main() -> None:
         share = share_of_bandwidth(2 * b.nbytes, copy.seconds)
         rows.add(
             "copy",
-            f"{2 * b.nbytes / copy.seconds / 1e9:.0f} GB/s{percent(share)}",
+            f"{2 * b.nbytes / copy.seconds / 1e9:.3g} GB/s{percent(share)}",
             note="bytes read and written",
             seconds=copy.seconds,
             share=share,

@@ -1,5 +1,6 @@
 """The phases of a step of a policy of random parameters, measured one after the other."""
 
+import importlib.util
 import json
 import math
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import percent, share_of_peak, start_of_measurement, wait
+from gpu import percent, share_of_peak, start_of_peak, wait
 from rows import Rows
 
 from megatron_rlvr.algo.loss import policy_loss
@@ -80,10 +81,14 @@ class Phases:
     Args:
         rows: Destination.
         device: cuda or cpu.
+
+    Attributes:
+        rows: Destination.
+        peak: Most bytes allocated in the last phase; 0 on a CPU.
     """
 
     def __init__(self, rows: Rows, device: str) -> None:
-        self._rows = rows
+        self.rows = rows
         self._device = device
         self.peak = 0
 
@@ -95,7 +100,7 @@ class Phases:
             operations: Floating-point operations of the block by the planner; 0 if it counts none.
             beside: Returns what the planner says, afterwards.
         """
-        start_of_measurement(self._device)
+        start_of_peak(self._device)
         start = time.perf_counter()
         yield
         wait(self._device)
@@ -108,7 +113,7 @@ class Phases:
             memory = f", {peak / GIB:.2f} GiB ({reserved / GIB:.2f} reserved)"
             self.peak = peak
         result = f"{seconds:.2f} s{percent(share)}{memory}"
-        self._rows.add(name, result, beside(), seconds=seconds, share=share, peak=peak, reserved=reserved)
+        self.rows.add(name, result, beside(), seconds=seconds, share=share, peak=peak, reserved=reserved)
 
 
 def run(rows: Rows, device: str, small: bool) -> None:
@@ -210,7 +215,10 @@ def step(phases: Phases, config: Mapping[str, Any], folder: str, tokens: int, re
         exported = sum(tensor.numel() for _, tensor in policy.export_weights())
     if exported != shape.parameters:
         raise ValueError(f"{exported} parameters were exported of {shape.parameters}")
-    rollout(phases, policy, folder, response)
+    if importlib.util.find_spec("transformers") is None:
+        phases.rows.add("rollout", "left out: it needs transformers")
+    else:
+        rollout(phases, policy, folder, response)
 
 
 def micro_batch(policy: Any, tokens: int, response: int, vocabulary: int) -> MicroBatch:

@@ -25,12 +25,18 @@ class Rows:
         self._write({"what": what, "result": result, "beside": beside, "note": note, "numbers": numbers})
 
     @contextmanager
-    def guarded(self, what: str) -> Iterator[None]:
-        """Context in which an error becomes a row, and the program continues after it."""
+    def guarded(self, what: str, peer: bool = False) -> Iterator[None]:
+        """Context in which an error becomes a row, and the program continues after it.
+
+        Args:
+            what: What is measured there.
+            peer: True for a method of others, which may be missing or unable to do this.
+        """
         try:
             yield
         except Exception as error:  # of any library: what does not work here is a result
-            self._write({"what": what, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]})
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            self._write({"what": what, "result": f"did not run: {text}"} if peer else {"what": what, "error": text})
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")

@@ -25,7 +25,7 @@ def main() -> None:
         entropies, token_ids = (x.to(options.device) for x in make_tokens(0, count, 0.0))
         ours: float | None = None
         for name in METHODS:
-            with rows.guarded(f"{name}, {count:,} entropies"):
+            with rows.guarded(f"{name}, {count:,} entropies", peer=name != "ours"):
                 seconds = one_method(rows, name, entropies, token_ids, ours)
                 ours = seconds if name == "ours" else ours
         del entropies, token_ids
