@@ -198,10 +198,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if absent := missing("torch"):
         parser.error(f"{sys.executable} has no {absent[0]}; set PYTHON to one that has")
-    import torch
+    if options.device == "cuda":
+        import torch
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is visible to torch; run it where there is one, or try it with --device cpu --small")
+        if not torch.cuda.is_available():
+            parser.error("no GPU is visible to torch; run it where there is one, or try it with --device cpu --small")
     return options
 
 
