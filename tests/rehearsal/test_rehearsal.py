@@ -219,6 +219,7 @@ def test_a_layer_that_waits_is_found():
     phase = {"host": 0, "host_peak": 0, "device": 0, "device_peak": 0, "waits": []}
     names = ("ranks", "build", "weights", "optimizer", "score", "train 1", "train 2", "export", "save", "load")
     phases = [phase | {"name": name} for name in names]
+    phases[8]["host_peak"] = 1
     rank = {"phases": phases, "planned_peak": 1.0, "train_peak": 1.0, "saved": 1}
     check({"ranks": [rank]})
     for line, in_layer, fails in (("x.py:1", False, False), (f"{ROTARY}:204", True, False), ("x.py:1", True, True)):
