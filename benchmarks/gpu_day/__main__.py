@@ -101,7 +101,7 @@ PARTS = (
     Part("nccl", 90, program("groups.py")),
     Part("head", 360, program("head_speed.py")),
     Part("threshold", 120, program("threshold_speed.py")),
-    Part("policy", 360, program("policy_step.py"), needs=("torch", "megatron.core", "pydantic", "psutil")),
+    Part("policy", 360, program("policy_step.py"), needs=("torch", "numpy", "megatron.core", "pydantic", "psutil", "yaml")),
     Part("tests", 420, pytest_command, needs=("torch", "pytest"), read=rows_of_tests),
 )
 _NO_TESTS = 5  # pytest's exit status if none was selected
