@@ -6,7 +6,7 @@
     nccl       collectives on one GPU, and a process group whose other rank never arrives
     head       the output layer's head beside other methods, at 20,480 rows and an eighth of Qwen3's vocabulary
     threshold  the exact threshold beside gathering and sorting
-    policy     a policy of 1.7 or 4 billion random parameters through a whole step, beside the planner's figures
+    policy     a policy of 1.7 or 4 billion random parameters through a whole step, beside the planner's estimates
     tests      tests/gpu
 
 The limits of all parts add up to 25 minutes. A part that fails or takes too long is a row of the table with its error,
