@@ -13,8 +13,8 @@ export OMP_NUM_THREADS := 1
 # Processes of tests start many times: compiled modules are kept even where the environment forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart check promises test tests soak core-0.19 core-short rehearsals cluster container lint packages peers bench \
-	clean
+.PHONY: install quickstart check promises test tests soak core-0.19 core-short rehearsals cluster container lint packages \
+	peers bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -64,21 +64,22 @@ soak: lint packages peers rehearsals
 CORE := 0.19.2
 CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/test_layout_checks.py tests/multi_rank \
 	tests/test_resume.py
-CORE_SHORT := tests/startup/test_layout_checks.py \
+CORE_SHORT := tests/multi_rank/test_launcher.py::test_ranks_import_the_megatron_core_that_this_process_would \
 	"tests/multi_rank/test_policy.py::test_five_training_steps_are_those_of_plain_autograd_in_every_layout[untied]" \
 	"tests/multi_rank/test_invariance.py::test_eight_steps_are_those_of_the_golden_file[tensor 2, sequence]" \
 	tests/multi_rank/test_checkpoint.py \
 	"tests/test_resume.py::test_a_resumed_run_equals_a_run_that_was_never_stopped[data 2]"
 
+define on_core
+@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
+PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(1)
+endef
+
 core-0.19: install
-	$(MAKE) --no-print-directory core CORE_TESTS='$(CORE_TESTS)'
+	$(call on_core,$(CORE_TESTS))
 
 core-short: install
-	$(MAKE) --no-print-directory core CORE_TESTS='$(CORE_SHORT)'
-
-core:
-	@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
-	PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(CORE_TESTS)
+	$(call on_core,$(CORE_SHORT))
 
 # `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own.
 rehearsals:
