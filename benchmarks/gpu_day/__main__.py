@@ -96,12 +96,13 @@ def rows_of_tests(path: Path) -> list[dict[str, Any]]:
     return [{"what": "all", "result": total, "numbers": counts}, *rows]
 
 
+OF_THE_POLICY = ("torch", "numpy", "megatron.core", "pydantic", "psutil", "yaml")
 PARTS = (
     Part("machine", 90, program("machine.py")),
     Part("nccl", 90, program("groups.py")),
     Part("head", 360, program("head_speed.py")),
     Part("threshold", 120, program("threshold_speed.py")),
-    Part("policy", 360, program("policy_step.py"), needs=("torch", "numpy", "megatron.core", "pydantic", "psutil", "yaml")),
+    Part("policy", 360, program("policy_step.py"), needs=OF_THE_POLICY),
     Part("tests", 420, pytest_command, needs=("torch", "pytest"), read=rows_of_tests),
 )
 _NO_TESTS = 5  # pytest's exit status if none was selected
