@@ -190,7 +190,7 @@ def test_a_dtype_is_found_in_either_notation_of_a_union() -> None:
 
     from megatron_rlvr.policy.megatron_fields import _names
 
-    for hint in (typing.Union[torch.dtype, None], torch.dtype | None):  # noqa: UP007, UP045
+    for hint in (typing.Union[torch.dtype, None], torch.dtype | None):  # noqa: UP007
         assert _names(hint)["bfloat16"] is torch.bfloat16
 
 
