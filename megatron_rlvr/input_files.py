@@ -9,9 +9,10 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 2**26
 """Size of the largest file that is read as a whole."""
@@ -49,6 +50,23 @@ def same_place(path: str | Path) -> Path:
         return Path(path).absolute()
 
 
+@contextmanager
+def _regular_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; errors within the block are FileNotFoundError or BadFileError."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for the writer of a pipe
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise BadFileError("not a regular file")
+            yield file
+    except (FileNotFoundError, BadFileError):
+        raise
+    except OSError as error:  # a folder is one, too
+        raise BadFileError(error.strerror or type(error).__name__) from None
+    except ValueError as error:  # a NUL, or a character that no file name can hold
+        raise BadFileError(str(error)) from None
+
+
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file.
 
@@ -56,21 +74,27 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
         FileNotFoundError: There is no file.
         BadFileError: It cannot be read, is no regular file, or is larger than ``max_bytes``.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for the writer of a pipe
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise BadFileError("not a regular file")
-            content = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # a folder is one, too
-        raise BadFileError(error.strerror or type(error).__name__) from None
-    except ValueError as error:  # a NUL, or a character that no file name can hold
-        raise BadFileError(str(error)) from None
+    with _regular_file(path) as file:
+        content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise BadFileError(f"larger than {max_bytes} bytes")
     return content
+
+
+def read_lines(path: str | Path, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line of a regular file, from 1, and the line with its line break.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        BadFileError: It cannot be read, is no regular file, or has a line of more than ``max_bytes``.
+    """
+    number = 0
+    with _regular_file(path) as file:
+        while line := file.readline(max_bytes + 1):
+            number += 1
+            if len(line) > max_bytes:
+                raise BadFileError(f"longer than {max_bytes} bytes", number)
+            yield number, line
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from megatron_rlvr.config import Settings, SettingsError, evaluation_name
 from megatron_rlvr.config.data import EvaluationFileSettings
 from megatron_rlvr.config.loading import load_settings, parse_flags, set_key, validate
+from megatron_rlvr.input_files import is_file
 
 DESCRIPTION = """\
 Say how good a model is on problem sets, and how sure that is.
@@ -35,7 +36,7 @@ Keys of the settings are flags, as in `rlvr train`, which explains them (rlvr tr
     --data.template, template_kwargs, system, suffix, max_prompt_tokens        how problems become prompts
     --rollout.max_response_tokens, stop                                        the end of a response
     --rollout.max_batch_rows, max_batch_tokens                                 embedded engine
-    --rollout.max_inflight, retries, server_timeout_seconds                    servers
+    --rollout.api_key_file, max_inflight, retries, server_timeout_seconds      servers
     --evaluate.sets, group_size, temperature, top_p, pass_at                   sets with columns of their own; sampling
     --reward.function, answer_after, correct, incorrect, timeout_seconds, workers
     --model.tokenizer, dtype    --run.seed
@@ -45,7 +46,7 @@ Exit status: 0; 1 after a fault; 2 and one line on stderr for wrong input; 128 +
 
 _PROMPTS = ("template", "template_kwargs", "system", "suffix", "max_prompt_tokens")
 _EMBEDDED = ("max_batch_rows", "max_batch_tokens")
-_SERVERS = ("max_inflight", "retries", "server_timeout_seconds")
+_SERVERS = ("api_key_file", "max_inflight", "retries", "server_timeout_seconds")
 _REWARD = ("function", "answer_after", "correct", "incorrect", "timeout_seconds", "workers")
 _KEYS = {
     "data": _PROMPTS,
@@ -200,14 +201,25 @@ def settings_of(options: argparse.Namespace, model: Path, run: Path | None, serv
     return validate(values)
 
 
+def api_key_file(options: argparse.Namespace) -> str | None:
+    """Return the file with the servers' key that the flags name, or the run that ``--like`` names; None without one."""
+    values = _values_of(options.like, options.servers) if options.like is not None else {}
+    for key, value in parse_flags(options.flags):
+        if key == "rollout.api_key_file":
+            return value if isinstance(value, str) else None
+    return values.get("rollout", {}).get("api_key_file")
+
+
 def _values_of(run: Path, servers: Sequence[str]) -> dict[str, Any]:
     """Return the values of a run that an evaluation takes."""
     config = run / "config.yaml"
-    if not config.is_file():
+    if not is_file(config):
         raise SettingsError(f"--like {run}: holds no config.yaml; give the folder of a run")
     settings = load_settings(config)
-    same_engine = (settings.rollout.engine == "sglang") == bool(servers)
-    rollout = ["max_response_tokens", "stop"] + [*(_SERVERS if servers else _EMBEDDED)] * same_engine
+    has_servers = settings.rollout.engine == "sglang" or bool(settings.evaluate.servers)
+    rollout = ["max_response_tokens", "stop"]
+    if has_servers if servers else settings.rollout.engine == "embedded":
+        rollout += _SERVERS if servers else _EMBEDDED
     evaluate = {"group_size", "temperature", "top_p", "pass_at"} if settings.evaluate.sets else set()
     return {
         "run": {"seed": settings.run.seed},

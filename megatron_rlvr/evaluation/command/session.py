@@ -142,7 +142,9 @@ def _engine(
             max_batch_rows=settings.rollout.max_batch_rows,
         )
     longest = settings.max_sequence_tokens
-    pool = connect(settings.rollout, ranks, resolved.hf_config, max_sequence_tokens=longest)
+    pool = connect(
+        *(settings.rollout, ranks, resolved.hf_config), max_sequence_tokens=longest, key="--servers", model="TARGET"
+    )
     assert pool is not None, "one rank, which is a leader"
     resources.callback(pool.close)
     for url, info in pool.everywhere(lambda server: server.info()).items():
