@@ -108,7 +108,10 @@ def _serve(
     """Start servers, run this command again on them, and stop them; return the exit status of that."""
     from megatron_rlvr.engines.sglang.launcher import command as launcher
 
-    write_description(options.out, description)
+    try:
+        write_description(options.out, description)
+    except OSError as error:
+        raise RecordsError(f"--out {options.out}: cannot be written ({error}); choose another folder") from None
     with ExitStack() as resources:
         model = target.folder
         if target.is_checkpoint:

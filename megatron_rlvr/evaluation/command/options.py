@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
-from megatron_rlvr.config.data import EvaluationFileSettings
+from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, parse_flags, set_key, validate
 from megatron_rlvr.input_files import is_file
 
@@ -144,24 +143,34 @@ def _problem(options: argparse.Namespace) -> str | None:
         if len(options.compare) < 2:
             return "--compare: needs two evaluations or more; name their folders"
         if extra := sorted(given - {"compare", "json"}):
-            return f"--{extra[0]}: has no effect with --compare; remove it"
+            return f"{_written(options, extra[0])}: has no effect with --compare; remove it"
         return None
     if options.regrade is not None:
         if extra := sorted(given - {"regrade", "json", "out", "flags"}):
-            return f"--{extra[0]}: has no effect with --regrade; remove it"
+            return f"{_written(options, extra[0])}: has no effect with --regrade; remove it"
     elif options.target is None and options.servers is None:
         return "no TARGET; give a model, a checkpoint or a run, or --servers URL"
     if options.out is None:
         return "--out is missing; give the folder to write, or to resume"
-    serving = sorted(name for name in given if name.startswith("serve_")) + ["--"] * bool(options.server_flags)
+    serving = sorted(name for name in given if name.startswith(("serve_", "server_flags")))
     if serving and options.serve is None:
-        return f"--{serving[0].replace('_', '-').lstrip('-')}: has no effect without --serve; remove it"
+        return f"{_written(options, serving[0])}: has no effect without --serve; remove it"
+    keys = {word.partition("=")[0] for word in options.flags}
+    for name, key in (("sets", "--evaluate.sets"), ("samples", "--evaluate.group_size")):
+        if name in given and key in keys:
+            return f"--{name} and {key} set the same; remove one of them"
     for one, other in (("serve", "servers"), ("ranks", "servers"), ("ranks", "serve")):
         if {one, other} <= given:
             return f"--{one} and --{other} exclude each other; remove one of them"
     if options.ranks is not None and options.ranks < 1:
         return f"--ranks {options.ranks}: not above 0; give the number of ranks on this machine"
     return None
+
+
+def _written(options: argparse.Namespace, name: str) -> str:
+    """Return an option as it is written on the command line."""
+    first = {"target": "TARGET", "flags": next(iter(options.flags), ""), "server_flags": "--"}
+    return first.get(name, f"--{name.replace('_', '-')}")
 
 
 def settings_of(options: argparse.Namespace, model: Path, run: Path | None, servers: Sequence[str]) -> Settings:
@@ -233,7 +242,4 @@ def _values_of(run: Path, servers: Sequence[str]) -> dict[str, Any]:
 
 def _set_file(text: str) -> dict[str, str]:
     name, equals, path = text.partition("=")
-    file = {"path": path, "name": name} if equals and "/" not in name else {"path": text}
-    if "/" in evaluation_name(EvaluationFileSettings(**file)) or not file["path"]:
-        raise SettingsError(f"--sets {text}: not a file, or NAME=FILE; correct it")
-    return file
+    return {"path": path, "name": name} if equals and "/" not in name else {"path": text}
