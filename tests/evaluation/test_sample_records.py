@@ -162,7 +162,7 @@ def test_records_of_another_evaluation_among_those_of_this_one_are_named(tmp_pat
     assert folder_records(tmp_path, DESCRIPTION) == records_of(8)
     for foreign in (replace(RECORD, index=8), replace(RECORD, problem="math500/1")):
         write(tmp_path, 1, [foreign])
-        with pytest.raises(RecordsError, match="is none of evaluation.json; remove the file that was added"):
+        with pytest.raises(RecordsError, match=r"is none of evaluation\.json; remove the file that was added"):
             folder_records(tmp_path, DESCRIPTION)
         (tmp_path / "records" / "00001.jsonl").unlink()
 
