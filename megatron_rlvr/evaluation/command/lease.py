@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_rlvr.config import RunSettings
@@ -11,13 +10,13 @@ from megatron_rlvr.startup.process import leave, print_error, print_line
 
 
 @contextmanager
-def lease_of(out: Path) -> Iterator[None]:
-    """Hold the lease of a folder within the block, which ends the process if another command has taken it.
+def lease_of(run: RunSettings) -> Iterator[None]:
+    """Hold the lease of `run.dir` within the block; the process ends if another command takes it.
 
     Raises:
         SettingsError: Another command uses the folder, or it cannot be written.
     """
-    lease = take_lease(RunSettings(dir=str(out), steps=1), print_line, "--out")
+    lease = take_lease(run, print_line, "--out")
     try:
         lease.keep(_end_without_lease)
         yield

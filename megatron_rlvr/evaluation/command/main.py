@@ -88,7 +88,7 @@ def _sample(options: Namespace, resolved: ResolvedEvaluation, target: Target, de
     served = [target.folder, options.out / _SERVED_MODEL] if options.target is not None else []
     with ExitStack() as resources:
         if is_main():  # a second command would sample the same completions
-            resources.enter_context(lease_of(options.out))
+            resources.enter_context(lease_of(resolved.settings.run))
         graders = resources.enter_context(_graders(resolved))
         run_session(resolved, target, description, options.out, graders, served=served, as_json=options.json)
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rlvr.config import RewardSettings, SettingsError
+from megatron_rlvr.config import RewardSettings, Settings, SettingsError
 from megatron_rlvr.config.loading import parse_flags, validate
 from megatron_rlvr.data.records import RecordFile
 from megatron_rlvr.evaluation.command.lease import lease_of
@@ -40,7 +40,8 @@ def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> 
         Stopped: After what was graded before a signal has been recorded and reported.
     """
     before = read_description(source)
-    reward, answer_after = _reward(before["reward"], flags)
+    settings, answer_after = _settings(before["reward"], flags, out)
+    reward = settings.reward
     own = reward.model_dump(include={"function", "correct", "incorrect"}) | {_TEXT_AFTER: answer_after}
     description = {**before, "reward": own, "regraded_from": str(source.resolve())}
     if source.resolve() == out.resolve():
@@ -52,7 +53,7 @@ def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> 
     graders = GraderPool(
         reward.function, workers=reward.workers, timeout_seconds=reward.timeout_seconds, answer_after=answer_after
     )
-    with lease_of(out), graders:
+    with lease_of(settings.run), graders:
         check_folder(out, description)
         write_description(out, description)
         try:
@@ -96,8 +97,8 @@ def _grade(source: Path, out: Path, prompts: Mapping[str, Prompt], graders: Grad
                 take()
 
 
-def _reward(before: Mapping[str, Any], flags: Sequence[str]) -> tuple[RewardSettings, str | None]:
-    """Return the reward's settings, and the text after which answers begin: the recorded one unless a flag sets it."""
+def _settings(before: Mapping[str, Any], flags: Sequence[str], out: Path) -> tuple[Settings, str | None]:
+    """Return settings with the reward, and the text after which answers begin: that recorded, unless a flag sets it."""
     values: dict[str, Any] = {key: value for key, value in before.items() if key != _TEXT_AFTER}
     answer_after = before[_TEXT_AFTER]
     for key, value in parse_flags(list(flags)):
@@ -107,9 +108,9 @@ def _reward(before: Mapping[str, Any], flags: Sequence[str]) -> tuple[RewardSett
         values[name] = value
         if name == _TEXT_AFTER:
             answer_after = None if value in ("none", "auto") else value
-    whole = {"run": {"dir": "-", "steps": 1}, "model": {"path": "-"}, "data": {"train": ["-"]}, "reward": values}
-    reward = validate(whole).reward
-    return reward, answer_after if reward.function == "math" else None
+    run = {"dir": str(out), "steps": 1}
+    settings = validate({"run": run, "model": {"path": "-"}, "data": {"train": ["-"]}, "reward": values})
+    return settings, answer_after if settings.reward.function == "math" else None
 
 
 def _prompts(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Prompt]:
