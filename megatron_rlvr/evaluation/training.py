@@ -104,8 +104,9 @@ def _metrics_in(folder: Path) -> dict[str, float]:
     except (FileNotFoundError, RecordsError):
         return {}
     metrics = summary.get("metrics")
-    known = isinstance(metrics, dict) and all(isinstance(value, float) for value in metrics.values())
-    return metrics if known and summary.get("complete") is True else {}
+    if summary.get("complete") is not True or not isinstance(metrics, dict):
+        return {}
+    return metrics if all(isinstance(value, float) for value in metrics.values()) else {}
 
 
 def _metrics(summaries: Mapping[str, SetSummary]) -> dict[str, float]:

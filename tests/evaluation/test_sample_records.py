@@ -134,7 +134,7 @@ def places(folder: Path) -> Iterator[Path]:
     (folder / "dangling").symlink_to("nothing")
     (folder / "folder").mkdir()
     yield from (folder / name for name in ("pipe", "loop", "folder", "dangling"))
-    yield from (Path("/dev/zero"), Path("/proc/self/mem"))
+    yield from (Path("/dev/full"), Path("/proc/self/mem"))
 
 
 def test_records_and_descriptions_that_are_no_files_are_one_line(tmp_path: Path):
