@@ -376,3 +376,12 @@ def test_an_impossible_number_of_ranks_is_one_line(ranks: str, monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", ranks)
     with pytest.raises(SettingsError, match="not an int above 0"):
         world_size(ParallelSettings())
+
+
+@pytest.mark.parametrize("flag", ["--run.dir", "--data.suffix", "--data.template_kwargs.a", "--model.path"])
+def test_half_of_a_pair_of_utf_16_is_one_line_that_names_the_setting(flag: str, tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.dump({"run": {"dir": "r", "steps": 1}, "model": {"path": "m"}, "data": {"train": "t"}}))
+    with pytest.raises(InputError) as error:
+        load_settings(path, [f'{flag}="\\ud800"'])
+    assert one_line(error.value) == f"{flag[2:]}=\\ud800: holds a character that no file can hold; remove it"

@@ -70,7 +70,9 @@ def _check_scalar(value: Any, at: str = "") -> None:
         problem = "too_large" if abs(value) > MAX_FLOAT else "too_small" if 0 < abs(value) < MIN_FLOAT else None
         problem = "finite_number" if value != value or abs(value) == float("inf") else problem
     if problem:
-        raise PydanticCustomError(problem, "a value that cannot be used", {"at": at, "value": value})  # type: ignore[arg-type]
+        # pydantic renders its messages in UTF-8, with the context
+        readable = value.encode("ascii", "backslashreplace").decode() if problem == "not_text" else value
+        raise PydanticCustomError(problem, "a value that cannot be used", {"at": at, "value": readable})  # type: ignore[arg-type]
 
 
 def _is_unicode(text: str) -> bool:
