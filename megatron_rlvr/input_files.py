@@ -94,6 +94,12 @@ def lines_of(file: IO[bytes], max_bytes: int = MAX_BYTES) -> Iterator[bytes]:
         yield line
 
 
+def read_lines(path: str | Path, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line of a regular file, from 1, and the line; errors are those of the two above."""
+    with open_file(path) as file:
+        yield from enumerate(lines_of(file, max_bytes), start=1)
+
+
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     """Return the content of a UTF-8 file; errors are those of `read_bytes`, and BadFileError for other bytes."""
     return decode(read_bytes(path, max_bytes))

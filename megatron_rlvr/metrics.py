@@ -49,10 +49,11 @@ class MetricsLog:
         self._wandb: Any = None
         if not enabled:
             return
+        self._evaluated: set[int] = set()
         with self._explained("metrics.jsonl"):
             path = folder / "metrics.jsonl"
             if after is not None:
-                _truncate(path, after)
+                self._evaluated = _truncate(path, after)
                 for sampled in (folder / "rollouts").glob("step_*.jsonl"):
                     if int(sampled.stem.removeprefix("step_")) > after:
                         sampled.unlink()
@@ -82,6 +83,11 @@ class MetricsLog:
         self._write(step, metrics)
         if self._wandb is not None:  # which accepts no step twice
             self._wandb.log(metrics | {"eval/step": step})
+
+    def write_missing(self, step: int, metrics: dict[str, float]) -> None:
+        """Write late metrics of an evaluation, unless the log that is continued has them."""
+        if self._enabled and step not in self._evaluated:
+            self.write_late(step, metrics)
 
     def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Any) -> None:
         """Write a few sampled responses as text with their grades to `rollouts/step_<n>.jsonl`.
@@ -209,7 +215,7 @@ def check_metrics(folder: Path, after: int) -> None:
     path = folder / "metrics.jsonl"
     damaged = 0
     try:
-        for number, (_, step) in enumerate(_lines(path), start=1):
+        for number, (_, step, _) in enumerate(_lines(path), start=1):
             damaged = damaged or (number if step is None else 0)
             if damaged and step is not None and step <= after:
                 raise LogError(
@@ -222,17 +228,21 @@ def check_metrics(folder: Path, after: int) -> None:
         raise LogError(f"{path} cannot be read ({error}); restore the file, or move it away") from None
 
 
-def _truncate(path: Path, after: int) -> None:
+def _truncate(path: Path, after: int) -> set[int]:
     """Remove the lines of steps after ``after`` from metrics.jsonl, and damaged ones, which are behind the others.
 
     Lines of earlier steps may follow those of later ones (`MetricsLog.write_late`).
+
+    Returns: the steps that have metrics of an evaluation.
     """
     if not path.exists():
-        return
-    start, kept = 0, []
-    for length, step in _lines(path):
+        return set()
+    start, kept, evaluated = 0, [], set()
+    for length, step, keys in _lines(path):
         if step is not None and step <= after:
             kept.append(slice(start, start + length))
+            if any(key.startswith("eval/") for key in keys):
+                evaluated.add(step)
         start += length
     end = sum(part.stop - part.start for part in kept)
     if not kept or kept[-1].stop == end:
@@ -240,15 +250,16 @@ def _truncate(path: Path, after: int) -> None:
     else:
         content = path.read_bytes()
         atomic.write_text(path, b"".join(content[part] for part in kept).decode("utf-8"))
+    return evaluated
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int | None]]:
-    """Yield (bytes, step) of each line of metrics.jsonl; the step is None if the line is incomplete or damaged."""
+def _lines(path: Path) -> Iterator[tuple[int, int | None, Iterable[str]]]:
+    """Yield (bytes, step, keys) of each line of metrics.jsonl; the step is None if it is incomplete or damaged."""
     with path.open("rb") as file:
         while line := file.readline(_MOST_BYTES):
             try:
                 values: Any = json.loads(line) if line.endswith(b"\n") else None
                 step = values.get("step") if isinstance(values, dict) else None
             except (ValueError, RecursionError):
-                step = None
-            yield len(line), step if type(step) is int else None
+                values, step = None, None
+            yield len(line), step if type(step) is int else None, values if isinstance(values, dict) else ()

@@ -26,7 +26,7 @@ from megatron_rlvr.evaluation.folder import DESCRIPTION, read_description
 from megatron_rlvr.evaluation.records import read_records as read_evaluated
 from megatron_rlvr.hf.families import parameter_count, rope_scaling_factor, rope_theta, transformer_fields
 from megatron_rlvr.hf.files import INDEX, SINGLE, read_config, weight_files
-from megatron_rlvr.input_files import lines_of
+from megatron_rlvr.input_files import read_lines
 
 SOAK = 40
 """Factor between the examples of `make soak` and those of `make test`."""
@@ -426,7 +426,7 @@ def test_half_a_character_is_one_line_in_every_setting(tmp_path: Path) -> None:
 def test_records_of_an_evaluation_that_are_a_pipe_or_have_no_end_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_rlvr.evaluation.records.lines_of", lambda file: lines_of(file, 2**16))
+    monkeypatch.setattr("megatron_rlvr.evaluation.records.read_lines", lambda path: read_lines(path, 2**16))
     for kind in ("pipe", "loop", "folder", "zeros"):
         path = tmp_path / kind / "records" / "00000.jsonl"
         path.parent.mkdir(parents=True)
@@ -441,3 +441,12 @@ def test_records_of_an_evaluation_that_are_a_pipe_or_have_no_end_are_one_line(
                 file.truncate(2**33)
         with pytest.raises(InputError, match=r"00000\.jsonl.* cannot be read \(.*\); restore the file"):
             read_evaluated(tmp_path / kind)
+
+
+@pytest.mark.parametrize("flag", ["--run.dir", "--data.suffix", "--data.template_kwargs.a", "--model.path"])
+def test_half_of_a_pair_of_utf_16_is_one_line_that_names_the_setting(flag: str, tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.dump({"run": {"dir": "r", "steps": 1}, "model": {"path": "m"}, "data": {"train": "t"}}))
+    with pytest.raises(InputError) as error:
+        load_settings(path, [f'{flag}="\\ud800"'])
+    assert one_line(error.value) == f"{flag[2:]}=\\ud800: holds a character that no file can hold; remove it"

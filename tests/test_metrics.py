@@ -57,12 +57,15 @@ def test_metrics_of_an_earlier_step_are_an_object_of_their_own_and_survive_a_res
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 2, "los')
     log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True, after=2)
+    log.write_missing(1, {"eval/set/accuracy": 0.5})  # which the log has
+    log.write_missing(2, {"eval/set/accuracy": 0.75})  # as if the run had been killed before it was written
     log.write(3, {"loss": 30.0})
     log.close()
     assert lines_of(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 2.0},
         {"step": 1, "eval/set/accuracy": 0.5},
+        {"step": 2, "eval/set/accuracy": 0.75},
         {"step": 3, "loss": 30.0},
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from megatron_rlvr.command_line import Parser, path
 from megatron_rlvr.data.overlap import as_json, describe, find_overlap
 from megatron_rlvr.data.published import FRAMES, SETS, prepare, report
+from megatron_rlvr.data.records import encodable
 from megatron_rlvr.data.rows import DataError
 
 DESCRIPTION = """\
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str], program: str) -> int:
             found = find_overlap(options.train, options.sets)
             sys.stdout.write((as_json(found) if options.json else describe(found)) + "\n")
             return 0
-        frame = FRAMES.get(options.frame, options.frame)
+        frame = FRAMES.get(options.frame, encodable(options.frame, "--frame", "rlvr data prepare"))
         if "{problem}" not in frame:
             parser.error(
                 f"--frame={options.frame!r}: no {{problem}} in it; write {{problem}} where the problem belongs, "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rlvr.errors import InputError
-from megatron_rlvr.input_files import BadFileError, decode, is_file, lines_of, open_file, parse_json
+from megatron_rlvr.input_files import BadFileError, decode, is_file, parse_json, read_lines
 
 _EXACT_CHARACTERS = 16
 _MAX_LINE_BYTES = 2**26
@@ -60,13 +60,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     # Read bytes, not text: an invalid byte is then reported with its line, and only "\n" ends a line (not U+2028).
     try:
-        with open_file(path) as file:
-            for number, line in enumerate(lines_of(file, _MAX_LINE_BYTES), start=1):
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if content.strip():
-                    yield "line", number, _json_object(content, f"{path}, line {number}")
+        for number, line in read_lines(path, _MAX_LINE_BYTES):
+            row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if row.strip():
+                yield "line", number, _json_object(row, f"{path}, line {number}")
     except BadFileError as error:
-        if error.line:
+        if error.line is not None:
             raise DataError(f"{path}, line {error.line}: {error}; write one JSON object per line") from error
         raise DataError(f"{path} cannot be read ({error}); check its permissions") from error
 

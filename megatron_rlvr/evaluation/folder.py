@@ -8,6 +8,7 @@ A folder belongs to one evaluation: the same command resumes it, and any other i
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,18 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    FiniteFloat,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 
 from megatron_rlvr import atomic
-from megatron_rlvr.evaluation.records import FOLDER, RecordsError
+from megatron_rlvr.evaluation.records import FOLDER, Record, RecordsError, read_records
 from megatron_rlvr.input_files import is_folder, read_json_object
 from megatron_rlvr.write_errors import explained
 
@@ -44,43 +37,44 @@ def _clock(text: str) -> str:
     return text
 
 
-class _Strict(BaseModel):
+class _Read(BaseModel):
+    """A part of a description: what is read of it, which a person may have edited; it has more."""
+
     model_config = ConfigDict(strict=True)
 
 
-class _Prompts(_Strict):
-    clock: Annotated[str, AfterValidator(_clock)] | None = None
-
-
-class _Sampling(_Strict):
-    group_size: PositiveInt
-
-
-class _Reward(_Strict):
-    function: str
-    correct: FiniteFloat
-    incorrect: FiniteFloat
-    answer_after: str | None
-
-
-class _Set(_Strict):
+class _Set(_Read):
     path: str
     prompt_key: str | None
     answer_key: str | None
     id_key: str | None
-    problems: NonNegativeInt
+    problems: PositiveInt
 
 
-class _Shape(_Strict):
-    """What readers of a description rely on, which a person may have edited."""
+class _Prompts(_Read):
+    clock: Annotated[str, AfterValidator(_clock)] | None = None
 
+
+class _Sampling(_Read):
+    group_size: PositiveInt
+
+
+class _Reward(_Read):
+    function: str
+    correct: FiniteFloat = 1.0
+    incorrect: FiniteFloat = 0.0
+    answer_after: str | None
+
+
+class _Parts(_Read):
     target: dict[str, Any]
     prompts: _Prompts
     sampling: _Sampling
     reward: _Reward
-    sets: dict[str, _Set]
+    sets: dict[str, _Set] = Field(min_length=1)
 
 
+_REMEDY = "restore it, or evaluate again"
 _LEASE = "lease"  # of `startup.lease`, which is taken before anything is written
 _STEP = re.compile(r"step_(\d{6,})")
 
@@ -90,12 +84,17 @@ def evaluation_folder(run: Path, step: int) -> Path:
     return run / EVALUATIONS / f"step_{step:06d}"
 
 
+def evaluations_in(run: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of each evaluation in the folder of a run, by ascending step."""
+    names = [(_STEP.fullmatch(path.name), path) for path in (run / EVALUATIONS).glob("step_*") if is_folder(path)]
+    return sorted((int(name[1]), path) for name, path in names if name)
+
+
 def remove_later_evaluations(run: Path, step: int) -> None:
     """Remove the evaluations of steps after ``step``, from which a run resumes: their weights are lost."""
-    for path in (run / EVALUATIONS).glob("step_*"):
-        found = _STEP.fullmatch(path.name)
-        if found and int(found[1]) > step:
-            shutil.rmtree(path)
+    for its_step, folder in evaluations_in(run):
+        if its_step > step:
+            shutil.rmtree(folder)
 
 
 def read_description(folder: Path) -> Description:
@@ -105,31 +104,46 @@ def read_description(folder: Path) -> Description:
         RecordsError: If there is none.
     """
     path = folder / DESCRIPTION
+    if not os.path.lexists(path):
+        raise RecordsError(f"{folder} is no evaluation (it has no {DESCRIPTION}){_inner(folder)}")
     try:
-        if not is_folder(folder):
-            raise FileNotFoundError
-        found = read_json_object(path, RecordsError, "restore it, or evaluate again")
+        found = read_json_object(path, RecordsError, _REMEDY)
+        _Parts.model_validate(found)
     except FileNotFoundError:
-        raise RecordsError(f"{folder} is no evaluation (it has no {DESCRIPTION}){_inner(folder)}") from None
-    try:
-        _Shape.model_validate(found)
+        raise RecordsError(f"{path} cannot be read (a link to nothing); {_REMEDY}") from None
     except ValidationError as error:
-        wrong = ".".join(str(part) for part in error.errors()[0]["loc"])[:200]
-        raise RecordsError(
-            f"{path} describes no evaluation ({wrong} is missing or wrong); restore it, or evaluate again"
-        ) from None
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise RecordsError(f"{path} describes no evaluation ({where}: {error.errors()[0]['msg']}); {_REMEDY}") from None
+    return found
+
+
+def records_of(folder: Path, description: Description) -> list[Record]:
+    """Return the records in a folder, at least one.
+
+    Raises:
+        RecordsError: There is none, one cannot be read, or one belongs to another evaluation than ``description``.
+    """
+    found = read_records(folder)
+    for record in found:
+        if record.set_name not in description["sets"] or record.index >= description["sampling"]["group_size"]:
+            raise RecordsError(
+                f"{folder / FOLDER}: completion {record.index} of {record.problem} is none of {DESCRIPTION}; "
+                "remove the file that was added"
+            )
+    if not found:
+        raise RecordsError(f"{folder} has no records yet; run its evaluation")
     return found
 
 
 def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
     """Raise RecordsError if a folder holds anything but the evaluation that ``description`` describes."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise RecordsError(f"--out {folder}: not a folder; choose another")
-    if not (folder / DESCRIPTION).exists():
+    if not os.path.lexists(folder / DESCRIPTION):
         own = {atomic.temporary_path(folder / DESCRIPTION).name, _LEASE}
-        names = sorted(path.name for path in folder.iterdir() if path.name not in own)
+        names = sorted(name for name in _names(folder) if name not in own)
         if names:
             raise RecordsError(f"--out {folder}: holds {names[0]}, and no evaluation; choose another folder")
         return
@@ -139,6 +153,14 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
             f"--out {folder}: holds records of another evaluation, with {key}={_short(then)}, not {_short(value)}; "
             "choose another folder, or set it back"
         )
+
+
+def holds(folder: Path, description: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds the evaluation that ``description`` describes."""
+    try:
+        return read_description(folder) == json.loads(json.dumps(description))
+    except RecordsError:
+        return False
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
@@ -169,6 +191,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             yield f"{prefix}{key}", then, value
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise RecordsError(f"--out {folder}: cannot be read ({error.strerror}); choose another folder") from None
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -176,7 +205,7 @@ def _short(value: Any) -> str:
 
 def _inner(folder: Path) -> str:
     """Return a remedy that names the evaluations of a run folder, if it is one."""
-    steps = sorted(path.parent for path in folder.glob(f"evaluations/*/{DESCRIPTION}"))
+    steps = sorted(path.parent for path in folder.glob(f"{EVALUATIONS}/*/{DESCRIPTION}")) if is_folder(folder) else []
     if steps:
         return f"; give one of the evaluations of this run, such as {steps[-1]}"
     return f"; give a folder that rlvr evaluate has written, with {DESCRIPTION} and {FOLDER}/"

@@ -16,26 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.atomic import AppendedFile
+from megatron_rlvr.config.section import MAX_FLOAT
 from megatron_rlvr.errors import InputError
-from megatron_rlvr.input_files import BadFileError, decode, lines_of, open_file, parse_json
+from megatron_rlvr.input_files import BadFileError, decode, is_folder, parse_json, read_lines
 from megatron_rlvr.types import Completion, CompletionRequest, Grade
 from megatron_rlvr.write_errors import explained
 
 FOLDER = "records"
 
-Key = tuple[str, int]
-"""Prompt id and completion index, which identify a record."""
-
-
-# {key of a record: types of its value}
-_KINDS: dict[str, tuple[type, ...]] = {
+_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("problem", "finish_reason", "gold", "response"), (str,)),
     **dict.fromkeys(("answer", "failure"), (str, type(None))),
     **dict.fromkeys(("index", "seed", "tokens"), (int,)),
     **dict.fromkeys(("reward", "seconds"), (int, float)),
     "correct": (bool,),
 }
-_LARGEST = 2.0**64  # of a number: its square can be computed with
+_MAX_COUNT = 2**31  # of completions of a problem, and of tokens of a response
+
+Key = tuple[str, int]
+"""Prompt id and completion index, which identify a record."""
 
 
 class RecordsError(InputError):
@@ -155,12 +154,19 @@ def read_records(folder: Path) -> list[Record]:
 def read_responses(folder: Path) -> Iterator[tuple[Record, str]]:
     """Yield each record of an evaluation with the text of its response; see `read_records`."""
     known: set[Key] = set()
-    for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        for number, line in enumerate(_lines(path), start=1):
-            record, response = _parse(line, f"{path}, line {number}")
-            if record.key not in known:
-                known.add(record.key)
-                yield record, response
+    paths = sorted((folder / FOLDER).glob("*.jsonl")) if is_folder(folder / FOLDER) else []
+    for path in paths:
+        try:
+            for number, line in read_lines(path):
+                if not line.endswith(b"\n"):
+                    break
+                record, response = _parse(line, f"{path}, line {number}")
+                if record.key not in known:
+                    known.add(record.key)
+                    yield record, response
+        except BadFileError as error:
+            where = f"{path}, line {error.line}" if error.line else str(path)
+            raise RecordsError(f"{where} cannot be read ({error}); restore the file, or evaluate again") from None
 
 
 def by_set(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -179,29 +185,31 @@ def by_problem(records: Iterable[Record]) -> dict[str, list[Record]]:
     return {problem: sorted(own, key=lambda r: r.index) for problem, own in problems.items()}
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the complete lines of a file."""
-    try:
-        with open_file(path) as file:
-            for line in lines_of(file):
-                if line.endswith(b"\n"):
-                    yield line
-    except (FileNotFoundError, BadFileError) as error:
-        where = f"{path}, line {error.line}" if isinstance(error, BadFileError) and error.line else path
-        raise RecordsError(f"{where}: cannot be read ({error}); restore the file, or choose another --out") from None
-
-
 def _parse(line: bytes, where: str) -> tuple[Record, str]:
     try:
-        row: dict[str, Any] = parse_json(decode(line))
-        for name, kinds in _KINDS.items():
-            if type(row[name]) not in kinds or not (isinstance(row[name], str) or abs(row[name] or 0) < _LARGEST):
-                raise ValueError(name)
-        return Record(**{name: row[name] for name in Record.__slots__}), row["response"]
-    except (ValueError, LookupError, TypeError):
-        raise RecordsError(
-            f"{where}: not a record of an evaluation; restore the file, or choose another --out"
-        ) from None
+        row = parse_json(decode(line))
+        problem = _problem(row)
+    except BadFileError as error:
+        problem = str(error)
+    if problem:
+        raise RecordsError(f"{where}: not a record of an evaluation ({problem}); restore the file, or evaluate again")
+    return Record(**{name: row[name] for name in Record.__slots__}), row["response"]
+
+
+def _problem(row: Any) -> str | None:
+    """Return why a row is no record, or None."""
+    if not isinstance(row, dict):
+        return "no JSON object"
+    for name, types in _TYPES.items():
+        if name not in row:
+            return f"no {name}"
+        if type(row[name]) not in types:
+            return f"{name} is of type {type(row[name]).__name__}"
+    if not (0 <= row["index"] < _MAX_COUNT and 0 <= row["tokens"] < _MAX_COUNT):
+        return "index or tokens is out of range"
+    if not all(-MAX_FLOAT <= row[name] <= MAX_FLOAT for name in ("reward", "seconds")):  # false for NaN, too
+        return "reward or seconds is out of range"
+    return None
 
 
 def _remove_incomplete_line(path: Path) -> None:

@@ -126,18 +126,19 @@ class Lease:
                     folder = self._path.parent.parent
                     on_lost(
                         FaultError(
-                            f"run.dir={folder}: {self._path} was removed, by another run if this one was suspended for "
+                            f"{folder}: {self._path} was removed, by another run if this one was suspended for "
                             f"{SILENT_SECONDS:.0f} s or more; this run ends, so that only one writes there"
                         )
                     )
                     return
 
 
-def take_lease(run: RunSettings, say: Callable[[str], object]) -> Lease:
+def take_lease(run: RunSettings, say: Callable[[str], object], key: str = "run.dir") -> Lease:
     """Take the lease of `run.dir`; wait up to `run.grace_seconds` + 30 s for a run that may be ending.
 
     Args:
         say: Prints a line that says for which process this one waits.
+        key: Setting or flag that names the folder, for messages.
 
     Raises:
         SettingsError: Another run uses the folder for longer, or the folder cannot be written. Nothing in it has been
@@ -154,15 +155,15 @@ def take_lease(run: RunSettings, say: Callable[[str], object]) -> Lease:
             if not users and (lease := _try_to_take(folder)) is not None:
                 return lease
         except (OSError, ValueError) as error:
-            raise SettingsError(f"run.dir={run.dir}: cannot be written ({error}); choose another folder") from None
+            raise SettingsError(f"{key}={run.dir}: cannot be written ({error}); choose another folder") from None
         if users and time.monotonic() >= deadline:
             raise SettingsError(
-                f"run.dir={run.dir}: in use by another run, {users}, which has not ended within {limit:.0f} s "
+                f"{key}={run.dir}: in use by another run, {users}, which has not ended within {limit:.0f} s "
                 f"(run.grace_seconds + {_ENDING_SECONDS:.0f}); stop it, or choose another folder"
             )
         if users and not waiting:
             waiting = users
-            say(f"run.dir={run.dir} is in use by another run, {users}; waiting up to {limit:.0f} s for its end")
+            say(f"{key}={run.dir} is in use by another run, {users}; waiting up to {limit:.0f} s for its end")
         time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5) if users else random.uniform(0.0, _POLL_SECONDS))
 
 

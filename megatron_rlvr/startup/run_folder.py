@@ -94,12 +94,12 @@ def _prepare(folder: Path, settings: Settings, start: Checkpoint | None) -> None
 def summarize(settings: Settings, totals: RunTotals, export: Path | None) -> dict[str, Any]:
     """Return the content of summary.json; the two accuracies are those of the first evaluation set."""
     before, after = totals.before, totals.after
-    accuracy = [key for key in before if key.endswith("/accuracy")]
+    accuracy = [key for key in before or after if key.endswith("/accuracy")]
     return {
         "steps": settings.run.steps,
         "seconds": round(totals.seconds, 1),
-        "accuracy_before": before[accuracy[0]] if accuracy else None,
-        "accuracy_after": after[accuracy[0]] if accuracy else None,
+        "accuracy_before": before.get(accuracy[0]) if accuracy else None,
+        "accuracy_after": after.get(accuracy[0]) if accuracy else None,
         "before": before,
         "after": after,
         "export": str(export) if export is not None else None,

@@ -22,7 +22,7 @@ from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.engines.sglang.connect import connect
 from megatron_rlvr.engines.sglang.engine import SglangEngine
 from megatron_rlvr.engines.sglang.weight_sync.current import AT_START, CurrentWeights
-from megatron_rlvr.errors import RlvrError
+from megatron_rlvr.errors import FaultError, RlvrError
 from megatron_rlvr.evaluation.command.progress import EvaluationProgress
 from megatron_rlvr.evaluation.command.results import report
 from megatron_rlvr.evaluation.command.target import Target
@@ -95,6 +95,9 @@ def run_session(
             except RlvrError as error:
                 print_error(error)
                 status = error.exit_status
+            except OSError as error:  # a full disk: nothing more can be written, a summary neither
+                print_error(FaultError(f"{out} cannot be written ({error}); make room, and run the command again"))
+                leave(1, graders)
             except Exception:
                 logger.exception("rank %s failed", ranks.rank)
                 status = 1
@@ -143,7 +146,9 @@ def _engine(
             max_batch_rows=settings.rollout.max_batch_rows,
         )
     longest = settings.max_sequence_tokens
-    pool = connect(settings.rollout, ranks, resolved.hf_config, max_sequence_tokens=longest)
+    pool = connect(
+        *(settings.rollout, ranks, resolved.hf_config), max_sequence_tokens=longest, key="--servers", model="TARGET"
+    )
     assert pool is not None, "one rank, which is a leader"
     resources.callback(pool.close)
     for url, info in pool.everywhere(lambda server: server.info()).items():

@@ -7,8 +7,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from megatron_rlvr.command_line import Parser, path, small_int
 from megatron_rlvr.distributed import nccl
@@ -44,12 +46,14 @@ server exits before all are ready, or the last one afterwards; 2 and one line on
 _MEMORY_SHARE, _COLOCATED_SHARE = 0.85, 0.5
 
 
-def main(arguments: Sequence[str], program: str) -> int:
+def main(arguments: Sequence[str], program: str, output: TextIO | None = None) -> int:
     """Run the servers; return the exit status of `DESCRIPTION`.
 
     Args:
         program: Name of the command in messages.
+        output: Where progress is printed; None for standard output.
     """
+    say = partial(_say, output or sys.stdout)
     words, then = _split(arguments, "--then")
     words, flags = _split(words, "--")
     parser = _parser(program)
@@ -65,11 +69,11 @@ def main(arguments: Sequence[str], program: str) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.device == "gpu":
-        _compare_nccl(Path(sys.executable), programs[0].python)
+        _compare_nccl(Path(sys.executable), programs[0].python, say)
     launcher = Launcher(
         programs,
         record=options.run_dir / "servers.json",
-        say=_say,
+        say=say,
         api_key_file=options.api_key_file,
         restart=options.restart,
         until_pid=options.until_pid,
@@ -193,11 +197,11 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
     ]
 
 
-def _compare_nccl(trainer: Path, server: Path) -> None:
+def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> None:
     """Say it if trainers from this environment cannot push weights to the servers through NCCL."""
     ours, theirs = nccl.versions(trainer, server)
     if ours and theirs and ours != theirs:
-        _say(
+        say(
             f"the servers have NCCL {theirs} and this environment has {ours}, which do not connect: for sync.method "
             f"distributed, give the trainer's environment the same (pip install nvidia-nccl-cu13=={theirs}, or the "
             "torch that needs it)"
@@ -244,8 +248,8 @@ def _check_free(host: str, port: int) -> None:
         raise ValueError(f"--host {host} --port {port} cannot be used ({error}); choose another") from None
 
 
-def _say(text: str) -> None:
+def _say(output: TextIO, text: str) -> None:
     # A closed terminal must not end this program before it has stopped the servers.
     with contextlib.suppress(OSError):
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        output.write(text + "\n")
+        output.flush()
