@@ -63,7 +63,7 @@ def run(
     seed: int = 0,
     sections: Mapping[str, dict[str, Any]] | None = None,
     within: Sequence[str | Path] = (),
-    **variables: str,
+    variables: Mapping[str, str] | None = None,
 ) -> tuple[list[list[Any]], list[str]]:
     """Let runs meet these ends; return [end, status, seconds, checkpoint] of each, and the lines of their output.
 
@@ -87,7 +87,7 @@ def run(
     with (place / f"{name}.err").open("w") as errors:
         done = subprocess.run(
             [*within, sys.executable, str(program), str(config), str(place / name), str(seed), *ends],
-            cwd=place, env=tiny.environment([place], ENDS_MARK=mark, **variables),
+            cwd=place, env=tiny.environment([place], ENDS_MARK=mark, **(variables or {})),
             stdout=subprocess.PIPE, stderr=errors, text=True, timeout=3000, check=False,
         )  # fmt: skip
     said = Path(f"{config}.out").read_text(encoding="utf-8", errors="replace")
@@ -176,7 +176,7 @@ def test_a_clock_that_is_set_back_changes_nothing(place: Path) -> None:
     clock: dict[str, Any] = {"LD_PRELOAD": str(place / "clock.so"), "SET_BACK_AT": str(int(time.monotonic()) + 15)}
     steps = 60
     for name, variables in {"steady": {}, "set back": clock}.items():
-        ends, said = run(place, name, "rank 0", "none", steps=steps, **variables)
+        ends, said = run(place, name, "rank 0", "none", steps=steps, variables=variables)
         assert ends[-1][:2] == ["none", 0], said
         assert steps_of(place / name) == list(range(1, steps + 1))
     steady, back = (load_file(place / name / "hf" / "model.safetensors") for name in ("steady", "set back"))
@@ -226,7 +226,7 @@ def ends_by_the_disk(kind: str, place: Path, name: str, within: Sequence[str | P
     names = [f"{kind} {where}" for where in SUBJECTS]
     steps = 12
     (place / name).mkdir()
-    ends, said = run(place, name, *names, "none", steps=steps, sections=EVERYTHING, within=within, **variables)
+    ends, said = run(place, name, *names, "none", steps=steps, sections=EVERYTHING, within=within, variables=variables)
     assert [end[:2] for end in ends] == [*([each, 1] for each in names), ["none", 0]], said
     lines = [line for line in said if line.startswith("megatron_rlvr: ")]
     for line, subject in zip(lines, SUBJECTS.values(), strict=True):
@@ -251,7 +251,7 @@ def ends_by_the_disk(kind: str, place: Path, name: str, within: Sequence[str | P
 )
 def test_a_disk_that_is_full_anywhere_ends_a_run_in_one_line_and_the_same_command_resumes(place: Path) -> None:
     name = "full disk"
-    within = ["unshare", "-rm", "sh", "-c", SMALL_DISK, place / name]
+    within: list[str | Path] = ["unshare", "-rm", "sh", "-c", SMALL_DISK, place / name]
     kept = ends_by_the_disk("full", place, name, within)
 
     # TensorBoard has every step up to the one at which its disk was full, and from the one that was resumed.
@@ -304,7 +304,7 @@ def test_a_file_system_without_locks_and_hard_links_is_enough(place: Path) -> No
     (place / "no_links.c").write_text(NO_LINKS, encoding="ascii")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", "no_links.so", "no_links.c"], cwd=place, check=True)
     name, ends = "no links", ["rank 0", "terminal", "launcher", "none"]
-    found, said = run(place, name, *ends, steps=60, LD_PRELOAD=str(place / "no_links.so"))
+    found, said = run(place, name, *ends, steps=60, variables={"LD_PRELOAD": str(place / "no_links.so")})
     assert {end[0]: end[1] for end in found} == {"rank 0": -9, "terminal": 0, "launcher": -9, "none": 0}, said
     assert steps_of(place / name) == list(range(1, 61))
 
@@ -341,8 +341,9 @@ def memory_group() -> Iterator[Path]:
 @pytest.mark.soak
 def test_a_grader_and_a_rank_that_run_out_of_memory_are_replaced_and_resumed(place: Path, memory_group: Path) -> None:
     name, steps = "out of memory", 8
-    sections = {"reward": {"function": "starting_rewards:hungry"}, "log": {"rollouts": 100}}
-    ends, said = run(place, name, "memory", "none", steps=steps, sections=sections, MEMORY_GROUP=str(memory_group))
+    sections: dict[str, dict[str, Any]] = {"reward": {"function": "starting_rewards:hungry"}, "log": {"rollouts": 100}}
+    group = {"MEMORY_GROUP": str(memory_group)}
+    ends, said = run(place, name, "memory", "none", steps=steps, sections=sections, variables=group)
     assert [end[:2] for end in ends] == [["memory", 128 + signal.SIGKILL], ["none", 0]], said
     assert steps_of(place / name) == list(range(1, steps + 1))
     first = (place / name / "rollouts" / "step_000001.jsonl").read_text().splitlines()

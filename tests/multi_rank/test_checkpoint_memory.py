@@ -83,7 +83,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     import transformers
 
     made = {}
-    for kind, changes in {"Qwen3": {"tie_word_embeddings": True}, "Qwen3Moe": EXPERTS}.items():
+    kinds: dict[str, dict[str, Any]] = {"Qwen3": {"tie_word_embeddings": True}, "Qwen3Moe": EXPERTS}
+    for kind, changes in kinds.items():
         torch.manual_seed(0)
         config = getattr(transformers, f"{kind}Config")(**SHAPE | changes)
         made[kind] = tmp_path_factory.mktemp("models") / kind

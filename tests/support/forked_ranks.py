@@ -86,11 +86,12 @@ def make_read_only(folder: Path) -> None:
 
 
 def repair(folder: Path, image: str) -> None:
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         ["umount", folder],
         ["e2fsck", "-fy", image],
         ["mount", "-o", "loop,errors=remount-ro", image, folder],
-    ):
+    )
+    for command in commands:
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=command[0] != "e2fsck")
 
 
