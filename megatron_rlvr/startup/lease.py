@@ -77,11 +77,13 @@ class Lease:
     Args:
         path: File of the lease.
         created: The folder of the file, and those that were created for it, the deepest first.
+        key: Setting or flag that names the folder of the run, for messages.
     """
 
-    def __init__(self, path: Path, created: list[Path]) -> None:
+    def __init__(self, path: Path, created: list[Path], key: str) -> None:
         self._path = path
         self._created = created
+        self._key = key
         self._released = threading.Event()
         self._touching: threading.Thread | None = None
 
@@ -126,7 +128,7 @@ class Lease:
                     folder = self._path.parent.parent
                     on_lost(
                         FaultError(
-                            f"{folder}: {self._path} was removed, by another run if this one was suspended for "
+                            f"{self._key}={folder}: {self._path} was removed, by another run if this one was suspended for "
                             f"{SILENT_SECONDS:.0f} s or more; this run ends, so that only one writes there"
                         )
                     )
@@ -152,7 +154,7 @@ def take_lease(run: RunSettings, say: Callable[[str], object], key: str = "run.d
     while True:
         try:
             users = observed.users()
-            if not users and (lease := _try_to_take(folder)) is not None:
+            if not users and (lease := _try_to_take(folder, key)) is not None:
                 return lease
         except (OSError, ValueError) as error:
             raise SettingsError(f"{key}={run.dir}: cannot be written ({error}); choose another folder") from None
@@ -167,11 +169,11 @@ def take_lease(run: RunSettings, say: Callable[[str], object], key: str = "run.d
         time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5) if users else random.uniform(0.0, _POLL_SECONDS))
 
 
-def _try_to_take(folder: Path) -> Lease | None:
+def _try_to_take(folder: Path, key: str) -> Lease | None:
     """Create the file of this run; None if there is another file, or the folder has just been removed."""
     created = [folder, *(path for path in folder.parents if not path.exists())]  # a killed run has left the first
     folder.mkdir(parents=True, exist_ok=True)
-    lease = Lease(folder / f"{uuid.uuid4().hex}.json", created)
+    lease = Lease(folder / f"{uuid.uuid4().hex}.json", created, key)
     try:
         lease._path.write_text(_as_text([Process.this()]), encoding="utf-8")
     except FileNotFoundError:
