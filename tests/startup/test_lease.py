@@ -183,7 +183,7 @@ def test_ranks_that_outlive_their_main_rank_are_waited_for(
     lost: list[Exception] = []
     lease.keep(lost.append)
     wait_for(lambda: lost)
-    assert str(lost[0]).startswith(f"{tmp_path}/run: ")
+    assert str(lost[0]).startswith(f"run.dir={tmp_path}/run: ")
 
 
 def test_a_run_of_another_machine_is_dead_when_its_file_is_not_touched(
@@ -253,7 +253,7 @@ def test_a_run_whose_file_was_removed_is_ended(tmp_path: Path, take: Callable[[]
     wait_for(lambda: path.stat().st_mtime_ns != before)
     path.unlink()
     wait_for(lambda: lost)
-    assert str(lost[0]).startswith(f"{tmp_path}/run: {path} was removed, by another run")
+    assert str(lost[0]).startswith(f"run.dir={tmp_path}/run: {path} was removed, by another run")
 
 
 def test_a_lease_needs_neither_locks_nor_hard_links(
