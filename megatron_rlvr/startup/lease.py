@@ -128,8 +128,9 @@ class Lease:
                     folder = self._path.parent.parent
                     on_lost(
                         FaultError(
-                            f"{self._key}={folder}: {self._path} was removed, by another run if this one was suspended for "
-                            f"{SILENT_SECONDS:.0f} s or more; this run ends, so that only one writes there"
+                            f"{self._key}={folder}: {self._path} was removed, by another run if this one was "
+                            f"suspended for {SILENT_SECONDS:.0f} s or more; "
+                            "this run ends, so that only one writes there"
                         )
                     )
                     return
