@@ -42,7 +42,7 @@ def load_sharded(shards: Sequence[ShardedTensor], folder: Path) -> dict[str, Any
         InvalidCheckpointError: On every rank, if the files do not hold what the shards need, or anything but tensors
             and numbers.
     """
-    reason: Exception | None = None
+    reason: BaseException | None = None
     common: dict[str, Any] = {}
     try:
         state = {_SHARDS: {str(number): shard for number, shard in enumerate(shards)}}
