@@ -87,9 +87,9 @@ def make_read_only(folder: Path) -> None:
 
 def repair(folder: Path, image: str) -> None:
     for command in (
-        ["umount", folder],
+        ["umount", str(folder)],
         ["e2fsck", "-fy", image],
-        ["mount", "-o", "loop,errors=remount-ro", image, folder],
+        ["mount", "-o", "loop,errors=remount-ro", image, str(folder)],
     ):
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=command[0] != "e2fsck")
 
