@@ -86,12 +86,11 @@ def make_read_only(folder: Path) -> None:
 
 
 def repair(folder: Path, image: str) -> None:
-    commands: tuple[list[str | Path], ...] = (
-        ["umount", folder],
+    for command in (
+        ["umount", str(folder)],
         ["e2fsck", "-fy", image],
-        ["mount", "-o", "loop,errors=remount-ro", image, folder],
-    )
-    for command in commands:
+        ["mount", "-o", "loop,errors=remount-ro", image, str(folder)],
+    ):
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=command[0] != "e2fsck")
 
 

@@ -166,6 +166,7 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
             raise ValueError(f"--api-key-file {options.api_key_file}: excludes --config; write api-key in that file")
         config = options.run_dir.absolute() / "servers" / "api_key.yaml"
         write_server_config(config, read_api_key(options.api_key_file, "--api-key-file"))
+    _check_free(options.host, options.port)
     if options.device == "cpu" and options.port + (options.servers or 1) - 1 > _MAX_PORT:
         raise ValueError(
             f"--servers {options.servers} --port {options.port}: ports go to {_MAX_PORT}; lower one of them"
