@@ -37,6 +37,9 @@ from megatron_rlvr.distributed import megatron_versions
 from megatron_rlvr.distributed.collectives import gather_on_first, on_main_rank
 from megatron_rlvr.hf.weights import copy_all_but_weights
 
+_FILES = 2
+"""Files of a rank, each written by a process of its own; the default of newer releases of Megatron is one."""
+
 
 class PendingCheckpoint:
     """A checkpoint that all ranks write; every method is a collective over the world.
@@ -168,7 +171,7 @@ class _DeferredShardedStrategy(TorchDistSaveShardedStrategy):
     """Megatron's strategy for sharded tensors, which defers writing ``.metadata`` until `write_metadata`."""
 
     def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__("torch_dist", 1, thread_count=_FILES)
         self.write_metadata: Callable[[], None] = lambda: None
         """Writes ``.metadata``. To be called on the main rank once it has the results of all ranks."""
 
