@@ -334,14 +334,16 @@ def test_the_key_of_servers_is_sent_to_them_and_given_to_those_that_are_started(
             assert server.requests
             assert all((b"Bearer secret-key" in request) == (number < 2) for request in server.requests)
     started: list[list[str]] = []
-    monkeypatch.setattr(
-        "megatron_rlvr.engines.sglang.launcher.command.main",
-        lambda words, program, output: started.append(words) or 0,
-    )
+
+    def start(words: list[str], program: str, output: Any) -> int:
+        started.append(words)
+        return 0
+
+    monkeypatch.setattr("megatron_rlvr.engines.sglang.launcher.command.main", start)
     asked = ("MODEL", "--sets", "a.jsonl", *FAST, "--serve", "cpu", "--out", tmp_path / "out")
     assert evaluate(*asked, "--rollout.api_key_file", key) == 0
-    (words,) = started
-    own, again = words[: words.index("--then")], words[words.index("--then") :]
+    (line,) = started
+    own, again = line[: line.index("--then")], line[line.index("--then") :]
     assert own[own.index("--api-key-file") + 1] == str(key)
     assert again[again.index("--rollout.api_key_file") + 1] == str(key)
     assert again[-2:] == ["--servers", "{servers}"]
