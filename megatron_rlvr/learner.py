@@ -10,9 +10,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_rlvr.algo.advantage import entropy_shaped
-from megatron_rlvr.algo.correction import correction_weights
-from megatron_rlvr.algo.loss import LossInputs, adapted_entropy_coefficient
+from megatron_rlvr.algo.loss import adapted_entropy_coefficient
 from megatron_rlvr.algo.quantile import NonFiniteError
 from megatron_rlvr.algo.selection import Candidates, Rule, Selection, scheduled_fraction, select, selected_tokens
 from megatron_rlvr.batching.batch import MicroBatch, PolicyScores, sequence_and_position
@@ -20,6 +18,7 @@ from megatron_rlvr.batching.mini_batches import MiniBatch
 from megatron_rlvr.batching.trim import MaskedBatches, trim
 from megatron_rlvr.config import Settings
 from megatron_rlvr.errors import FaultError
+from megatron_rlvr.loss_inputs import loss_inputs
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
 from megatron_rlvr.protocols import PolicyLoss
 
@@ -96,7 +95,8 @@ class Learner:
         scored = self._sum(sum(batch.positions for batch in all_batches))
         with timed("train"):
             parts = _parts(mini_batches)
-            inputs = self._inputs(mini_batches, scores, reference)
+            settings = self._settings
+            inputs = loss_inputs(mini_batches, scores, reference, settings.loss, settings.advantage)
             selections = self._selections(step, self._candidates(all_batches, scores), parts)
             entropy_coefficient = self._adapt_entropy_coefficient(selections)
             reports = []
@@ -149,48 +149,6 @@ class Learner:
             guard_quantile=settings.guard_quantile,
             seed=self._settings.run.seed * 1_000_003 + step,
         )
-
-    def _inputs(
-        self, mini_batches: Sequence[MiniBatch], scores: PolicyScores, reference: Sequence[torch.Tensor] | None
-    ) -> list[LossInputs]:
-        """Return the inputs of the loss for every micro-batch: all that depends on whole responses or the batch."""
-        loss, advantage = self._settings.loss, self._settings.advantage
-        found: list[LossInputs] = []
-        for mini in mini_batches:
-            for cpu_batch in mini.micro_batches:
-                number = len(found)
-                logp, entropy = scores.logp[number], scores.entropy[number]
-                batch = cpu_batch.to(logp.device)
-                correction = None
-                if loss.rollout_correction != "none":
-                    assert loss.correction_cap is not None
-                    correction = correction_weights(
-                        logp,
-                        batch.rollout_logp,
-                        batch.sequence,
-                        len(batch.lengths),
-                        correction=loss.rollout_correction,
-                        level=loss.correction_level,
-                        cap=loss.correction_cap,
-                        veto=loss.correction_veto,
-                    )
-                scale = None
-                if loss.normalizer in ("sequence_mean", "prompt_mean"):
-                    together = 1 if loss.normalizer == "sequence_mean" else mini.group_size
-                    scale = 1.0 / mini.tokens_around(cpu_batch, together).to(logp.device)
-                found.append(
-                    LossInputs(
-                        old_logp=logp,
-                        advantages=entropy_shaped(
-                            batch.advantages, entropy, bonus=advantage.entropy_bonus, bound=advantage.entropy_bound
-                        ),
-                        weights=correction.weights if correction is not None else None,
-                        limited=correction.limited if correction is not None else None,
-                        scale=scale,
-                        reference_logp=reference[number] if reference is not None else None,
-                    )
-                )
-        return found
 
     def _adapt_entropy_coefficient(self, selections: Sequence[Selection]) -> float:
         """Return the coefficient of the entropy term in this step, and keep that of the next one."""

@@ -11,7 +11,7 @@ the policy before the update (old_logp), and as recorded at sampling (rollout_lo
 Shapes: N selected tokens of a micro-batch, B its sequences. All tensors but logp are without gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -53,19 +53,22 @@ class LossInputs:
     @staticmethod
     def concatenated(parts: Sequence["LossInputs"]) -> "LossInputs":
         """Join the inputs of several lists of tokens, at least one; all of them have the same attributes."""
-        columns = [[getattr(part, f.name) for part in parts] for f in fields(LossInputs)]
-        return LossInputs(*(None if column[0] is None else torch.cat(column) for column in columns))
+        columns: list[Any] = [[getattr(part, f.name) for part in parts] for f in fields(LossInputs)]
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return LossInputs(*joined)
 
     def __getitem__(self, which: Tensor) -> "LossInputs":
         """Return the inputs of the tokens that a mask or indices name."""
-        return LossInputs(*(None if each is None else each[which] for each in self._columns()))
+        return self._each(lambda column: column[which])
 
     def to(self, device: torch.device) -> "LossInputs":
         """Return the inputs on ``device``."""
-        return LossInputs(*(None if each is None else each.to(device) for each in self._columns()))
+        return self._each(lambda column: column.to(device))
 
-    def _columns(self) -> list[Any]:
-        return [getattr(self, f.name) for f in fields(LossInputs)]
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "LossInputs":
+        columns: list[Any] = [getattr(self, f.name) for f in fields(LossInputs)]
+        changed: list[Any] = [None if column is None else change(column) for column in columns]
+        return LossInputs(*changed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ class Selection:
     entropy_dropped: float
 
 
-def scheduled_fraction(start: float, end: float, steps: int, step: int) -> Fraction:
+def scheduled_fraction(start: float | Fraction, end: float | Fraction, steps: int, step: int) -> Fraction:
     """Fraction of a step: linear from ``start`` in step 1 to ``end`` in step ``steps``, and ``end`` afterwards.
 
         f = start + (end - start) min(1, (step - 1) / (steps - 1))

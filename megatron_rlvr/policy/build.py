@@ -159,11 +159,12 @@ def build_chunks(
     seed: int,
     *,
     frozen: bool = False,
-) -> list[torch.nn.Module]:
+) -> list[Any]:
     """Build this rank's model chunks, wrapped for data parallelism; weights are not loaded yet.
 
-    There is one chunk, or with the interleaved schedule one for each virtual stage of the rank. Frozen chunks have no
-    gradients, neither memory for them nor the wrapper.
+    There is one chunk, or with the interleaved schedule one for each virtual stage of the rank.
+
+    Returns: DistributedDataParallel around PolicyModel for each; if ``frozen``, PolicyModel alone, without gradients.
     """
     model_parallel_cuda_manual_seed(seed)
     given = default_fields() | read_fields(megatron)
@@ -171,7 +172,7 @@ def build_chunks(
     ddp = build_config(DistributedDataParallelConfig, given)
     virtual_stages, modules = parallel.virtual_pipeline, layer_modules()
     rope_factor = rope_scaling_factor(hf_config)
-    chunks: list[torch.nn.Module] = []
+    chunks: list[Any] = []
     for number in range(virtual_stages):
         stage = number if virtual_stages > 1 else None
         first = get_transformer_layer_offset(config, vp_stage=stage)
@@ -208,7 +209,7 @@ def build_optimizer(
     settings: OptimizerSettings,
     model: ModelSettings,
     megatron: Mapping[str, Any],
-    chunks: list[torch.nn.Module],
+    chunks: list[Any],
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build Adam with decoupled weight decay over loaded chunks, and its learning-rate schedule in training steps."""
     own = {

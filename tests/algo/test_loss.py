@@ -12,6 +12,7 @@ import torch
 
 from megatron_rlvr.algo.correction import correction_weights
 from megatron_rlvr.algo.loss import (
+    KlEstimator,
     LossInputs,
     SelectedTokens,
     adapted_entropy_coefficient,
@@ -212,7 +213,7 @@ def test_dppo_has_the_loss_and_gradient_computed_by_hand_in_each_region(region):
 
 # Ratios of a response's tokens; by hand: weight of the response, cap 2 (geometric: 1.5), and how many of its
 # tokens are limited.
-LEVELS = {
+LEVELS: dict[tuple[str, str], list[tuple[tuple[float, ...], float, int]]] = {
     ("tis", "sequence"): [((1.2, 1.5), 1.8, 0), ((2.0, 3.0), 2.0, 2), ((0.1, 0.5), 0.05, 0), ((1.5,), 1.5, 0)],
     ("mis", "sequence"): [((1.2, 1.5), 1.8, 0), ((2.0, 3.0), 0.0, 2), ((0.1, 0.5), 0.0, 2), ((4.0, 0.25), 1.0, 0)],
     ("mis", "geometric"): [((1.2, 1.5), 1.0, 0), ((4.0, 1.0), 0.0, 2), ((0.25, 1.0), 0.0, 2), ((4.0, 0.25), 1.0, 0)],
@@ -245,7 +246,10 @@ def test_a_correction_of_responses_has_the_weights_computed_by_hand(correction, 
 
 def test_the_estimates_of_the_divergence_and_their_gradients_are_those_computed_by_hand():
     """With ln p = -2 and ln p(reference) = -1, d is 1, and its derivative by ln p is -1."""
-    for estimator, value, slope in (("k1", -1.0, 1.0), ("k2", 0.5, -1.0), ("k3", math.e - 2, 1 - math.e)):
+    cases: list[tuple[KlEstimator, float, float]] = [
+        *(("k1", -1.0, 1.0), ("k2", 0.5, -1.0), ("k3", math.e - 2, 1 - math.e)),
+    ]
+    for estimator, value, slope in cases:
         logp = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
         kl = reference_kl(logp, torch.tensor([-1.0], dtype=torch.float64), estimator=estimator)
         kl.sum().backward()
@@ -259,7 +263,8 @@ def test_the_estimates_of_the_divergence_and_their_gradients_are_those_computed_
 def test_the_estimates_have_the_mean_of_the_divergence_over_all_tokens():
     p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
     divergence = float((p * (p / q).log()).sum())
-    means = {name: float((p * reference_kl(p.log(), q.log(), estimator=name)).sum()) for name in ("k1", "k2", "k3")}
+    names: tuple[KlEstimator, ...] = ("k1", "k2", "k3")
+    means = {name: float((p * reference_kl(p.log(), q.log(), estimator=name)).sum()) for name in names}
     assert (means["k1"], means["k3"]) == (exactly(divergence), exactly(divergence))
     assert means["k2"] == pytest.approx(divergence, rel=0.1)
 

@@ -55,6 +55,7 @@ def test_a_trimmed_stream_ends_with_the_last_selected_token():
     np.testing.assert_allclose(trimmed.inputs[0].old_logp, [-3.0, -3.001])
     assert (second.tokens.tolist(), len(second.rows), len(trimmed.inputs[1].old_logp)) == ([0] * 4, 0, 0)
     assert [batch.positions for batch in trimmed.batches] == [3, 0]
+    assert trimmed.inputs[0].scale is not None
     assert trimmed.inputs[0].scale.tolist() == [0.0, 0.0]
     assert trimmed.inputs[0].weights is None
 

@@ -187,7 +187,10 @@ def settings_of(recipe: Recipe, **sections: Any) -> Any:
     from megatron_rlvr.config import Settings
 
     selection = {"keep": recipe.keep, "fraction": recipe.fraction, "scope": recipe.scope, "entropy": recipe.entropy}
-    loss = {name: getattr(recipe, name) for name in ("clip_low", "clip_high", "dual_clip", "normalizer")}
+    names = ("clip_low", "clip_high", "dual_clip", "normalizer", "kl_coefficient")
+    loss = {name: getattr(recipe, name) for name in names}
+    if recipe.entropy_coefficient:  # always below the target, and as good as constant
+        loss |= {"entropy_target": 100.0, "entropy_step": 1e-18, "entropy_max": 1.0}
     return Settings.model_validate(
         {
             "run": {"dir": "nowhere", "steps": recipe.steps},
@@ -203,7 +206,9 @@ def settings_of(recipe: Recipe, **sections: Any) -> Any:
 
 def trained(run: Run) -> RankTrace:
     """Train with the learner; return this rank's trace."""
+    from megatron_rlvr.config import ModelSettings
     from megatron_rlvr.learner import Learner
+    from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.startup.assembly import make_loss
 
     settings = settings_of(run.recipe)
@@ -213,7 +218,12 @@ def trained(run: Run) -> RankTrace:
         # here affects the output layer only.
         policy._config.gradient_accumulation_fusion = run.fuse_output_gradient
         mini_batches = mini_batches_of(policy, run.groups, run.layout.budget, run.recipe.mini_batch_groups)
-        learner = Learner(settings, _recording(policy, trace), make_loss(settings.loss))
+        reference = None
+        if run.recipe.reference:
+            other = ModelSettings(path=run.recipe.reference, dtype=run.dtype)
+            reference = Policy(other, parallel_of(run.layout), policy.ranks, temperature=run.recipe.temperature)
+        learner = Learner(settings, _recording(policy, trace), make_loss(settings.loss), reference)
+        learner.entropy_coefficient = run.recipe.entropy_coefficient
         for step in range(1, run.recipe.steps + 1):
             policy.start_step()
             trace.learning_rate.append(policy.learning_rate)
