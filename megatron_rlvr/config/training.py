@@ -12,8 +12,8 @@ class AdvantageSettings(Section):
     """Advantage of a completion over the others of its group."""
 
     estimator: Literal["grpo", "dr_grpo", "rloo", "batch"] = "grpo"
-    """grpo: (R - mean) / std over the group; dr_grpo: R - mean; rloo: R - mean of the other completions; batch: that of
-    dr_grpo, divided by its std over the training step."""
+    """grpo: (R - mean) / std over the group; dr_grpo: R - mean; rloo: R - mean of the other completions; batch: that
+    of dr_grpo, divided by its std over the training step."""
     entropy_bonus: float = Field(default=0.0, ge=0, le=10**6)
     """Entropy-shaped advantages: add min(this times the token's entropy in nats, |A| / `entropy_bound`); 0: none."""
     entropy_bound: float = Field(default=2.0, gt=1, le=10**6)
@@ -24,8 +24,8 @@ class SelectionSettings(Section):
     """Selection of the response tokens that carry the policy gradient."""
 
     keep: Literal["top", "bottom", "band", "random", "all"] = "top"
-    """Tokens that carry the gradient. top: largest signal; bottom: smallest; band: between two quantiles of it; random:
-    a random set; all."""
+    """Tokens that carry the gradient. top: largest signal; bottom: smallest; band: between two quantiles of it;
+    random: a random set; all."""
     signal: Literal["entropy", "surprisal", "covariance", "gradient"] = "entropy"
     """Value by which tokens are compared. entropy; surprisal: -ln p; covariance: (A - mean A) (ln p - mean ln p);
     gradient: norm of the gradient of ln p by the logits. docs/method.md has formulas and sources."""
@@ -44,8 +44,8 @@ class SelectionSettings(Section):
     entropy: Literal["old", "current"] = "old"
     """old: entropies of the policy before the update; current: of the policy being trained (scope micro_batch only)."""
     guard_probability: float = Field(default=0.0, ge=0, lt=1)
-    """Drop tokens of positive advantage with a probability below this (STAPO: 0.002) of which the policy was confident;
-    0: no guard."""
+    """Drop tokens of positive advantage with a probability below this (STAPO: 0.002) of which the policy was
+    confident; 0: no guard."""
     guard_quantile: float = Field(default=0.75, gt=0, le=1)
     """Share of the tokens of positive advantage below `guard_probability` that counts as confident: the lowest
     entropies of the scope."""
@@ -101,11 +101,11 @@ class LossSettings(Section):
     """dapo: clip the ratio of each token; gspo: of each sequence; cispo: weight log-probabilities by the truncated
     ratio; dppo: drop tokens whose probability has moved too far."""
     clip_low: float | None = Field(default=0.2, gt=0, lt=1)
-    """Clip the ratio below at 1 - clip_low; with dppo, the largest fall of a probability. Default 3e-4 with `objective:
-    gspo`, null (no lower bound) with cispo."""
+    """Clip the ratio below at 1 - clip_low; with dppo, the largest fall of a probability. Default 3e-4 with
+    `objective: gspo`, null (no lower bound) with cispo."""
     clip_high: float = Field(default=0.28, gt=0, le=10**6)
-    """Clip the ratio above at 1 + clip_high (DAPO's clip-higher); with dppo, the largest rise of a probability. Default
-    4e-4 with `objective: gspo`, 4 with cispo, 0.2 with dppo."""
+    """Clip the ratio above at 1 + clip_high (DAPO's clip-higher); with dppo, the largest rise of a probability.
+    Default 4e-4 with `objective: gspo`, 4 with cispo, 0.2 with dppo."""
     dual_clip: float | None = Field(default=10.0, gt=1, le=10**6)
     """Upper bound of the ratio for negative advantages (dual-clip PPO); null: none. Default null but with dapo."""
     rollout_correction: Literal["none", "tis", "mis"] = "none"
@@ -117,11 +117,11 @@ class LossSettings(Section):
     correction_cap: float | None = Field(default=2.0, gt=1, le=10**6)
     """The bound C of `loss.rollout_correction`; null without a correction."""
     correction_veto: float | None = Field(default=None, gt=0, lt=1)
-    """Drop every response that has a token with p(policy before the update) / p(engine) below this, such as 1e-4; null:
-    none."""
+    """Drop every response that has a token with p(policy before the update) / p(engine) below this, such as 1e-4;
+    null: none."""
     normalizer: Literal["all_tokens", "selected_tokens", "sequence_mean", "prompt_mean"] = "all_tokens"
-    """Divide the loss by all response tokens (the paper's formula) or by the selected ones (its released code); or take
-    the mean over sequences, or over prompts, of the loss divided by their response tokens."""
+    """Divide the loss by all response tokens (the paper's formula) or by the selected ones (its released code); or
+    take the mean over sequences, or over prompts, of the loss divided by their response tokens."""
     kl_coefficient: float = Field(default=0.0, ge=0, le=10**6)
     """Factor of the KL divergence from the policy to the model of `model.path`, on the selected tokens; 0: none. Needs
     memory for the weights of that model."""
