@@ -14,7 +14,8 @@ have no advantage or are clipped cost nothing, and a value that overflowed in on
     dz = (g_logp (1[y] - p) - g_H p (log p + H)) / temperature      dhidden = dz W      dW = dz^T hidden
 
 With q = sum exp(2 d) over all columns but y, in the same pass, the norm of a token's own gradient follows as a sum of
-two non-negative terms, accurate for tokens that are almost certain, where 1 - 2 p_y + sum p^2 loses every digit:
+two non-negative terms. For a token that is almost certain its error is the spacing of fp32 near 1; that of the root of
+1 - 2 p_y + sum p^2 would be the root of it.
 
     |d log p_y / dz| = |1[y] - p| = sqrt((1 - p_y)^2 + q / s^2)
 
