@@ -96,7 +96,7 @@ def measure(folder: str, length: int, sender: Any) -> None:
 
     def step(tokens: int) -> None:
         samples = [sample(i, tokens, 1.0 - 2.0 * i) for i in range(2)]
-        mini = MiniBatch([packing.pack([s]) for s in samples], packing, response_tokens=2 * tokens, sequences=2)
+        mini = MiniBatch([packing.pack([s]) for s in samples], packing, lengths={0: tokens, 1: tokens}, group_size=2)
         policy.start_step()
         learner.learn(1, [mini], timed)
 

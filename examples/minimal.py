@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_rlvr.algo.advantage import grpo_advantages
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
 from megatron_rlvr.algo.loss import dapo_loss
-from megatron_rlvr.algo.selection import select
+from megatron_rlvr.algo.quantile import global_top_fraction_mask
 from megatron_rlvr.reward.math import math_reward
 from megatron_rlvr.types import Prompt
 
@@ -145,20 +145,23 @@ def train_mini_batch(
 ) -> dict[str, float]:
     """Select the forking tokens of the mini-batch and take one optimizer step on them."""
     tokens = sum(len(response.response_ids) for response in responses)  # N
-    ids = torch.arange(tokens).split([len(h) for h in entropy])  # break ties at the threshold
-    selection = select(entropy, ids, keep="top", fraction=fraction, per_micro_batch=False, seed=0, group=None)
+    ids = torch.arange(tokens)  # break ties at the threshold
+    mask, found = global_top_fraction_mask(torch.cat([*entropy]), fraction, token_ids=ids)
+    masks = mask.split([len(h) for h in entropy])
     optimizer.zero_grad()
     total = 0.0
-    for response, before, mask in zip(responses, old_logp, selection.masks, strict=True):
-        logp = score(model, response)[0][mask]
+    for response, before, chosen in zip(responses, old_logp, masks, strict=True):
+        logp = score(model, response)[0][chosen]
         advantages = torch.full_like(logp, response.advantage)
-        losses = dapo_loss(logp, before[mask], advantages, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP)
+        losses = dapo_loss(
+            logp, before[chosen], advantages, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP
+        )
         loss = losses.loss.sum() / tokens
         loss.backward()
         total += loss.item()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD))
     optimizer.step()
-    return {"loss": total, "grad_norm": norm, "threshold": selection.threshold or math.nan, "selected": selection.kept}
+    return {"loss": total, "grad_norm": norm, "threshold": found.threshold, "selected": found.kept}
 
 
 # The run ------------------------------------------------------------------------------------------------------------

@@ -3,19 +3,22 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_rlvr.algo.quantile import NonFiniteEntropyError
-from megatron_rlvr.algo.selection import Selection, micro_batch_mask, select
+from megatron_rlvr.algo.loss import adapted_entropy_coefficient
+from megatron_rlvr.algo.quantile import NonFiniteError
+from megatron_rlvr.algo.selection import Candidates, Rule, Selection, scheduled_fraction, select, selected_tokens
 from megatron_rlvr.batching.batch import MicroBatch, PolicyScores, sequence_and_position
 from megatron_rlvr.batching.mini_batches import MiniBatch
 from megatron_rlvr.batching.trim import MaskedBatches, trim
 from megatron_rlvr.config import Settings
 from megatron_rlvr.errors import FaultError
+from megatron_rlvr.loss_inputs import loss_inputs
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
 from megatron_rlvr.protocols import PolicyLoss
 
@@ -31,7 +34,7 @@ class LogprobGapError(FaultError):
 
 
 class PolicyEntropyError(FaultError):
-    """The policy's entropy at a response token is NaN or infinite, so no token can be selected by entropy."""
+    """The policy's entropy at a response token, or another signal, is NaN or infinite: tokens cannot be compared."""
 
 
 class SkippedStepsError(FaultError):
@@ -51,17 +54,21 @@ class Learner:
 
     Attributes:
         skipped_in_a_row: Number of optimizer steps since the last one that changed the weights.
+        entropy_coefficient: Coefficient of the entropy term as adapted so far.
     """
 
-    def __init__(self, settings: Settings, policy: Policy, loss: PolicyLoss) -> None:
+    def __init__(self, settings: Settings, policy: Policy, loss: PolicyLoss, reference: Policy | None = None) -> None:
         """Create a learner.
 
         Args:
             settings: Settings of the run.
             policy: Policy to train.
             loss: Loss over the selected tokens.
+            reference: Policy that the trained one is kept close to; None without a KL term.
         """
         self.skipped_in_a_row = 0
+        self.entropy_coefficient = 0.0
+        self._reference = reference
         self._settings = settings
         self._policy = policy
         self._loss = loss
@@ -82,52 +89,113 @@ class Learner:
         """
         all_batches = [micro for mini in mini_batches for micro in mini.micro_batches]
         with timed("score"):
-            scores = self._policy.score(all_batches)
+            reference = self._reference.score(all_batches).logp if self._reference is not None else None
+            scores = self._policy.score(all_batches, gradient=self._settings.selection.signal == "gradient")
         metrics = self._score_metrics(step, all_batches, scores)
         scored = self._sum(sum(batch.positions for batch in all_batches))
         with timed("train"):
             parts = _parts(mini_batches)
-            selections = self._selections(step, all_batches, parts, scores.entropy)
+            settings = self._settings
+            inputs = loss_inputs(mini_batches, scores, reference, settings.loss, settings.advantage)
+            selections = self._selections(step, self._candidates(all_batches, scores), parts)
+            entropy_coefficient = self._adapt_entropy_coefficient(selections)
             reports = []
             for number, (mini, part, selection) in enumerate(zip(mini_batches, parts, selections, strict=True)):
-                whole = MaskedBatches(mini.micro_batches, selection.masks, scores.logp[part])
-                reports.append(self._train(step, mini, whole))
+                whole = MaskedBatches(mini.micro_batches, selection.masks, inputs[part])
+                reports.append(self._train(step, mini, whole, entropy_coefficient))
                 self._count_skipped(step, number, reports[-1])
         scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
-        return metrics | _selection_metrics(scopes) | _train_metrics(reports, scored)
+        guard = self._settings.selection.guard_probability > 0
+        return metrics | _selection_metrics(scopes, guard) | _train_metrics(reports, scored)
 
-    def _selections(
-        self, step: int, batches: Sequence[MicroBatch], parts: Sequence[slice], entropies: Sequence[torch.Tensor]
-    ) -> list[Selection]:
-        """One selection per mini-batch; with `selection.scope` rollout_batch they share one threshold."""
+    def _candidates(self, batches: Sequence[MicroBatch], scores: PolicyScores) -> list[Candidates]:
+        """Return the tokens of each micro-batch, with what selection may read of them."""
+        device = self._policy.device
+        return [
+            Candidates(batch.token_ids.to(device), entropy, logp, batch.advantages.to(device), gradient)
+            for batch, entropy, logp, gradient in zip(
+                batches, scores.entropy, scores.logp, scores.gradient, strict=True
+            )
+        ]
+
+    def _selections(self, step: int, candidates: Sequence[Candidates], parts: Sequence[slice]) -> list[Selection]:
+        """One selection per mini-batch; with `selection.scope` rollout_batch they share their thresholds."""
         if self._settings.selection.scope == "rollout_batch":
-            whole = self._select(step, batches, entropies)
+            whole = self._select(step, candidates)
             return [replace(whole, masks=whole.masks[part]) for part in parts]
-        return [self._select(step, batches[part], entropies[part]) for part in parts]
+        return [self._select(step, candidates[part]) for part in parts]
 
-    def _select(self, step: int, batches: Sequence[MicroBatch], entropies: Sequence[torch.Tensor]) -> Selection:
-        settings = self._settings.selection
+    def _select(self, step: int, candidates: Sequence[Candidates]) -> Selection:
         with _explaining_non_finite(step):
             return select(
-                entropies,
-                [batch.token_ids.to(self._policy.device) for batch in batches],
-                keep=settings.keep,
-                fraction=settings.fraction,
-                per_micro_batch=settings.scope == "micro_batch",
-                seed=self._random_seed(step),
+                candidates,
+                self._rule(step),
+                per_micro_batch=self._settings.selection.scope == "micro_batch",
                 group=self._policy.ranks.data_group,
             )
 
-    def _train(self, step: int, mini: MiniBatch, whole: MaskedBatches) -> dict[str, float]:
+    def _rule(self, step: int) -> Rule:
+        settings = self._settings.selection
+        fraction: float | Fraction = settings.fraction
+        if settings.fraction_end is not None and settings.fraction_steps is not None:
+            fraction = scheduled_fraction(fraction, settings.fraction_end, settings.fraction_steps, step)
+        return Rule(
+            keep=settings.keep,
+            fraction=fraction,
+            band=None if settings.band is None else (settings.band[0], settings.band[1]),
+            signal=settings.signal,
+            by_sign=settings.by_sign,
+            guard_probability=settings.guard_probability,
+            guard_quantile=settings.guard_quantile,
+            seed=self._settings.run.seed * 1_000_003 + step,
+        )
+
+    def _adapt_entropy_coefficient(self, selections: Sequence[Selection]) -> float:
+        """Return the coefficient of the entropy term in this step, and keep that of the next one."""
+        loss = self._settings.loss
+        if loss.entropy_target is None:
+            return 0.0
+        kept = sum(selection.kept for selection in selections)
+        entropy = sum(selection.entropy_kept for selection in selections) / max(1, kept)
+        applied, self.entropy_coefficient = adapted_entropy_coefficient(
+            self.entropy_coefficient,
+            entropy,
+            target=loss.entropy_target,
+            step=loss.entropy_step,
+            maximum=loss.entropy_max,
+        )
+        return applied
+
+    def _count(self, mini: MiniBatch, masks: Sequence[torch.Tensor]) -> int:
+        """Divisor of the loss of a mini-batch, by `loss.normalizer`."""
+        match self._settings.loss.normalizer:
+            case "all_tokens":
+                return mini.response_tokens
+            case "selected_tokens":
+                return self._sum(sum(int(mask.sum()) for mask in masks))
+            case "sequence_mean":
+                return mini.sequences
+            case "prompt_mean":
+                return mini.prompts
+
+    def _train(self, step: int, mini: MiniBatch, whole: MaskedBatches, entropy_coefficient: float) -> dict[str, float]:
         """Take one optimizer step; return its metrics over all ranks, with ``tokens``, its input without padding."""
-        count = mini.response_tokens
-        if self._settings.loss.normalizer == "selected_tokens":
-            count = self._sum(sum(int(mask.sum()) for mask in whole.masks))
+        count = self._count(mini, whole.masks)
+        regularized = entropy_coefficient != 0 or self._reference is not None
         # Current entropies select inside the pass, among all tokens: then nothing can be trimmed before it.
         old = self._settings.selection.entropy == "old"
-        needed = trim(whole, mini.packing, self._maximum) if old else whole
+        needed = trim(whole, mini.packing, self._maximum, regularized=regularized) if old else whole
         masks = needed.masks if old else self._mask_by_current_entropy(step)
-        metrics = self._policy.train_step(needed.batches, masks, needed.old_logp, self._loss, max(1, count))
+        metrics = self._policy.train_step(
+            needed.batches,
+            masks,
+            needed.inputs,
+            self._loss,
+            max(1, count),
+            entropy_coefficient=entropy_coefficient,
+        )
+        if self._settings.loss.entropy_target is not None:
+            metrics["entropy_coefficient"] = entropy_coefficient
         return metrics | {"tokens": float(self._sum(sum(batch.positions for batch in needed.batches)))}
 
     def _count_skipped(self, step: int, mini_batch: int, report: dict[str, float]) -> None:
@@ -147,18 +215,16 @@ class Learner:
         pipeline there is no point at which all ranks could agree. The other ranks wait until the launcher ends them,
         as after a crash.
         """
-        settings, seed = self._settings.selection, self._random_seed(step)
+        rule = self._rule(step)
 
         def mask(batch: MicroBatch, entropy: torch.Tensor) -> torch.Tensor:
+            unknown = torch.full_like(entropy, torch.nan)  # a rule with current entropies reads nothing else
             with _explaining_non_finite(step):
-                return micro_batch_mask(
-                    entropy, batch.token_ids, keep=settings.keep, fraction=settings.fraction, seed=seed
-                )
+                return selected_tokens(
+                    Candidates(batch.token_ids, entropy, unknown, batch.advantages, unknown), rule
+                ).mask
 
         return mask
-
-    def _random_seed(self, step: int) -> int:
-        return self._settings.run.seed * 1_000_003 + step
 
     def _sum(self, value: int) -> int:
         return int(self._reduce(torch.tensor(value), dist.ReduceOp.SUM))
@@ -212,12 +278,12 @@ def _explaining_non_finite(step: int) -> Iterator[None]:
     """Translate the token id of an entropy that is not finite into a response and a position in it."""
     try:
         yield
-    except NonFiniteEntropyError as error:
+    except NonFiniteError as error:
         sequence, position = sequence_and_position(error.token_id)
         raise PolicyEntropyError(
-            f"step {step}: the policy's entropy at token {position} of response {sequence} of the batch is not finite: "
-            "its weights or activations have overflowed; lower optimizer.learning_rate, or check the weights in "
-            "model.path if this is the first step"
+            f"step {step}: the policy's {error.quantity} at token {position} of response {sequence} of the batch is "
+            "not finite: its weights or activations have overflowed; lower optimizer.learning_rate, or check the "
+            "weights in model.path if this is the first step"
         ) from error
 
 
@@ -227,11 +293,12 @@ def _parts(mini_batches: Sequence[MiniBatch]) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _selection_metrics(scopes: Sequence[Selection]) -> dict[str, float]:
-    """Metrics over the tokens of all selections of the step; the threshold is the plain mean of their thresholds.
+def _selection_metrics(scopes: Sequence[Selection], guard: bool) -> dict[str, float]:
+    """Metrics over the tokens of all selections of the step; a threshold is the plain mean of their thresholds.
 
     Args:
-        scopes: Selections of the step, one for each set of tokens that shares a threshold.
+        scopes: Selections of the step, one for each set of tokens that shares thresholds.
+        guard: Whether a guard drops tokens.
     """
     total, kept = sum(s.total for s in scopes), sum(s.kept for s in scopes)
     metrics = {
@@ -240,9 +307,11 @@ def _selection_metrics(scopes: Sequence[Selection]) -> dict[str, float]:
         "entropy/selected_mean": sum(s.entropy_kept for s in scopes) / max(1, kept),
         "entropy/dropped_mean": sum(s.entropy_dropped for s in scopes) / max(1, total - kept),
     }
-    thresholds = [s.threshold for s in scopes if s.threshold is not None]
-    if thresholds:
-        metrics["selection/threshold"] = sum(thresholds) / len(thresholds)
+    if guard:
+        metrics["selection/guarded"] = float(sum(s.guarded for s in scopes))
+    for name in {name: None for s in scopes for name in s.thresholds}:
+        found = [s.thresholds[name] for s in scopes if name in s.thresholds]
+        metrics[f"selection/{name}"] = sum(found) / len(found)
     return metrics
 
 

@@ -93,7 +93,8 @@ class Reward(Protocol):
 class PolicyLoss(Protocol):
     """Loss over the selected tokens of a micro-batch, as a sum, which the global count divides later.
 
-    A token whose advantage is zero must have no gradient: the learner drops such tokens from the training pass.
+    A token whose advantage is zero must have no gradient, but for regularizers: without those, the learner drops such
+    tokens from the training pass.
     """
 
     def __call__(

@@ -150,6 +150,7 @@ class Trainer:
             "totals": asdict(totals),
             "collector": saved_form(self.collector.state()),
             "skipped_in_a_row": self.learner.skipped_in_a_row,
+            "entropy_coefficient": self.learner.entropy_coefficient,
         }
         with self.signals.saving():
             self.checkpoints.save(totals.step, state, partial(save_policy, self.policy))
@@ -160,6 +161,7 @@ class Trainer:
         load_policy(self.policy, checkpoint.folder)
         self.collector.restore(restored_form(state["collector"], self.prompts))
         self.learner.skipped_in_a_row = state["skipped_in_a_row"]
+        self.learner.entropy_coefficient = state["entropy_coefficient"]
         self.totals = RunTotals(**state["totals"])
 
     def sync(self, version: int) -> None:

@@ -201,14 +201,13 @@ def step(phases: Phases, config: Mapping[str, Any], folder: str, tokens: int, re
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
         dual_clip=loss.dual_clip,
-        rollout_correction=loss.rollout_correction,
-        correction_cap=loss.correction_cap,
     )
+    inputs = scores.plain_inputs(batches)
     operations = MICRO_BATCHES * both + 4 * shape.head_flops(info.kept)
     for number in (1, 2):
         policy.start_step()
         with phases.measured(f"train {number}", operations, beside):
-            metrics = policy.train_step(batches, masks, scores.logp, loss_function, len(entropy))
+            metrics = policy.train_step(batches, masks, inputs, loss_function, len(entropy))
         if metrics["skipped"] or not math.isfinite(metrics["loss"]) or not metrics["grad_norm"] > 0:
             raise ValueError(f"the training step failed: {metrics}")
     with phases.measured("export"):

@@ -133,8 +133,9 @@ def _halves(mini_batches: list[MiniBatch]) -> list[MiniBatch]:
     (whole,) = mini_batches
     middle = len(whole.micro_batches) // 2
     parts = whole.micro_batches[:middle], whole.micro_batches[middle:]
-    tokens = [sum(len(batch.rows) for batch in part) for part in parts]
-    assert tokens[0] == tokens[1], "a single prompt needs the same number of micro-batches in each half"
+    numbers = [{token >> 20 for batch in part for token in batch.token_ids.tolist()} for part in parts]
+    assert len(numbers[0]) == len(numbers[1]), "a single prompt needs the same number of micro-batches in each half"
     return [
-        replace(whole, micro_batches=part, response_tokens=tokens[0], sequences=whole.sequences // 2) for part in parts
+        replace(whole, micro_batches=part, lengths={n: whole.lengths[n] for n in held})
+        for part, held in zip(parts, numbers, strict=True)
     ]

@@ -21,7 +21,7 @@ from toy_tokenizer import EOS_ID, PAD_ID, VOCABULARY, write_tokenizer
 
 warnings.filterwarnings("ignore")
 
-from megatron_rlvr.algo.loss import SelectedTokens  # noqa: E402
+from megatron_rlvr.algo.loss import LossInputs, SelectedTokens  # noqa: E402
 from megatron_rlvr.batching.batch import TrainingSequence  # noqa: E402
 from megatron_rlvr.batching.packing import distribute  # noqa: E402
 from megatron_rlvr.checkpoint.megatron.policy import export_policy  # noqa: E402
@@ -103,8 +103,9 @@ def train(policy: Policy, ranks: Ranks, steps: list[list[TrainingSequence]]) -> 
         micro_batch = packing.pack([batch[i] for i in owned[ranks.data_rank]])
         all_tokens = torch.ones(len(micro_batch.rows), dtype=torch.bool)
         count = sum(len(sequence.response_ids) for sequence in batch)
+        inputs = LossInputs(micro_batch.rollout_logp, micro_batch.advantages)
         policy.start_step()
-        metrics = policy.train_step([micro_batch], [all_tokens], [micro_batch.rollout_logp], next_token_loss, count)
+        metrics = policy.train_step([micro_batch], [all_tokens], [inputs], next_token_loss, count)
         losses.append(metrics["loss"])
     return sum(losses[-100:]) / len(losses[-100:])
 

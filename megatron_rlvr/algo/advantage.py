@@ -1,11 +1,15 @@
 """Advantages: how much better a completion did than the others of its group.
 
-Each estimator is one function and one equation over the rewards R of a group of G completions, in float64.
+Each estimator is one function and one equation over the rewards R of a group of G completions, in float64. The
+estimator batch is that of Dr. GRPO, divided by the standard deviation over the whole batch instead of the group
+(ScaleRL, arXiv 2510.13786, section 3.2).
 """
 
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _EPSILON = 1e-6
 
@@ -42,8 +46,38 @@ def rloo_advantages(rewards: np.ndarray) -> np.ndarray:
     return (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
 
 
+def batch_scale(advantages: np.ndarray, estimator: str) -> float:
+    """Factor of all advantages of a training step: 1 / (std + 1e-6) of them for the estimator batch, else 1.
+
+    Args:
+        advantages: [n], of all completions of the step, in an order that does not depend on the ranks.
+        estimator: A key of `ESTIMATORS`.
+    """
+    if estimator != "batch" or not len(advantages):
+        return 1.0
+    return 1.0 / (float(advantages.astype(np.float64).std()) + _EPSILON)
+
+
+def entropy_shaped(advantages: Tensor, entropy: Tensor, *, bonus: float, bound: float) -> Tensor:
+    """Advantages of tokens with a bonus for their entropy that never outweighs them: A + min(bonus H, |A| / bound).
+
+    Cheng et al., "Reasoning with Exploration" (arXiv 2506.14758), with alpha = bonus and kappa = bound. The sign of an
+    advantage does not change, and one of zero stays zero.
+
+    Args:
+        advantages: [n] float32.
+        entropy: [n] float32 nats, without gradient.
+        bonus: Advantage per nat, at least 0.
+        bound: Above 1.
+
+    Returns: [n] float32.
+    """
+    return advantages + torch.minimum(bonus * entropy, advantages.abs() / bound)
+
+
 ESTIMATORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "grpo": grpo_advantages,
     "dr_grpo": dr_grpo_advantages,
     "rloo": rloo_advantages,
+    "batch": dr_grpo_advantages,  # and then `batch_scale`
 }

@@ -13,6 +13,12 @@ have no advantage or are clipped cost nothing, and a value that overflowed in on
 
     dz = (g_logp (1[y] - p) - g_H p (log p + H)) / temperature      dhidden = dz W      dW = dz^T hidden
 
+With q = sum exp(2 d) over all columns but y, in the same pass, the norm of a token's own gradient follows as a sum of
+two non-negative terms. For a token that is almost certain its error is the spacing of fp32 near 1; that of the root of
+1 - 2 p_y + sum p^2 would be the root of it.
+
+    |d log p_y / dz| = |1[y] - p| = sqrt((1 - p_y)^2 + q / s^2)
+
 Shapes: S rows of the whole sequence, n requested rows, H hidden size, V real vocabulary size.
 docs/numerics.md derives these forms and measures their errors beside those of others.
 """
@@ -64,19 +70,35 @@ def vocab_parallel_logp_entropy(
 
     Returns: (log-probability, entropy), each [n] in nats, fp32 (fp64 for fp64 inputs), bitwise equal on all ranks.
     """
-    rank, size = (dist.get_rank(tp_group), dist.get_world_size(tp_group)) if tp_group is not None else (0, 1)
-    real = valid_vocab if valid_vocab is not None else weight.shape[0] * size
-    shard = _Shard(
-        group=tp_group if size > 1 else None,
-        sequence_parallel=sequence_parallel and size > 1,
-        first=rank * weight.shape[0],
-        columns=min(max(real - rank * weight.shape[0], 0), weight.shape[0]),
-        scale=1.0 / temperature,
-        dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-        fuse=gradient_accumulation_fusion,
+    shard = _Shard.of(
+        hidden, weight, tp_group, sequence_parallel, valid_vocab, temperature, gradient_accumulation_fusion
     )
     logp, entropy = _Head.apply(hidden, weight, targets, rows, shard)
     return logp, entropy if entropy_grad else entropy.detach()
+
+
+@torch.no_grad()
+def vocab_parallel_gradient_norm(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `vocab_parallel_logp_entropy`, without gradient, and the norm of the target's own logit gradient.
+
+    The gradient is that of the target's log-probability by the logits that the temperature has divided: 1[y] - p.
+
+    Returns: (log-probability in nats, entropy in nats, norm in 0 .. sqrt 2), each [n].
+    """
+    shard = _Shard.of(hidden, weight, tp_group, sequence_parallel, valid_vocab, temperature, fuse=False)
+    targets_n = targets if rows is None else targets[rows]
+    logp, entropy, _, stats = _scores(_gather(hidden, rows, shard), weight, targets_n, shard, squares=True)
+    return logp, entropy, (torch.expm1(logp).square() + stats[4] / stats[1].square()).sqrt()
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,29 @@ class _Shard:
     scale: float
     dtype: torch.dtype
     fuse: bool
+
+    @staticmethod
+    def of(
+        hidden: Tensor,
+        weight: Tensor,
+        tp_group: dist.ProcessGroup | None,
+        sequence_parallel: bool,
+        valid_vocab: int | None,
+        temperature: float,
+        fuse: bool,
+    ) -> "_Shard":
+        """Return this rank's shard; see `vocab_parallel_logp_entropy` for the arguments."""
+        rank, size = (dist.get_rank(tp_group), dist.get_world_size(tp_group)) if tp_group is not None else (0, 1)
+        real = valid_vocab if valid_vocab is not None else weight.shape[0] * size
+        return _Shard(
+            group=tp_group if size > 1 else None,
+            sequence_parallel=sequence_parallel and size > 1,
+            first=rank * weight.shape[0],
+            columns=min(max(real - rank * weight.shape[0], 0), weight.shape[0]),
+            scale=1.0 / temperature,
+            dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
+            fuse=fuse,
+        )
 
     def column_tiles(self, device: torch.device) -> Iterator[slice]:
         width = tile_shape(device.type)[1]
@@ -141,11 +186,8 @@ class _Head(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, shard: _Shard
     ) -> tuple[Tensor, Tensor]:
         targets_n = targets if rows is None else targets[rows]
-        maximum, total, weighted, target_logit = _statistics(_gather(hidden, rows, shard), weight, targets_n, shard)
-        log_total = total.log()
-        logp = target_logit - maximum - log_total
-        entropy = log_total - weighted / total
-        ctx.save_for_backward(hidden, weight, targets_n, rows, maximum + log_total, entropy)
+        logp, entropy, log_sum_exp, _ = _scores(_gather(hidden, rows, shard), weight, targets_n, shard)
+        ctx.save_for_backward(hidden, weight, targets_n, rows, log_sum_exp, entropy)
         ctx.shard = shard
         return logp, entropy
 
@@ -170,9 +212,19 @@ class _Head(torch.autograd.Function):
         return _scatter(grad_hidden_n, requested, hidden, shard), grad_weight.result(), None, None, None
 
 
-def _statistics(hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Shard) -> tuple[Tensor, ...]:
-    """Return maximum, s, u and the target's logit, each [n], over all columns of all ranks."""
-    stats = tiles.empty_statistics(len(hidden_n), shard.dtype, hidden_n.device)
+def _scores(
+    hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Shard, *, squares: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log-probability, entropy and log-sum-exp, each [n], and the statistics that they follow from."""
+    stats = _statistics(hidden_n, weight, targets_n, shard, squares)
+    maximum, total, weighted, target_logit = stats[:4]
+    log_total = total.log()
+    return target_logit - maximum - log_total, log_total - weighted / total, maximum + log_total, stats
+
+
+def _statistics(hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Shard, squares: bool) -> Tensor:
+    """Return maximum, s, u and the target's logit, and with ``squares`` q, each [n], over all columns of all ranks."""
+    stats = tiles.empty_statistics(len(hidden_n), shard.dtype, hidden_n.device, squares=squares)
     kernels = _kernels(hidden_n.device)
     for columns in shard.column_tiles(hidden_n.device):
         weight_tile = shard.operand(weight[columns])
@@ -184,7 +236,7 @@ def _statistics(hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Sha
         parts = stats.new_empty(size * len(stats), stats.shape[1])
         dist.all_gather_into_tensor(parts, stats, group=shard.group)
         stats = tiles.merge_statistics(parts.chunk(size))
-    return tuple(stats)
+    return stats
 
 
 def _gradients(

@@ -1,7 +1,8 @@
 """Policy-gradient losses on compact vectors of the selected tokens: an unselected token cannot reach them.
 
 Each objective is one function and one equation; it returns the loss of every token. `policy_loss` multiplies these
-by the rollout correction and returns their sum, which the caller divides once, by a global count. Losses are minimized.
+by the rollout correction (`correction`) and returns their sum, which the caller divides once, by a global count. Losses
+are minimized. docs/method.md has all formulas and their sources.
 
 Notation: A is the advantage of a token's response, r = exp(logp - old_logp) the token's importance ratio, sg(x) the
 value of x taken as a constant (stop-gradient). Log-probabilities are in nats: of the policy that is trained (logp), of
@@ -10,9 +11,9 @@ the policy before the update (old_logp), and as recorded at sampling (rollout_lo
 Shapes: N selected tokens of a micro-batch, B its sequences. All tensors but logp are without gradient.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,31 +22,76 @@ from torch import Tensor
 # Beyond this, exp would overflow and its backward would turn 0 * inf into NaN; both ends are far outside any clipping.
 _MAX_LOG_RATIO = 20.0
 
-Objective = Literal["dapo", "gspo", "cispo"]
-RolloutCorrection = Literal["none", "tis", "mis"]
+Objective = Literal["dapo", "gspo", "cispo", "dppo"]
+KlEstimator = Literal["k1", "k2", "k3"]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+
+# DPPO's code truncates the weight of a token at this ratio.
+_MAX_DPPO_RATIO = 20.0
 
 
 @dataclass(frozen=True)
-class SelectedTokens:
+class LossInputs:
+    """Inputs of the loss that are known before the training pass, for n tokens.
+
+    Attributes:
+        old_logp: [n] float32 nats, log-probabilities under the policy before the update.
+        advantages: [n] float32, the advantage of each token.
+        weights: [n] float32, the rollout correction; None for none.
+        limited: [n] bool, True where the correction's cap or veto decided the weight; None without a correction.
+        scale: [n] float32, factors that make the sum over tokens a mean over sequences or prompts; None for 1.
+        reference_logp: [n] float32 nats, log-probabilities under the reference; None without one.
+    """
+
+    old_logp: Tensor
+    advantages: Tensor
+    weights: Tensor | None = None
+    limited: Tensor | None = None
+    scale: Tensor | None = None
+    reference_logp: Tensor | None = None
+
+    @staticmethod
+    def concatenated(parts: Sequence["LossInputs"]) -> "LossInputs":
+        """Join the inputs of several lists of tokens, at least one; all of them have the same attributes."""
+        columns: list[Any] = [[getattr(part, f.name) for part in parts] for f in fields(LossInputs)]
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return LossInputs(*joined)
+
+    def __getitem__(self, which: Tensor) -> "LossInputs":
+        """Return the inputs of the tokens that a mask or indices name."""
+        return self._each(lambda column: column[which])
+
+    def to(self, device: torch.device) -> "LossInputs":
+        """Return the inputs on ``device``."""
+        return self._each(lambda column: column.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "LossInputs":
+        columns: list[Any] = [getattr(self, f.name) for f in fields(LossInputs)]
+        changed: list[Any] = [None if column is None else change(column) for column in columns]
+        return LossInputs(*changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedTokens(LossInputs):
     """Everything a `protocols.PolicyLoss` may read about the N selected tokens of a micro-batch, besides logp.
 
     Attributes:
-        old_logp: [N] float32 nats, log-probabilities under the policy before the update.
         rollout_logp: [N] float32 nats, log-probabilities recorded at sampling.
-        advantages: [N] float32, the advantage of each token's response.
         sequence: [N] int64 in 0 .. sequences - 1, the sequence of the micro-batch that each token belongs to.
         sequences: B, number of sequences in the micro-batch, with or without selected tokens.
         context_group: Ranks that hold other parts of the same sequences, numbered alike (context parallel); None if
             every sequence is whole on this rank.
     """
 
-    old_logp: Tensor
     rollout_logp: Tensor
-    advantages: Tensor
     sequence: Tensor
     sequences: int
     context_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, inputs: LossInputs, **others: Any) -> "SelectedTokens":
+        """Add the other attributes to the inputs of the same tokens."""
+        return cls(**{f.name: getattr(inputs, f.name) for f in fields(LossInputs)}, **others)
 
 
 class TokenLosses(NamedTuple):
@@ -150,6 +196,28 @@ def cispo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_high:
     return TokenLosses(-weight * advantages * logp, ratio, ratio > weight)
 
 
+def dppo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> TokenLosses:
+    """REINFORCE with each token's ratio as a constant weight, without tokens whose probability has moved too far.
+
+        L = -M sg(min(r, 20)) A logp,    M = p - old_p <= clip_high if A > 0, else old_p - p <= clip_low
+
+    DPPO with the binary total-variation divergence (arXiv 2602.04879): |p - old_p| is the total variation between the
+    two policies' distributions over {this token, any other}. A token that moves back towards old_p is never dropped.
+
+    Args:
+        logp: [N] float32 nats, differentiable.
+        old_logp: [N] float32 nats.
+        advantages: [N] float32.
+        clip_low: Largest fall of a token's probability, in (0, 1).
+        clip_high: Largest rise of a token's probability, in (0, 1).
+    """
+    ratio = _bounded(logp.detach() - old_logp).exp()
+    rise = logp.detach().exp() - old_logp.exp()
+    dropped = torch.where(advantages > 0, rise > clip_high, -rise > clip_low)
+    weight = ratio.clamp(max=_MAX_DPPO_RATIO) * ~dropped
+    return TokenLosses(-weight * advantages * logp, ratio, dropped)
+
+
 def _bounded(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
@@ -174,45 +242,58 @@ def _mean_over_sequence(
     return (sums[0] / sums[1])[sequence].to(values.dtype)
 
 
-# Rollout corrections ------------------------------------------------------------------------------------------------
+# Regularizers -------------------------------------------------------------------------------------------------------
 
 
-def truncated_weights(old_logp: Tensor, rollout_logp: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
-    """Truncated importance sampling (tis): weights for the mismatch between the policy and the engine that sampled.
+def reference_kl(logp: Tensor, reference_logp: Tensor, *, estimator: KlEstimator) -> Tensor:
+    """Estimates of KL(policy || reference) from log-probabilities of sampled tokens, d = reference_logp - logp.
 
-        min(w, cap),    w = exp(old_logp - rollout_logp)
+        k1 = -d        k2 = d^2 / 2        k3 = exp(d) - d - 1
 
-    Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training". The engine computes a
-    little differently than the policy before the update, or held older weights.
-
-    Args:
-        old_logp: [N] float32 nats.
-        rollout_logp: [N] float32 nats.
-        cap: Largest weight, above 1.
-
-    Returns: ([N] weights, [N] bool: True where the weight is truncated).
-    """
-    log_weight, log_cap = _bounded(old_logp - rollout_logp), math.log(cap)
-    return log_weight.clamp(max=log_cap).exp(), log_weight > log_cap
-
-
-def masked_weights(old_logp: Tensor, rollout_logp: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
-    """Masked importance sampling (mis): as `truncated_weights`, but a token beyond the cap on either side is dropped.
-
-        w where 1 / cap <= w <= cap, else 0,    w = exp(old_logp - rollout_logp)
-
-    IcePop (arXiv 2510.18855) with free bounds. A masked token still counts in the divisor, as there.
+    Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). All three have nearly the same mean,
+    not the same gradient: that of k1 has mean 0 for tokens that the policy itself has sampled, and that of k2 has the
+    mean of the divergence's. GRPO (arXiv 2402.03300) uses k3.
 
     Args:
-        old_logp: [N] float32 nats.
-        rollout_logp: [N] float32 nats.
-        cap: Largest weight, and the inverse of the smallest, above 1.
+        logp: [N] float32 nats, differentiable.
+        reference_logp: [N] float32 nats.
+        estimator: k1, k2 or k3.
 
-    Returns: ([N] weights, [N] bool: True where the token is masked).
+    Returns: [N] nats, differentiable in logp; k2 and k3 are not negative.
     """
-    log_weight, log_cap = _bounded(old_logp - rollout_logp), math.log(cap)
-    outside = log_weight.abs() > log_cap
-    return log_weight.masked_fill(outside, -math.inf).exp(), outside
+    d = reference_logp - logp
+    match estimator:
+        case "k1":
+            return -d
+        case "k2":
+            return d.square() / 2
+        case "k3":
+            bounded = _bounded(d)
+            return torch.expm1(bounded) - bounded
+
+
+def adapted_entropy_coefficient(
+    coefficient: float, entropy: float, *, target: float, step: float, maximum: float
+) -> tuple[float, float]:
+    """Coefficient of the entropy term in this training step, and what it is adapted to for the next one.
+
+        applied = coefficient if entropy <= target, else 0
+        next    = coefficient + step if entropy < target, else coefficient - step,    within 0 .. maximum
+
+    Adaptive entropy control of Skywork-OR1 (arXiv 2505.22312, section 3.2.5).
+
+    Args:
+        coefficient: Result of the previous step; 0 in the first one.
+        entropy: Mean entropy of the selected tokens in nats, under the policy before the update.
+        target: Entropy in nats below which the term is active.
+        step: Amount by which the coefficient changes in a training step.
+        maximum: Largest coefficient.
+
+    Returns: (applied, next).
+    """
+    applied = coefficient if entropy <= target else 0.0
+    changed = coefficient + (step if entropy < target else -step)
+    return applied, min(max(changed, 0.0), maximum)
 
 
 # The whole loss -----------------------------------------------------------------------------------------------------
@@ -226,27 +307,29 @@ def policy_loss(
     clip_low: float | None,
     clip_high: float,
     dual_clip: float | None,
-    rollout_correction: RolloutCorrection,
-    correction_cap: float | None,
+    kl_estimator: KlEstimator = "k3",
+    kl_coefficient: float = 0.0,
 ) -> LossAndMetrics:
-    """Sum of an objective's token losses, each times its rollout-correction weight.
+    """Sum of an objective's token losses, each times its weights, plus the KL to a reference if there is one.
+
+        sum of scale (weight L + kl_coefficient KL)
 
     With the keyword arguments bound, it is a `protocols.PolicyLoss`.
 
     Args:
         logp: [N] float32 nats, differentiable.
         tokens: Everything else about the N tokens.
-        objective: Name of the objective: `dapo_loss`, `gspo_loss` or `cispo_loss`.
+        objective: Name of the objective: `dapo_loss`, `gspo_loss`, `cispo_loss` or `dppo_loss`.
         clip_low: See the objectives; None only with cispo, which has no lower bound.
         clip_high: See the objectives.
         dual_clip: See `dapo_loss`; read by no other objective.
-        rollout_correction: none: every weight is 1; tis: `truncated_weights`; mis: `masked_weights`.
-        correction_cap: Cap of the rollout correction; None only with none.
+        kl_estimator: See `reference_kl`.
+        kl_coefficient: Factor of the KL to the reference; 0 without a reference.
 
     Returns:
         The scalar sum, differentiable, and these metrics, each a scalar sum over the N tokens: ``clip_fraction``,
-        ``ratio``, ``kl`` (a non-negative estimate of KL(old || current)), and with a rollout correction
-        ``correction_weight`` and ``correction_clipped``.
+        ``ratio``, ``kl`` (a non-negative estimate of KL(old || current)); with a rollout correction
+        ``correction_weight`` and ``correction_clipped``, with a reference ``reference_kl``.
     """
     match objective:
         case "dapo":
@@ -273,14 +356,19 @@ def policy_loss(
             )
         case "cispo":
             losses = cispo_loss(logp, tokens.old_logp, tokens.advantages, clip_high=clip_high)
+        case "dppo":
+            assert clip_low is not None
+            losses = dppo_loss(logp, tokens.old_logp, tokens.advantages, clip_low=clip_low, clip_high=clip_high)
     metrics = _sums_of(losses, logp.detach() - tokens.old_logp)
-    if rollout_correction == "none":
-        return losses.loss.sum(), metrics
-    assert correction_cap is not None
-    weights_of = truncated_weights if rollout_correction == "tis" else masked_weights
-    weight, beyond_cap = weights_of(tokens.old_logp, tokens.rollout_logp, cap=correction_cap)
-    metrics |= {"correction_weight": weight.sum(), "correction_clipped": beyond_cap.float().sum()}
-    return (losses.loss * weight).sum(), metrics
+    loss = losses.loss
+    if tokens.weights is not None and tokens.limited is not None:
+        loss = loss * tokens.weights
+        metrics |= {"correction_weight": tokens.weights.sum(), "correction_clipped": tokens.limited.float().sum()}
+    if tokens.reference_logp is not None:
+        kl = reference_kl(logp, tokens.reference_logp, estimator=kl_estimator)
+        loss = loss + kl_coefficient * kl
+        metrics["reference_kl"] = kl.detach().sum()
+    return (loss if tokens.scale is None else loss * tokens.scale).sum(), metrics
 
 
 def _sums_of(losses: TokenLosses, log_ratio: Tensor) -> dict[str, Tensor]:

@@ -27,23 +27,27 @@ _VALUE_DIGITS = ((21, 11), (10, 11), (0, 10))
 _ID_DIGITS = ((60, 4), (50, 10), (40, 10), (30, 10), (20, 10), (10, 10), (0, 10))
 # NaN and infinity have all exponent bits set: 4 values of the first digit at either end, where nothing finite is.
 _NON_FINITE_DIGITS = 4
+# Sums of up to 2^32 values of this many bits fit into int64.
+_SUM_BITS = 30
 # On a CPU the keys and digits of a block of this size stay in the L2 cache; an accelerator takes everything at once.
 _CPU_BLOCK = 2**18
 
 
-class NonFiniteEntropyError(ValueError):
-    """An entropy is NaN or infinite.
+class NonFiniteError(ValueError):
+    """A value by which tokens are compared is NaN or infinite.
 
     Attributes:
         token_id: Smallest id of such a token on any rank.
+        quantity: Name of the value, such as "entropy".
     """
 
-    def __init__(self, token_id: int) -> None:
-        super().__init__(token_id)
+    def __init__(self, token_id: int, quantity: str = "entropy") -> None:
+        super().__init__(token_id, quantity)
         self.token_id = token_id
+        self.quantity = quantity
 
     def __str__(self) -> str:
-        return f"the entropy of token id {self.token_id} is not finite"
+        return f"the {self.quantity} of token id {self.token_id} is not finite"
 
 
 @dataclass(frozen=True)
@@ -67,64 +71,95 @@ class QuantileInfo:
     bytes_sent: int
 
 
-def ceil_fraction(fraction: float, total: int) -> int:
-    """Return ceil(fraction * total), exact for the fraction as written: 0.2 means 1/5, not its binary neighbour."""
-    return math.ceil(Fraction(str(fraction)) * total)
+def as_written(number: float | Fraction) -> Fraction:
+    """Return a number exactly as written: 0.2 means 1/5, not its binary neighbour."""
+    return Fraction(str(number))
+
+
+def ceil_fraction(fraction: float | Fraction, total: int) -> int:
+    """Return ceil(fraction * total), exact for the fraction as written."""
+    return math.ceil(as_written(fraction) * total)
 
 
 def global_top_fraction_mask(
-    entropies: Tensor, fraction: float, *, token_ids: Tensor, group: dist.ProcessGroup | None = None
+    values: Tensor, fraction: float | Fraction, *, token_ids: Tensor, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, QuantileInfo]:
     """Mark the ceil(fraction * N) largest of the N values that all ranks of ``group`` hold. A collective.
 
+    The marked values are the first ones of one total order: the set of a smaller fraction is part of that of a larger.
+
     Args:
-        entropies: [n] float32, finite, of any sign; n may differ per rank and be 0.
+        values: [n] float32, finite, of any sign; n may differ per rank and be 0.
         fraction: Share of the values to keep, in (0, 1].
         token_ids: [n] int64, unique over the group; ties go to the smallest.
         group: Ranks that share the values; None for this rank alone.
 
     Returns: ([n] bool, the mask of this rank's values; the decision).
-    Raises: NonFiniteEntropyError on every rank, naming the token of a NaN or an infinity.
+    Raises: NonFiniteError on every rank, naming the token of a NaN or an infinity.
     """
     assert 0 < fraction <= 1, f"fraction {fraction} is not in (0, 1]"
     reductions = _Reductions(group)
-    entropies = entropies.float()
-    counts = reductions.sum(_count(entropies, *_VALUE_DIGITS[0]))
+    values = values.float()
+    counts = reductions.sum(_count(values, *_VALUE_DIGITS[0]))
     if counts[:_NON_FINITE_DIGITS].any() or counts[-_NON_FINITE_DIGITS:].any():
-        refuse_non_finite(entropies, token_ids, group)
+        refuse_non_finite(values, token_ids, group)
     total = int(counts.sum())
     kept = ceil_fraction(fraction, total)
     if kept == 0:
-        mask = torch.zeros_like(entropies, dtype=torch.bool)
+        mask = torch.zeros_like(values, dtype=torch.bool)
         return mask, QuantileInfo(math.inf, total, 0, 0, reductions.calls, reductions.bytes)
 
-    key, wanted, ties = _kth_smallest(entropies, _VALUE_DIGITS, kept, reductions, counts)
+    key, wanted, ties = _kth_smallest(values, _VALUE_DIGITS, kept, reductions, counts)
     threshold = _value_of(key)
     if wanted == ties:
-        mask = entropies >= threshold
+        mask = values >= threshold
     else:
-        mask, tied = entropies > threshold, (entropies == threshold).nonzero().flatten()
+        mask, tied = values > threshold, (values == threshold).nonzero().flatten()
         ids = token_ids[tied]
         last, _, _ = _kth_smallest(ids, _ID_DIGITS, wanted, reductions)
         mask[tied] = ids <= _id_of(last)
     return mask, QuantileInfo(threshold, total, kept, ties, reductions.calls, reductions.bytes)
 
 
-def refuse_non_finite(entropies: Tensor, token_ids: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank if one of them holds an entropy that is not finite, so that none is left waiting.
+def refuse_non_finite(
+    values: Tensor, token_ids: Tensor, group: dist.ProcessGroup | None = None, quantity: str = "entropy"
+) -> None:
+    """Raise on every rank if one of them holds a value that is not finite, so that none is left waiting.
 
     Args:
-        entropies: [n]; n may differ per rank and be 0.
+        values: [n]; n may differ per rank and be 0.
         token_ids: [n] int64.
         group: Ranks that call this together; None for this rank alone.
+        quantity: Name of the values, for the error.
 
-    Raises: NonFiniteEntropyError, naming the smallest token id at fault.
+    Raises: NonFiniteError, naming the smallest token id at fault.
     """
     no_id = torch.iinfo(torch.int64).max
-    first = torch.cat([token_ids[~entropies.isfinite()], token_ids.new_tensor([no_id])]).min()
+    first = torch.cat([token_ids[~values.isfinite()], token_ids.new_tensor([no_id])]).min()
     first_of_all = int(_Reductions(group).min(first))
     if first_of_all != no_id:
-        raise NonFiniteEntropyError(first_of_all)
+        raise NonFiniteError(first_of_all, quantity)
+
+
+def exact_mean(values: Tensor, group: dist.ProcessGroup | None = None) -> float:
+    """Mean of the values that all ranks of ``group`` hold, the same bits for any sharding. A collective.
+
+    Values are rounded to multiples of 2^-30 of a power of two above the largest, and their sum is one of int64, which
+    no order of summation changes.
+
+    Args:
+        values: [n] floating point, finite; n may differ per rank and be 0.
+        group: Ranks that share the values; None for this rank alone.
+
+    Returns: the mean; 0 if there is no value.
+    """
+    reductions = _Reductions(group)
+    with_zero = torch.cat([values.double(), values.new_zeros(1, dtype=torch.float64)])
+    largest = -float(reductions.min(-with_zero.abs().max()))
+    unit = 2.0 ** (math.frexp(largest)[1] - _SUM_BITS)
+    rounded = (with_zero / unit).round().long().sum()
+    total, count = reductions.sum(torch.stack([rounded, torch.full_like(rounded, len(values))])).tolist()
+    return total / max(1, count) * unit
 
 
 class _Reductions:

@@ -2,7 +2,8 @@
 
 The statistics of a row over the columns seen so far are the maximum m, s = sum exp(z - m), u = sum (z - m) exp(z - m),
 and the target's logit. They start as `empty_statistics` and fold in tile after tile; when the maximum rises by -shift,
-the earlier sums are rescaled: u <- (u + s shift) e^shift, s <- s e^shift.
+the earlier sums are rescaled: u <- (u + s shift) e^shift, s <- s e^shift. A caller that asks for it gets a fifth
+statistic, q = sum over all columns but the target's of exp(2 (z - m)), with q <- q e^(2 shift).
 
 `tiles_triton` has the same two functions as GPU kernels. Shapes: n rows, c columns of a tile.
 """
@@ -16,9 +17,9 @@ from torch import Tensor
 _FAR_BELOW = -1e30
 
 
-def empty_statistics(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return [4, n]: maximum, s, u and target logit over no columns."""
-    stats = torch.zeros(4, rows, dtype=dtype, device=device)
+def empty_statistics(rows: int, dtype: torch.dtype, device: torch.device, *, squares: bool = False) -> Tensor:
+    """Return [4, n]: maximum, s, u and target logit over no columns; [5, n] with ``squares``, the last being q."""
+    stats = torch.zeros(5 if squares else 4, rows, dtype=dtype, device=device)
     stats[0] = torch.finfo(dtype).min
     return stats
 
@@ -27,20 +28,24 @@ def fold_statistics_(stats: Tensor, z: Tensor, targets: Tensor) -> None:
     """Fold a tile into the statistics of its rows.
 
     Args:
-        stats: [4, n], changed in place.
+        stats: [4, n], or [5, n] with q, changed in place.
         z: [n, c] logits, overwritten.
         targets: [n] int64, column of the target in this tile; outside 0 .. c-1 if another tile has it.
     """
-    maximum, total, weighted, target_logit = stats
+    maximum, total, weighted, target_logit = stats[:4]
     rows = torch.arange(len(targets), device=z.device)
     owned = (targets >= 0) & (targets < z.shape[1])
     target_logit += torch.where(owned, z[rows, targets.clamp(0, z.shape[1] - 1)], 0.0)
     new_maximum = torch.maximum(maximum, z.amax(1))
-    _rescale_(total, weighted, maximum - new_maximum)
+    _rescale_(stats, maximum - new_maximum)
     maximum.copy_(new_maximum)
     d = z.sub_(new_maximum.unsqueeze(1))
     exp = d.exp()
     total += exp.sum(1)
+    if len(stats) == 5:
+        squares = exp.square()
+        squares[rows[owned], targets[owned]] = 0.0
+        stats[4] += squares.sum(1)
     products = exp.mul_(d).sum(1)
     if products.isnan().any():  # rare: 0 * -inf of a forbidden token; take the product again without -inf
         products = d.clamp_min_(_FAR_BELOW).exp().mul_(d).sum(1)
@@ -51,30 +56,28 @@ def merge_statistics(parts: Sequence[Tensor]) -> Tensor:
     """Merge the statistics of ranks that share the vocabulary; every rank gets the same bits.
 
     Args:
-        parts: [4, n] of each rank, in rank order.
+        parts: [4, n] or [5, n] of each rank, in rank order.
 
-    Returns: [4, n] over all columns.
+    Returns: the same statistics over all columns.
     """
     merged = parts[0].clone()
-    maximum, total, weighted, target_logit = merged
     for part in parts[1:]:
-        new_maximum = torch.maximum(maximum, part[0])
-        other_total, other_weighted = part[1].clone(), part[2].clone()
-        _rescale_(total, weighted, maximum - new_maximum)
-        _rescale_(other_total, other_weighted, part[0] - new_maximum)
-        maximum.copy_(new_maximum)
-        total += other_total
-        weighted += other_weighted
-        target_logit += part[3]
+        other, new_maximum = part.clone(), torch.maximum(merged[0], part[0])
+        _rescale_(merged, merged[0] - new_maximum)
+        _rescale_(other, other[0] - new_maximum)
+        merged[0] = new_maximum
+        merged[1:] += other[1:]
     return merged
 
 
-def _rescale_(total: Tensor, weighted: Tensor, shift: Tensor) -> None:
-    """Rescale s and u, in place, to a maximum that is higher by -shift."""
+def _rescale_(stats: Tensor, shift: Tensor) -> None:
+    """Rescale s, u and q, in place, to a maximum that is higher by -shift."""
+    total, weighted = stats[1], stats[2]
     shift = shift.clamp_min(_FAR_BELOW)
     scale = shift.exp()
     weighted.add_(total * shift).mul_(scale)
     total.mul_(scale)
+    stats[4:].mul_(scale.square())
 
 
 def logits_gradient_(

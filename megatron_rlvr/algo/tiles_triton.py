@@ -16,7 +16,17 @@ _COLUMNS_AT_ONCE = 2048
 def fold_statistics_(stats: Tensor, z: Tensor, targets: Tensor) -> None:
     """`tiles.fold_statistics_` as a kernel; the tile is not overwritten."""
     rows, columns = z.shape
-    _fold[(rows,)](stats, z, targets, columns, stats.stride(0), z.stride(0), BLOCK=_block(columns), num_warps=8)
+    _fold[(rows,)](
+        stats,
+        z,
+        targets,
+        columns,
+        stats.stride(0),
+        z.stride(0),
+        SQUARES=len(stats) == 5,
+        BLOCK=_block(columns),
+        num_warps=8,
+    )
 
 
 def logits_gradient_(
@@ -54,12 +64,15 @@ def _block(columns: int) -> int:
 
 
 @triton.jit
-def _fold(stats, z, targets, columns, stats_stride, row_stride, BLOCK: tl.constexpr):
+def _fold(stats, z, targets, columns, stats_stride, row_stride, SQUARES: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row, which carries the row's statistics over blocks of columns."""
     row = tl.program_id(0)
     maximum = tl.load(stats + row)
     total = tl.load(stats + stats_stride + row)
     weighted = tl.load(stats + 2 * stats_stride + row)
+    target = tl.load(targets + row)
+    if SQUARES:
+        squares = tl.load(stats + 4 * stats_stride + row)
     for start in range(0, columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         x = tl.load(z + row * row_stride + offsets, mask=offsets < columns, other=-float("inf"))
@@ -70,11 +83,14 @@ def _fold(stats, z, targets, columns, stats_stride, row_stride, BLOCK: tl.conste
         exp = tl.exp(d)
         weighted = (weighted + total * shift) * scale + tl.sum(tl.where(exp > 0, exp * d, 0.0), 0)
         total = total * scale + tl.sum(exp, 0)
+        if SQUARES:
+            squares = squares * scale * scale + tl.sum(tl.where(offsets == target, 0.0, exp * exp), 0)
         maximum = new_maximum
     tl.store(stats + row, maximum)
     tl.store(stats + stats_stride + row, total)
     tl.store(stats + 2 * stats_stride + row, weighted)
-    target = tl.load(targets + row)
+    if SQUARES:
+        tl.store(stats + 4 * stats_stride + row, squares)
     if (target >= 0) & (target < columns):
         logit = tl.load(stats + 3 * stats_stride + row) + tl.load(z + row * row_stride + target)
         tl.store(stats + 3 * stats_stride + row, logit)

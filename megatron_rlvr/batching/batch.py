@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rlvr.algo.loss import LossInputs
+
 # A token id holds the sequence's number in the upper 24 bits and the position in its response in the lower 20.
 _NUMBER_BITS, _POSITION_BITS = 24, 20
 
@@ -101,10 +103,16 @@ class PolicyScores:
     Attributes:
         logp: [R] float32 nats for each micro-batch, log-probabilities.
         entropy: [R] float32 nats for each micro-batch.
+        gradient: [R] float32 for each micro-batch, norm of the gradient of ``logp`` by the logits, or NaN.
     """
 
     logp: list[Tensor]
     entropy: list[Tensor]
+    gradient: list[Tensor]
+
+    def plain_inputs(self, batches: Sequence[MicroBatch]) -> list[LossInputs]:
+        """Return the inputs of a loss without correction, shaping or reference, from the old policy's scores."""
+        return [LossInputs(logp, b.advantages.to(logp.device)) for logp, b in zip(self.logp, batches, strict=True)]
 
 
 def pack(sequences: Sequence[TrainingSequence], pad_multiple: int = 1, sequence_multiple: int = 1) -> MicroBatch:

@@ -5,16 +5,18 @@ trains on which, and sends its sequences to their new ranks, once.
 """
 
 import pickle
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_rlvr.algo.advantage import group_advantages
-from megatron_rlvr.batching.batch import MicroBatch, TrainingSequence
+from megatron_rlvr.algo.advantage import batch_scale, group_advantages
+from megatron_rlvr.batching.batch import MicroBatch, TrainingSequence, sequence_and_position
 from megatron_rlvr.batching.packing import Packing, distribute, plan_micro_batches
 from megatron_rlvr.types import Group
 
@@ -26,14 +28,46 @@ class MiniBatch:
     Attributes:
         micro_batches: Micro-batches of this rank.
         packing: Constraints by which they were packed.
-        response_tokens: Number of response tokens over all ranks.
-        sequences: Number of sequences over all ranks.
+        lengths: Response tokens of every sequence of all ranks, by its number.
+        group_size: Number of sequences of a prompt, which have consecutive numbers.
     """
 
     micro_batches: list[MicroBatch]
     packing: Packing
-    response_tokens: int
-    sequences: int
+    lengths: Mapping[int, int]
+    group_size: int
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of response tokens over all ranks."""
+        return sum(self.lengths.values())
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences over all ranks."""
+        return len(self.lengths)
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts over all ranks."""
+        return len({number // self.group_size for number in self.lengths})
+
+    def tokens_around(self, batch: MicroBatch, sequences: int) -> Tensor:
+        """Return for each row of a micro-batch the response tokens of all sequences that it is averaged with.
+
+        Args:
+            batch: A micro-batch of this mini-batch.
+            sequences: 1 for the row's own sequence; the group size for all sequences of its prompt.
+
+        Returns: [R] float32.
+        """
+        totals: Counter[int] = Counter()
+        for number, length in self.lengths.items():
+            totals[number // sequences] += length
+        starts = torch.bincount(batch.sequence).cumsum(0).roll(1)
+        starts[:1] = 0
+        numbers = [sequence_and_position(first)[0] for first in batch.token_ids[starts].tolist()]
+        return torch.tensor([float(totals[number // sequences]) for number in numbers])[batch.sequence]
 
 
 def build_mini_batches(
@@ -58,6 +92,8 @@ def build_mini_batches(
     group_size = len(groups[0][1].completions) if groups else 0
     sizes, group_size = _sizes_on_all_ranks(here, group_size, data_group)
     size, numbers = groups_per_mini_batch * group_size, sorted(sizes)
+    scale = batch_scale(np.array([sizes[n].advantage for n in numbers]), estimator)
+    here = [replace(sequence, advantage=sequence.advantage * scale) for sequence in here]
     plans = [
         _plan(numbers[start : start + size], sizes, dist.get_world_size(data_group), packing)
         for start in range(0, len(numbers), max(1, size))
@@ -67,8 +103,8 @@ def build_mini_batches(
         MiniBatch(
             micro_batches=[packing.pack([mine[n] for n in micro]) for micro in plan[dist.get_rank(data_group)]],
             packing=packing,
-            response_tokens=sum(sizes[n].response_tokens for by_rank in plan for micro in by_rank for n in micro),
-            sequences=sum(len(micro) for by_rank in plan for micro in by_rank),
+            lengths={n: sizes[n].response_tokens for by_rank in plan for micro in by_rank for n in micro},
+            group_size=group_size,
         )
         for plan in plans
     ]
@@ -77,6 +113,7 @@ def build_mini_batches(
 class _Size(NamedTuple):
     input_length: int
     response_tokens: int
+    advantage: float
 
 
 _Plan = list[list[list[int]]]
@@ -102,7 +139,7 @@ def _sizes_on_all_ranks(
     here: Sequence[TrainingSequence], group_size: int, data_group: dist.ProcessGroup
 ) -> tuple[dict[int, _Size], int]:
     """Return the size of every sequence by its number, and the group size, unknown to a rank without groups."""
-    sizes = {s.number: _Size(s.input_length, len(s.response_ids)) for s in here}
+    sizes = {s.number: _Size(s.input_length, len(s.response_ids), s.advantage) for s in here}
     by_rank: list[Any] = [None] * dist.get_world_size(data_group)
     dist.all_gather_object(by_rank, (sizes, group_size), group=data_group)
     return {n: size for held, _ in by_rank for n, size in held.items()}, max(group_size for _, group_size in by_rank)

@@ -11,40 +11,46 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from megatron_rlvr.algo.loss import LossInputs
 from megatron_rlvr.batching.batch import MicroBatch, TrainingSequence, sequence_and_position
 from megatron_rlvr.batching.packing import Packing, balance, micro_batches_needed
 
 
 @dataclass(frozen=True)
 class MaskedBatches:
-    """Input of a training pass: this rank's micro-batches, with a mask and the earlier log-probabilities of their rows.
+    """Input of a training pass: this rank's micro-batches, with a mask and the inputs of the loss for their rows.
 
     Attributes:
         batches: Micro-batches of this rank.
         masks: [R] bool for each, True for tokens whose gradient counts.
-        old_logp: [R] float32 nats for each, log-probabilities under the policy before the update.
+        inputs: Inputs of the loss for the [R] rows of each.
     """
 
     batches: list[MicroBatch]
     masks: list[Tensor]
-    old_logp: list[Tensor]
+    inputs: list[LossInputs]
 
 
-def trim(whole: MaskedBatches, packing: Packing, maximum_over_ranks: Callable[[int], int]) -> MaskedBatches:
+def trim(
+    whole: MaskedBatches, packing: Packing, maximum_over_ranks: Callable[[int], int], *, regularized: bool = False
+) -> MaskedBatches:
     """Drop all positions that cannot change the gradient.
 
-    Sequences without a selected token of non-zero advantage are left out, the others are truncated after their last
-    such token, and the rest is packed again.
+    Sequences without a selected token that has a gradient are left out, the others are truncated after their last such
+    token, and the rest is packed again.
 
     Args:
-        whole: Sequences as `pack` made them, on the CPU; masks and log-probabilities on any device.
+        whole: Sequences as `pack` made them, on the CPU; masks and inputs on any device.
         packing: Constraints of the new streams.
         maximum_over_ranks: Returns the largest of the numbers that the data-parallel ranks give, so that all of them
             run the same number of micro-batches. Called once.
+        regularized: Whether selected tokens without advantage have a gradient as well, from a regularizer.
     """
     # The flat vectors of all rows are only indexed: with each remaining sequence goes the index of its first row.
-    masks, old_logp = torch.cat(whole.masks), torch.cat(whole.old_logp)
-    needed = masks.cpu() & (torch.cat([batch.advantages for batch in whole.batches]) != 0)
+    masks, inputs = torch.cat(whole.masks), LossInputs.concatenated(whole.inputs)
+    needed = masks.cpu()
+    if not regularized:
+        needed = needed & (torch.cat([batch.advantages for batch in whole.batches]) != 0)
     remaining: list[tuple[TrainingSequence, int]] = []
     offset = 0
     for batch in whole.batches:
@@ -61,7 +67,7 @@ def trim(whole: MaskedBatches, packing: Packing, maximum_over_ranks: Callable[[i
     return MaskedBatches(
         batches=[packing.pack([sequence for sequence, _ in part]) for part in parts],
         masks=[masks[row] for row in rows],
-        old_logp=[old_logp[row] for row in rows],
+        inputs=[inputs[row] for row in rows],
     )
 
 

@@ -31,6 +31,13 @@ RENAMED = {
 """{earlier name of a key: its name now}. An earlier name is an error that says the new one."""
 
 
+_LEFT_OUT = {
+    f"rollout.{key}": "training samples from the whole distribution, whose probabilities train; remove it"
+    for key in ("top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+}
+"""{key that other trainers have and this one refuses: why}."""
+
+
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
     """Read settings from a YAML file, with flags on top. `Settings.unused` lists what a later layer switched off.
 
@@ -221,6 +228,8 @@ def _suggestion(key: str) -> str:
     """The new name of a key, `did you mean run.steps?`, or the keys of its section; empty if that is not known."""
     if key in RENAMED:
         return f"it is now {RENAMED[key]}"
+    if key in _LEFT_OUT:
+        return _LEFT_OUT[key]
     if key in Settings.model_fields:
         return f"set one of its keys, such as {key}.{_example(key)}"
     section, _, name = key.rpartition(".")

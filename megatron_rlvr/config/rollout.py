@@ -26,7 +26,8 @@ class RolloutSettings(Section):
     temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE, le=100)
     """Sampling temperature. Log-probabilities and entropies are of softmax(logits / temperature) everywhere."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling: probability mass of the tokens to sample from; 1: the whole distribution."""
+    """Probability mass of the tokens to sample from. Only 1, the whole distribution: nucleus sampling draws from other
+    probabilities than those that train. `evaluate.top_p` is free."""
     max_response_tokens: int = Field(default=20480, ge=1, lt=2**20)
     """Longest response in tokens; longer ones are truncated."""
     stop: list[str | int] = Field(default_factory=list)
@@ -80,6 +81,15 @@ class RolloutSettings(Section):
             if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
                 raise ValueError(f"rollout.stop={shown(value)}: not a token; give its text or its id")
         return values
+
+    @model_validator(mode="after")
+    def _samples_from_what_trains(self) -> "RolloutSettings":
+        if self.top_p < 1:
+            raise ValueError(
+                f"rollout.top_p={self.top_p}: samples from a truncated distribution, while the probabilities of the "
+                "whole one train; set it to 1 (evaluate.top_p may be lower)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _servers(self) -> "RolloutSettings":

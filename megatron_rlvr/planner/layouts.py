@@ -77,6 +77,11 @@ class PlanInputs:
         """Bytes of a GPU that training may use at its peak."""
         return self.device.memory * (1 - RESERVE) - (RELEASED_SERVER if self.shared else 0.0)
 
+    def options(self, megatron: Mapping[str, Any]) -> TrainingOptions:
+        """Return the training options of the run with this ``megatron:`` section."""
+        reference = self.settings.loss.kl_coefficient > 0
+        return TrainingOptions.of(self.settings.model.dtype, megatron, self.transformer_engine, reference=reference)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -213,7 +218,7 @@ def _shorter_ends(layers: int, pipeline: int, virtual_stages: int) -> dict[str, 
 def plan_with_least_recompute(inputs: PlanInputs, parallel: ParallelSettings, megatron: Mapping[str, Any]) -> Plan:
     """Estimate a layout with the recompute that a ``megatron:`` section names, otherwise with the least that fits."""
     if "recompute_granularity" in megatron:
-        options = TrainingOptions.of(inputs.settings.model.dtype, megatron, inputs.transformer_engine)
+        options = inputs.options(megatron)
         return estimate(inputs, parallel, options)
     return _plan_with_least_recompute(inputs, parallel)
 
@@ -222,7 +227,7 @@ def _plan_with_least_recompute(inputs: PlanInputs, parallel: ParallelSettings) -
     megatron = {"use_distributed_optimizer": True} | {
         key: value for key, value in inputs.settings.megatron.items() if not key.startswith("recompute_")
     }
-    none = TrainingOptions.of(inputs.settings.model.dtype, megatron, inputs.transformer_engine)
+    none = inputs.options(megatron)
     moe_layers = inputs.shape.moe_layers
     modules = tuple(name for name, present in (("mlp", not all(moe_layers)), ("moe", any(moe_layers))) if present)
     selective = replace(none, recompute="selective", recompute_modules=modules)

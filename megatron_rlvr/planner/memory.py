@@ -139,11 +139,12 @@ def stage_memory(
 def static_memory(
     shape: ModelShape, parallel: ParallelSettings, ranks: int, options: TrainingOptions, stage: int
 ) -> tuple[float, float, float]:
-    """Return the bytes of weights, gradients and optimizer state on a rank of a stage."""
+    """Return the bytes of weights (a reference's included), gradients and optimizer state on a rank of a stage."""
     parameters = rank_parameters(shape, parallel, stage)
     shards = _replicas(parallel, ranks) if options.distributed_optimizer else (1, 1)
     state = optimizer_bytes(options.weight_bytes) * (parameters.dense / shards[0] + parameters.experts / shards[1])
-    return options.weight_bytes * parameters.total, options.gradient_bytes * parameters.total, state
+    models = 2 if options.reference else 1
+    return models * options.weight_bytes * parameters.total, options.gradient_bytes * parameters.total, state
 
 
 def bytes_of_save(

@@ -37,6 +37,7 @@ class TrainingOptions:
         fused_activation: Value of bias_activation_fusion.
         fused_gradient: Value of gradient_accumulation_fusion.
         transformer_engine: True if layers are Transformer Engine's, False if they are the project's own.
+        reference: True if a frozen copy of the model is held as well (`loss.kl_coefficient`).
     """
 
     weight_bytes: int = 2
@@ -49,10 +50,13 @@ class TrainingOptions:
     fused_activation: bool = True
     fused_gradient: bool = False
     transformer_engine: bool = True
+    reference: bool = False
 
     @classmethod
-    def of(cls, dtype: str, megatron: Mapping[str, Any], transformer_engine: bool) -> "TrainingOptions":
-        """Read the options from `model.dtype` and a ``megatron:`` section.
+    def of(
+        cls, dtype: str, megatron: Mapping[str, Any], transformer_engine: bool, *, reference: bool = False
+    ) -> "TrainingOptions":
+        """Read the options from `model.dtype` and a ``megatron:`` section; see the attributes for the others.
 
         Raises: SettingsError for a recomputed module that the estimates do not cover.
         """
@@ -78,6 +82,7 @@ class TrainingOptions:
             fused_activation=bool(megatron.get("bias_activation_fusion", True)),
             fused_gradient=bool(megatron.get("gradient_accumulation_fusion", False)),
             transformer_engine=transformer_engine,
+            reference=reference,
         )
 
     @property

@@ -42,7 +42,7 @@ class TrainingTime:
     """Seconds of the score and train phases of a step.
 
     Attributes:
-        score: Forward pass of all tokens.
+        score: Forward pass of all tokens, by the policy and by a reference.
         train: Forward, backward, recompute, gradient reduction and optimizer of all mini-batches.
         parts: {cause: seconds} of both phases together; they add up to score + train.
     """
@@ -125,14 +125,15 @@ def training_time(setup: TrainingSetup, work: Workload) -> TrainingTime:
     forward_rows = selected if work.old_entropies else response
     both = _slowest_stage(setup, tokens, squares, forward_rows=forward_rows, backward_rows=selected)
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline
-    score_passes = work.mini_batches * batches.count + bubble
+    scored = 2 if setup.options.reference else 1
+    score_passes = scored * (work.mini_batches * batches.count + bubble)
     train_passes = work.mini_batches * (batches.count + bubble)
     update, reduction = _update(setup)
     parts = {
         name: score_passes * getattr(forward, name) + train_passes * getattr(both, name)
         for name in ("compute", "tensor", "context", "pipeline", "experts")
     }
-    waiting = bubble * (forward.seconds + work.mini_batches * both.seconds)
+    waiting = bubble * (scored * forward.seconds + work.mini_batches * both.seconds)
     parts = {name: value * (1 - waiting / max(sum(parts.values()), 1e-12)) for name, value in parts.items()}
     parts |= {"waiting": waiting, "reduction": work.mini_batches * reduction, "optimizer": work.mini_batches * update}
     return TrainingTime(

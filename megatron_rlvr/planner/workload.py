@@ -109,7 +109,7 @@ class Workload:
             max_prompt=settings.data.max_prompt_tokens,
             responses=ResponseLengths(mean_response, settings.rollout.max_response_tokens),
             micro_batch_tokens=settings.batch.tokens_per_micro_batch,
-            fraction=selection.fraction,
+            fraction=selection.largest_fraction,
             old_entropies=selection.entropy == "old",
             informative_share=informative_share,
             max_inflight=max_inflight,

@@ -157,10 +157,14 @@ def build_chunks(
     hf_config: Mapping[str, Any],
     ranks: Ranks,
     seed: int,
-) -> list[DistributedDataParallel]:
+    *,
+    frozen: bool = False,
+) -> list[Any]:
     """Build this rank's model chunks, wrapped for data parallelism; weights are not loaded yet.
 
     There is one chunk, or with the interleaved schedule one for each virtual stage of the rank.
+
+    Returns: DistributedDataParallel around PolicyModel for each; if ``frozen``, PolicyModel alone, without gradients.
     """
     model_parallel_cuda_manual_seed(seed)
     given = default_fields() | read_fields(megatron)
@@ -168,7 +172,7 @@ def build_chunks(
     ddp = build_config(DistributedDataParallelConfig, given)
     virtual_stages, modules = parallel.virtual_pipeline, layer_modules()
     rope_factor = rope_scaling_factor(hf_config)
-    chunks = []
+    chunks: list[Any] = []
     for number in range(virtual_stages):
         stage = number if virtual_stages > 1 else None
         first = get_transformer_layer_offset(config, vp_stage=stage)
@@ -189,9 +193,12 @@ def build_chunks(
             rope_scaling_factor=rope_factor or 1.0,
             vp_stage=stage,
         ).to(accelerator.device())
+        if frozen:
+            chunks.append(gpt.requires_grad_(False))
+            continue
         # Later chunks finish their backward first: their gradients are reduced whole while earlier ones still compute.
         chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=gpt, disable_bucketing=number > 0))
-    if ddp.overlap_grad_reduce:
+    if ddp.overlap_grad_reduce and not frozen:
         # Gradients are complete after the last micro-batch; only then may they be reduced.
         hooks = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = hooks if virtual_stages > 1 else hooks[0]
@@ -202,7 +209,7 @@ def build_optimizer(
     settings: OptimizerSettings,
     model: ModelSettings,
     megatron: Mapping[str, Any],
-    chunks: list[DistributedDataParallel],
+    chunks: list[Any],
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build Adam with decoupled weight decay over loaded chunks, and its learning-rate schedule in training steps."""
     own = {

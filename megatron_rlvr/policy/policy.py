@@ -16,8 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
-from megatron_rlvr.algo.loss import SelectedTokens
+from megatron_rlvr.algo.head import vocab_parallel_gradient_norm, vocab_parallel_logp_entropy
+from megatron_rlvr.algo.loss import LossInputs, SelectedTokens
 from megatron_rlvr.batching.batch import MicroBatch, PolicyScores
 from megatron_rlvr.batching.packing import Packing
 from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
@@ -35,6 +35,7 @@ from megatron_rlvr.protocols import PolicyLoss
 _FP8_ALIGNMENT = 16
 
 MaskOfEntropy = Callable[[MicroBatch, Tensor], Tensor]
+Head = Callable[..., tuple[Tensor, ...]]
 
 
 class Policy:
@@ -44,7 +45,7 @@ class Policy:
         model: model folder and precision.
         parallel: the layout, in which ``ranks`` were initialised.
         ranks: this rank's place and process groups.
-        optimizer: settings of the optimizer; None for a policy that only scores.
+        optimizer: settings of the optimizer; None for a frozen policy, which only scores.
         megatron: fields passed through to Megatron's own configs.
         temperature: sampling temperature; log-probabilities and entropies are of softmax(logits / temperature).
         seed: seed of Megatron's random states.
@@ -65,7 +66,9 @@ class Policy:
         self.hf_config = read_config(model.path)
         self.folder = Path(model.path)
         self._temperature = temperature
-        self.chunks = build_chunks(model, parallel, megatron or {}, self.hf_config, ranks, seed)
+        self.chunks = build_chunks(
+            model, parallel, megatron or {}, self.hf_config, ranks, seed, frozen=optimizer is None
+        )
         self._config = get_model_config(self.chunks[0])
         vocab = padded_vocab_size(self.hf_config["vocab_size"], parallel.tensor)
         self._weights = WeightMap(self.hf_config, vocab, ranks)
@@ -112,25 +115,34 @@ class Policy:
         self.schedule.step(increment=1)
 
     @torch.no_grad()
-    def score(self, batches: Sequence[MicroBatch]) -> PolicyScores:
-        """Log-probability and entropy of every response token under the current weights: [R] nats per micro-batch."""
-        results = self._run(batches, self._score_one, forward_only=True)
+    def score(self, batches: Sequence[MicroBatch], *, gradient: bool = False) -> PolicyScores:
+        """Score every response token under the current weights.
+
+        Args:
+            batches: micro-batches of this data-parallel replica.
+            gradient: whether to compute the norms of the tokens' logit gradients as well.
+        """
+        one = partial(self._score_one, head=vocab_parallel_gradient_norm if gradient else vocab_parallel_logp_entropy)
+        results = self._run(batches, one, forward_only=True)
         sizes = [len(batch.rows) for batch in batches]
-        flat = torch.empty(2, sum(sizes), device=accelerator.device())
+        flat = torch.empty(3 if gradient else 2, sum(sizes), device=accelerator.device())
         if self.ranks.last_stage:
             flat = torch.cat(results, dim=1)
         if self.ranks.pipeline_size > 1:
             source = dist.get_global_rank(self.ranks.pipeline_group, self.ranks.pipeline_size - 1)
             dist.broadcast(flat, src=source, group=self.ranks.pipeline_group)
-        return PolicyScores(list(flat[0].split(sizes)), list(flat[1].split(sizes)))
+        norms = flat[2] if gradient else torch.full_like(flat[0], math.nan)
+        return PolicyScores(*(list(each.split(sizes)) for each in (flat[0], flat[1], norms)))
 
     def train_step(
         self,
         batches: Sequence[MicroBatch],
         masks: Sequence[Tensor] | MaskOfEntropy,
-        old_logp: Sequence[Tensor],
+        inputs: Sequence[LossInputs],
         loss: PolicyLoss,
         count: int,
+        *,
+        entropy_coefficient: float = 0.0,
     ) -> dict[str, float]:
         """Take one optimizer step on a mini-batch: forward and backward over all micro-batches, clipping, Adam.
 
@@ -138,9 +150,10 @@ class Policy:
             batches: micro-batches of this data-parallel replica.
             masks: for each micro-batch [R] bool, the selected tokens; or a function that selects them from the
                 micro-batch and its current entropies (the head then runs over all response tokens).
-            old_logp: for each micro-batch [R] float32, log-probabilities under the policy before the update.
+            inputs: for each micro-batch the inputs of the loss for its R rows.
             loss: returns a sum over the selected tokens.
             count: divisor of that sum, counted over all ranks.
+            entropy_coefficient: factor of the selected tokens' entropies, which are subtracted from the loss.
 
         Returns: metrics over all ranks: loss, grad_norm, skipped (1.0 if one of these is not finite; the weights are
         then unchanged), and the metrics of ``loss`` as means over the selected tokens.
@@ -148,7 +161,14 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        one = partial(self._train_one, masks=masks, old_logp=old_logp, loss=loss, count=count)
+        one = partial(
+            self._train_one,
+            masks=masks,
+            inputs=inputs,
+            loss=loss,
+            count=count,
+            entropy_coefficient=entropy_coefficient,
+        )
         metrics = self._reduce(self._run(batches, one, forward_only=False))
         if not math.isfinite(metrics["loss"]):
             return metrics | {"grad_norm": math.nan, "skipped": 1.0}
@@ -191,9 +211,11 @@ class Policy:
         )
         return hidden, partial(loss_of, number=number, shard=shard, chunk=chunk)
 
-    def _head(self, hidden: Tensor, batch: MicroBatch, chunk: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(
+        self, head: Head, hidden: Tensor, batch: MicroBatch, chunk: Any, rows: Tensor, **options: Any
+    ) -> tuple[Tensor, ...]:
         model: PolicyModel = getattr(chunk, "module", chunk)
-        return vocab_parallel_logp_entropy(
+        return head(
             hidden.squeeze(1),
             model.output_weight,
             batch.targets,
@@ -202,11 +224,13 @@ class Policy:
             valid_vocab=self.hf_config["vocab_size"],
             temperature=self._temperature,
             rows=rows,
-            gradient_accumulation_fusion=self._config.gradient_accumulation_fusion,
+            **options,
         )
 
-    def _score_one(self, hidden: Tensor, number: int, shard: ContextShard, chunk: Any) -> tuple[Tensor, Tensor, Any]:
-        result = shard.whole(torch.stack(self._head(hidden, shard.part, chunk, shard.part.rows)))
+    def _score_one(
+        self, hidden: Tensor, number: int, shard: ContextShard, chunk: Any, head: Head
+    ) -> tuple[Tensor, Tensor, Any]:
+        result = shard.whole(torch.stack(self._head(head, hidden, shard.part, chunk, shard.part.rows)))
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), result
 
     def _train_one(
@@ -216,27 +240,35 @@ class Policy:
         shard: ContextShard,
         chunk: Any,
         masks: Sequence[Tensor] | MaskOfEntropy,
-        old_logp: Sequence[Tensor],
+        inputs: Sequence[LossInputs],
         loss: PolicyLoss,
         count: int,
+        entropy_coefficient: float,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         batch = shard.part
+        head = partial(
+            self._head,
+            vocab_parallel_logp_entropy,
+            entropy_grad=entropy_coefficient != 0,
+            gradient_accumulation_fusion=self._config.gradient_accumulation_fusion,
+        )
         if callable(masks):
-            logp, entropy = self._head(hidden, batch, chunk, batch.rows)
-            mask = masks(shard.batch, shard.whole(entropy))[shard.held]
-            logp = logp[mask]
+            logp, entropy = head(hidden, batch, chunk, batch.rows)
+            mask = masks(shard.batch, shard.whole(entropy.detach()))[shard.held]
+            logp, entropy = logp[mask], entropy[mask]
         else:
             mask = masks[number].to(hidden.device)[shard.held]
-            logp, entropy = self._head(hidden, batch, chunk, batch.rows[mask])
-        tokens = SelectedTokens(
-            old_logp=old_logp[number].to(hidden.device)[shard.held][mask],
+            logp, entropy = head(hidden, batch, chunk, batch.rows[mask])
+        tokens = SelectedTokens.of(
+            inputs[number].to(hidden.device)[shard.held][mask],
             rollout_logp=batch.rollout_logp[mask],
-            advantages=batch.advantages[mask],
             sequence=batch.sequence[mask],
             sequences=len(batch.lengths),
             context_group=shard.group,
         )
         total, metrics = loss(logp, tokens)
+        if entropy_coefficient:
+            total = total - entropy_coefficient * (entropy if tokens.scale is None else entropy * tokens.scale).sum()
         total = total / count
         metrics = metrics | {"loss": total.detach(), "selected": mask.sum()}
         return total, torch.zeros((), dtype=torch.int), metrics

@@ -54,7 +54,7 @@ def train_on_largest_micro_batches(trainer: Trainer, settings: Settings) -> int:
     batches = [batch] * max(policy.ranks.pipeline_size, packing.micro_batch_multiple)
 
     def mask(rows: int) -> torch.Tensor:
-        return torch.arange(rows, device=device) % max(1, round(1 / settings.selection.fraction)) == 0
+        return torch.arange(rows, device=device) % max(1, round(1 / settings.selection.largest_fraction)) == 0
 
     masks = [mask(len(b.rows)) for b in batches]
     current = settings.selection.entropy == "current"
@@ -63,7 +63,7 @@ def train_on_largest_micro_batches(trainer: Trainer, settings: Settings) -> int:
     policy.train_step(
         batches,
         (lambda _, entropy: mask(len(entropy))) if current else masks,
-        scores.logp,
+        scores.plain_inputs(batches),
         make_loss(settings.loss),
         sum(len(b.rows) for b in batches),
     )

@@ -30,7 +30,7 @@ from megatron_rlvr.rehearsal.command import Job
 from megatron_rlvr.rehearsal.recorder import Phase, Recorder
 from megatron_rlvr.rehearsal.report import Outcome, PhaseOutcome
 from megatron_rlvr.rehearsal.stage_parameters import parameters_of_stages
-from megatron_rlvr.startup.assembly import make_loss
+from megatron_rlvr.startup.assembly import load_reference, make_loss
 
 _TRAIN_STEPS = 2
 _MIN_MICRO_BATCHES = 2  # the second adds to the gradients of the first
@@ -56,6 +56,7 @@ class RankRehearsal:
         self._settings = validate(dict(job.settings))
         self._recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=True))
         self.outcome = Outcome(job.rank, job.stage)
+        self._reference: Policy | None = None
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -104,6 +105,9 @@ class RankRehearsal:
 
     def _run_phases(self) -> None:
         policy = self._build()
+        if self._settings.loss.kl_coefficient:
+            with self._phase("reference"):
+                self._reference = load_reference(self._settings, policy.ranks)
         batches = self._micro_batches(policy)
         parallel, tokens = self._settings.parallel, len(batches[0].tokens)
         sequence_ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
@@ -131,9 +135,9 @@ class RankRehearsal:
         build_chunks, build_optimizer = policy_module.build_chunks, policy_module.build_optimizer
         phases = contextlib.ExitStack()
 
-        def chunks(*arguments: Any) -> Any:
+        def chunks(*arguments: Any, **options: Any) -> Any:
             with self._phase("build"):
-                built = build_chunks(*arguments)
+                built = build_chunks(*arguments, **options)
             phases.enter_context(self._phase("weights"))
             return built
 
@@ -168,11 +172,13 @@ class RankRehearsal:
     def _train(self, policy: Policy, batches: list[MicroBatch]) -> None:
         settings, values = self._settings, self._recorder.values
         with self._phase("score"):
+            if self._reference is not None:
+                self._reference.score(batches)
             scores = policy.score(batches)
         rows = len(batches[0].rows)
         current = settings.selection.entropy == "current"
         selected = torch.zeros(rows, dtype=torch.bool, device=accelerator.device())
-        selected[:: max(1, round(1 / settings.selection.fraction))] = True
+        selected[:: max(1, round(1 / settings.selection.largest_fraction))] = True
         mask = values.get(selected)
         assert mask is not None
         self.outcome.rows = rows if current else int(mask.sum())
@@ -181,7 +187,8 @@ class RankRehearsal:
             return selected
 
         loss, count = make_loss(settings.loss), rows * len(batches)
+        inputs = scores.plain_inputs(batches)
         for step in range(1, _TRAIN_STEPS + 1):
             with self._phase(f"train {step}"):
                 masks = of_entropy if current else [selected] * len(batches)
-                policy.train_step(batches, masks, scores.logp, loss, count)
+                policy.train_step(batches, masks, inputs, loss, count)

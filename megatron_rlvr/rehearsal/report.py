@@ -121,7 +121,12 @@ class Summary:
         None where there is no estimate: for options that the planner does not know, and for a rank that has failed.
         """
         try:
-            options = TrainingOptions.of(self.settings.model.dtype, self.settings.megatron, self.transformer_engine)
+            options = TrainingOptions.of(
+                self.settings.model.dtype,
+                self.settings.megatron,
+                self.transformer_engine,
+                reference=self.settings.loss.kl_coefficient > 0,
+            )
         except SettingsError:
             return (None,) * len(self.outcomes)
         found: list[Memory | None] = []

@@ -9,7 +9,7 @@ from megatron_rlvr.algo.loss import policy_loss
 from megatron_rlvr.checkpoint.files import HUGGING_FACE
 from megatron_rlvr.checkpoint.megatron.policy import export_policy
 from megatron_rlvr.checkpoint.store import Checkpoints
-from megatron_rlvr.config import LossSettings
+from megatron_rlvr.config import LossSettings, Settings
 from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.tokenizer import TOKENIZER_FILES
 from megatron_rlvr.distributed import accelerator, process_group
@@ -79,7 +79,7 @@ def build_trainer(
     )
     evaluation = TrainingEvaluation(evaluator, describe_evaluation(resolved), Path(settings.run.dir))
     background = _background_evaluation(resolved, graders, ranks, resources)
-    learner = Learner(settings, policy, make_loss(settings.loss))
+    learner = Learner(settings, policy, make_loss(settings.loss), load_reference(settings, ranks))
     folder = Path(settings.run.dir)
     log = MetricsLog(folder, settings.log, settings, enabled=ranks.is_main, after=start.step if start else None)
     resources.callback(log.close)
@@ -123,8 +123,22 @@ def make_loss(settings: LossSettings) -> PolicyLoss:
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
-        rollout_correction=settings.rollout_correction,
-        correction_cap=settings.correction_cap,
+        kl_estimator=settings.kl_estimator,
+        kl_coefficient=settings.kl_coefficient,
+    )
+
+
+def load_reference(settings: Settings, ranks: Ranks) -> Policy | None:
+    """Load the model of `model.path`, also in a run that resumes, as the frozen reference; None without a KL term."""
+    if not settings.loss.kl_coefficient:
+        return None
+    return Policy(
+        settings.model,
+        settings.parallel,
+        ranks,
+        megatron=settings.megatron,
+        temperature=settings.rollout.temperature,
+        seed=settings.run.seed,
     )
 
 

@@ -43,33 +43,68 @@ def describe_plan(resolved: Resolved) -> str:
 def describe_mask(settings: Settings) -> str:
     """Return the meaning of `selection` in one line."""
     s = settings.selection
+    guard = ""
+    if s.guard_probability:
+        guard = (
+            f", without the {s.guard_quantile * 100:g} % of lowest entropy of those of positive advantage and a "
+            f"probability below {s.guard_probability:g}"
+        )
     if s.keep == "all":
-        return "the policy gradient touches all response tokens"
+        return f"the policy gradient touches all response tokens{guard}"
+    value = {
+        "entropy": "entropy",
+        "surprisal": "surprisal",
+        "covariance": "covariance of advantage and log-probability",
+        "gradient": "gradient norm",
+    }[s.signal]
+    share = f"{s.fraction * 100:g} %"
+    if s.fraction_end is not None:
+        share += f" (from step {s.fraction_steps} on, {s.fraction_end * 100:g} %)"
+    if s.band is not None:
+        share = f"{s.band[0] * 100:g} to {s.band[1] * 100:g} % quantile"
     which = {
-        "top": "with the highest entropy",
-        "bottom": "with the lowest entropy",
+        "top": f"with the highest {value}",
+        "bottom": f"with the lowest {value}",
+        "band": f"of {value}",
         "random": "drawn at random",
     }[s.keep]
+    signs = " of positive and of negative advantage each" if s.by_sign else ""
     scope = {
         "micro_batch": "each micro-batch on its own",
         "mini_batch": "a mini-batch over all ranks",
         "rollout_batch": "the whole rollout over all ranks",
     }[s.scope]
     owner = "policy before the update" if s.entropy == "old" else "policy being trained"
-    whose = "" if s.keep == "random" else f", by the entropies of the {owner}"
-    return f"the policy gradient touches the {s.fraction * 100:g} % of response tokens {which}, of {scope}{whose}"
+    by = "entropies" if s.signal == "entropy" else "probabilities"
+    whose = "" if s.keep == "random" else f", by the {by} of the {owner}"
+    return f"the policy gradient touches the {share} of response tokens{signs} {which}, of {scope}{whose}{guard}"
 
 
 def describe_loss(settings: Settings) -> str:
     """Return in one line how `loss` bounds a token's probability ratio, and which weight a token gets."""
     s = settings.loss
-    ratio = {"dapo": "clip", "gspo": "gspo, clip of sequence ratios", "cispo": "cispo, weight"}[s.objective]
+    ratio = {
+        "dapo": "clip",
+        "gspo": "gspo, clip of sequence ratios",
+        "cispo": "cispo, weight",
+        "dppo": "dppo, change of",
+    }
     bounds = f"{1 + s.clip_high:g}"
     bounds = f"at most {bounds}" if s.clip_low is None else f"{1 - s.clip_low:g} .. {bounds}"
-    words = f"{ratio} {bounds}"
+    if s.objective == "dppo":
+        bounds = f"a probability within {-(s.clip_low or 0.0):g} .. {s.clip_high:g}"
+    words = f"{ratio[s.objective]} {bounds}"
     if s.correction_cap is not None:
         beyond = {"tis": "truncated at {:g}", "mis": "0 beyond 1/{0:g} .. {0:g}"}[s.rollout_correction]
-        words += f", times policy / engine probability {beyond.format(s.correction_cap)} ({s.rollout_correction})"
+        level = {"token": "", "sequence": " of the response", "geometric": ", geometric mean over the response,"}
+        words += f", times policy / engine probability{level[s.correction_level]} {beyond.format(s.correction_cap)}"
+        words += f" ({s.rollout_correction})"
+    if s.correction_veto is not None:
+        words += f", 0 for responses with a token below {s.correction_veto:g}"
+    if s.kl_coefficient:
+        words += f", plus {s.kl_coefficient:g} KL to model.path ({s.kl_estimator})"
+    if s.entropy_target is not None:
+        words += f", minus up to {s.entropy_max:g} entropy below {s.entropy_target:g} nats"
     return words
 
 
@@ -151,11 +186,16 @@ def _rollout(s: Settings) -> str:
 
 
 def _loss(s: Settings) -> str:
-    divisor = "all response tokens" if s.loss.normalizer == "all_tokens" else "the number of selected tokens"
-    return (
-        f"{describe_loss(s)}, sum over the selected tokens / {divisor} of the mini-batch; advantages "
-        f"{s.advantage.estimator}"
-    )
+    divided = {
+        "all_tokens": "sum over the selected tokens / all response tokens of the mini-batch",
+        "selected_tokens": "sum over the selected tokens / the number of selected tokens of the mini-batch",
+        "sequence_mean": "mean over sequences of the sum over the selected tokens / response tokens",
+        "prompt_mean": "mean over prompts of the sum over the selected tokens / response tokens",
+    }[s.loss.normalizer]
+    shaped = ""
+    if s.advantage.entropy_bonus:
+        shaped = f" plus min({s.advantage.entropy_bonus:g} entropy, |A| / {s.advantage.entropy_bound:g})"
+    return f"{describe_loss(s)}, {divided}; advantages {s.advantage.estimator}{shaped}"
 
 
 def _optimizer(s: Settings) -> str:

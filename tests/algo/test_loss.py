@@ -10,10 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rlvr.algo.loss import SelectedTokens, cispo_loss, dapo_loss, gspo_loss, policy_loss
+from megatron_rlvr.algo.correction import correction_weights
+from megatron_rlvr.algo.loss import (
+    KlEstimator,
+    LossInputs,
+    SelectedTokens,
+    adapted_entropy_coefficient,
+    cispo_loss,
+    dapo_loss,
+    dppo_loss,
+    gspo_loss,
+    policy_loss,
+    reference_kl,
+)
 from megatron_rlvr.config import LossSettings
 
-OBJECTIVES = ("dapo", "gspo", "cispo")
+# Keys of `LossSettings` that `policy_loss` reads; the others decide its inputs.
+OF_THE_LOSS = {"objective", "clip_low", "clip_high", "dual_clip", "kl_estimator", "kl_coefficient"}
+OBJECTIVES = ("dapo", "gspo", "cispo", "dppo")
 CORRECTIONS = ("none", "tis", "mis")
 
 
@@ -26,6 +40,8 @@ class Token:
     advantage: float
     sequence: int = 0
     rollout: float | None = None
+    reference: float | None = None
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,16 +59,39 @@ def run(tokens: list[Token], dtype=torch.float64, sequences: int | None = None, 
     def vector(values):
         return torch.tensor(list(values), dtype=dtype)
 
+    old, rollout = vector(t.old for t in tokens), vector(t.old if t.rollout is None else t.rollout for t in tokens)
+    sequence = torch.tensor([t.sequence for t in tokens], dtype=torch.int64)
+    sequences = sequences or 1 + max((t.sequence for t in tokens), default=0)
+    numbers = LossSettings(**settings)
+    weights = limited = None
+    if numbers.rollout_correction != "none":
+        assert numbers.correction_cap is not None
+        weights, limited = correction_weights(
+            old,
+            rollout,
+            sequence,
+            sequences,
+            correction=numbers.rollout_correction,
+            level=numbers.correction_level,
+            cap=numbers.correction_cap,
+            veto=numbers.correction_veto,
+        )
+    with_reference, scaled = numbers.kl_coefficient > 0, any(t.scale is not None for t in tokens)
     selected = SelectedTokens(
-        old_logp=vector(t.old for t in tokens),
-        rollout_logp=vector(t.old if t.rollout is None else t.rollout for t in tokens),
+        old_logp=old,
         advantages=vector(t.advantage for t in tokens),
-        sequence=torch.tensor([t.sequence for t in tokens], dtype=torch.int64),
-        sequences=sequences or 1 + max((t.sequence for t in tokens), default=0),
+        weights=weights,
+        limited=limited,
+        scale=vector(t.scale for t in tokens) if scaled else None,
+        reference_logp=vector(t.old if t.reference is None else t.reference for t in tokens)
+        if with_reference
+        else None,
+        rollout_logp=rollout,
+        sequence=sequence,
+        sequences=sequences,
     )
     logp = vector(t.logp for t in tokens).requires_grad_()
-    numbers = LossSettings(**settings).model_dump(exclude={"normalizer"})
-    loss, metrics = policy_loss(logp, selected, **numbers)
+    loss, metrics = policy_loss(logp, selected, **numbers.model_dump(include=OF_THE_LOSS))
     loss.backward()
     assert logp.grad is not None
     assert all(not value.requires_grad for value in metrics.values())
@@ -149,6 +188,105 @@ def test_cispo_has_the_loss_and_gradient_computed_by_hand_in_each_region(region)
     assert (outcome.metrics["clip_fraction"], outcome.metrics["ratio"]) == (truncated, exactly(ratio))
 
 
+# p and old p, and the advantage; by hand: weight min(p / old p, 20), and 1 if the token is dropped. Bounds 0.2 each.
+DPPO = {
+    "inside, A > 0": (0.5, 0.4, 2.0, 1.25, 0),
+    "inside, A < 0": (0.5, 0.6, -2.0, 5 / 6, 0),
+    "risen too far, A > 0": (0.7, 0.4, 2.0, 1.75, 1),
+    "risen too far, A < 0: it moves back": (0.7, 0.4, -2.0, 1.75, 0),
+    "fallen too far, A < 0": (0.4, 0.7, -2.0, 4 / 7, 1),
+    "fallen too far, A > 0: it moves back": (0.4, 0.7, 2.0, 4 / 7, 0),
+    "a rare token at four times its probability": (0.04, 0.01, 2.0, 4.0, 0),
+    "an exploded ratio": (0.1, 0.001, 2.0, 20.0, 0),
+    "no advantage": (0.5, 0.4, 0.0, 1.25, 0),
+}
+
+
+@pytest.mark.parametrize("region", DPPO)
+def test_dppo_has_the_loss_and_gradient_computed_by_hand_in_each_region(region):
+    p, old, advantage, weight, dropped = DPPO[region]
+    outcome = run([Token(math.log(p), math.log(old), advantage)], objective="dppo")
+    slope = 0.0 if dropped else -weight * advantage
+    assert (outcome.loss, outcome.slopes) == (exactly(slope * math.log(p)), exactly([slope]))
+    assert (outcome.metrics["clip_fraction"], outcome.metrics["ratio"]) == (dropped, exactly(p / old))
+
+
+# Ratios of a response's tokens; by hand: weight of the response, cap 2 (geometric: 1.5), and how many of its
+# tokens are limited.
+LEVELS: dict[tuple[str, str], list[tuple[tuple[float, ...], float, int]]] = {
+    ("tis", "sequence"): [((1.2, 1.5), 1.8, 0), ((2.0, 3.0), 2.0, 2), ((0.1, 0.5), 0.05, 0), ((1.5,), 1.5, 0)],
+    ("mis", "sequence"): [((1.2, 1.5), 1.8, 0), ((2.0, 3.0), 0.0, 2), ((0.1, 0.5), 0.0, 2), ((4.0, 0.25), 1.0, 0)],
+    ("mis", "geometric"): [((1.2, 1.5), 1.0, 0), ((4.0, 1.0), 0.0, 2), ((0.25, 1.0), 0.0, 2), ((4.0, 0.25), 1.0, 0)],
+}
+
+
+@pytest.mark.parametrize(("correction", "level"), LEVELS)
+@pytest.mark.parametrize("veto", [None, 0.2])
+def test_a_correction_of_responses_has_the_weights_computed_by_hand(correction, level, veto):
+    cases = LEVELS[correction, level]
+    tokens = [
+        Token(-1.0, -1.0, 2.0, sequence, rollout=-1.0 - math.log(w))
+        for sequence, (ratios, *_) in enumerate(cases)
+        for w in ratios
+    ]
+    outcome = run(
+        tokens,
+        rollout_correction=correction,
+        correction_level=level,
+        correction_cap=1.5 if level == "geometric" else 2.0,
+        correction_veto=veto,
+    )
+    vetoed = [veto is not None and min(ratios) < veto for ratios, *_ in cases]
+    weights = [0.0 if no else w for no, (ratios, w, _) in zip(vetoed, cases, strict=True) for _ in ratios]
+    assert outcome.slopes == exactly([-2.0 * w for w in weights])
+    assert outcome.metrics["correction_weight"] == exactly(sum(weights))
+    limited = [len(ratios) if no else n for no, (ratios, _, n) in zip(vetoed, cases, strict=True)]
+    assert outcome.metrics["correction_clipped"] == sum(limited)
+
+
+def test_the_estimates_of_the_divergence_and_their_gradients_are_those_computed_by_hand():
+    """With ln p = -2 and ln p(reference) = -1, d is 1, and its derivative by ln p is -1."""
+    cases: list[tuple[KlEstimator, float, float]] = [
+        *(("k1", -1.0, 1.0), ("k2", 0.5, -1.0), ("k3", math.e - 2, 1 - math.e)),
+    ]
+    for estimator, value, slope in cases:
+        logp = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
+        kl = reference_kl(logp, torch.tensor([-1.0], dtype=torch.float64), estimator=estimator)
+        kl.sum().backward()
+        assert (kl.item(), logp.grad.item()) == (exactly(value), exactly(slope))  # type: ignore[union-attr]
+        token = Token(-2.0, -2.0, 3.0, reference=-1.0)
+        outcome = run([token], kl_coefficient=0.1, kl_estimator=estimator)
+        assert (outcome.loss, outcome.slopes) == (exactly(-3.0 + 0.1 * value), exactly([-3.0 + 0.1 * slope]))
+        assert outcome.metrics["reference_kl"] == exactly(value)
+
+
+def test_the_estimates_have_the_mean_of_the_divergence_over_all_tokens():
+    p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
+    divergence = float((p * (p / q).log()).sum())
+    names: tuple[KlEstimator, ...] = ("k1", "k2", "k3")
+    means = {name: float((p * reference_kl(p.log(), q.log(), estimator=name)).sum()) for name in names}
+    assert (means["k1"], means["k3"]) == (exactly(divergence), exactly(divergence))
+    assert means["k2"] == pytest.approx(divergence, rel=0.1)
+
+
+def test_a_scale_multiplies_everything_that_is_summed():
+    tokens = [Token(-2.0, -2.0, 3.0, reference=-1.0, scale=0.25), Token(-1.0, -1.0, -1.0, reference=-1.0, scale=2.0)]
+    outcome = run(tokens, kl_coefficient=0.1, kl_estimator="k2")
+    assert outcome.loss == exactly(0.25 * (-3.0 + 0.1 * 0.5) + 2.0)
+    assert outcome.slopes == exactly([0.25 * (-3.0 - 0.1), 2.0])
+
+
+def test_the_entropy_coefficient_follows_the_target():
+    """Target 0.5: three steps below it, one on it, two above it; the largest is 0.0025."""
+    coefficient, applied = 0.0, []
+    for entropy in (0.1, 0.2, 0.3, 0.5, 0.6, 0.4):
+        now, coefficient = adapted_entropy_coefficient(coefficient, entropy, target=0.5, step=1e-3, maximum=2.5e-3)
+        applied.append(now)
+    assert applied == exactly([0.0, 1e-3, 2e-3, 2.5e-3, 0.0, 0.5e-3])
+    assert coefficient == exactly(1.5e-3)
+    assert adapted_entropy_coefficient(0.0, 0.6, target=0.5, step=1e-3, maximum=1.0) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
     ("correction", "cap", "weights", "beyond"),
@@ -164,9 +302,9 @@ def test_a_correction_multiplies_loss_and_gradient_by_the_weight_computed_by_han
 ):
     on_policy = [Token(-1.0, -1.0, 2.0, rollout=-1.0 - math.log(w)) for w in (1.0, 1.5, 3.0, 0.6, 0.4)]
     outcome = run(on_policy, objective=objective, rollout_correction=correction, correction_cap=cap)
-    # On policy every objective has the slope -A; the loss is -A, and with cispo -A logp.
+    # On policy every objective has the slope -A; the loss is -A, and with cispo and dppo -A logp.
     assert outcome.slopes == exactly([-2.0 * w for w in weights])
-    assert outcome.loss == exactly((2.0 if objective == "cispo" else -2.0) * sum(weights))
+    assert outcome.loss == exactly((2.0 if objective in ("cispo", "dppo") else -2.0) * sum(weights))
     assert outcome.metrics["correction_weight"] == exactly(sum(weights))
     assert outcome.metrics["correction_clipped"] == beyond
     uncorrected = run(on_policy, objective=objective).metrics
@@ -199,7 +337,12 @@ def reference(tokens: list[Token], objective="dapo", low=0.2, high=0.28, dual=No
         ratio = math.exp(
             math.fsum(differences[t.sequence]) / len(differences[t.sequence]) if objective == "gspo" else own
         )
-        if objective == "cispo":
+        if objective == "dppo":
+            rise = math.exp(t.logp) - math.exp(t.old)
+            is_clipped = rise > high if t.advantage > 0 else -rise > low
+            slope = 0.0 if is_clipped else -min(ratio, 20.0) * t.advantage
+            loss = slope * t.logp
+        elif objective == "cispo":
             slope, is_clipped = -min(ratio, 1 + high) * t.advantage, ratio > 1 + high
             loss = slope * t.logp
         else:
@@ -247,6 +390,8 @@ def random_tokens(seed: int, n: int = 500, sequences: int = 40, spread: float = 
         ("gspo", 0.2, 0.28, None),
         ("cispo", None, 4.0, None),
         ("cispo", None, 0.28, None),
+        ("dppo", 0.2, 0.2, None),
+        ("dppo", 0.05, 0.1, None),
     ],
 )
 @pytest.mark.parametrize(("correction", "cap"), [("none", None), ("tis", 2.0), ("mis", 2.0), ("mis", 1.3)])
@@ -374,7 +519,7 @@ def test_a_rollout_log_probability_that_is_not_a_number_is_not_hidden(correction
 
 
 def test_a_loss_sees_vectors_of_selected_tokens_only():
-    names = ["old_logp", "rollout_logp", "advantages", "sequence", "sequences", "context_group"]
+    names = [field.name for field in fields(LossInputs)] + ["rollout_logp", "sequence", "sequences", "context_group"]
     assert [field.name for field in fields(SelectedTokens)] == names
 
 
@@ -387,6 +532,8 @@ def test_every_objective_is_a_function_of_tensors_and_numbers():
     dapo = dapo_loss(logp, old_logp, advantages, dual_clip=None, **bounds)
     gspo = gspo_loss(logp, old_logp, advantages, sequence, sequences=1, **bounds)
     cispo = cispo_loss(logp, old_logp, advantages, clip_high=0.28)
+    dppo = dppo_loss(logp.log_softmax(0), logp.log_softmax(0) - 0.1, advantages, clip_low=0.2, clip_high=0.2)
+    assert dppo.ratio.tolist() == exactly([math.exp(0.1)] * 2)
     assert dapo.loss.tolist() == exactly([-1.28, -0.5])
     assert gspo.loss.tolist() == exactly([-1.0, -1.0])
     assert cispo.loss.tolist() == exactly([-1.28 * math.log(2.0), -0.5 * math.log(0.5)])

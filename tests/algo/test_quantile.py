@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rlvr.algo.quantile import NonFiniteEntropyError, ceil_fraction, global_top_fraction_mask
+from megatron_rlvr.algo.quantile import NonFiniteError, ceil_fraction, global_top_fraction_mask
 
 
 def test_a_fraction_is_the_decimal_as_written_not_its_binary_neighbour():
@@ -72,7 +72,7 @@ def test_the_inputs_are_not_changed_even_if_every_value_is_a_candidate():
 def test_every_nan_and_infinity_is_an_error_that_carries_the_token_id(bits, sign):
     values = torch.arange(6, dtype=torch.float32)
     values.view(torch.int32)[4] = bits + sign
-    with pytest.raises(NonFiniteEntropyError, match="token id 40 is not finite") as caught:
+    with pytest.raises(NonFiniteError, match="token id 40 is not finite") as caught:
         global_top_fraction_mask(values, 0.2, token_ids=torch.arange(6) * 10)
     assert isinstance(caught.value, ValueError)
     assert caught.value.token_id == pickle.loads(pickle.dumps(caught.value)).token_id == 40

@@ -67,6 +67,22 @@ def test_merged_statistics_of_ranks_are_those_of_all_their_tiles():
 
 
 @BOTH
+def test_the_squares_of_the_others_do_not_depend_on_how_the_columns_are_split(kernels):
+    z = logits(seed=6)
+    squares = (2 * (z - z.amax(1, keepdim=True))).exp()
+    wanted = squares.sum(1) - squares.gather(1, TARGETS.unsqueeze(1)).squeeze(1)
+    ranks = []
+    for first, part in zip((0, 900), z.split([900, 1600], dim=1), strict=True):
+        stats = tiles.empty_statistics(ROWS, torch.float64, torch.device(DEVICE), squares=True)
+        for at, piece in zip((0, 700), part.split([700, part.shape[1] - 700], dim=1), strict=True):
+            kernels.fold_statistics_(stats, piece.to(DEVICE, copy=True), (TARGETS - first - at).to(DEVICE))
+        ranks.append(stats.cpu())
+    merged = tiles.merge_statistics(ranks)
+    assert_statistics(merged[:4], z, relative=1e-12)
+    torch.testing.assert_close(merged[4], wanted, rtol=1e-10, atol=1e-15)
+
+
+@BOTH
 def test_a_logit_that_is_not_a_number_reaches_the_statistics(kernels):
     z = logits(seed=3)
     z[0, 5], z[1, 6] = torch.nan, torch.inf

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import PACKINGS, TOKENS, training_sequence, unpacked
 
+from megatron_rlvr.algo.loss import LossInputs
 from megatron_rlvr.batching.batch import pack, sequence_and_position
 from megatron_rlvr.batching.packing import Packing, micro_batches_needed
 from megatron_rlvr.batching.trim import MaskedBatches, trim
@@ -21,7 +22,14 @@ def masked_batches(sequences_by_batch, selected):
     return MaskedBatches(
         batches,
         [torch.tensor([pair in selected for pair in part], dtype=torch.bool) for part in pairs],
-        [torch.tensor([-(n + 0.001 * t) for n, t in part], dtype=torch.float32) for part in pairs],
+        [
+            LossInputs(
+                torch.tensor([-(n + 0.001 * t) for n, t in part], dtype=torch.float32),
+                b.advantages,
+                scale=b.advantages + 1,
+            )
+            for part, b in zip(pairs, batches, strict=True)
+        ],
     )
 
 
@@ -44,9 +52,22 @@ def test_a_trimmed_stream_ends_with_the_last_selected_token():
     assert first.token_ids.tolist() == [3 << 20, (3 << 20) + 1]
     assert first.advantages.tolist() == [-1.0, -1.0]
     assert [mask.tolist() for mask in trimmed.masks] == [[False, True], []]
-    np.testing.assert_allclose(trimmed.old_logp[0], [-3.0, -3.001])
-    assert (second.tokens.tolist(), len(second.rows), len(trimmed.old_logp[1])) == ([0] * 4, 0, 0)
+    np.testing.assert_allclose(trimmed.inputs[0].old_logp, [-3.0, -3.001])
+    assert (second.tokens.tolist(), len(second.rows), len(trimmed.inputs[1].old_logp)) == ([0] * 4, 0, 0)
     assert [batch.positions for batch in trimmed.batches] == [3, 0]
+    assert trimmed.inputs[0].scale is not None
+    assert trimmed.inputs[0].scale.tolist() == [0.0, 0.0]
+    assert trimmed.inputs[0].weights is None
+
+
+def test_with_a_regularizer_selected_tokens_without_advantage_are_kept():
+    sequences = [[training_sequence(1, [1], [2, 3, 4], advantage=0.0), training_sequence(2, [9], [10])]]
+    whole = masked_batches(sequences, {(1, 1)})
+    kept = {}
+    for regularized in (False, True):
+        trimmed = trim(whole, Packing(100), maximum_over_ranks=lambda needed: 1, regularized=regularized)
+        kept[regularized] = [t for batch in trimmed.batches for t in batch.token_ids.tolist()]
+    assert kept == {False: [], True: [1 << 20, (1 << 20) + 1]}
 
 
 @settings(deadline=None)
@@ -73,10 +94,10 @@ def test_trim_keeps_the_needed_tokens_and_all_before_them_and_nothing_else(data,
         if positions:
             wanted[s.number] = (s, max(positions) + 1)
     found = []
-    for batch, mask, old_logp in zip(trimmed.batches, trimmed.masks, trimmed.old_logp, strict=True):
+    for batch, mask, inputs in zip(trimmed.batches, trimmed.masks, trimmed.inputs, strict=True):
         pairs = [sequence_and_position(token) for token in batch.token_ids.tolist()]
         assert mask.tolist() == [pair in selected for pair in pairs]
-        np.testing.assert_array_equal(old_logp, np.array([-(n + 0.001 * t) for n, t in pairs], dtype=np.float32))
+        np.testing.assert_array_equal(inputs.old_logp, np.array([-(n + 0.001 * t) for n, t in pairs], dtype=np.float32))
         for i in range(len(batch.sequence.unique())):
             left = unpacked(batch, i)
             whole, length = wanted[left.number]

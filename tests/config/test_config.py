@@ -139,7 +139,12 @@ def test_keep_all_sets_the_fraction_to_one() -> None:
 # The loss -----------------------------------------------------------------------------------------------------------
 
 # arXiv 2503.14476 and 1912.09729; 2507.18071; 2506.13585 (no lower bound) and 2510.13786 (a ratio of at most 5).
-BOUNDS = {"dapo": (0.2, 0.28, 10.0), "gspo": (3e-4, 4e-4, None), "cispo": (None, 4.0, None)}
+BOUNDS = {
+    "dapo": (0.2, 0.28, 10.0),
+    "gspo": (3e-4, 4e-4, None),
+    "cispo": (None, 4.0, None),
+    "dppo": (0.2, 0.2, None),
+}
 
 
 def loss(**values: Any) -> LossSettings:
@@ -172,13 +177,16 @@ def accepted_losses() -> list[dict[str, Any]]:
         "dapo": {"clip_low": 0.1, "dual_clip": None},
         "gspo": {"clip_low": 0.1},
         "cispo": {},
+        "dppo": {"clip_low": 0.1},
     }
     cases: list[dict[str, Any]] = [{}]
     for objective, correction, written in product(BOUNDS, ("none", "tis", "mis"), (False, True)):
         case: dict[str, Any] = {"objective": objective, "rollout_correction": correction}
         if written:
-            case |= own[objective] | {"clip_high": 7e-5, "normalizer": "selected_tokens"}
-            case |= {"correction_cap": 3.0} if correction != "none" else {}
+            case |= own[objective] | {"clip_high": 7e-5, "normalizer": "prompt_mean", "kl_coefficient": 0.1}
+            case |= {"kl_estimator": "k2", "entropy_target": 0.3, "entropy_step": 1e-3, "entropy_max": 0.1}
+            if correction != "none":
+                case |= {"correction_cap": 3.0, "correction_level": "sequence", "correction_veto": 1e-4}
         cases.append(case)
     return cases
 
@@ -228,9 +236,40 @@ def test_the_resolved_settings_of_every_loss_survive_yaml(tmp_path: Any) -> None
         ({"objective": "cispo", "clip_high": None}, "loss.clip_high=null: not a float; give one"),
         (
             {"objective": "gpso"},
-            "loss.objective=gpso: not one of dapo, gspo, cispo; did you mean gspo?",
+            "loss.objective=gpso: not one of dapo, gspo, cispo, dppo; did you mean gspo?",
         ),
-        ({"objective": ["gspo"]}, "loss.objective=[gspo]: not one of dapo, gspo, cispo; did you mean gspo?"),
+        ({"objective": ["gspo"]}, "loss.objective=[gspo]: not one of dapo, gspo, cispo, dppo; did you mean gspo?"),
+        (
+            {"objective": "dppo", "clip_high": 2.0},
+            "loss.clip_high=2.0: with loss.objective=dppo it bounds the rise of a probability; give a value below 1",
+        ),
+        (
+            {"objective": "dppo", "dual_clip": 3.0},
+            "loss.dual_clip=3.0: has no effect with loss.objective=dppo (only dapo has it); remove it",
+        ),
+        (
+            {"rollout_correction": "tis", "correction_level": "geometric"},
+            "loss.correction_level=geometric: a geometric mean is no importance weight, which "
+            "loss.rollout_correction=tis multiplies by; choose mis, or level sequence",
+        ),
+        (
+            {"correction_veto": 1e-4},
+            "loss.correction_veto=0.0001: has no effect with loss.rollout_correction=none (there is no weight); remove "
+            "it",
+        ),
+        (
+            {"correction_level": "sequence"},
+            "loss.correction_level=sequence: has no effect with loss.rollout_correction=none (there is no weight); "
+            "remove it",
+        ),
+        (
+            {"kl_estimator": "k1"},
+            "loss.kl_estimator=k1: has no effect with loss.kl_coefficient=0.0 (there is no reference); remove it",
+        ),
+        (
+            {"entropy_max": 0.1},
+            "loss.entropy_max=0.1: has no effect with loss.entropy_target=null (there is no entropy term); remove it",
+        ),
         (
             {"rollout_correction": {"tis": 2}},
             "loss.rollout_correction={tis: 2}: not one of none, tis, mis; choose one",

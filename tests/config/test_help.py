@@ -29,7 +29,7 @@ def test_help_shows_every_key_with_its_meaning_and_default() -> None:
 
 def test_help_shows_types_as_python_names_them_and_choices() -> None:
     text = help_text()
-    assert "(top | bottom | random | all, default top)" in text
+    assert "(top | bottom | band | random | all, default top)" in text
     assert "(float32 | bfloat16, default bfloat16)" in text
     assert "(true | false, default false)" in text
     assert "--run.steps  (int, required)" in text

@@ -15,7 +15,9 @@ from head_cases import (
     all_combinations,
     assert_close,
     expected,
+    expected_norm,
     head_of,
+    norms_of,
     peaked_case,
     random_case,
     with_forbidden_tokens,
@@ -68,6 +70,34 @@ def test_values_and_gradients_are_those_of_a_float64_softmax_over_whole_logits(r
         actual = joined(case, outcomes)
         assert actual.logp.dtype == actual.entropy.dtype == torch.float64
         assert_close(actual, expected(case), tolerance=1e-10)
+
+
+def norms_on_ranks(cases: list[Case]) -> list:
+    with joined_process_group() as group:
+        return [norms_of(case, group) for case in cases]
+
+
+@pytest.mark.parametrize(("size", "kernels"), [(1, "torch"), (4, "torch"), (1, "triton")])
+def test_gradient_norms_are_those_of_a_float64_softmax_over_whole_logits(ranks: Ranks, size, kernels):
+    cases = with_kernels(all_combinations()[::3] + with_forbidden_tokens(), kernels)
+    peaked = replace(peaked_case(), kernels=kernels)
+    by_rank = (
+        ranks.run(norms_on_ranks, size, [*cases, peaked]) if size > 1 else [[norms_of(c) for c in [*cases, peaked]]]
+    )
+    for case, *found in zip([*cases, peaked], *by_rank, strict=True):
+        wanted, scores = expected_norm(case), expected(case)
+        for logp, entropy, norm in found:
+            assert torch.equal(norm, found[0][2]), "the same bits on every rank"
+            # In fp32 the logits near 100 are off by 1e-5, which is relative to 1 - p, and 1 - p by the spacing near 1.
+            rtol, atol = (1e-10, 0.0) if norm.dtype == torch.float64 else (1e-3, 5e-7)
+            torch.testing.assert_close(norm.double(), wanted, rtol=rtol, atol=atol)
+            torch.testing.assert_close(logp.double(), scores.logp, rtol=rtol, atol=1e-6)
+            torch.testing.assert_close(entropy.double(), scores.entropy, rtol=rtol, atol=1e-6)
+    # The usual formula is a hundred times worse, so the case discriminates.
+    p = (peaked.hidden @ peaked.weight.t()).softmax(1)
+    own = p.gather(1, peaked.targets.unsqueeze(1)).squeeze(1)
+    usual = (1 - 2 * own + p.square().sum(1)).clamp_min(0).sqrt()
+    assert (usual - wanted).abs().max() > 2e-5
 
 
 @pytest.mark.parametrize("size", [1, 4])

@@ -5,6 +5,7 @@ from invariance import (
     GOLDEN_TOLERANCE,
     GRADIENT_TOLERANCE,
     LINES,
+    VARIANT_LINES,
     Line,
     eight_steps,
     golden,
@@ -20,6 +21,13 @@ SOAKED_RUNS = ("pipeline 2, 2 virtual stages", "data 2, distributed optimizer", 
 
 def test_mask_and_gradients_are_those_of_one_rank_in_every_layout(ranks: Ranks, tmp_path):
     for line, same_tokens, difference, parameter in gradient_table(LINES, ranks, tmp_path):
+        assert same_tokens, line.name
+        assert difference <= GRADIENT_TOLERANCE, (line.name, parameter)
+
+
+def test_with_every_other_option_mask_and_gradients_are_those_of_one_rank(ranks: Ranks, tmp_path):
+    assert len(VARIANT_LINES) == 6
+    for line, same_tokens, difference, parameter in gradient_table(VARIANT_LINES, ranks, tmp_path):
         assert same_tokens, line.name
         assert difference <= GRADIENT_TOLERANCE, (line.name, parameter)
 

@@ -37,17 +37,30 @@ def sharded(groups, how: str, size: int) -> list[list]:
     return [[group for i, group in enumerate(groups) if owner(i) == rank][::-1] for rank in range(size)]
 
 
-def build(shards: list[list], per_mini_batch: int, multiples: tuple[int, int, int]) -> list:
+def build(shards: list[list], per_mini_batch: int, multiples: tuple[int, int, int], estimator: str = "dr_grpo") -> list:
     """For each mini-batch of this rank: sizes over all ranks, and the contents of each micro-batch."""
     with joined_process_group() as group:
         mini_batches = build_mini_batches(
             shards[group.rank()],
-            estimator="dr_grpo",
+            estimator=estimator,
             groups_per_mini_batch=per_mini_batch,
             packing=Packing(BUDGET, *multiples, quadratic=0.01),
             data_group=group,
         )
+        for mini in mini_batches:
+            check_tokens_around(mini, dict(group for shard in shards for group in shard))
         return [(mini.response_tokens, mini.sequences, [read(m) for m in mini.micro_batches]) for mini in mini_batches]
+
+
+def check_tokens_around(mini, groups: dict[int, Group]) -> None:
+    """Each row's sequence has the response tokens of its completion, and its prompt those of the group."""
+    assert mini.prompts * GROUP_SIZE == mini.sequences
+    for micro in mini.micro_batches:
+        numbers = [token >> 20 for token in micro.token_ids.tolist()]
+        own = [len(groups[n // GROUP_SIZE].completions[n % GROUP_SIZE].token_ids) for n in numbers]
+        all_of_prompt = [sum(len(c.token_ids) for c in groups[n // GROUP_SIZE].completions) for n in numbers]
+        assert mini.tokens_around(micro, 1).tolist() == own
+        assert mini.tokens_around(micro, GROUP_SIZE).tolist() == all_of_prompt
 
 
 def read(micro) -> tuple[list[int], dict]:
@@ -103,6 +116,19 @@ def test_mini_batches_do_not_depend_on_the_ranks_that_sampled_the_groups(ranks: 
                     assert sum(lengths) <= BUDGET
                     for number, content in sequences.items():
                         assert content == expected[number]
+
+
+def test_advantages_are_divided_by_the_deviation_of_the_whole_step_on_any_ranks(ranks: Ranks):
+    groups = groups_of(7)
+    advantages = {number: float(a) for number, (_, _, a) in expected_sequences(groups).items()}
+    deviation = np.std(list(advantages.values()))
+    found = []
+    for how, size in (("in turn", 1), ("in turn", 2), ("all on the last", 3)):
+        by_rank = ranks.run(build, size, sharded(groups, how, size), 3, (1, 1, 1), "batch")
+        micros = [micro for parts in by_rank for _, _, micros in parts for micro in micros]
+        found.append({number: a for _, sequences in micros for number, (_, _, a) in sequences.items()})
+    assert found[0] == found[1] == found[2], "the same bits"
+    assert found[0] == pytest.approx({n: a / deviation for n, a in advantages.items()}, rel=3e-6)
 
 
 def test_without_groups_there_are_no_mini_batches(ranks: Ranks):

@@ -21,9 +21,10 @@ WITH_TOKENS = SEQUENCES - 2
 
 SETTINGS = [
     LossSettings(objective="gspo"),
-    LossSettings(objective="gspo", clip_low=0.2, clip_high=0.28, rollout_correction="mis"),
-    LossSettings(objective="dapo", rollout_correction="tis"),
+    LossSettings(objective="gspo", clip_low=0.2, clip_high=0.28),
+    LossSettings(objective="dapo"),
     LossSettings(objective="cispo"),
+    LossSettings(objective="dppo"),
 ]
 
 # Rank of two that holds a token, by its sequence and its place.
@@ -64,7 +65,8 @@ def loss_of(case: Case, mine: Tensor, group: Any = None) -> Outcome:
         context_group=group,
     )
     logp = case.logp[mine].requires_grad_()
-    loss, metrics = policy_loss(logp, tokens, **case.settings.model_dump(exclude={"normalizer"}))
+    names = {"objective", "clip_low", "clip_high", "dual_clip"}
+    loss, metrics = policy_loss(logp, tokens, **case.settings.model_dump(include=names))
     loss.backward()
     assert logp.grad is not None
     return Outcome(loss.item(), logp.grad, {name: float(value) for name, value in metrics.items()})
@@ -86,7 +88,11 @@ def random_case(seed: int, settings: LossSettings, rank_of: Callable[[int, int],
         settings,
         logp,
         SelectedTokens(
-            old, old + 0.5 * rollout, torch.where(sequence % 2 == 0, 1.0, -0.5).double(), sequence, SEQUENCES
+            old_logp=old,
+            rollout_logp=old + 0.5 * rollout,
+            advantages=torch.where(sequence % 2 == 0, 1.0, -0.5).double(),
+            sequence=sequence,
+            sequences=SEQUENCES,
         ),
         torch.tensor([rank_of(s, place) for place, s in enumerate(sequence.tolist())]),
     )

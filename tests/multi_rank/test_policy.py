@@ -219,6 +219,22 @@ def test_five_training_steps_are_those_of_plain_autograd_in_every_layout(ranks: 
             assert trace.learning_rate == pytest.approx([0.0015, 0.003, 0.003, 0.003, 0.003])
 
 
+def test_regularizers_and_means_are_those_of_plain_autograd(ranks: Ranks, folders):
+    """An entropy term and a KL to another model, also for tokens without advantage, by sequence and by prompt."""
+    groups = [(prompt, responses, [1.0, -1.0, 0.0, 0.0]) for prompt, responses, _ in GROUPS]
+    for layout, normalizer in ((SEQUENCE_PIPELINE, "prompt_mean"), (SEVERAL_MICRO_BATCHES, "sequence_mean")):
+        recipe = Recipe(
+            steps=2,
+            normalizer=normalizer,
+            fraction=0.5,
+            entropy_coefficient=0.3,
+            kl_coefficient=0.2,
+            reference=folders["tied"],
+        )
+        wanted = train(folders["untied"], groups, recipe)
+        assert_same_training(run_on(ranks, folders["untied"], layout, recipe, groups), wanted, layout)
+
+
 @pytest.mark.parametrize(
     ("name", "layouts"), [("untied", (SEVERAL_MICRO_BATCHES, SEQUENCE_PIPELINE)), ("tied", TIED_LAYOUTS)]
 )

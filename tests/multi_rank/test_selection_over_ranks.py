@@ -12,8 +12,8 @@ import torch
 from launcher import Ranks, joined_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_rlvr.algo.quantile import NonFiniteEntropyError, global_top_fraction_mask
-from megatron_rlvr.algo.selection import Keep, select
+from megatron_rlvr.algo.quantile import NonFiniteError, global_top_fraction_mask
+from megatron_rlvr.algo.selection import SIGNALS, Candidates, Rule, select
 
 SIZES = (1, 2, 3, 4)
 FRACTIONS = (0.1, 0.2, 0.3, 0.7, 1.0, 1e-9)
@@ -100,7 +100,7 @@ def with_bad_values(kinds: dict[str, Tokens]) -> list[int | None]:
             try:
                 global_top_fraction_mask(values, 0.2, token_ids=ids, group=group)
                 named.append(None)
-            except NonFiniteEntropyError as error:
+            except NonFiniteError as error:
                 named.append(error.token_id)
             global_top_fraction_mask(values.nan_to_num(0, 0, 0), 0.2, token_ids=ids, group=group)
         return named
@@ -158,15 +158,28 @@ def test_a_value_that_is_not_finite_is_an_error_on_every_rank_and_no_rank_hangs(
 
 # Selection --------------------------------------------------------------------------------------------------------
 
-SELECTIONS: dict[str, dict[str, Any]] = {
-    "top": {"keep": "top", "fraction": 0.2, "per_micro_batch": False},
-    "bottom": {"keep": "bottom", "fraction": 0.8, "per_micro_batch": False},
-    "random": {"keep": "random", "fraction": 0.3, "per_micro_batch": False},
-    "all": {"keep": "all", "fraction": 1.0, "per_micro_batch": False},
+SELECTIONS: dict[str, Rule] = {
+    "top": Rule(keep="top", fraction=0.2, seed=7),
+    "bottom": Rule(keep="bottom", fraction=0.8, seed=7),
+    "random": Rule(keep="random", fraction=0.3, seed=7),
+    "all": Rule(keep="all", fraction=1.0, seed=7),
+}
+# Rules that compare tokens by several values, or split them: these are made from the entropy and the id, so that every
+# rank makes the same ones.
+FAMILY: dict[str, Rule] = {
+    **{f"{signal} {keep}": Rule(keep=keep, signal=signal) for signal in SIGNALS for keep in ("top", "bottom")},
+    **{f"{signal} by sign": Rule(signal=signal, by_sign=True) for signal in SIGNALS},
+    "band": Rule(keep="band", band=(0.4, 0.7), signal="covariance", by_sign=True),
+    "guard": Rule(keep="all", guard_probability=0.3, guard_quantile=0.4),
 }
 
 
-def selections(tokens: Tokens, how: dict[str, dict[str, Any]], micro_batches: int, seed: int) -> dict:
+def candidates_of(values: torch.Tensor, ids: torch.Tensor) -> Candidates:
+    """Tokens of these entropies, with other values that tie often and depend on the ids only."""
+    return Candidates(ids, values, -(ids % 7).float() / 3, (ids % 3 - 1).float(), (ids % 5).float() / 4)
+
+
+def selections(tokens: Tokens, how: dict[str, Rule], micro_batches: int, per_micro_batch: bool = False) -> dict:
     """Return {name: (ids kept on this rank, the selection without masks)}, with the tokens split into micro-batches."""
     with joined_process_group() as group:
         values, ids = tokens.of_rank(group.rank(), group.size())
@@ -174,15 +187,16 @@ def selections(tokens: Tokens, how: dict[str, dict[str, Any]], micro_batches: in
         bounds = [*np.linspace(0, len(ids), micro_batches + 1).astype(int), len(ids)]
         parts = [slice(start, stop) for start, stop in pairwise(bounds)]
         found = {}
-        for name, arguments in how.items():
-            chosen = select([values[p] for p in parts], [ids[p] for p in parts], **arguments, seed=seed, group=group)
+        for name, rule in how.items():
+            candidates = [candidates_of(values[p], ids[p]) for p in parts]
+            chosen = select(candidates, rule, per_micro_batch=per_micro_batch, group=group)
             assert [len(mask) for mask in chosen.masks] == [p.stop - p.start for p in parts]
             kept = [i for p, mask in zip(parts, chosen.masks, strict=True) for i in ids[p][mask].tolist()]
             found[name] = (
                 kept,
                 chosen.total,
                 chosen.kept,
-                chosen.threshold,
+                chosen.thresholds.get("threshold"),
                 chosen.entropy_kept,
                 chosen.entropy_dropped,
             )
@@ -203,9 +217,12 @@ def test_the_selection_and_its_statistics_are_the_same_for_any_ranks_and_micro_b
     value_of = dict(zip(tokens.ids.tolist(), tokens.values.tolist(), strict=True))
     layouts = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 7)]
     random_sets = []
+    family: dict[str, list[Any]] = {name: [] for name in FAMILY}
     for size, micro_batches in layouts:
-        by_rank = ranks.run(selections, size, tokens, SELECTIONS, micro_batches, 7)
+        by_rank = ranks.run(selections, size, tokens, SELECTIONS | FAMILY, micro_batches)
         kept = {}
+        for name in FAMILY:
+            family[name].append(one_selection(by_rank, name))
         for name in SELECTIONS:
             kept[name], (total, count, threshold, entropy_kept, entropy_dropped) = one_selection(by_rank, name)
             entropies = [value_of[i] for i in kept[name]]
@@ -220,12 +237,15 @@ def test_the_selection_and_its_statistics_are_the_same_for_any_ranks_and_micro_b
         random_sets.append(kept["random"])
     assert len(random_sets[0]) == 300
     assert all(chosen == random_sets[0] for chosen in random_sets)
+    for name, found in family.items():
+        # Entropies are summed in another order in another layout; what is decided is the same.
+        assert all(kept == found[0][0] and counts[:3] == found[0][1][:3] for kept, counts in found), name
+        assert 0 < found[0][1][1] < 1000, name
 
 
 def test_per_micro_batch_the_fraction_of_each_micro_batch_is_selected_by_itself(ranks: Ranks):
     tokens = tokens_of(np.random.default_rng(4).random(101), 4)
-    each = {"each": {"keep": "top", "fraction": 0.2, "per_micro_batch": True}}
-    by_rank = ranks.run(selections, 2, tokens, each, 3, 0)
+    by_rank = ranks.run(selections, 2, tokens, {"each": Rule()}, 3, True)
     wanted = set()
     for rank in range(2):
         values, ids = (t.numpy() for t in tokens.of_rank(rank, 2))
@@ -238,29 +258,24 @@ def test_per_micro_batch_the_fraction_of_each_micro_batch_is_selected_by_itself(
     assert (total, count, threshold) == (101, len(wanted), None)
 
 
-def refusal(keep: Keep, per_micro_batch: bool, bad_rank: int) -> str:
+def refusal(rule: Rule, per_micro_batch: bool, bad_rank: int) -> str:
     with joined_process_group(timeout_seconds=60) as group:
         rank = group.rank()
         values, ids = torch.rand(6), torch.arange(6) + 100 * rank
         if rank == bad_rank:
             values[4] = torch.nan
         try:
-            select(
-                [values[:3], values[3:]],
-                [ids[:3], ids[3:]],
-                keep=keep,
-                fraction=0.5,
-                per_micro_batch=per_micro_batch,
-                seed=0,
-                group=group,
-            )
+            candidates = [candidates_of(values[:3], ids[:3]), candidates_of(values[3:], ids[3:])]
+            select(candidates, rule, per_micro_batch=per_micro_batch, group=group)
         except ValueError as error:
             return str(error)
         return "nothing"
 
 
 def test_an_entropy_that_is_not_finite_stops_every_rank_in_every_selection(ranks: Ranks):
-    for keep, per_micro_batch in (("top", False), ("bottom", True), ("random", True), ("all", False)):
-        messages = ranks.run(refusal, 2, keep, per_micro_batch, 1)
+    rules = [(Rule(), False), (Rule(keep="bottom"), True), (Rule(keep="random"), True), (Rule(keep="all"), False)]
+    rules += [(Rule(signal="gradient"), True), (Rule(signal="covariance", by_sign=True), False)]
+    for rule, per_micro_batch in rules:
+        messages = ranks.run(refusal, 2, rule, per_micro_batch, 1)
         assert len(set(messages)) == 1
         assert "token id 104 is not finite" in messages[0]

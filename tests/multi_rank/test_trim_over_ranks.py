@@ -101,14 +101,14 @@ def one_step(run: Run, trimmed: bool, multiples: dict[str, int]) -> Seen:
         trained: list[int] = []
         selected: list[tuple[int, int]] = []
 
-        def trim(whole: Any, *arguments: Any) -> Any:
+        def trim(whole: Any, *arguments: Any, **options: Any) -> Any:
             for batch, mask in zip(whole.batches, whole.masks, strict=True):
                 selected.extend(sequence_and_position(token) for token in batch.token_ids[mask].tolist())
-            return real_trim(whole, *arguments) if trimmed else whole
+            return real_trim(whole, *arguments, **options) if trimmed else whole
 
-        def train_step(batches: Any, *arguments: Any) -> dict[str, float]:
+        def train_step(batches: Any, *arguments: Any, **options: Any) -> dict[str, float]:
             trained.extend(len(batch.tokens) for batch in batches)
-            return real_train_step(batches, *arguments)
+            return real_train_step(batches, *arguments, **options)
 
         real_trim, real_train_step = learner.trim, policy.train_step
         stack.enter_context(mock.patch.object(learner, "trim", trim))

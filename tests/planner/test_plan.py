@@ -398,6 +398,23 @@ def test_layouts_are_ranked_by_time_and_then_by_free_memory():
     assert len({plan.parallel.model_dump_json() for plan in plans}) == len(plans)
 
 
+def test_a_reference_takes_the_memory_of_its_weights_and_the_time_of_another_forward_pass():
+    alone_setup = setup(ParallelSettings(pipeline=4), 16)
+    both_setup = replace(alone_setup, options=TrainingOptions(reference=True))
+    times = [training_time(each, work()) for each in (alone_setup, both_setup)]
+    assert times[1].score == 2 * times[0].score
+    assert times[1].train == times[0].train
+    for time in times:
+        assert sum(time.parts.values()) == pytest.approx(time.score + time.train)
+    asked = plan_inputs(PUBLISHED["qwen3_32b"], 64)
+    alone = estimate(asked, ParallelSettings(tensor=8), TrainingOptions()).memory
+    both = estimate(asked, ParallelSettings(tensor=8), TrainingOptions(reference=True)).memory
+    assert both.weights == 2 * alone.weights
+    assert both.peak == alone.peak + alone.weights
+    with_kl = replace(asked, settings=validate(asked.settings.model_dump() | {"loss": {"kl_coefficient": 0.1}}))
+    assert with_kl.options({}) == replace(asked.options({}), reference=True)
+
+
 def test_memory_shrinks_in_proportion_to_what_a_layout_shards():
     asked = plan_inputs(PUBLISHED["qwen3_32b"], 64)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.algo import head, tiles, tiles_triton
-from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
+from megatron_rlvr.algo.head import vocab_parallel_gradient_norm, vocab_parallel_logp_entropy
 from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 
 POSITIONS, HIDDEN, PADDED_VOCAB = 24, 8, 64
@@ -81,6 +81,33 @@ def head_of(case: Case, group=None, device: str = "cpu") -> Outcome:
     return Outcome(
         logp.detach().cpu(), entropy.detach().cpu(), hidden.grad.cpu(), weight.grad.cpu(), entropy.requires_grad
     )
+
+
+def norms_of(case: Case, group=None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and gradient norm of the head on one rank of ``group``, with its shard of the inputs."""
+    rank, size = (torch.distributed.get_rank(group), group.size()) if group is not None else (0, 1)
+    with (
+        mock.patch.dict(TILE_SHAPE, {"cpu": case.tiles}),
+        mock.patch.object(head, "_kernels", return_value=KERNELS[case.kernels]),
+    ):
+        return vocab_parallel_gradient_norm(
+            case.hidden.chunk(size)[rank] if case.sequence_parallel else case.hidden,
+            case.weight.chunk(size)[rank],
+            case.targets,
+            tp_group=group,
+            sequence_parallel=case.sequence_parallel,
+            valid_vocab=case.valid_vocab,
+            temperature=case.temperature,
+            rows=case.rows,
+        )
+
+
+def expected_norm(case: Case) -> Tensor:
+    """|1[y] - p| by definition: whole logits in float64."""
+    hidden = case.hidden.double() if case.rows is None else case.hidden.double()[case.rows]
+    targets = case.targets if case.rows is None else case.targets[case.rows]
+    p = torch.softmax(hidden @ case.weight.double()[: case.valid_vocab].t() / case.temperature, dim=1)
+    return (torch.nn.functional.one_hot(targets, p.shape[1]) - p).norm(dim=1)
 
 
 def expected(case: Case) -> Outcome:

@@ -25,7 +25,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from launcher import Ranks
-from policy_runs import DIMENSIONS, GROUPS, Layout, mini_batches_of, policy_of, settings_of
+from policy_runs import DIMENSIONS, GROUPS, Layout, mini_batches_of, parallel_of, policy_of, settings_of
 from reference_training import Group, Recipe
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "eight_steps.json"
@@ -41,6 +41,51 @@ DISTRIBUTED = (("use_distributed_optimizer", True),)
 RECOMPUTE = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
 
 
+# Sections of the settings that have every option of the method besides the paper's at least once.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "band of gradients": {
+        "selection": {
+            "keep": "band",
+            "band": [0.3, 0.9],
+            "signal": "gradient",
+            "by_sign": True,
+            "guard_probability": 0.003,
+            "guard_quantile": 0.5,
+        },
+        "advantage": {"estimator": "batch", "entropy_bonus": 0.4},
+        "loss": {
+            "objective": "dppo",
+            "rollout_correction": "mis",
+            "correction_level": "sequence",
+            "correction_veto": 0.93,
+            "normalizer": "prompt_mean",
+            "kl_coefficient": 0.1,
+            "kl_estimator": "k3",
+            "entropy_target": 10.0,
+        },
+    },
+    "top covariances": {
+        "selection": {
+            "signal": "covariance",
+            "scope": "rollout_batch",
+            "fraction": 0.6,
+            "fraction_end": 0.2,
+            "fraction_steps": 3,
+        },
+        "loss": {
+            "objective": "gspo",
+            "rollout_correction": "mis",
+            "correction_level": "geometric",
+            "correction_cap": 1.01,
+            "normalizer": "sequence_mean",
+            "kl_coefficient": 0.2,
+            "kl_estimator": "k2",
+        },
+    },
+}
+
+
 @dataclass(frozen=True)
 class Line:
     """One layout of the table; ``padded`` gives every sequence the length of the longest."""
@@ -49,6 +94,7 @@ class Line:
     layout: Layout
     experts: bool = False
     padded: bool = False
+    variant: str = ""
 
 
 LINES = (
@@ -74,21 +120,35 @@ LINES = (
 )
 
 
+VARIANT_LINES = tuple(
+    replace(line, name=f"{line.name}: {variant}", variant=variant)
+    for variant, names in {
+        "band of gradients": (
+            *("tensor 2, sequence", "pipeline 2", "data 2 x context 2", "micro-batches of 60 tokens"),
+        ),
+        "top covariances": ("tensor 2 x context 2", "data 2, distributed optimizer"),
+    }.items()
+    for line in LINES
+    if line.name in names
+)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Result of one rank for the rollout batch."""
 
     kept: list[int]
-    threshold: float
     gradients: dict[str, torch.Tensor]
 
 
 def on_rank(folder: str, groups: list[Group], line: Line) -> Batch:
     """Scores, selects and differentiates one rollout batch as one mini-batch; no optimizer step is taken."""
+    from megatron_rlvr.config import ModelSettings
     from megatron_rlvr.learner import Learner
+    from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.startup.assembly import make_loss
 
-    settings = settings_of(RECIPE)
+    settings = settings_of(RECIPE, **VARIANTS[line.variant])
     with policy_of(folder, line.layout, RECIPE) as policy:
         if line.padded:
             packing = policy.packing
@@ -97,21 +157,42 @@ def on_rank(folder: str, groups: list[Group], line: Line) -> Batch:
         found: dict[str, torch.Tensor] = {}
         train_step = policy.train_step
 
-        def recorded(batches: Any, masks: Any, *others: Any) -> dict[str, float]:
+        def recorded(batches: Any, masks: Any, *others: Any, **options: Any) -> dict[str, float]:
             for batch, mask in zip(batches, masks, strict=True):
                 kept.extend(batch.token_ids[mask].tolist())
-            return train_step(batches, masks, *others)
+            return train_step(batches, masks, *others, **options)
 
         def keep_gradients() -> dict[str, float]:
             found.update(whole_gradients(policy))
             return {"grad_norm": 0.0, "skipped": 0.0}
 
         policy.train_step, policy._update = recorded, keep_gradients
-        learner = Learner(settings, policy, make_loss(settings.loss))
-        mini_batches = mini_batches_of(policy, groups, line.layout.budget, len(groups))
+        reference = None
+        if settings.loss.kl_coefficient:
+            other = ModelSettings(path=str(Path(folder).parent / "reference"), dtype="float32")
+            reference = Policy(other, parallel_of(line.layout), policy.ranks)
+            assert not any(p.requires_grad for chunk in reference.chunks for p in chunk.parameters())
+        learner = Learner(settings, policy, make_loss(settings.loss), reference)
+        learner.entropy_coefficient = 0.003
+        mini_batches = mini_batches_of(policy, groups, line.layout.budget, len(groups), settings.advantage.estimator)
+        if settings.loss.rollout_correction != "none":
+            mini_batches = [with_mismatch(policy, mini) for mini in mini_batches]
         metrics = learner.learn(1, mini_batches, lambda phase: contextlib.nullcontext())
+        if line.variant:  # every option decides something
+            assert 0 < metrics["train/correction_clipped"] < 1
+            assert metrics["train/reference_kl"] > 0
+            assert metrics.get("selection/guarded", 1.0) > 0
+            assert metrics.get("train/entropy_coefficient", 1.0) > 0
         mine = policy.ranks.last_stage and policy.ranks.tensor_rank == 0 and policy.ranks.context_rank == 0
-        return Batch(kept if mine else [], metrics["selection/threshold"], found)
+        return Batch(kept if mine else [], found)
+
+
+def with_mismatch(policy: Any, mini: Any) -> Any:
+    """The mini-batch as an engine would have sampled it whose log-probabilities differ, by token, from the policy's."""
+    changed = []
+    for micro, logp in zip(mini.micro_batches, policy.score(mini.micro_batches).logp, strict=True):
+        changed.append(replace(micro, rollout_logp=logp.cpu() + (micro.token_ids % 61 - 30) / 400))
+    return replace(mini, micro_batches=changed)
 
 
 def whole_gradients(policy: Any) -> dict[str, torch.Tensor]:
@@ -144,6 +225,7 @@ def write_models(folder: Path) -> dict[bool, str]:
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config(**DIMENSIONS)).save_pretrained(folder / "dense")
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**DIMENSIONS, **EXPERTS)).save_pretrained(folder / "experts")
+    Qwen3ForCausalLM(Qwen3Config(**DIMENSIONS)).save_pretrained(folder / "reference")
     return {False: str(folder / "dense"), True: str(folder / "experts")}
 
 
@@ -151,12 +233,13 @@ def gradient_table(lines: tuple[Line, ...], ranks: Ranks, folder: Path) -> Itera
     """(line, same tokens selected, largest relative difference of a gradient, its parameter) of each layout."""
     models = write_models(folder)
     alone = {
-        experts: ranks.run(on_rank, 1, model, GROUPS, Line("", Layout(), experts))[0]
-        for experts, model in models.items()
-        if any(line.experts == experts for line in lines)
+        (experts, variant): ranks.run(
+            on_rank, 1, models[experts], GROUPS, Line("", Layout(), experts, variant=variant)
+        )[0]
+        for experts, variant in {(line.experts, line.variant): None for line in lines}
     }
     for line in lines:
-        one = alone[line.experts]
+        one = alone[line.experts, line.variant]
         batches = ranks.run(on_rank, line.layout.size, models[line.experts], GROUPS, line)
         kept = sorted(token for batch in batches for token in batch.kept)
         worst = max(relative_difference(batch.gradients, one.gradients) for batch in batches)

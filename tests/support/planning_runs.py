@@ -53,7 +53,7 @@ def measured(folder: str, layout: Layout, lengths: list[int], micro_batches: int
             scores = policy.score(batches)
         found = Measured(score=_flops(counter))
         mask = scores.entropy[0] >= scores.entropy[0].quantile(0.8)
-        step = batches, [mask] * micro_batches, scores.logp
+        step = batches, [mask] * micro_batches, scores.plain_inputs(batches)
         saved, loss = _Saved(policy), _Loss()
         loss.before_return = saved.stop
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor), _counter() as counter:

@@ -77,25 +77,25 @@ class RankTrace(Trace):
     fused: bool = False
 
 
+def parallel_of(layout: Layout) -> Any:
+    """The package's settings of a layout."""
+    from megatron_rlvr.config import ParallelSettings
+
+    names = ("tensor", "pipeline", "sequence", "virtual_pipeline", "context", "expert", "first_stage_layers")
+    return ParallelSettings(**{name: getattr(layout, name) for name in names})
+
+
 @contextlib.contextmanager
 def policy_of(folder: str, layout: Layout, recipe: Recipe | None = None, dtype: Any = "float32") -> Iterator[Any]:
     """A policy in a world of its own, torn down at the end; without a recipe it only scores."""
     from megatron.core import parallel_state
 
-    from megatron_rlvr.config import ModelSettings, OptimizerSettings, ParallelSettings
+    from megatron_rlvr.config import ModelSettings, OptimizerSettings
     from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
     from megatron_rlvr.policy.policy import Policy
 
-    parallel = ParallelSettings(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        sequence=layout.sequence,
-        virtual_pipeline=layout.virtual_pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        first_stage_layers=layout.first_stage_layers,
-    )
+    parallel = parallel_of(layout)
     optimizer = None
     if recipe is not None:
         optimizer = OptimizerSettings(
@@ -147,7 +147,9 @@ def norms_built_into_linears() -> Iterator[None]:
         yield
 
 
-def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_groups: int) -> list[Any]:
+def mini_batches_of(
+    policy: Any, groups: list[Group], budget: int, mini_batch_groups: int, estimator: str = "grpo"
+) -> list[Any]:
     """This rank's mini-batches of groups that are assigned to the data-parallel ranks in turn."""
     from megatron_rlvr.batching.mini_batches import build_mini_batches
     from megatron_rlvr.types import Completion, Grade, Prompt
@@ -173,19 +175,22 @@ def mini_batches_of(policy: Any, groups: list[Group], budget: int, mini_batch_gr
             )
     return build_mini_batches(
         here,
-        estimator="grpo",
+        estimator=estimator,
         groups_per_mini_batch=mini_batch_groups,
         packing=policy.packing(budget),
         data_group=policy.ranks.data_objects,
     )
 
 
-def settings_of(recipe: Recipe) -> Any:
-    """The package's settings with the values of the recipe."""
+def settings_of(recipe: Recipe, **sections: Any) -> Any:
+    """The package's settings with the values of the recipe; ``sections`` replace whole sections."""
     from megatron_rlvr.config import Settings
 
     selection = {"keep": recipe.keep, "fraction": recipe.fraction, "scope": recipe.scope, "entropy": recipe.entropy}
-    loss = {name: getattr(recipe, name) for name in ("clip_low", "clip_high", "dual_clip", "normalizer")}
+    names = ("clip_low", "clip_high", "dual_clip", "normalizer", "kl_coefficient")
+    loss = {name: getattr(recipe, name) for name in names}
+    if recipe.entropy_coefficient:  # always below the target, and as good as constant
+        loss |= {"entropy_target": 100.0, "entropy_step": 1e-18, "entropy_max": 1.0}
     return Settings.model_validate(
         {
             "run": {"dir": "nowhere", "steps": recipe.steps},
@@ -195,12 +200,15 @@ def settings_of(recipe: Recipe) -> Any:
             "loss": loss,
             "rollout": {"max_logprob_gap": 1e6},
         }
+        | sections
     )
 
 
 def trained(run: Run) -> RankTrace:
     """Train with the learner; return this rank's trace."""
+    from megatron_rlvr.config import ModelSettings
     from megatron_rlvr.learner import Learner
+    from megatron_rlvr.policy.policy import Policy
     from megatron_rlvr.startup.assembly import make_loss
 
     settings = settings_of(run.recipe)
@@ -210,7 +218,12 @@ def trained(run: Run) -> RankTrace:
         # here affects the output layer only.
         policy._config.gradient_accumulation_fusion = run.fuse_output_gradient
         mini_batches = mini_batches_of(policy, run.groups, run.layout.budget, run.recipe.mini_batch_groups)
-        learner = Learner(settings, _recording(policy, trace), make_loss(settings.loss))
+        reference = None
+        if run.recipe.reference:
+            other = ModelSettings(path=run.recipe.reference, dtype=run.dtype)
+            reference = Policy(other, parallel_of(run.layout), policy.ranks, temperature=run.recipe.temperature)
+        learner = Learner(settings, _recording(policy, trace), make_loss(settings.loss), reference)
+        learner.entropy_coefficient = run.recipe.entropy_coefficient
         for step in range(1, run.recipe.steps + 1):
             policy.start_step()
             trace.learning_rate.append(policy.learning_rate)
@@ -226,7 +239,7 @@ def _recording(policy: Any, trace: RankTrace) -> Any:
     """The policy, with every mini-batch that it trains on recorded in ``trace``."""
     train_step = policy.train_step
 
-    def recorded(batches: Any, masks: Any, old_logp: Any, loss: Any, count: int) -> dict[str, float]:
+    def recorded(batches: Any, masks: Any, *others: Any, **options: Any) -> dict[str, float]:
         kept: list[int] = []
 
         def note(batch: Any, mask: Tensor) -> Tensor:
@@ -234,11 +247,11 @@ def _recording(policy: Any, trace: RankTrace) -> Any:
             return mask
 
         if callable(masks):
-            metrics = train_step(batches, lambda batch, h: note(batch, masks(batch, h)), old_logp, loss, count)
+            metrics = train_step(batches, lambda batch, h: note(batch, masks(batch, h)), *others, **options)
         else:
             for batch, mask in zip(batches, masks, strict=True):
                 note(batch, mask)
-            metrics = train_step(batches, masks, old_logp, loss, count)
+            metrics = train_step(batches, masks, *others, **options)
         trace.kept.append(kept)
         trace.micro_batches.append([sorted(set((b.token_ids >> 20).tolist())) for b in batches])
         for name in ("loss", "grad_norm", "clip_fraction", "skipped"):
@@ -300,7 +313,7 @@ def largest_tensors(folder: str, groups: list[Group], layout: Layout) -> dict[st
         loss = make_loss(LossSettings())
         for name, masks in (("old", [mask]), ("current", lambda batch, entropy: entropy >= entropy.quantile(0.8))):
             with LargestTensor() as found[name]:
-                policy.train_step([batch], masks, scores.logp, loss, mini.response_tokens)
+                policy.train_step([batch], masks, scores.plain_inputs([batch]), loss, mini.response_tokens)
     return {name: watch.elements for name, watch in found.items()}
 
 

@@ -33,6 +33,9 @@ class Recipe:
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 10.0
+    entropy_coefficient: float = 0.0
+    kl_coefficient: float = 0.0
+    reference: str = ""
     learning_rate: float = 3e-3
     warmup_steps: int = 2
     weight_decay: float = 0.1
@@ -107,6 +110,8 @@ def train(
     sequences = [(groups[n // GROUP_SIZE][0], groups[n // GROUP_SIZE][1][n % GROUP_SIZE]) for n in numbers]
     advantages = [a for _, _, rewards in groups for a in (np.array(rewards) - np.mean(rewards)) / np.std(rewards)]
     size = recipe.mini_batch_groups * GROUP_SIZE
+    with torch.no_grad():
+        reference = token_scores(load(recipe.reference), sequences, recipe.temperature) if recipe.reference else None
     trace = Trace()
     for step in range(recipe.steps):
         with torch.no_grad():
@@ -123,9 +128,14 @@ def train(
             entropy_of = now if recipe.entropy == "current" else dict(enumerate(old))
             kept, threshold = _kept(parts, {n: pair[:, 1].detach() for n, pair in entropy_of.items()}, recipe)
             kept = [(n, t) for n, t in kept if n in now]
-            tokens = len(kept) if recipe.normalizer == "selected_tokens" else sum(len(now[n]) for n in mini)
             terms = [_token_loss(now[n][t, 0], old[n][t, 0], advantages[n], recipe) for n, t in kept]
-            loss = torch.stack([term for term, _ in terms]).sum() / tokens
+            losses = [
+                term - recipe.entropy_coefficient * now[n][t, 1] for (term, _), (n, t) in zip(terms, kept, strict=True)
+            ]
+            if reference is not None:
+                d = [reference[n][t, 0] - now[n][t, 0] for n, t in kept]
+                losses = [a + recipe.kl_coefficient * (b.exp() - b - 1) for a, b in zip(losses, d, strict=True)]
+            loss = _mean(losses, kept, {n: len(scores) for n, scores in now.items()}, recipe.normalizer)
             optimizer.zero_grad()
             loss.backward()
             trace.kept.append(sorted((n << 20) + t for n, t in kept))
@@ -138,6 +148,18 @@ def train(
                 optimizer.step()
     trace.weights = {name: p.detach() for name, p in model.named_parameters()}
     return trace
+
+
+def _mean(losses: list[Tensor], kept: list[tuple[int, int]], lengths: dict[int, int], normalizer: str) -> Tensor:
+    """The losses of the kept (sequence, position) over tokens, or averaged by sequence or by prompt."""
+    if normalizer in ("all_tokens", "selected_tokens"):
+        return torch.stack(losses).sum() / (len(kept) if normalizer == "selected_tokens" else sum(lengths.values()))
+    size = 1 if normalizer == "sequence_mean" else GROUP_SIZE
+    means = []
+    for first in range(min(lengths), max(lengths) + 1, size):
+        own = [loss for loss, (n, _) in zip(losses, kept, strict=True) if first <= n < first + size]
+        means.append(sum(own, torch.zeros(())) / sum(lengths[n] for n in range(first, first + size)))
+    return torch.stack(means).mean()
 
 
 def _kept(parts: list[list[int]], entropy: dict[int, Tensor], recipe: Recipe) -> tuple[list[tuple[int, int]], float]:

@@ -77,10 +77,10 @@ def _train(policy: Any) -> None:
 
     groups = make_groups(2, policy.hf_config["vocab_size"], seed=0)
     (mini,) = mini_batches_of(policy, groups, 10_000, len(groups))
-    logp = policy.score(mini.micro_batches).logp
+    inputs = policy.score(mini.micro_batches).plain_inputs(mini.micro_batches)
     policy.start_step()
-    masks = [torch.ones_like(part, dtype=torch.bool) for part in logp]
-    metrics = policy.train_step(mini.micro_batches, masks, logp, make_loss(LossSettings()), mini.response_tokens)
+    masks = [torch.ones_like(part.old_logp, dtype=torch.bool) for part in inputs]
+    metrics = policy.train_step(mini.micro_batches, masks, inputs, make_loss(LossSettings()), mini.response_tokens)
     assert metrics["skipped"] == 0
 
 
