@@ -18,6 +18,7 @@ from megatron_rlvr.config import Settings
 from megatron_rlvr.errors import FaultError
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
 from megatron_rlvr.protocols import PolicyLoss
+from megatron_rlvr.recording.tokens import LIKELIEST, TokenRecorder
 
 
 class Stopwatch(Protocol):
@@ -66,13 +67,16 @@ class Learner:
         self._policy = policy
         self._loss = loss
 
-    def learn(self, step: int, mini_batches: Sequence[MiniBatch], timed: Stopwatch) -> dict[str, float]:
+    def learn(
+        self, step: int, mini_batches: Sequence[MiniBatch], timed: Stopwatch, recorder: TokenRecorder | None = None
+    ) -> dict[str, float]:
         """Train on all mini-batches of a step. A collective over the world.
 
         Args:
             step: Number of the training step, from 1.
             mini_batches: This rank's mini-batches.
-            timed: Measures the phases "score" and "train".
+            timed: Measures the phases "score" and "train", and "record" with a recorder.
+            recorder: Takes the values of chosen responses. None on every rank to record none.
 
         Returns: Metrics of the step, the same on every rank.
         Raises:
@@ -82,17 +86,25 @@ class Learner:
         """
         all_batches = [micro for mini in mini_batches for micro in mini.micro_batches]
         with timed("score"):
-            scores = self._policy.score(all_batches)
+            if recorder is None:
+                scores = self._policy.score(all_batches)
+            else:
+                scores = self._policy.score(all_batches, LIKELIEST, recorder.rows(all_batches))
         metrics = self._score_metrics(step, all_batches, scores)
         scored = self._sum(sum(batch.positions for batch in all_batches))
         with timed("train"):
             parts = _parts(mini_batches)
             selections = self._selections(step, all_batches, parts, scores.entropy)
+            if recorder is not None:
+                recorder.before_update(all_batches, scores, [mask for s in selections for mask in s.masks])
             reports = []
             for number, (mini, part, selection) in enumerate(zip(mini_batches, parts, selections, strict=True)):
                 whole = MaskedBatches(mini.micro_batches, selection.masks, scores.logp[part])
                 reports.append(self._train(step, mini, whole))
                 self._count_skipped(step, number, reports[-1])
+        if recorder is not None:
+            with timed("record"):
+                recorder.after_update(all_batches, self._policy.score, mini_batches[0].packing, self._maximum)
         scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
         return metrics | _selection_metrics(scopes) | _train_metrics(reports, scored)
 

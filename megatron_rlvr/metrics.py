@@ -48,9 +48,9 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         if after is not None:
             _truncate(path, after)
-            for sampled in (folder / "rollouts").glob("step_*.jsonl"):
-                if int(sampled.stem.removeprefix("step_")) > after:
-                    sampled.unlink()
+            for recorded in (folder / "rollouts").glob("step_*"):
+                if int(recorded.name.removeprefix("step_").partition(".")[0]) > after:
+                    recorded.unlink()
         self._file = path.open("a", encoding="utf-8")
         if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
+from megatron_rlvr.algo.head import vocab_parallel_likeliest, vocab_parallel_logp_entropy
 from megatron_rlvr.algo.loss import SelectedTokens
 from megatron_rlvr.batching.batch import MicroBatch, PolicyScores
 from megatron_rlvr.batching.packing import Packing
@@ -112,17 +112,36 @@ class Policy:
         self.schedule.step(increment=1)
 
     @torch.no_grad()
-    def score(self, batches: Sequence[MicroBatch]) -> PolicyScores:
-        """Log-probability and entropy of every response token under the current weights: [R] nats per micro-batch."""
-        results = self._run(batches, self._score_one, forward_only=True)
+    def score(
+        self, batches: Sequence[MicroBatch], likeliest: int = 0, wanted: Sequence[Tensor] | None = None
+    ) -> PolicyScores:
+        """Log-probability and entropy of every response token under the current weights: [R] nats per micro-batch.
+
+        Args:
+            batches: micro-batches of this data-parallel replica.
+            likeliest: number of the likeliest tokens to return as well, at the wanted rows.
+            wanted: for each micro-batch [R] bool on the CPU, rows for which the likeliest tokens are wanted. None on
+                every rank for none.
+        """
+        one = self._score_one if wanted is None else partial(self._score_one, likeliest=likeliest, wanted=wanted)
+        results = self._run(batches, one, forward_only=True)
         sizes = [len(batch.rows) for batch in batches]
-        flat = torch.empty(2, sum(sizes), device=accelerator.device())
+        logp, entropy = self._from_last_stage([scores for scores, _ in results], 2, sizes)
+        if wanted is None:
+            return PolicyScores(logp, entropy)
+        places = self._from_last_stage([top for _, top in results], 2 * likeliest, [int(rows.sum()) for rows in wanted])
+        top = [torch.stack(rows, dim=1) for rows in zip(*places, strict=True)]
+        return PolicyScores(logp, entropy, [(t[:, :likeliest].long(), t[:, likeliest:]) for t in top])
+
+    def _from_last_stage(self, results: Sequence[Tensor], height: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+        """Rows of what the last stage has computed, [height, size] for each micro-batch, on every stage."""
+        flat = torch.empty(height, sum(sizes), device=accelerator.device())
         if self.ranks.last_stage:
-            flat = torch.cat(results, dim=1)
+            flat = torch.cat(list(results), dim=1)
         if self.ranks.pipeline_size > 1:
             source = dist.get_global_rank(self.ranks.pipeline_group, self.ranks.pipeline_size - 1)
             dist.broadcast(flat, src=source, group=self.ranks.pipeline_group)
-        return PolicyScores(list(flat[0].split(sizes)), list(flat[1].split(sizes)))
+        return [list(row.split(list(sizes))) for row in flat]
 
     def train_step(
         self,
@@ -205,9 +224,37 @@ class Policy:
             gradient_accumulation_fusion=self._config.gradient_accumulation_fusion,
         )
 
-    def _score_one(self, hidden: Tensor, number: int, shard: ContextShard, chunk: Any) -> tuple[Tensor, Tensor, Any]:
-        result = shard.whole(torch.stack(self._head(hidden, shard.part, chunk, shard.part.rows)))
-        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), result
+    def _score_one(
+        self,
+        hidden: Tensor,
+        number: int,
+        shard: ContextShard,
+        chunk: Any,
+        likeliest: int = 0,
+        wanted: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        scores = shard.whole(torch.stack(self._head(hidden, shard.part, chunk, shard.part.rows)))
+        top = None if wanted is None else self._likeliest(hidden, shard, chunk, likeliest, wanted[number])
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), (scores, top)
+
+    def _likeliest(self, hidden: Tensor, shard: ContextShard, chunk: Any, count: int, wanted: Tensor) -> Tensor:
+        """[2 count, n] float32: token ids, which are below 2^24 and therefore exact, above their log-probabilities."""
+        wanted = wanted.to(hidden.device)
+        here = wanted[shard.held]
+        model: PolicyModel = getattr(chunk, "module", chunk)
+        ids, logp = vocab_parallel_likeliest(
+            hidden.squeeze(1),
+            model.output_weight,
+            count,
+            tp_group=self.ranks.tensor_group,
+            sequence_parallel=self._config.sequence_parallel,
+            valid_vocab=self.hf_config["vocab_size"],
+            temperature=self._temperature,
+            rows=shard.part.rows[here],
+        )
+        top = logp.new_zeros(2 * count, len(here))
+        top[:, here] = torch.cat([ids, logp], dim=1).t().to(top.dtype)
+        return shard.whole(top)[:, wanted]
 
     def _train_one(
         self,

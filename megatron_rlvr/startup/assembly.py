@@ -33,6 +33,7 @@ from megatron_rlvr.policy.build import DTYPES
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import PolicyLoss, RolloutEngine
+from megatron_rlvr.recording.recorder import RolloutRecorder
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
 from megatron_rlvr.rollout.collector import Collector
@@ -92,6 +93,9 @@ def build_trainer(
         finish=lambda folder: own_tokenizer(folder / HUGGING_FACE),
         inputs=resolved.inputs,
     )
+    recorder = RolloutRecorder(
+        folder, settings.log.rollouts, resolved.tokenizer, ranks.data_objects, is_main=ranks.is_main
+    )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
 
     def export(folder: Path) -> None:
@@ -111,6 +115,7 @@ def build_trainer(
         progress,
         checkpoints,
         signals,
+        recorder,
         export,
     )
 

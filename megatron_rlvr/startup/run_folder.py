@@ -3,7 +3,7 @@
 lease/             which run uses the folder (`lease.py`); gone when a run has ended in order
 config.yaml        the resolved settings
 metrics.jsonl      one object per training step
-rollouts/          sampled responses as text
+rollouts/          sampled responses as text, and what the tokens of those trained on did (megatron_rlvr/recording)
 skipped/           mini-batches with a non-finite loss or gradient
 tensorboard/       the metrics for TensorBoard
 checkpoints/       training state (megatron_rlvr/checkpoint/store.py)
