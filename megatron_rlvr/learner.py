@@ -18,7 +18,8 @@ from megatron_rlvr.config import Settings
 from megatron_rlvr.errors import FaultError
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
 from megatron_rlvr.protocols import PolicyLoss
-from megatron_rlvr.recording.tokens import LIKELIEST, TokenRecorder
+from megatron_rlvr.recording.files import LIKELIEST
+from megatron_rlvr.recording.tokens import TokenRecorder
 
 
 class Stopwatch(Protocol):

@@ -9,18 +9,19 @@ for each selected token, one after the other. docs/forks.md describes each colum
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_rlvr import atomic
 from megatron_rlvr.errors import InputError
-from megatron_rlvr.recording.tokens import LIKELIEST
 
 FOLDER = "rollouts"
+
+LIKELIEST = 5
+"""Number of alternatives that are recorded of a selected token."""
 
 
 class RecordingError(InputError):
@@ -87,37 +88,44 @@ class RecordedResponse:
         return self.step - 1 - int(self.weight_versions.min())
 
 
-_INTS, _FLOATS, _TEXTS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.string())
-_TYPES: dict[str, pa.DataType] = {
-    **dict.fromkeys(("step", "group", "index"), pa.int32()),
-    **dict.fromkeys(("prompt_id", "prompt", "answer", "read_answer", "failure", "finish_reason"), pa.string()),
-    "correct": pa.bool_(),
-    **dict.fromkeys(("reward", "advantage"), pa.float32()),
-    **dict.fromkeys(("token_ids", "weight_versions", "alternative_ids"), _INTS),
-    **dict.fromkeys(("texts", "alternative_texts"), _TEXTS),
-    **dict.fromkeys(("rollout_logp", "old_logp", "new_logp", "entropy", "alternative_logp"), _FLOATS),
-    "selected": pa.list_(pa.bool_()),
-}
-SCHEMA = pa.schema([(field.name, _TYPES[field.name]) for field in fields(RecordedResponse)])
-# The bytes of floats compress when those of equal weight are neighbours, other values by a dictionary.
-_SPLIT = [f"{name}.list.element" for name, kind in _TYPES.items() if kind == _FLOATS]
-_DICTIONARY = [
-    f"{name}.list.element" if pa.types.is_list(kind) else name for name, kind in _TYPES.items() if kind != _FLOATS
-]
+_INTS = ("token_ids", "weight_versions", "alternative_ids")
+_FLOATS = ("rollout_logp", "old_logp", "new_logp", "entropy", "alternative_logp")
+_ARRAYS, _TEXTS = (*_INTS, *_FLOATS, "selected"), ("texts", "alternative_texts")
+
+
+@cache
+def schema() -> Any:
+    """Schema of the files. pyarrow, which starts threads, is only imported by a rank that reads or writes them."""
+    import pyarrow as pa
+
+    types = {
+        **dict.fromkeys(("step", "group", "index"), pa.int32()),
+        **dict.fromkeys(("reward", "advantage"), pa.float32()),
+        **dict.fromkeys(_INTS, pa.list_(pa.int32())),
+        **dict.fromkeys(_FLOATS, pa.list_(pa.float32())),
+        **dict.fromkeys(_TEXTS, pa.list_(pa.string())),
+        "correct": pa.bool_(),
+        "selected": pa.list_(pa.bool_()),
+    }
+    return pa.schema([(field.name, types.get(field.name, pa.string())) for field in fields(RecordedResponse)])
 
 
 def write_recorded(folder: Path, step: int, responses: Sequence[RecordedResponse]) -> Path:
     """Write the recorded responses of a step into a run folder; return the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     rows = [{field.name: _plain(getattr(response, field.name)) for field in fields(response)} for response in responses]
     path = folder / FOLDER / f"step_{step:06d}.parquet"
     path.parent.mkdir(exist_ok=True)
     building = atomic.temporary_path(path)
     pq.write_table(
-        pa.Table.from_pylist(rows, SCHEMA),
+        pa.Table.from_pylist(rows, schema()),
         building,
         compression="zstd",
-        use_byte_stream_split=_SPLIT,
-        use_dictionary=_DICTIONARY,
+        # The bytes of floats compress when those of equal weight are neighbours, other values by a dictionary.
+        use_byte_stream_split=[f"{name}.list.element" for name in _FLOATS],
+        use_dictionary=["prompt", "answer", *(f"{name}.list.element" for name in (*_INTS, *_TEXTS))],
     )
     building.replace(path)
     return path
@@ -144,21 +152,22 @@ def read_recorded(folder: Path, steps: Iterable[int] | None = None) -> Iterator[
 
 
 def _read(path: Path) -> Iterator[RecordedResponse]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path, partitioning=None)
-        if not table.schema.equals(SCHEMA):
+        if not table.schema.equals(schema()):
             raise pa.ArrowInvalid("its columns are others")
     except (OSError, pa.ArrowException) as error:
         raise RecordingError(
             f"{path} cannot be read as recorded responses ({' '.join(str(error).split())[:200]}); remove the file"
         ) from None
-    columns = {name: table.column(name) for name in SCHEMA.names}
     for i in range(table.num_rows):
         values: dict[str, Any] = {}
-        for name, column in columns.items():
-            kind, scalar = _TYPES[name], column[i]
-            is_array = pa.types.is_list(kind) and kind != _TEXTS
-            values[name] = scalar.values.to_numpy(zero_copy_only=False) if is_array else scalar.as_py()
+        for name in table.column_names:
+            scalar = table.column(name)[i]
+            values[name] = scalar.values.to_numpy(zero_copy_only=False) if name in _ARRAYS else scalar.as_py()
         for name in ("alternative_ids", "alternative_logp"):
             values[name] = values[name].reshape(-1, LIKELIEST)
         yield RecordedResponse(**values)

@@ -11,9 +11,6 @@ from megatron_rlvr.batching.batch import MicroBatch, PolicyScores
 from megatron_rlvr.batching.packing import Packing
 from megatron_rlvr.batching.trim import repack
 
-LIKELIEST = 5
-"""Number of alternatives that are recorded of a selected token."""
-
 Score = Callable[[Sequence[MicroBatch]], PolicyScores]
 
 

@@ -1,6 +1,12 @@
 """The plan in words: a few lines that say what a run is going to do, for a person to read before it does."""
 
-from megatron_rlvr.config import Settings
+from megatron_rlvr.config.describe import (
+    describe_loss,
+    describe_mask,
+    describe_optimizer,
+    describe_reward,
+    describe_rollout,
+)
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.hf.families import transformer_fields
@@ -11,9 +17,6 @@ from megatron_rlvr.startup.resolve import Resolved
 def describe_plan(resolved: Resolved) -> str:
     """Return the plan of a run, one line per subject."""
     s = resolved.settings
-    overlong = f", overlong penalty over the last {s.reward.overlong_buffer} tokens" if s.reward.overlong_buffer else ""
-    after = f" on what follows {resolved.answer_after}" if resolved.answer_after else ""
-    reward = f"{s.reward.function}{after}: correct {s.reward.correct:g}"
     start = f", resuming after step {resolved.start.step}" if resolved.start else ""
     lines = {
         "model": _model(resolved),
@@ -21,11 +24,11 @@ def describe_plan(resolved: Resolved) -> str:
         "prompts": _prompts(resolved),
         "columns": _columns(resolved),
         "stop": _stop(resolved),
-        "rollout": _rollout(s),
-        "reward": f"{reward}, incorrect {s.reward.incorrect:g}{overlong}",
+        "rollout": describe_rollout(s),
+        "reward": describe_reward(s, resolved.answer_after),
         "mask": describe_mask(s),
-        "loss": _loss(s),
-        "optimizer": _optimizer(s),
+        "loss": describe_loss(s),
+        "optimizer": describe_optimizer(s),
         "evaluation": _evaluation(resolved),
         "run": f"{s.run.steps} steps into {s.run.dir}{start}",
     }
@@ -38,39 +41,6 @@ def describe_plan(resolved: Resolved) -> str:
             f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused
         )
     return "\n".join(f"{subject:<11} {text}" for subject, text in lines.items())
-
-
-def describe_mask(settings: Settings) -> str:
-    """Return the meaning of `selection` in one line."""
-    s = settings.selection
-    if s.keep == "all":
-        return "the policy gradient touches all response tokens"
-    which = {
-        "top": "with the highest entropy",
-        "bottom": "with the lowest entropy",
-        "random": "drawn at random",
-    }[s.keep]
-    scope = {
-        "micro_batch": "each micro-batch on its own",
-        "mini_batch": "a mini-batch over all ranks",
-        "rollout_batch": "the whole rollout over all ranks",
-    }[s.scope]
-    owner = "policy before the update" if s.entropy == "old" else "policy being trained"
-    whose = "" if s.keep == "random" else f", by the entropies of the {owner}"
-    return f"the policy gradient touches the {s.fraction * 100:g} % of response tokens {which}, of {scope}{whose}"
-
-
-def describe_loss(settings: Settings) -> str:
-    """Return in one line how `loss` bounds a token's probability ratio, and which weight a token gets."""
-    s = settings.loss
-    ratio = {"dapo": "clip", "gspo": "gspo, clip of sequence ratios", "cispo": "cispo, weight"}[s.objective]
-    bounds = f"{1 + s.clip_high:g}"
-    bounds = f"at most {bounds}" if s.clip_low is None else f"{1 - s.clip_low:g} .. {bounds}"
-    words = f"{ratio} {bounds}"
-    if s.correction_cap is not None:
-        beyond = {"tis": "truncated at {:g}", "mis": "0 beyond 1/{0:g} .. {0:g}"}[s.rollout_correction]
-        words += f", times policy / engine probability {beyond.format(s.correction_cap)} ({s.rollout_correction})"
-    return words
 
 
 def _model(resolved: Resolved) -> str:
@@ -133,35 +103,6 @@ def _ends_turn(resolved: Resolved, turn_end: int) -> bool:
         if after is not None and tokenizer.special_ids.isdisjoint(after) and not tokenizer.decode(after).strip():
             return True
     return False
-
-
-def _rollout(s: Settings) -> str:
-    engine = ""
-    if s.rollout.engine == "sglang":
-        engine = f" from {len(s.rollout.servers)} SGLang server(s), which get weights by {s.sync.method}"
-    dynamic = (
-        f"groups that are not informative replaced, at most {s.rollout.max_rounds} rounds"
-        if s.rollout.dynamic_sampling
-        else "no dynamic sampling"
-    )
-    return (
-        f"{s.batch.prompts} prompts x {s.rollout.group_size} responses a step of up to "
-        f"{s.rollout.max_response_tokens} tokens at temperature {s.rollout.temperature:g}{engine}; {dynamic}"
-    )
-
-
-def _loss(s: Settings) -> str:
-    divisor = "all response tokens" if s.loss.normalizer == "all_tokens" else "the number of selected tokens"
-    return (
-        f"{describe_loss(s)}, sum over the selected tokens / {divisor} of the mini-batch; advantages "
-        f"{s.advantage.estimator}"
-    )
-
-
-def _optimizer(s: Settings) -> str:
-    updates = f"{s.batch.prompts // s.batch.mini_batch_prompts} steps a rollout on {s.batch.mini_batch_prompts} prompts"
-    warmup = f" after {s.optimizer.warmup_steps} warm-up steps" if s.optimizer.warmup_steps else ""
-    return f"{updates} each, Adam, learning rate {s.optimizer.learning_rate:g}{warmup}"
 
 
 def _evaluation(resolved: Resolved) -> str:

@@ -271,6 +271,19 @@ def scored_and_exported(
         return by_token, {name: tensor.clone() for name, tensor in policy.export_weights()}
 
 
+def likeliest(folder: str, groups: list[Group], layout: Layout) -> dict[int, tuple[list[int], list[float]]]:
+    """{token id: (ids, log-probabilities) of the five likeliest tokens} for every third token of this rank's."""
+    with policy_of(folder, layout, Recipe()) as policy:
+        batches = [m for mini in mini_batches_of(policy, groups, layout.budget, 4) for m in mini.micro_batches]
+        wanted = [batch.token_ids % 3 == 0 for batch in batches]
+        scores = policy.score(batches, 5, wanted)
+        return {
+            token: (ids.tolist(), logp.tolist())
+            for batch, rows, top in zip(batches, wanted, scores.likeliest, strict=True)
+            for token, ids, logp in zip(batch.token_ids[rows].tolist(), *top, strict=True)
+        }
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation made, in forward and backward."""
 
