@@ -174,4 +174,9 @@ def _read(path: Path) -> Iterator[RecordedResponse]:
 
 
 def _plain(value: Any) -> Any:
-    return value.ravel() if isinstance(value, np.ndarray) else value
+    """A value as pyarrow takes it: arrays flat, and texts without lone surrogates, which JSON may hold but UTF-8 not."""
+    if isinstance(value, np.ndarray):
+        return value.ravel()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
