@@ -174,7 +174,7 @@ def _read(path: Path) -> Iterator[RecordedResponse]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as pyarrow takes it: arrays flat, and texts without lone surrogates, which JSON may hold but UTF-8 not."""
+    """A value as pyarrow takes it: arrays flat, texts without lone surrogates, which UTF-8 does not have."""
     if isinstance(value, np.ndarray):
         return value.ravel()
     if isinstance(value, list):

@@ -16,7 +16,7 @@
   }
 
   // Characters that show nothing, or change the direction of others, are shown by their names.
-  const SIGNS = new Map([["\n", "\u21b5\n"], ["\t", "\u21e5\t"], ["\r", "\u240d"]]);
+  const SIGNS = new Map([["\n", "\u21b5"], ["\t", "\u21e5\t"], ["\r", "\u240d"]]);
   const HIDDEN = /[\u0000-\u001f\u007f-\u00a0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e0fff}]/gu;
 
   function signOf(character) {
@@ -25,20 +25,22 @@
   }
 
   // Nodes of a text in which hidden characters are visible; a joiner or selector inside an emoji stays what it is.
-  function readable(text) {
+  function readable(text, newline = "\n") {
     if (/^\p{Extended_Pictographic}[\p{Extended_Pictographic}\p{Emoji_Modifier}\u200d\ufe0f]*$/u.test(text)) return [text];
     const nodes = [];
     let from = 0;
     for (const found of text.matchAll(HIDDEN)) {
       if (found.index > from) nodes.push(text.slice(from, found.index));
       nodes.push(element("span", { class: "sign" }, signOf(found[0])));
+      if (found[0] === "\n" && newline) nodes.push(newline);
       from = found.index + found[0].length;
     }
     if (from < text.length) nodes.push(text.slice(from));
     return nodes;
   }
 
-  const quoted = (text) => element("code", { dir: "auto" }, ...readable(text === "" ? "\u2026" : text));
+  // A token whose character ends in a later token has no text of its own.
+  const quoted = (text) => element("code", { dir: "auto" }, ...readable(text === "" ? "\u2026" : text, ""));
   const nats = (thousandths) => `${(thousandths / 1000).toFixed(3)} nats`;
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
@@ -163,8 +165,8 @@
       bands,
       axes: [{ ...axis, label: "step", labelSize: 18, size: 36 }, { ...axis, label: panel.unit, labelSize: 18, size: 56 }],
       cursor: { sync: { key: "steps" } },
+      legend: { markers: { dash: (_, i) => (series[i].dash?.length ? "dashed" : "solid") } },
     }, columns, into);
-    for (const end of chart.root.querySelectorAll(".end")) end.hidden = true; // ends of bars need no legend
     return { chart, into };
   }
 
