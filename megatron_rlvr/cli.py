@@ -6,6 +6,7 @@
     rlvr preflight CONFIG.yaml      check a cluster before a long run
     rlvr evaluate MODEL --sets ...  accuracy on problem sets, and how sure it is; compare models
     rlvr report RUN_DIR ...         one page about runs: curves, rollouts, forking tokens
+    rlvr analyze tokens | change | parameters   what training did to entropies and weights
     rlvr data prepare | overlap     published problem sets; problems in training and evaluation
     rlvr serve MODEL                start SGLang servers on this machine
     rlvr convert to-megatron ...    Hugging Face folder to megatron-core checkpoint
@@ -98,6 +99,12 @@ def _report(arguments: list[str]) -> int:
     return report_command.main(arguments, "rlvr report")
 
 
+def _analyze(arguments: list[str]) -> int:
+    from megatron_rlvr.analysis import analyze_command
+
+    return analyze_command.main(arguments, "rlvr analyze")
+
+
 def _data(arguments: list[str]) -> int:
     from megatron_rlvr.data import command
 
@@ -117,6 +124,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "preflight": _preflight,
     "evaluate": _evaluate,
     "report": _report,
+    "analyze": _analyze,
     "data": _data,
     "serve": _serve,
     "convert": _convert,

@@ -45,6 +45,7 @@ class RecordedResponse:
         advantage: Advantage of every token.
         failure: None, or why there is no verdict.
         finish_reason: stop, or length if the response is truncated.
+        prompt_ids: [P] int32, tokens of the prompt.
         token_ids: [T] int32.
         texts: T texts; joined they are the response.
         weight_versions: [T] int32, version of the weights that sampled each token.
@@ -70,6 +71,7 @@ class RecordedResponse:
     advantage: float
     failure: str | None
     finish_reason: str
+    prompt_ids: np.ndarray
     token_ids: np.ndarray
     texts: list[str]
     weight_versions: np.ndarray
@@ -88,7 +90,7 @@ class RecordedResponse:
         return self.step - 1 - int(self.weight_versions.min())
 
 
-_INTS = ("token_ids", "weight_versions", "alternative_ids")
+_INTS = ("prompt_ids", "token_ids", "weight_versions", "alternative_ids")
 _FLOATS = ("rollout_logp", "old_logp", "new_logp", "entropy", "alternative_logp")
 _ARRAYS, _TEXTS = (*_INTS, *_FLOATS, "selected"), ("texts", "alternative_texts")
 

@@ -105,6 +105,7 @@ class RolloutRecorder:
             advantage=values.advantage,
             failure=grade.failure,
             finish_reason=completion.finish_reason,
+            prompt_ids=prompt.token_ids,
             token_ids=completion.token_ids,
             texts=self._texts(completion.token_ids),
             weight_versions=completion.weight_versions,

@@ -58,7 +58,8 @@ def log_softmax_of(model: Path, prompt: np.ndarray, response: np.ndarray) -> np.
 def test_every_value_is_that_of_transformers_in_float64(run: Recorded):
     tokenizer = load_tokenizer(run.model)
     for response in run.responses:
-        prompt, ids = np.array(tokenizer.encode(response.prompt)), response.token_ids
+        prompt, ids = response.prompt_ids, response.token_ids
+        assert tokenizer.encode(response.prompt) == prompt.tolist()
         before, after = (log_softmax_of(m, prompt, ids) for m in (run.model, run.folder / "hf"))
         places = np.arange(len(ids))
         np.testing.assert_allclose(response.old_logp, before[places, ids], atol=1e-4)

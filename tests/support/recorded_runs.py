@@ -49,6 +49,7 @@ def response(
         "advantage": 1.0 if index % 2 else -1.0,
         "failure": None,
         "finish_reason": "length" if index == 2 else "stop",
+        "prompt_ids": np.arange(5, dtype=np.int32) + group,
         "token_ids": ids,
         "texts": [texts[i] for i in ids],
         "weight_versions": np.full(tokens, step - 1, np.int32),
