@@ -100,9 +100,9 @@ def _report(arguments: list[str]) -> int:
 
 
 def _analyze(arguments: list[str]) -> int:
-    from megatron_rlvr.analysis import analyze_command
+    from megatron_rlvr.analysis.command.main import main as command
 
-    return analyze_command.main(arguments, "rlvr analyze")
+    return command(arguments, "rlvr analyze")
 
 
 def _data(arguments: list[str]) -> int:

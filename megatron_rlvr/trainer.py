@@ -42,6 +42,7 @@ class Trainer:
 
     Attributes:
         prompts: Prompts to train on.
+        report: Writes the report of the run; does nothing on other ranks than the main rank.
         export: Writes the policy as a Hugging Face folder; a collective over the world.
         totals: Totals of the run so far, over all of its processes.
     """
@@ -61,6 +62,7 @@ class Trainer:
         checkpoints: Checkpoints,
         signals: Signals,
         recorder: RolloutRecorder,
+        report: Callable[[], None],
         export: Callable[[Path], None],
     ) -> None:
         self.settings = settings
@@ -76,6 +78,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.signals = signals
         self.recorder = recorder
+        self.report = report
         self.export = export
         self.totals = RunTotals()
         self._start_time = time.perf_counter()
@@ -98,6 +101,8 @@ class Trainer:
                 metrics |= self._note_evaluation(step, self.evaluate(step))
             self.log.write(step, metrics)
             self.progress.step(step, metrics)
+            if _is_multiple(step, self.settings.log.report_every):
+                self.report()
             totals.step = step
             self._collect_evaluation(wait=False)
             self.checkpoints.complete()

@@ -22,11 +22,18 @@ from megatron_rlvr.analysis.runs import RunFolder, read_runs
 from megatron_rlvr.analysis.shown_rollouts import MOST_TOKENS, show_rollouts
 from megatron_rlvr.analysis.token_means import TokenMean, TokenMeans
 from megatron_rlvr.config.describe import describe_settings
+from megatron_rlvr.errors import InputError
+from megatron_rlvr.input_files import read_json_object
 from megatron_rlvr.recording.files import read_recorded
 
-REPORT = "report.html"
+REPORT, ANALYSES = "report.html", "analysis"
+"""Names in a run folder: the report, and the folder of the results of `rlvr analyze`."""
 
-_LISTED, _LEAST = 50, 10
+_LISTED, _LEAST, _ROWS = 50, 10, 100
+
+
+class ReportError(InputError):
+    """A report that cannot be made from what is in a run folder."""
 
 
 def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, most_tokens: int = MOST_TOKENS) -> None:
@@ -38,7 +45,7 @@ def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, 
         least: Fewest occurrences of a token in the table of forking tokens.
         most_tokens: Number of tokens of recorded responses in the page.
 
-    Raises: RunError, RecordingError if a folder cannot be read; OSError if the page cannot be written.
+    Raises: RunError, RecordingError, ReportError if a folder cannot be read; OSError if the page cannot be written.
     """
     runs = read_runs(list(folders))
     rollouts = show_rollouts(runs, most_tokens)
@@ -55,6 +62,7 @@ def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, 
                 "recordedSteps": recorded,
                 "shownSteps": shown,
                 "forks": _forks(run, least),
+                "analyses": _analyses(run.folder),
             }
             for run, recorded, shown in zip(runs, rollouts.recorded_steps, rollouts.shown_steps, strict=True)
         ],
@@ -105,6 +113,17 @@ def _forks(run: RunFolder, least: int) -> dict[str, Any]:
             texts.setdefault(token, response.texts[place])
     most, fewest = means.extremes(_LISTED, least, texts.__getitem__)
     return {"tokens": tokens, "most": [_row(mean) for mean in most], "fewest": [_row(mean) for mean in fewest]}
+
+
+def _analyses(folder: Path) -> list[dict[str, Any]]:
+    """Results that `rlvr analyze` has written into a run folder, with the first rows of their tables."""
+    found = []
+    for path in sorted((folder / ANALYSES).glob("*.json")):
+        result = read_json_object(path, ReportError, "remove the file, or run the analysis again")
+        if not isinstance(result.get("rows"), list):
+            raise ReportError(f"{path} is no result of rlvr analyze; remove the file")
+        found.append(result | {"rows": result["rows"][:_ROWS], "allRows": len(result["rows"])})
+    return found
 
 
 def _row(mean: TokenMean) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rlvr.algo.loss import policy_loss
+from megatron_rlvr.analysis.report import REPORT, write_report
 from megatron_rlvr.checkpoint.files import HUGGING_FACE
 from megatron_rlvr.checkpoint.megatron.policy import export_policy
 from megatron_rlvr.checkpoint.store import Checkpoints
@@ -23,6 +24,7 @@ from megatron_rlvr.engines.sglang.weight_sync.base import WeightSync
 from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
 from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
+from megatron_rlvr.errors import RlvrError, one_line
 from megatron_rlvr.evaluation.background import BackgroundEvaluation
 from megatron_rlvr.evaluation.evaluator import Evaluator, share_of
 from megatron_rlvr.evaluation.majority import same_answers
@@ -98,6 +100,14 @@ def build_trainer(
     )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
 
+    def report() -> None:
+        if not ranks.is_main:
+            return
+        try:
+            write_report([folder], folder / REPORT)
+        except (RlvrError, OSError) as error:  # the run is worth more than a page about it
+            progress.say(f"the report was not written, and training continues: {one_line(error)}")
+
     def export(folder: Path) -> None:
         with checkpoints.explaining_errors(f"the export {folder.name}", folder.parent):
             export_policy(policy, folder, own_tokenizer)
@@ -116,6 +126,7 @@ def build_trainer(
         checkpoints,
         signals,
         recorder,
+        report,
         export,
     )
 

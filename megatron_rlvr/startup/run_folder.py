@@ -11,6 +11,8 @@ exports/, hf/      the model in Hugging Face format: on the way, and at the end
 evaluations/       records and metrics of each evaluation (megatron_rlvr/evaluation/folder.py)
 sync/              weights on their way to servers (`sync.method` disk)
 sync_evaluation/   weights on their way to `evaluate.servers`
+report.html        the run for a person to look at (`rlvr report`, `log.report_every`)
+analysis/          results of `rlvr analyze`
 summary.json       written when the last step is done
 """
 
@@ -32,7 +34,7 @@ from megatron_rlvr.startup.process import is_main
 
 RUN_FILES = (
     *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
-    *(EVALUATIONS, "sync_evaluation"),
+    *(EVALUATIONS, "sync_evaluation", "report.html", "analysis"),
 )
 """Names that a run writes in `run.dir` besides config.yaml, and that a fresh run in the same folder replaces."""
 

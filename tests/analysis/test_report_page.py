@@ -13,21 +13,18 @@ import numpy as np
 import pytest
 from recorded_runs import HOSTILE, WORDS, response, write_run
 
+from megatron_rlvr.analysis.command.analyses import Scored, tokens
 from megatron_rlvr.analysis.report import write_report
+from megatron_rlvr.analysis.results import write_result
 from megatron_rlvr.recording.files import RecordedResponse
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LONG = 29_696
 
-try:
-    from playwright.sync_api import sync_playwright
-except ModuleNotFoundError:
-    sync_playwright = None
-
-pytestmark = [
-    pytest.mark.skipif(sync_playwright is None, reason="no playwright: pip install playwright"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: tools/install_cluster_packages.sh installs it on Debian"),
-]
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium: tools/install_cluster_packages.sh installs it on Debian"
+)
 
 STEP_1 = [response(1, group, index) for group in (0, 3) for index in range(4)]
 STEP_4 = [response(4, 7, index, texts=HOSTILE, tokens=80) for index in range(3)]
@@ -59,8 +56,8 @@ class Report:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -69,6 +66,8 @@ def browser() -> Iterator[Any]:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     one = write_run(place / "one <b>&amp;", recorded={1: STEP_1, 4: STEP_4, 9: STEP_9})
+    entropy, *_ = tokens(Scored(STEP_1, ["<b>model"], [np.concatenate([r.entropy for r in STEP_1])]), least=1)
+    write_result(one / "analysis", entropy)
     write_report([one, write_run(place / "two")], place / "report.html", least=1)
     return place / "report.html"
 
@@ -94,6 +93,7 @@ def test_each_tab_shows_its_part_and_arrow_keys_change_it(report: Report):
         ("curves", "canvas", 12),
         ("rollouts", ".response", 4),
         ("tokens", "tbody tr", len(WORDS)),
+        ("analyses", "canvas", 1),
         ("runs", "th", 8),
     ):
         report.page.click(f"#tab-{name}")
@@ -103,7 +103,8 @@ def test_each_tab_shows_its_part_and_arrow_keys_change_it(report: Report):
     assert report.page.locator("#curves").is_visible()
     report.page.keyboard.press("ArrowLeft")
     report.page.keyboard.press("ArrowLeft")
-    assert report.page.locator("#tokens").is_visible()
+    assert report.page.locator("#analyses").is_visible()
+    assert "<b>model" in report.texts("#analyses")[0]
 
 
 def test_a_curve_shows_the_values_of_metrics_jsonl(report: Report):

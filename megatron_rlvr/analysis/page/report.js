@@ -56,6 +56,7 @@
     }
     if (tab.id === "tab-curves") drawCurves();
     if (tab.id === "tab-rollouts") rollouts.start();
+    if (tab.id === "tab-analyses") showAnalyses();
   }
   for (const [i, tab] of tabs.entries()) {
     tab.addEventListener("click", () => open(tab));
@@ -123,6 +124,10 @@
     return { columns, tops };
   }
 
+  function axisStyle() {
+    return { stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
+  }
+
   function plot(panel, into) {
     const table = tableOf(panel);
     const columns = [table.steps];
@@ -156,7 +161,7 @@
         bands.push({ series: [series.length - 2, series.length - 1], fill: `${colour}2b` });
       }
     });
-    const axis = { stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
+    const axis = axisStyle();
     const chart = new uPlot({
       width: Math.max(320, into.clientWidth),
       height: 230,
@@ -438,5 +443,54 @@
     if (!forks.most.length) continue;
     at("tokens").append(element("h3", {}, "Highest mean entropy"), cloudOf(forks.most), tableOfTokens(forks.most),
       element("h2", {}, "Lowest mean entropy"), cloudOf(forks.fewest), tableOfTokens(forks.fewest));
+  }
+
+  // Analyses ---------------------------------------------------------------------------------------------------------
+
+  function plotOf(result, into) {
+    const given = result.plot;
+    const table = uPlot.join(given.curves.map((curve) => [curve.x, curve.y]));
+    const axis = axisStyle();
+    return new uPlot({
+      width: Math.min(900, Math.max(320, into.clientWidth)),
+      height: 260,
+      scales: { x: { time: false }, y: given.log_y ? { distr: 3 } : {} },
+      series: [{ label: given.x }, ...given.curves.map((curve, i) => ({
+        label: curve.label,
+        stroke: COLOURS[i % COLOURS.length],
+        dash: DASHES[i % DASHES.length],
+        width: 1.5,
+        paths: given.steps ? uPlot.paths.stepped({ align: 1 }) : undefined,
+      }))],
+      axes: [{ ...axis, label: given.x, labelSize: 18, size: 36 }, { ...axis, label: given.y, labelSize: 18, size: 66 }],
+    }, given.log_y ? table.map((column, i) => (i ? column.map((value) => value || null) : column)) : table, into);
+  }
+
+  function written(value) {
+    if (value === null) return "\u2013";
+    return typeof value === "number" && !Number.isInteger(value) ? Number(value.toPrecision(5)).toString() : String(value);
+  }
+
+  let analysesShown = false;
+  function showAnalyses() {
+    if (analysesShown) return;
+    analysesShown = true;
+    const section = at("analyses");
+    for (const run of data.runs) {
+      section.append(element("h2", {}, run.name));
+      if (!run.analyses.length) section.append(element("p", { class: "note" }, "None: rlvr analyze writes them."));
+      for (const result of run.analyses) {
+        const into = element("div", { class: "panel" }, element("h3", {}, result.title));
+        section.append(into);
+        into.append(element("table", {}, ...Object.entries(result.figures).map(([name, value]) =>
+          element("tr", {}, element("th", {}, name), element("td", {}, ...readable(written(value)))))));
+        if (result.plot) plotOf(result, into);
+        into.append(element("details", {}, element("summary", {}, `Table: ${result.rows.length} of ${result.allRows} rows`),
+          element("table", {}, element("thead", {}, element("tr", {}, ...result.columns.map((name) => element("th", {}, name)))),
+            element("tbody", {}, ...result.rows.map((row) => element("tr", {}, ...row.map((value) =>
+              element("td", { class: typeof value === "number" ? "number" : "" },
+                typeof value === "number" ? written(value) : quoted(written(value))))))))));
+      }
+    }
   }
 })();

@@ -5,13 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlvr.analysis import analyses
+from megatron_rlvr.analysis.command import analyses
+from megatron_rlvr.analysis.report import ANALYSES
 from megatron_rlvr.analysis.results import write_result
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.hf.files import read_config
 
 DESCRIPTION = """\
-The token analyses of "Beyond the 80/20 rule" on a model of your own. Each writes JSON, CSV, PNG and SVG into --out.
+The token analyses of "Beyond the 80/20 rule" on a model of your own. Each writes JSON, CSV, PNG and SVG, into
+RUN_DIR/analysis or --out. `rlvr report` shows the results in RUN_DIR/analysis.
 
     rlvr analyze tokens RUN_DIR                              entropies as the run recorded them
     rlvr analyze tokens RUN_DIR --model DIR                  entropies of the run's responses under a model
@@ -33,9 +35,9 @@ def main(arguments: Sequence[str], prog: str) -> int:
     options = _parser(prog).parse_args(arguments)
     if options.analysis == "parameters":
         results = [analyses.parameters(options.base, options.model[0])]
-        out = options.out or Path("analysis")
+        out = options.out or Path(ANALYSES)
     else:
-        out = options.out or options.run / "analysis"
+        out = options.out or options.run / ANALYSES
         folders = [] if options.model is None else options.model
         if options.analysis == "change":
             folders = [options.base, *folders]

@@ -63,8 +63,8 @@ def scored(run: Path, models: Sequence[Path], parallel: ParallelSettings, *, dty
         )
     if not models:
         return Scored(responses, ["recorded"], [np.concatenate([response.entropy for response in responses])])
+    from megatron_rlvr.analysis.command.scoring import entropies, load
     from megatron_rlvr.analysis.runs import read_runs
-    from megatron_rlvr.analysis.scoring import entropies, load
     from megatron_rlvr.distributed import process_group
     from megatron_rlvr.distributed.ranks import initialize_ranks
 
