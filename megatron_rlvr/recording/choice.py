@@ -1,7 +1,7 @@
 """Choice of the responses of a step that are recorded: whole groups, among them the stalest and truncated ones.
 
-Every group that is trained on has correct and incorrect responses, so whole groups have both. Of a group that does not
-fit whole, each kind is taken in turn.
+Groups with both correct and incorrect responses precede others, which are trained on without dynamic sampling only. Of
+a group that does not fit whole, each kind is taken in turn.
 """
 
 from collections.abc import Sequence
@@ -31,17 +31,18 @@ def choose(candidates: Sequence[Candidate], count: int) -> list[int]:
     """Return the numbers of at most ``count`` responses, ascending; the same for any order of the candidates.
 
     First the group of the stalest response, then the group with most truncated responses, then the others in the order
-    of the batch.
+    of the batch, those first that have correct and incorrect responses.
     """
     groups: dict[int, list[Candidate]] = {}
     for candidate in sorted(candidates, key=lambda c: c.number):
         groups.setdefault(candidate.group, []).append(candidate)
     if not groups:
         return []
-    # A tie goes to the first group; without a stale or truncated response the order is that of the batch.
+    # A tie goes to the first group: without stale and truncated responses, the first group is one of the two.
     stalest = min(groups, key=lambda g: (min(c.oldest_version for c in groups[g]), g))
     truncated = min(groups, key=lambda g: (-sum(c.truncated for c in groups[g]), g))
-    order = dict.fromkeys([stalest, truncated, *sorted(groups)])
+    mixed = {g: len({c.correct for c in groups[g]}) == 2 for g in groups}
+    order = dict.fromkeys([stalest, truncated, *sorted(groups, key=lambda g: (not mixed[g], g))])
     chosen = [candidate.number for group in order for candidate in _kinds_in_turn(groups[group])]
     return sorted(chosen[:count])
 

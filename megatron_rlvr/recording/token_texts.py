@@ -6,11 +6,12 @@ for each id.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from megatron_rlvr.data.tokenizer import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Bytes that are still no character after so many tokens are none: the joined texts may then have other U+FFFD.
+_MOST_TOKENS = 16
 
 
 class TokenTexts:
@@ -26,12 +27,22 @@ class TokenTexts:
     def __call__(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token; special tokens have their own text here, although `decode` omits them."""
         texts: list[str] = []
-        for incomplete, run in groupby((int(i) for i in ids), key=lambda i: _INCOMPLETE in self.one(i)):
-            part = list(run)
-            if incomplete and len(part) > 1:
-                texts += [""] * (len(part) - 1) + [self._behind(part)]
+        part: list[int] = []  # tokens so far of characters that are not complete
+        for token_id in map(int, ids):
+            if part and (len(part) == _MOST_TOKENS or token_id in self._tokenizer.special_ids):
+                texts[-1], part = self._behind(part), []
+            if not part and _INCOMPLETE not in self.one(token_id):
+                texts.append(self.one(token_id))
+                continue
+            part.append(token_id)
+            text = self._behind(part)
+            if text.endswith(_INCOMPLETE):
+                texts.append("")
             else:
-                texts += [self.one(i) for i in part]
+                texts.append(text)
+                part = []
+        if part:
+            texts[-1] = self._behind(part)
         return texts
 
     def one(self, token_id: int) -> str:

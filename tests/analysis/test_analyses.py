@@ -93,8 +93,8 @@ def test_models_that_do_not_fit_and_runs_without_records_are_one_line(models: tu
     base, other = models
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), encoding="utf-8")
-    with pytest.raises((UnlikeModelsError, InputError), match="layers.1"):
+    with pytest.raises((UnlikeModelsError, InputError), match=r"layers\.1"):
         parameters(base, other)
     run = write_run(tmp_path / "run", 3, recorded={})
-    with pytest.raises(NothingRecordedError, match="has no recorded responses .* set log.rollouts above 0"):
+    with pytest.raises(NothingRecordedError, match=r"has no recorded responses .* set log.rollouts above 0"):
         main(["tokens", str(run)], "rlvr analyze")

@@ -40,3 +40,13 @@ def test_the_order_of_the_candidates_does_not_matter_and_none_is_chosen_of_none(
     random.Random(1).shuffle(shuffled)
     assert all(choose(shuffled, count) == choose(candidates(), count) for count in range(20))
     assert choose([], 5) == []
+
+
+def test_groups_with_both_correct_and_incorrect_responses_precede_others():
+    # Group 0 is all correct, but has the stalest response as good as any.
+    given = [
+        Candidate(2 * g + i, g, correct=g < 2 or i == 0, truncated=False, oldest_version=1)
+        for g in range(4)
+        for i in (0, 1)
+    ]
+    assert [n // 2 for n in choose(given, 4)] == [0, 0, 2, 2]
