@@ -1,10 +1,10 @@
 """Command line of the report."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rlvr.analysis.options import Parser, positive
 from megatron_rlvr.analysis.report import REPORT, write_report
 from megatron_rlvr.errors import InputError
 
@@ -21,13 +21,11 @@ class OutputError(InputError):
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Write a report, print its path and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog=prog, description=DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders (run.dir)")
     parser.add_argument("--output", type=Path, help=f"file of the page; default: {REPORT} in the first RUN_DIR")
     parser.add_argument(
-        "--least", type=int, default=10, metavar="N", help="fewest occurrences of a listed token (default: 10)"
+        "--least", type=positive, default=10, metavar="N", help="fewest occurrences of a listed token (default: 10)"
     )
     options = parser.parse_args(arguments)
     output = options.output or options.runs[0] / REPORT

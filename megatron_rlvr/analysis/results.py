@@ -12,6 +12,10 @@ from megatron_rlvr import atomic
 from megatron_rlvr.errors import InputError
 
 
+Cell = float | int | str | None
+"""A value of a table."""
+
+
 class MissingPlotsError(InputError):
     """matplotlib, which draws the plots, is not installed."""
 
@@ -60,9 +64,9 @@ class Result:
 
     name: str
     title: str
-    figures: dict[str, float | int | str | None]
+    figures: dict[str, Cell]
     columns: Sequence[str]
-    rows: Sequence[Sequence[float | int | str | None]]
+    rows: Sequence[Sequence[Cell]]
     plot: Plot | None = None
 
 

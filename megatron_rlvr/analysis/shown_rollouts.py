@@ -41,7 +41,7 @@ def show_rollouts(runs: Sequence[RunFolder], most_tokens: int = MOST_TOKENS) -> 
     shown, numbers = ShownRollouts(), _Numbers()
     for run_number, run in enumerate(runs):
         steps = [step for step, _ in recorded_files(run.folder)]
-        budget, chosen = most_tokens // len(runs), set()
+        budget, chosen = most_tokens // len(runs), set[int]()
         for step in _spread(steps):
             responses = _that_fit(list(read_recorded(run.folder, [step])), budget, must=not chosen)
             if not responses:

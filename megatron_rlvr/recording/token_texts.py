@@ -5,7 +5,7 @@ one gets the character, and a space may depend on the token before. So each toke
 for each id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from megatron_rlvr.data.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ class TokenTexts:
         self._length = len(tokenizer.decode(self._before))
         self._known: dict[int, str] = {}
 
-    def __call__(self, ids: Sequence[int]) -> list[str]:
+    def __call__(self, ids: Iterable[int]) -> list[str]:
         """Return the text of each token; special tokens have their own text here, although `decode` omits them."""
         texts: list[str] = []
         part: list[int] = []  # tokens so far of characters that are not complete

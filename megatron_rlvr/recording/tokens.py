@@ -69,20 +69,22 @@ class TokenRecorder:
         for batch, logp, entropy, mask, (ids, top) in zip(
             batches, scores.logp, scores.entropy, masks, scores.likeliest, strict=True
         ):
-            ids, top, first = ids.int().cpu().numpy(), top.float().cpu().numpy(), 0
+            top_ids, top_logp = ids.int().cpu().numpy(), top.float().cpu().numpy()
+            end = 0  # of the rows so far for which the likeliest tokens were asked
             for number, rows in batch.responses():
                 if number not in self.numbers:
                     continue
                 selected = mask[rows].cpu().numpy()
-                here = slice(first, first := first + len(selected))
+                end += len(selected)
+                here = slice(end - len(selected), end)
                 self.values[number] = TokenValues(
                     advantage=float(batch.advantages[rows.start]),
                     entropy=entropy[rows].float().cpu().numpy(),
                     old_logp=logp[rows].float().cpu().numpy(),
                     new_logp=np.empty(0, np.float32),
                     selected=selected,
-                    alternative_ids=ids[here][selected],
-                    alternative_logp=top[here][selected],
+                    alternative_ids=top_ids[here][selected],
+                    alternative_logp=top_logp[here][selected],
                 )
 
     def after_update(

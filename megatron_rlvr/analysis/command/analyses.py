@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_rlvr.analysis.entropies import PAPER_THRESHOLD, change_by_bin, distribution, overlap
-from megatron_rlvr.analysis.results import Curve, Plot, Result
+from megatron_rlvr.analysis.results import Cell, Curve, Plot, Result
 from megatron_rlvr.analysis.token_means import TokenMean, TokenMeans
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.errors import InputError
@@ -127,7 +127,8 @@ def _listed(name: str, title: str, means: Sequence[TokenMean], least: int) -> Re
 def change(found: Scored) -> list[Result]:
     """Return the entropy change by bin of base entropy of each model after the first, and the overlap of top tokens."""
     base, *others = found.entropies
-    rows, curves = [], []
+    rows: list[Sequence[Cell]] = []
+    curves: list[Curve] = []
     for model, entropy in zip(found.models[1:], others, strict=True):
         bins = change_by_bin(base, entropy)
         rows += [(model, b.low, b.high, b.tokens, b.base, b.other, b.change) for b in bins]
@@ -165,7 +166,7 @@ def parameters(base: Path, model: Path) -> Result:
 
     found = list(changes(_pairs(base, model)))
     count, changed = sum(c.count for c in found), sum(c.changed for c in found)
-    rows: list[tuple[str, str, int, int, float]] = []
+    rows: list[Sequence[Cell]] = []
     for key in ("kind", "layer", "name"):
         rows += [
             (key, "none" if value is None else str(value), n, differ, differ / n)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rlvr.analysis.command import analyses
+from megatron_rlvr.analysis.options import Parser, positive
 from megatron_rlvr.analysis.report import ANALYSES
 from megatron_rlvr.analysis.results import write_result
 from megatron_rlvr.config import ParallelSettings
@@ -69,13 +70,11 @@ def _parallel(options: argparse.Namespace) -> ParallelSettings:
     return ParallelSettings(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description=DESCRIPTION)
     verbs = parser.add_subparsers(dest="analysis", required=True, metavar="tokens | change | parameters")
     for name in ("tokens", "change", "parameters"):
-        verb = verbs.add_parser(name, allow_abbrev=False)
+        verb = verbs.add_parser(name)
         if name != "parameters":
             verb.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder with recorded responses")
         if name != "tokens":
@@ -91,10 +90,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         verb.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: RUN_DIR/analysis)")
         if name == "parameters":
             continue
-        verb.add_argument("--least", type=int, default=10, metavar="N", help="fewest occurrences of a listed token")
+        verb.add_argument(
+            "--least", type=positive, default=10, metavar="N", help="fewest occurrences of a listed token"
+        )
         verb.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="precision of scoring")
-        verb.add_argument("--ranks", type=int, metavar="N", help="processes on this machine (default: one model copy)")
-        verb.add_argument("--tokens-per-micro-batch", type=int, default=8192, metavar="N", help="(default: 8192)")
+        verb.add_argument(
+            "--ranks", type=positive, metavar="N", help="processes on this machine (default: one model copy)"
+        )
+        verb.add_argument("--tokens-per-micro-batch", type=positive, default=8192, metavar="N", help="(default: 8192)")
         for size in ("tensor", "pipeline", "context"):
-            verb.add_argument(f"--{size}", type=int, default=1, metavar="N", help=f"parallel.{size} (default: 1)")
+            verb.add_argument(f"--{size}", type=positive, default=1, metavar="N", help=f"parallel.{size} (default: 1)")
     return parser
