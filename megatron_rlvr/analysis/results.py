@@ -11,7 +11,6 @@ from typing import Any
 from megatron_rlvr import atomic
 from megatron_rlvr.errors import InputError
 
-
 Cell = float | int | str | None
 """A value of a table."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rlvr.analysis.command import analyses
-from megatron_rlvr.analysis.options import Parser, positive
+from megatron_rlvr.analysis.options import OptionError, Parser, positive
 from megatron_rlvr.analysis.report import ANALYSES
 from megatron_rlvr.analysis.results import write_result
 from megatron_rlvr.config import ParallelSettings
@@ -26,7 +26,8 @@ tokens      histogram and percentiles of token entropies beside the paper's thre
 change      entropy change in each 5 % of the base entropies; share of the base's top tokens that are still at the top
 parameters  by layer and by kind of tensor; the model may be a folder, a checkpoint or a run
 
-Models that score are Hugging Face folders. They are sharded as --parallel says over --ranks processes.
+Models that score are Hugging Face folders. They are sharded as --tensor, --pipeline and --context say, over
+--ranks processes of this machine.
 docs/forks.md describes the files.
 """
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
             folders = [options.base, *folders]
         for folder in folders:
             read_config(folder)  # raises an error that says what the folder lacks, before ranks start
+        if not folders and (options.ranks or _parallel(options).replica > 1):
+            raise OptionError("--ranks, --tensor, --pipeline, --context: have no effect without --model; remove them")
         if folders and _starts_ranks(options):
             from megatron_rlvr.launch import start_ranks
 
