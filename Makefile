@@ -2,7 +2,8 @@
 # make check        install, then lint, types, unit tests and one test of each promise (2 minutes)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
-# make core-0.19    the tests of the policy and its checkpoints on the megatron-core of newer Pythons (minutes)
+# make core-0.19    gradients, golden files and resumed runs on the megatron-core of newer Pythons (minutes)
+# make core-short   one test of each of these, as continuous integration runs them after `make test`
 # make rehearsals   a training step of every recipe at its real shapes, with a CUDA build of torch (part of `make soak`)
 # make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (`make test` leaves out the long ones)
 # make container    build the CPU image with buildah and run `make test` in it (needs root; part of `make soak`)
@@ -12,8 +13,8 @@ export OMP_NUM_THREADS := 1
 # Processes of tests start many times: compiled modules are kept even where the environment forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart check promises test tests soak core-0.19 rehearsals cluster container lint packages peers bench \
-	clean
+.PHONY: install quickstart check promises test tests soak core-0.19 core-short rehearsals cluster container lint packages \
+	peers bench clean
 
 install:
 	@tools/install.sh $(VENV)
@@ -61,14 +62,24 @@ soak: lint packages peers rehearsals
 
 # The newest megatron-core, which declares that it needs Python 3.12, in front of the installed one. Its Python runs on 3.11.
 CORE := 0.19.2
-CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/test_layout_checks.py \
+CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/test_layout_checks.py tests/multi_rank \
+	tests/test_resume.py
+CORE_SHORT := tests/multi_rank/test_launcher.py::test_ranks_import_the_megatron_core_that_this_process_would \
 	"tests/multi_rank/test_policy.py::test_five_training_steps_are_those_of_plain_autograd_in_every_layout[untied]" \
 	"tests/multi_rank/test_invariance.py::test_eight_steps_are_those_of_the_golden_file[tensor 2, sequence]" \
-	tests/multi_rank/test_checkpoint.py
+	tests/multi_rank/test_checkpoint.py tests/multi_rank/test_checkpoint_memory.py \
+	"tests/test_resume.py::test_a_resumed_run_equals_a_run_that_was_never_stopped[data 2]"
+
+define on_core
+@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
+PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(1)
+endef
 
 core-0.19: install
-	@tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
-	PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(CORE_TESTS)
+	$(call on_core,$(CORE_TESTS))
+
+core-short: install
+	$(call on_core,$(CORE_SHORT))
 
 # `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own.
 rehearsals:

@@ -71,7 +71,7 @@ def by_kthvalue(entropies: Tensor, token_ids: Tensor, fraction: float) -> tuple[
 
 
 def gather(entropies: Tensor) -> Tensor:
-    everything = entropies.new_empty(RANKS * len(entropies))
+    everything = entropies.new_empty(dist.get_world_size() * len(entropies))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for it
         dist.all_gather_into_tensor(everything, entropies)

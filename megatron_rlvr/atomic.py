@@ -2,8 +2,10 @@
 
     write_text(path, text)          a file
     with new_folder(path) as tmp:   a folder; its files are written into ``tmp``
+    AppendedFile(path)              a file that grows by whole lines or records
 
 After a crash of the process or of the machine, a reader finds either all of the old content or all of the new content.
+In an appended file, what was written last may be incomplete.
 """
 
 import errno
@@ -23,8 +25,10 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of a file, in UTF-8.
 
     Raises:
-        OSError: If the file cannot be written; it keeps its old content.
+        OSError: If the file cannot be written, or is a folder, device or pipe; it keeps its old content.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
     building = temporary_path(path)
     building.write_text(text, encoding="utf-8")
     flush(building)
@@ -58,6 +62,31 @@ def new_folder(target: Path, *, fsync: bool = True) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+class AppendedFile:
+    """A file that is appended to without a buffer: an error of the disk is raised by the write that it belongs to."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, content: bytes) -> int:
+        """Append all of the content, and return its length. Raises OSError, when a part may have been written."""
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing, for libraries that write to this file: there is no buffer."""
+
+    def flush_to_disk(self) -> None:
+        """Wait until the content is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file. May be called repeatedly."""
+        self._file.close()
 
 
 def flush_tree(folder: Path) -> None:

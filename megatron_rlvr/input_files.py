@@ -9,9 +9,10 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MAX_BYTES = 2**26
 """Size of the largest file that is read as a whole."""
@@ -56,21 +57,47 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
         FileNotFoundError: There is no file.
         BadFileError: It cannot be read, is no regular file, or is larger than ``max_bytes``.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for the writer of a pipe
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise BadFileError("not a regular file")
-            content = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # a folder is one, too
-        raise BadFileError(error.strerror or type(error).__name__) from None
-    except ValueError as error:  # a NUL, or a character that no file name can hold
-        raise BadFileError(str(error)) from None
+    with open_file(path) as file:
+        content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise BadFileError(f"larger than {max_bytes} bytes")
     return content
+
+
+@contextmanager
+def open_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a regular file to read it within the block; errors are those of `read_bytes`, while it is read as well."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for the writer of a pipe
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadFileError(error.strerror or type(error).__name__) from None
+    except ValueError as error:  # a NUL, or a character that no file name can hold
+        raise BadFileError(str(error)) from None
+    try:
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise BadFileError("not a regular file")
+            yield file
+    except OSError as error:  # a folder is one, too
+        raise BadFileError(error.strerror or type(error).__name__) from None
+
+
+def lines_of(file: IO[bytes], max_bytes: int = MAX_BYTES) -> Iterator[bytes]:
+    """Yield the lines of a file with their line breaks. Raises BadFileError for one longer than ``max_bytes``."""
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            raise BadFileError(f"longer than {max_bytes} bytes", number)
+        yield line
+
+
+def read_lines(path: str | Path, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line of a regular file, from 1, and the line; errors are those of the two above."""
+    with open_file(path) as file:
+        yield from enumerate(lines_of(file, max_bytes), start=1)
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:

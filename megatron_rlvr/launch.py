@@ -136,7 +136,10 @@ class _Launch:
             self._status = code if code > 0 else 128 - code
             if code < 0 and not self._signals:
                 name = signal.Signals(-code).name
-                sys.stderr.write(f"megatron_rlvr: rank {rank} was killed by {name}; run the same command to resume\n")
+                why = ", which the kernel sends when memory is exhausted" if code == -signal.SIGKILL else ""
+                sys.stderr.write(
+                    f"megatron_rlvr: rank {rank} was killed by {name}{why}; run the same command to resume\n"
+                )
 
     def _forward(self, signum: int) -> None:
         """Send a signal to the ranks, which are the children of this process."""

@@ -90,6 +90,8 @@ class Trainer:
         self.sync(version=totals.step)
         if totals.step == 0 and not totals.before:
             self._note_evaluation(0, self.evaluate(0))
+        elif self.background is not None:
+            self._resume_evaluation(self.background)
         for step in range(totals.step + 1, run.steps + 1):
             try:
                 metrics = self.train_step(step)
@@ -97,7 +99,7 @@ class Trainer:
                 self.signals.accept()
                 self.save()
                 break
-            if step == run.steps or _is_multiple(step, run.eval_every):
+            if self._evaluation_is_due(step):
                 metrics |= self._note_evaluation(step, self.evaluate(step))
             self.log.write(step, metrics)
             self.progress.step(step, metrics)
@@ -116,6 +118,8 @@ class Trainer:
                 break
         if totals.step == run.steps:
             self._collect_evaluation(wait=True)
+            if self.background is not None and self.background.step is not None:
+                self.progress.say(f"the evaluation after step {self.background.step} was stopped; its records are kept")
         self.checkpoints.complete()
         totals.seconds += time.perf_counter() - self._start_time
         return totals
@@ -176,7 +180,9 @@ class Trainer:
             return {}
         if self.background is not None:
             self._collect_evaluation(wait=True)
-            self.background.start(step, self.policy.export_weights())
+            self.totals.after = {}
+            if self.background.step is None:  # else SIGTERM has ended the wait for the last one, and ends the run
+                self.background.start(step, self.policy.export_weights())
             return {}
         self.evaluation.start(step)
         while True:
@@ -193,7 +199,9 @@ class Trainer:
 
     def _collect_evaluation(self, *, wait: bool) -> None:
         """Take the metrics of an evaluation in the background, if it has ended, and log them under its own step."""
-        found = self.background.collect(wait=wait) if self.background is not None else None
+        if self.background is None:
+            return
+        found = self.background.collect(wait=wait, stop_wanted=self._stop_is_wanted)
         if found is None:
             return
         step, metrics, failure = found
@@ -202,6 +210,24 @@ class Trainer:
             return
         self.progress.evaluated(step, self._note_evaluation(step, metrics))
         self.log.write_late(step, metrics)
+
+    def _resume_evaluation(self, background: BackgroundEvaluation) -> None:
+        """Log what evaluations in the background have found since the checkpoint was saved; resume that of its step.
+
+        Those of earlier steps that have not finished stay so: their weights are lost.
+        """
+        finished, step = self.evaluation.finished(), self.totals.step
+        for each, metrics in finished.items():
+            self._note_evaluation(each, metrics)
+            self.log.write_missing(each, metrics)
+        if self._evaluation_is_due(step) and step not in finished:
+            self.totals.after = {}
+            background.start(step, self.policy.export_weights(), resumed=True)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        return bool(self.evaluation) and (
+            step == self.settings.run.steps or _is_multiple(step, self.settings.run.eval_every)
+        )
 
     def _note_evaluation(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Keep the metrics of the first evaluation of the run, and of the last one; return them."""

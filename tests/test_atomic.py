@@ -108,3 +108,11 @@ def test_a_kill_before_a_rename_leaves_the_old_folder_complete(
     replace_it()
     assert names(root) == ["hf"]
     assert names(root / "hf") == ["new"]
+
+
+def test_a_pipe_is_not_replaced_by_a_file(root: Path) -> None:
+    os.mkfifo(root / "pipe")
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        write_text(root / "pipe", "new")
+    assert (root / "pipe").is_fifo()
+    assert names(root) == ["pipe"]

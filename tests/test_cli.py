@@ -178,7 +178,10 @@ def test_a_rank_that_is_killed_is_named_in_one_line(running: Running):
     running.ranks()[1].kill()
     assert running.end() == 128 + signal.SIGKILL
     lines = [line for line in running.text().splitlines() if line.startswith("megatron_rlvr:")]
-    assert lines == ["megatron_rlvr: rank 1 was killed by SIGKILL; run the same command to resume"]
+    assert lines == [
+        "megatron_rlvr: rank 1 was killed by SIGKILL, which the kernel sends when memory is exhausted; run the same "
+        "command to resume"
+    ]
     assert "torch.distributed.elastic" not in running.text(), "torchrun's report"
     wait_for(lambda: gone(family))
 

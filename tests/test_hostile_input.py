@@ -9,6 +9,7 @@ import math
 import os
 import string
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from megatron_rlvr.config.loading import fields, load_settings, to_yaml
 from megatron_rlvr.data.records import read_records
 from megatron_rlvr.engines.sglang.answers import AnswerError, AnswerLimit, parse_object
 from megatron_rlvr.errors import InputError, one_line
+from megatron_rlvr.evaluation.folder import DESCRIPTION, read_description
+from megatron_rlvr.evaluation.records import read_records as read_evaluated
 from megatron_rlvr.hf.families import parameter_count, rope_scaling_factor, rope_theta, transformer_fields
 from megatron_rlvr.hf.files import INDEX, SINGLE, read_config, weight_files
+from megatron_rlvr.input_files import read_lines
 
 SOAK = 40
 """Factor between the examples of `make soak` and those of `make test`."""
@@ -114,6 +118,17 @@ MODEL: dict[str, str] = {
     }.items()
 }
 ROW = {"prompt": '"What is 1 + 1?"', "answer": '"2"', "id": '"a"', "source": '"s"', "more": "[1, 2]"}
+EVALUATION = {
+    "target": '{"path": "m"}',
+    "prompts": '{"template": "auto", "clock": "2026-01-01T00:00:00"}',
+    "sampling": '{"group_size": 4, "temperature": 1.0}',
+    "reward": '{"function": "math", "correct": 1.0, "incorrect": -1.0, "answer_after": null}',
+    "sets": '{"aime": {"path": "a", "prompt_key": null, "answer_key": null, "id_key": null, "problems": 30}}',
+}
+RECORD = {
+    **{"problem": '"aime/1"', "index": "0", "seed": "1", "tokens": "5", "finish_reason": '"stop"', "gold": '"2"'},
+    **{"answer": '"2"', "correct": "true", "reward": "1.0", "failure": "null", "seconds": "0.5", "response": '"2"'},
+}
 ANSWER = {
     "text": '"x"',
     "output_ids": "[3, 4]",
@@ -244,6 +259,25 @@ def check_answer(content: bytes, folder: Path) -> None:
         assert isinstance(found, dict)
 
 
+def check_description(content: bytes, folder: Path) -> None:
+    (folder / DESCRIPTION).write_bytes(content)
+    found = outcome(lambda: read_description(folder))
+    if found is not None:
+        assert found["sampling"]["group_size"] >= 1
+        assert math.isfinite(found["reward"]["correct"])
+        assert all(each["problems"] >= 0 and isinstance(each["path"], str) for each in found["sets"].values())
+        datetime.fromisoformat(found["prompts"].get("clock") or "2026-01-01")
+
+
+def check_records(content: bytes, folder: Path) -> None:
+    (folder / "records").mkdir(exist_ok=True)
+    (folder / "records" / "00000.jsonl").write_bytes(content + b"\n")
+    for record in outcome(lambda: read_evaluated(folder)) or ():
+        assert hash(record.key)
+        assert math.isfinite(record.reward**2 + record.seconds**2 + record.tokens**2)
+        assert record.correct in (True, False)
+
+
 INDEX_FILE = {"metadata": "{}", "weight_map": '{"x": "a.safetensors", "y": "a.safetensors"}'}
 FUZZED: dict[str, tuple[int, st.SearchStrategy[Any], Callable[[Any, Path], None]]] = {
     # kind: (examples, input, check)
@@ -253,6 +287,8 @@ FUZZED: dict[str, tuple[int, st.SearchStrategy[Any], Callable[[Any, Path], None]
     "config.json": (100, spoiled(MODEL), check_config),
     "index": (50, spoiled(INDEX_FILE), check_index),
     "answers": (100, spoiled(ANSWER), check_answer),
+    "evaluation": (50, spoiled(EVALUATION), check_description),
+    "records": (50, spoiled(RECORD), check_records),
 }
 
 
@@ -376,3 +412,41 @@ def test_an_impossible_number_of_ranks_is_one_line(ranks: str, monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", ranks)
     with pytest.raises(SettingsError, match="not an int above 0"):
         world_size(ParallelSettings())
+
+
+def test_half_a_character_is_one_line_in_every_setting(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.dump(BASE | {"run": {"dir": "r", "steps": 1}}))
+    for key in KEYS:
+        with pytest.raises(InputError) as error:
+            load_settings(path, [f"--{key}=a\udcffb"])
+        assert one_line(error.value).isprintable(), key
+
+
+def test_records_of_an_evaluation_that_are_a_pipe_or_have_no_end_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_rlvr.evaluation.records.read_lines", lambda path: read_lines(path, 2**16))
+    for kind in ("pipe", "loop", "folder", "zeros"):
+        path = tmp_path / kind / "records" / "00000.jsonl"
+        path.parent.mkdir(parents=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "loop":
+            path.symlink_to(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            with path.open("wb") as file:
+                file.truncate(2**33)
+        with pytest.raises(InputError, match=r"00000\.jsonl.* cannot be read \(.*\); restore the file"):
+            read_evaluated(tmp_path / kind)
+
+
+@pytest.mark.parametrize("flag", ["--run.dir", "--data.suffix", "--data.template_kwargs.a", "--model.path"])
+def test_half_of_a_pair_of_utf_16_is_one_line_that_names_the_setting(flag: str, tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.dump({"run": {"dir": "r", "steps": 1}, "model": {"path": "m"}, "data": {"train": "t"}}))
+    with pytest.raises(InputError) as error:
+        load_settings(path, [f'{flag}="\\ud800"'])
+    assert one_line(error.value) == f"{flag[2:]}=\\ud800: holds a character that no file can hold; remove it"

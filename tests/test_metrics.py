@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_rlvr import atomic
 from megatron_rlvr.config import LogSettings, Settings
 from megatron_rlvr.metrics import LogError, MetricsLog, check_metrics
 from megatron_rlvr.types import Completion, FinishReason, Grade, Group, Prompt
+from megatron_rlvr.write_errors import WriteError
 
 SETTINGS = Settings.model_validate(
     {"run": {"dir": "run", "steps": 3}, "model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
@@ -55,12 +57,15 @@ def test_metrics_of_an_earlier_step_are_an_object_of_their_own_and_survive_a_res
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 2, "los')
     log = MetricsLog(tmp_path, QUIET, SETTINGS, enabled=True, after=2)
+    log.write_missing(1, {"eval/set/accuracy": 0.5})  # which the log has
+    log.write_missing(2, {"eval/set/accuracy": 0.75})  # as if the run had been killed before it was written
     log.write(3, {"loss": 30.0})
     log.close()
     assert lines_of(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 2.0},
         {"step": 1, "eval/set/accuracy": 0.5},
+        {"step": 2, "eval/set/accuracy": 0.75},
         {"step": 3, "loss": 30.0},
     ]
 
@@ -256,3 +261,41 @@ def test_nothing_is_written_on_other_ranks_or_if_it_is_switched_off(tmp_path: Pa
     without_text.write_rollouts(1, [group_of(0)], Words())
     without_text.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class Full(atomic.AppendedFile):
+    """A file on a disk without room for a single byte."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(Path("/dev/full"))
+
+
+def test_a_full_disk_is_one_line_that_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    space = r" could not be written to .*, where [0-9.]+ GB are free \(\[Errno 28\] .*\); make room, and the same "
+    space += "command resumes$"
+    monkeypatch.setattr(atomic, "AppendedFile", Full)
+    log = MetricsLog(tmp_path, LogSettings(tensorboard=False, rollouts=1), SETTINGS, enabled=True)
+    with pytest.raises(WriteError, match=r"^metrics\.jsonl of step 1" + space):
+        log.write(1, {"a": 1.0})
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_000001.jsonl").symlink_to("/dev/full")
+    with pytest.raises(WriteError, match="^rollouts of step 1" + space):
+        log.write_rollouts(1, [group_of(0)], Words())
+    log.close()
+    with pytest.raises(WriteError, match="^TensorBoard's file" + space):
+        MetricsLog(tmp_path, LogSettings(), SETTINGS, enabled=True)
+
+
+def test_tensorboard_has_every_step_of_a_run_that_is_killed_and_resumed(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed = MetricsLog(tmp_path, LogSettings(), SETTINGS, enabled=True)
+    for step in (1, 2, 3):
+        killed.write(step, {"a": float(step)})
+    with next((tmp_path / "tensorboard").iterdir()).open("ab") as file:
+        file.write(b"a part of a step")
+    resumed = MetricsLog(tmp_path, LogSettings(), SETTINGS, enabled=True, after=2)
+    resumed.write(3, {"a": 30.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [(1, 1.0), (2, 2.0), (3, 30.0)]

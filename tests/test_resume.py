@@ -96,18 +96,29 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
+class Uninterrupted(dict[str, Path]):
+    """Run folders of runs that were never stopped, by layout; each run is made when it is first asked for."""
+
+    def __init__(self, place: Path, ranks: Ranks) -> None:
+        super().__init__()
+        self._place, self._ranks = place, ranks
+
+    def __missing__(self, name: str) -> Path:
+        size, sections = LAYOUTS[name]
+        run = config(self._place, f"uninterrupted {name}", **sections)
+        assert self._ranks.run(train_process, size, str(run), timeout=PATIENCE_SECONDS) == [""] * size
+        self[name] = self._place / f"uninterrupted {name}"
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(place: Path, ranks: Ranks) -> dict[str, Path]:
-    """Run folders of runs that were never stopped, by layout."""
-    for name, (size, sections) in LAYOUTS.items():
-        run = config(place, f"uninterrupted {name}", **sections)
-        assert ranks.run(train_process, size, str(run), timeout=PATIENCE_SECONDS) == [""] * size
-    return {name: place / f"uninterrupted {name}" for name in LAYOUTS}
+def uninterrupted(place: Path, ranks: Ranks) -> Uninterrupted:
+    return Uninterrupted(place, ranks)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_resumed_run_equals_a_run_that_was_never_stopped(
-    name: str, place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+    name: str, place: Path, ranks: Ranks, uninterrupted: Uninterrupted
 ) -> None:
     size, sections = LAYOUTS[name]
     run, folder = str(config(place, f"cut {name}", **sections)), place / f"cut {name}"
@@ -133,7 +144,7 @@ def test_a_resumed_run_equals_a_run_that_was_never_stopped(
 
 @pytest.mark.parametrize("name", ["alone", "data 2"])
 def test_a_checkpoint_written_in_the_background_is_not_changed_by_the_next_step(
-    name: str, place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+    name: str, place: Path, ranks: Ranks, uninterrupted: Uninterrupted
 ) -> None:
     size, sections = LAYOUTS[name]
     folder, saving = place / f"late {name}", {"save_every": 2, "async_save": True}
@@ -150,7 +161,7 @@ def test_a_checkpoint_written_in_the_background_is_not_changed_by_the_next_step(
 
 @pytest.mark.parametrize("distributed", [True, False])
 def test_a_run_resumes_in_another_layout(
-    distributed: bool, place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+    distributed: bool, place: Path, ranks: Ranks, uninterrupted: Uninterrupted
 ) -> None:
     folder, optimizer = place / f"changing {distributed}", {"use_distributed_optimizer": distributed}
     for size, parallel in (
@@ -192,7 +203,7 @@ def test_an_export_that_cannot_be_written_is_an_error_on_all_ranks_and_keeps_the
 
 
 def test_output_written_after_the_last_checkpoint_is_removed(
-    place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+    place: Path, ranks: Ranks, uninterrupted: Uninterrupted
 ) -> None:
     run, folder = str(config(place, "crashed")), place / "crashed"
     assert ranks.run(train_process, 1, run, CUT, timeout=PATIENCE_SECONDS) == [""]
@@ -221,7 +232,7 @@ def test_output_written_after_the_last_checkpoint_is_removed(
 
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_changed_until_another_one_is_chosen(
-    place: Path, ranks: Ranks, uninterrupted: dict[str, Path]
+    place: Path, ranks: Ranks, uninterrupted: Uninterrupted
 ) -> None:
     run, folder = str(config(place, "damaged", run={"save_every": 2})), place / "damaged"
     assert ranks.run(train_process, 1, run, CUT, timeout=PATIENCE_SECONDS) == [""]

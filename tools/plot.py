@@ -7,32 +7,51 @@ One panel a metric, one line a run, with every step as a dot. Needs matplotlib (
 the picture follows the suffix of --output: svg, png, pdf.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
+from megatron_rlvr.command_line import Parser, path
+from megatron_rlvr.errors import one_line
+from megatron_rlvr.input_files import BadFileError, decode, parse_json, read_lines
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders (run.dir)")
+    parser = Parser("plot.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=path, help="run folders (run.dir)")
     parser.add_argument("--metrics", nargs="+", default=["reward/accuracy"], help="keys of metrics.jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="file of the picture")
+    parser.add_argument("--output", type=path, required=True, help="file of the picture")
     options = parser.parse_args()
     try:
         draw({folder.name: read(folder) for folder in options.runs}, options.metrics, options.output)
     except (OSError, ValueError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
+        print(f"plot.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def read(folder: Path) -> list[dict[str, float]]:
     """Return the metrics of each step. Raises: OSError, ValueError if the folder has none."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    if not lines:
-        raise ValueError(f"{folder}/metrics.jsonl is empty; give the folder of a run that has finished a step")
-    return [json.loads(line) for line in lines]
+    file, steps = folder / "metrics.jsonl", []
+    try:
+        for number, line in read_lines(file):
+            if line.endswith(b"\n"):  # the last line of a run that was killed may be incomplete
+                steps.append(_metrics_of(line, number))
+    except BadFileError as error:
+        raise ValueError(f"{file}{f', line {error.line}' if error.line else ''} cannot be read ({error})") from None
+    if not steps:
+        raise ValueError(f"{file} is empty; give the folder of a run that has finished a step")
+    return steps
+
+
+def _metrics_of(line: bytes, number: int) -> dict[str, float]:
+    """Return the numbers in a line. Raises BadFileError if it is no object, or has no step."""
+    try:
+        values = parse_json(decode(line))
+    except BadFileError as error:
+        raise BadFileError(str(error), number) from None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise BadFileError("no metrics of a step", number)
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
 def draw(runs: dict[str, list[dict[str, float]]], metrics: list[str], output: Path) -> None:

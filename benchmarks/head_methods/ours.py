@@ -4,7 +4,7 @@ import torch
 
 from head_methods.workload import Inputs, Method, Outcome
 from megatron_rlvr.algo.head import vocab_parallel_logp_entropy
-from megatron_rlvr.algo.tile_shape import TILE_SHAPE
+from megatron_rlvr.algo.tile_shape import tile_shape
 
 
 def mode_a(inputs: Inputs) -> Outcome:
@@ -38,9 +38,18 @@ def naive(inputs: Inputs) -> Outcome:
 
 
 def product(inputs: Inputs) -> Outcome:
-    """Product hidden @ weight^T in fp32, in the head's tiles, which are discarded."""
-    height, width = TILE_SHAPE["cpu"]
+    """Product hidden @ weight^T in fp32, in the head's tiles, which are discarded.
+
+    On a CPU operands are cast to fp32; a GPU multiplies them as they are and sums in fp32.
+    """
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    height, width = tile_shape(hidden.device.type)
+    if hidden.device.type != "cpu":
+        mixed = {} if hidden.dtype == torch.float32 else {"out_dtype": torch.float32}
+        for columns in weight.split(width):
+            for rows in hidden.split(height):
+                torch.mm(rows, columns.t(), **mixed)  # type: ignore[call-overload]
+        return Outcome(None)
     tile = torch.empty(height, width)
     for columns in weight.split(width):
         columns = columns.float()

@@ -103,13 +103,14 @@ def load_liger() -> Callable[[Inputs], Outcome]:
     grpo = module.LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=False)
 
     def liger(inputs: Inputs) -> Outcome:
-        mask = torch.zeros(1, len(inputs.targets)).index_fill_(1, inputs.selected, 1.0)
+        device = inputs.targets.device
+        mask = torch.zeros(1, len(inputs.targets), device=device).index_fill_(1, inputs.selected, 1.0)
         loss, _ = grpo(
             inputs.hidden.unsqueeze(0),
             inputs.weight,
             inputs.targets.unsqueeze(0),
             mask,
-            torch.ones(1),
+            torch.ones(1, device=device),
             num_items_in_batch=1,
         )
         return Outcome(loss)

@@ -68,11 +68,16 @@ class Method:
 
 
 def make_inputs(
-    shape: tuple[int, int, int], dtype: torch.dtype, fraction: float, group: dist.ProcessGroup, seed: int = 0
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    fraction: float,
+    group: dist.ProcessGroup,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Inputs:
     """Draw a workload with flat and peaked rows: the deviation of a row's logits is log-uniform in 1 .. 10.
 
-    Every rank draws the same numbers and keeps its rows of the weight.
+    Every rank draws the same numbers, which do not depend on the device, and keeps its rows of the weight.
     """
     rows, width, vocabulary = shape
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +87,7 @@ def make_inputs(
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     selected = torch.randperm(rows, generator=generator)[: round(rows * fraction)].sort().values
     weight = weight.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+    hidden, weight, targets, selected = (x.to(device) for x in (hidden, weight, targets, selected))
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), targets, selected, group)
 
 

@@ -2,10 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_rlvr.analysis.options import Parser, positive
 from megatron_rlvr.analysis.report import REPORT, write_report
+from megatron_rlvr.command_line import Parser, path, positive_int
 from megatron_rlvr.errors import InputError
 
 DESCRIPTION = """\
@@ -21,11 +20,11 @@ class OutputError(InputError):
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Write a report, print its path and return the exit status."""
-    parser = Parser(prog=prog, description=DESCRIPTION)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders (run.dir)")
-    parser.add_argument("--output", type=Path, help=f"file of the page; default: {REPORT} in the first RUN_DIR")
+    parser = Parser(prog, description=DESCRIPTION)
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN_DIR", help="run folders (run.dir)")
+    parser.add_argument("--output", type=path, help=f"file of the page; default: {REPORT} in the first RUN_DIR")
     parser.add_argument(
-        "--least", type=positive, default=10, metavar="N", help="fewest occurrences of a listed token (default: 10)"
+        "--least", type=positive_int, default=10, metavar="N", help="fewest occurrences of a listed token (default: 10)"
     )
     options = parser.parse_args(arguments)
     output = options.output or options.runs[0] / REPORT

@@ -11,7 +11,6 @@ newer than `latest` and unfinished folders are removed by the next run. Folders 
 user and are never touched. Imports no torch.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from megatron_rlvr.checkpoint.manifest import (
 )
 from megatron_rlvr.checkpoint.state import STATE_FILES, encode_state, read_state
 from megatron_rlvr.config import RunSettings, SettingsError
-from megatron_rlvr.errors import FaultError
+from megatron_rlvr.write_errors import WriteError, explained
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -40,10 +39,8 @@ _CHECKPOINT, _INPUTS = "checkpoint", "inputs"
 _NAME = re.compile(r"step_(\d{6,})(?:\.(\d+))?")
 _UNFINISHED = re.compile(_NAME.pattern + r"\.(?:incomplete|removing)")
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-
-class CheckpointError(FaultError):
+class CheckpointError(WriteError):
     """A checkpoint or an export that cannot be written."""
 
 
@@ -280,15 +277,9 @@ class Checkpoints:
             subject: Subject of the message, such as ``the checkpoint of step 20``.
             folder: Folder that could not be written.
         """
-        try:
+        then = f"resumes after step {self.last.step}" if self.last else "starts from the first step"
+        with explained(subject, folder, f"the same command {then}", CheckpointError):
             yield
-        except OSError as error:
-            full = _disk_is_full(error)
-            then = f"resumes after step {self.last.step}" if self.last else "starts from the first step"
-            raise CheckpointError(
-                f"{subject} could not be written to {folder}{_free_space(folder) if full else ''} ({error}); "
-                f"{'make room' if full else 'correct that'}, and the same command {then}"
-            ) from error
 
     def _write_latest(self, saved: Checkpoint) -> OSError | None:
         """Write the name of a checkpoint into ``latest``; return the failure, if any."""
@@ -304,21 +295,3 @@ class Checkpoints:
         every = self._run.keep_every
         old = [c for c in until[: -self._run.keep_last] if not (every and c.step % every == 0)]
         remove_checkpoints(self._root, old)
-
-
-def _disk_is_full(error: OSError) -> bool:
-    """Return whether the error numbers in the message are those of a full disk.
-
-    Only the message is reliable: the error may have been sent by another process, or list failures of several files.
-    torch sometimes hides the number, and does so when a disk is full, so a message without numbers counts as well.
-    """
-    numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}
-    return not numbers or not numbers.isdisjoint(_DISK_FULL)
-
-
-def _free_space(folder: Path) -> str:
-    """Return the free space as part of a sentence, or "" if this rank's machine does not have the folder."""
-    try:
-        return f", where {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
-    except OSError:
-        return ""

@@ -128,6 +128,12 @@ class EvaluateSettings(Section):
     @model_validator(mode="after")
     def _combination(self) -> "EvaluateSettings":
         names = [evaluation_name(file) for file in self.sets]
+        for name in names:
+            if not name or "/" in name or not name.isprintable():
+                raise ValueError(
+                    f"evaluate.sets: {shown(name)} is no name of a set, which needs printable characters other than "
+                    "a slash; set name beside its path"
+                )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"evaluate.sets: two sets have the name {twice[0]!r}; give one of them another name")
@@ -152,4 +158,4 @@ class EvaluateSettings(Section):
 
 def evaluation_name(file: EvaluationFileSettings) -> str:
     """Name of a problem set in the metrics."""
-    return file.name or Path(file.path).stem
+    return Path(file.path).stem if file.name is None else file.name

@@ -193,6 +193,8 @@ def _explain(error: ErrorDetails) -> str:
             return f"section {key} is missing; write it in the file, or set --{key}.{_example(key)}"
         entry = any(isinstance(part, int) for part in error["loc"])
         return f"{key} is missing; set it in the file" + ("" if entry else f" or with --{key}")
+    if kind == "string_unicode":  # of a key: `Section` looks at values first
+        return f"{key or 'settings'}: the key {shown(value)} holds a character that no file can hold; remove it"
     if kind == "value_error":
         return str(context["error"])
     return f"{key}={shown(value)}: " + "; ".join(_problem(key, value, kind, context) or (error["msg"], "correct it"))

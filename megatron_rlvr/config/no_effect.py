@@ -24,6 +24,7 @@ class NoEffect:
         reason: Why there is no effect, in a few words.
         remedy: What to do about it.
         unset: Value of ``key`` that counts as not written; the default of the field unless given.
+        unless: A setting that gives it an effect all the same, if it is not its default.
     """
 
     key: str
@@ -32,11 +33,14 @@ class NoEffect:
     reason: str
     remedy: str = "remove it"
     unset: Any = _DEFAULT
+    unless: str | None = None
 
     def message(self, settings: BaseModel) -> str | None:
         """Return the error of these settings, or None if the row does not apply to them."""
         (value, default), (other, _) = _lookup(settings, self.key), _lookup(settings, self.other)
         if other not in self.values or value == (default if self.unset is _DEFAULT else self.unset):
+            return None
+        if self.unless is not None and _is_set(settings, self.unless):
             return None
         return (
             f"{self.key}={shown(value)}: has no effect with {self.other}={shown(other)} ({self.reason}); {self.remedy}"
@@ -50,19 +54,14 @@ def _lookup(settings: BaseModel, dotted: str) -> tuple[Any, Any]:
     return getattr(found, key), type(found).model_fields[key].get_default(call_default_factory=True)
 
 
-_ONLY_SGLANG = (
-    *(
-        "servers",
-        "api_key_file",
-        "max_inflight",
-        "retries",
-        "server_timeout_seconds",
-        "oversampling",
-        "partial",
-        "overlap",
-    ),
-    "colocated",
-)
+def _is_set(settings: BaseModel, dotted: str) -> bool:
+    value, default = _lookup(settings, dotted)
+    return bool(value != default)
+
+
+_ONLY_SGLANG = ("servers", "oversampling", "partial", "overlap", "colocated")
+_SHARED = ("api_key_file", "max_inflight", "retries", "server_timeout_seconds")
+_EMBEDDED = ("rollout.engine", ("embedded",))
 _NAME_A_SET = "name a set, or remove it"
 _SET_COSINE = "remove it, or set cosine"
 _RAISE_PIPELINE = "remove it, or raise parallel.pipeline"
@@ -81,7 +80,8 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     ),
     NoEffect("parallel.first_stage_layers", "parallel.pipeline", (1,), "there is one stage", _RAISE_PIPELINE),
     NoEffect("parallel.last_stage_layers", "parallel.pipeline", (1,), "there is one stage", _RAISE_PIPELINE),
-    *(NoEffect(f"rollout.{key}", "rollout.engine", ("embedded",), "there are no servers") for key in _ONLY_SGLANG),
+    *(NoEffect(f"rollout.{key}", *_EMBEDDED, "there are no servers") for key in _ONLY_SGLANG),
+    *(NoEffect(f"rollout.{key}", *_EMBEDDED, "there are no servers", unless="evaluate.servers") for key in _SHARED),
     NoEffect("rollout.max_batch_rows", "rollout.engine", ("sglang",), "servers have limits of their own"),
     NoEffect("rollout.max_batch_tokens", "rollout.engine", ("sglang",), "servers have limits of their own"),
     NoEffect("rollout.max_rounds", "rollout.dynamic_sampling", (False,), "a step samples one round"),

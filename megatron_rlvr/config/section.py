@@ -63,13 +63,14 @@ def _check_scalar(value: Any, at: str = "") -> None:
     """
     problem = None
     if isinstance(value, str):
-        problem = None if _is_unicode(value) else "not_text"
+        if not _is_unicode(value):
+            problem, value, at = "not_text", _escaped(value), _escaped(at)
     elif isinstance(value, int):
         problem = "too_large" if abs(value) > MAX_INT else None
     elif isinstance(value, float):
         problem = "too_large" if abs(value) > MAX_FLOAT else "too_small" if 0 < abs(value) < MIN_FLOAT else None
         problem = "finite_number" if value != value or abs(value) == float("inf") else problem
-    if problem:
+    if problem:  # pydantic renders the context as UTF-8
         raise PydanticCustomError(problem, "a value that cannot be used", {"at": at, "value": value})  # type: ignore[arg-type]
 
 
@@ -79,6 +80,10 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:  # half of a pair of UTF-16, or a byte of the command line that is no UTF-8
         return False
     return True
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def _check_tree(value: Any) -> Any:

@@ -1,11 +1,10 @@
 """The command ``rlvr convert``: Hugging Face folders to megatron-core checkpoints, and back."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+
+from megatron_rlvr.command_line import Parser, path, small_int
 
 DESCRIPTION = """\
 Converts a model between a Hugging Face folder and a megatron-core checkpoint (torch_dist).
@@ -70,22 +69,23 @@ def main(arguments: Sequence[str], program: str) -> int:
     return 0
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, **plain)
+def _parser(program: str) -> Parser:
+    parser = Parser(program, description=DESCRIPTION)
     directions = parser.add_subparsers(dest="direction", required=True, metavar="to-megatron | to-hf")
-    forth = directions.add_parser(
-        "to-megatron", description=_TO_MEGATRON, help="to a megatron-core checkpoint", **plain
-    )
-    back = directions.add_parser("to-hf", description=_TO_HF, help="make a Hugging Face folder", **plain)
-    forth.add_argument("source", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors")
-    back.add_argument("source", type=Path, metavar="CKPT", help="folder with metadata.json and hugging_face/")
+    forth = directions.add_parser("to-megatron", description=_TO_MEGATRON, help="to a megatron-core checkpoint")
+    back = directions.add_parser("to-hf", description=_TO_HF, help="make a Hugging Face folder")
+    forth.add_argument("source", type=path, metavar="HF_DIR", help="folder with config.json and safetensors")
+    back.add_argument("source", type=path, metavar="CKPT", help="folder with metadata.json and hugging_face/")
     for each in (forth, back):
-        each.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+        each.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist")
         each.add_argument("--verify", action="store_true", help="then compare the logits of both models (loads both)")
     for flag in ("tensor", "pipeline", "expert"):
         forth.add_argument(
-            f"--{flag}", type=int, default=1, metavar="N", help=f"check that the model fits {flag}-parallel size N"
+            f"--{flag}",
+            type=small_int,
+            default=1,
+            metavar="N",
+            help=f"check that the model fits {flag}-parallel size N",
         )
     back.add_argument(
         "--shard-size", type=float, default=5.0, metavar="GB", help="maximum size of a safetensors file (default: 5)"

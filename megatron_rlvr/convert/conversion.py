@@ -126,6 +126,8 @@ def checkpoint_tensors(source: Path, track: Track = iter) -> Iterator[tuple[str,
 
 def _check_target(target: Path, size: int) -> None:
     """Raise ModelError if ``target`` exists, or its disk has less than ``size`` bytes free."""
+    if not target.name:
+        raise ModelError(f"{target}: not a new folder; give its name")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ModelError(f"{target} exists; choose a new folder")
     if temporary_path(target).exists():

@@ -1,13 +1,12 @@
 """The command ``rlvr data``: published sets as files of this project; overlap of training and evaluation."""
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
 
+from megatron_rlvr.command_line import Parser, path
 from megatron_rlvr.data.overlap import as_json, describe, find_overlap
 from megatron_rlvr.data.published import FRAMES, SETS, prepare, report
+from megatron_rlvr.data.records import encodable
 from megatron_rlvr.data.rows import DataError
 
 DESCRIPTION = """\
@@ -38,11 +37,6 @@ LaTeX spacing, punctuation and white space, and with any 13 consecutive words in
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(arguments: Sequence[str], program: str) -> int:
     """Prepare or compare, and return exit status 0; exits with 2 and one line on stderr if that is impossible.
 
@@ -56,13 +50,15 @@ def main(arguments: Sequence[str], program: str) -> int:
             found = find_overlap(options.train, options.sets)
             sys.stdout.write((as_json(found) if options.json else describe(found)) + "\n")
             return 0
-        frame = FRAMES.get(options.frame, options.frame)
+        frame = FRAMES.get(options.frame, encodable(options.frame, "--frame", "rlvr data prepare"))
         if "{problem}" not in frame:
             parser.error(
                 f"--frame={options.frame!r}: no {{problem}} in it; write {{problem}} where the problem belongs, "
                 f"or give {' or '.join(FRAMES)}"
             )
         keys = {"problem_key": options.problem_key, "answer_key": options.answer_key}
+        if options.out.exists() and not options.out.is_file():
+            parser.error(f"--out {options.out}: a folder or device; give a .jsonl file")
         counts = prepare(options.set, options.files, options.out, frame=frame, **keys)
     except (DataError, OSError) as error:
         parser.error(str(error))
@@ -70,22 +66,21 @@ def main(arguments: Sequence[str], program: str) -> int:
     return 0
 
 
-def _parser(program: str) -> _Parser:
-    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = _Parser(prog=program, description=DESCRIPTION, **plain)
+def _parser(program: str) -> Parser:
+    parser = Parser(program, description=DESCRIPTION)
     actions = parser.add_subparsers(dest="action", required=True, metavar="prepare | overlap")
     listing = "\n".join(f"    {name:<14} {file}" for name, each in SETS.items() for file in each.files)
-    one = actions.add_parser("prepare", description=_PREPARE + listing, help="convert a published set", **plain)
+    one = actions.add_parser("prepare", description=_PREPARE + listing, help="convert a published set")
     one.add_argument("set", choices=list(SETS), metavar="SET", help="name of the set, from the list above")
-    one.add_argument("files", type=Path, nargs="+", metavar="FILE", help="published file: .parquet or .jsonl")
-    one.add_argument("--out", type=Path, required=True, metavar="OUT", help=".jsonl file; an existing one is replaced")
+    one.add_argument("files", type=path, nargs="+", metavar="FILE", help="published file: .parquet or .jsonl")
+    one.add_argument("--out", type=path, required=True, metavar="OUT", help=".jsonl file; an existing one is replaced")
     one.add_argument(
         "--frame", default="none", metavar="TEXT", help="none, paper, or text around each {problem} (default: none)"
     )
     one.add_argument("--problem-key", metavar="COLUMN", help="column of the problem, if not one of the usual names")
     one.add_argument("--answer-key", metavar="COLUMN", help="column of the answer, if not one of the usual names")
-    other = actions.add_parser("overlap", description=_OVERLAP, help="problems that are in both", **plain)
-    other.add_argument("train", type=Path, nargs="+", metavar="TRAIN", help="files to train on")
-    other.add_argument("--sets", type=Path, nargs="+", required=True, metavar="SET", help="files to evaluate on")
+    other = actions.add_parser("overlap", description=_OVERLAP, help="problems that are in both")
+    other.add_argument("train", type=path, nargs="+", metavar="TRAIN", help="files to train on")
+    other.add_argument("--sets", type=path, nargs="+", required=True, metavar="SET", help="files to evaluate on")
     other.add_argument("--json", action="store_true", help="print everything that is found as JSON")
     return parser

@@ -1,6 +1,6 @@
 """Problems that are in a training set and in a problem set to evaluate on: such an accuracy measures memory.
 
-Three tests, each of which finds what the one before finds:
+Three tests, of which the second finds all that the first finds, and the third all of these that have 13 words:
 
     exact        the same text
     normalized   the same after leaving out case, LaTeX spacing, punctuation and white space

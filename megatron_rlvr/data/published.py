@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.atomic import write_text
-from megatron_rlvr.data.records import ANSWER_COLUMNS, Record, read_records
+from megatron_rlvr.data.records import ANSWER_COLUMNS, Record, encodable, read_records
 from megatron_rlvr.data.rows import DataError, read_rows
+from megatron_rlvr.input_files import same_place
 
 FRAMES = {
     "none": "{problem}",
@@ -145,6 +146,8 @@ def prepare(
         DataError: If a file cannot be read.
         OSError: If ``out`` cannot be written.
     """
+    if any(same_place(file) == same_place(out) for file in files):
+        raise DataError(f"--out {out}: is one of the files to read; choose another")
     counts = Counts()
     read = _olympiad_problems if name == _OLYMPIAD and answer_key is None else _problems
     first: dict[tuple[str, str], Problem] = {}
@@ -235,7 +238,9 @@ def _olympiad_problems(
             context = row.get("context")
             text = f"{context}\n{question}" if isinstance(context, str) and context.strip() else question
             assert answers is not None
-            yield Problem(text, ", ".join(answer.strip().strip("$") for answer in answers), _OLYMPIAD)
+            gold = ", ".join(answer.strip().strip("$") for answer in answers)
+            where = f"{file}, {unit} {number}"
+            yield Problem(encodable(text, "question", where), encodable(gold, "final_answer", where), _OLYMPIAD)
 
 
 def _are_texts(value: Any) -> bool:

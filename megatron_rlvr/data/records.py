@@ -214,10 +214,12 @@ def _present(row: dict[str, Any], column: str, where: str) -> Any:
     return value
 
 
-def _text(value: str, column: str, where: str) -> str:
+def encodable(value: str, column: str, where: str) -> str:
     """Return the text if it can be encoded as UTF-8, as tokenizers require.
 
     JSON escapes can produce an unpaired surrogate, which cannot be encoded.
+
+    Raises: DataError with ``where`` and ``column``.
     """
     try:
         value.encode("utf-8")
@@ -235,7 +237,7 @@ def _prompt(row: dict[str, Any], column: str, where: str, settings: str) -> str 
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where}: {column} is empty; write a problem or remove the row")
-        return _text(value, column, where)
+        return encodable(value, column, where)
     if isinstance(value, list):
         others = (other for other in PROMPT_COLUMNS if other != column and isinstance(row.get(other), str))
         return _messages(value, column, where, "".join(f"set {settings}.prompt_key to {o}, or " for o in others))
@@ -262,7 +264,7 @@ def _messages(value: list[Any], column: str, where: str, way_out: str) -> list[M
                     f"{where}: message {number} of {column} has no {key} of type str; {way_out}give each a "
                     "role and a content"
                 )
-        messages.append({key: _text(message[key], column, where) for key in ("role", "content")})
+        messages.append({key: encodable(message[key], column, where) for key in ("role", "content")})
     if not messages or not messages[-1]["content"].strip():
         raise DataError(f"{where}: {column} is empty; write a problem or remove the row")
     if messages[-1]["role"] == "assistant":
@@ -277,7 +279,7 @@ def _answer(row: dict[str, Any], column: str, where: str, settings: str) -> str:
         (value,) = value
     if _is_number(value):
         return _digits(value, column, where)
-    answer = _text(value, column, where).strip() if isinstance(value, str) else ""
+    answer = encodable(value, column, where).strip() if isinstance(value, str) else ""
     if not answer:
         raise DataError(
             f"{where}: {column} is {_kind(value)}; write the answer as text or a number, set {settings}.answer_key to "
@@ -335,14 +337,14 @@ def _row_id(row: dict[str, Any], column: str, where: str) -> str:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise DataError(f"{where}: {column} is {_kind(value)}; write an id as text or int or remove the column")
-    return _text(str(value), column, where)
+    return encodable(str(value), column, where)
 
 
 def _source(row: dict[str, Any], column: str, where: str) -> str:
     value = _present(row, column, where)
     if not isinstance(value, str) or not value:
         raise DataError(f"{where}: {column} is {_kind(value)}; write the name of the data set or remove the column")
-    return _text(value, column, where)
+    return encodable(value, column, where)
 
 
 def _kind(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rlvr.errors import InputError
-from megatron_rlvr.input_files import BadFileError, decode, is_file, parse_json
+from megatron_rlvr.input_files import BadFileError, decode, is_file, parse_json, read_lines
 
 _EXACT_CHARACTERS = 16
 _MAX_LINE_BYTES = 2**26
@@ -60,20 +60,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     # Read bytes, not text: an invalid byte is then reported with its line, and only "\n" ends a line (not U+2028).
     try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{path}, line {number}: longer than {_MAX_LINE_BYTES} bytes; write one JSON object per line"
-                    )
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield "line", number, _json_object(line, f"{path}, line {number}")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        for number, line in read_lines(path, _MAX_LINE_BYTES):
+            row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if row.strip():
+                yield "line", number, _json_object(row, f"{path}, line {number}")
+    except BadFileError as error:
+        if error.line is not None:
+            raise DataError(f"{path}, line {error.line}: {error}; write one JSON object per line") from error
+        raise DataError(f"{path} cannot be read ({error}); check its permissions") from error
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:

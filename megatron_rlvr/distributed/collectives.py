@@ -5,6 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rlvr.write_errors import WriteError
+
 
 def raise_on_all_ranks(failure: Exception | None) -> None:
     """Raise the failure of the first rank that has one on every rank. A collective over the world."""
@@ -18,13 +20,13 @@ def raise_on_all_ranks(failure: Exception | None) -> None:
 def on_main_rank(action: Callable[[], Any]) -> None:
     """Run an action on the main rank. A collective over the world.
 
-    Raises: OSError on every rank if the action raised it, so that none is left waiting.
+    Raises: OSError or WriteError on every rank if the action raised it, so that none is left waiting.
     """
-    failure: list[OSError | None] = [None]
+    failure: list[OSError | WriteError | None] = [None]
     if dist.get_rank() == 0:
         try:
             action()
-        except OSError as error:
+        except (OSError, WriteError) as error:
             failure = [error]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:

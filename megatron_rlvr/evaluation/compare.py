@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from megatron_rlvr.evaluation.folder import Description, differences, read_description
-from megatron_rlvr.evaluation.records import Record, RecordsError, by_problem, by_set, read_records
+from megatron_rlvr.evaluation.folder import Description, differences, read_description, records_of
+from megatron_rlvr.evaluation.records import Record, RecordsError, by_problem, by_set
 from megatron_rlvr.evaluation.statistics import (
     LEVEL,
     Detectable,
@@ -142,37 +142,50 @@ def compare(folders: Sequence[Path], *, as_json: bool) -> int:
     """Compare each evaluation with the first one, print the result, and return the exit status 0.
 
     Raises:
-        RecordsError: If a folder is no evaluation, or two have no set in common.
+        RecordsError: If a folder is no evaluation or has no records, or two have no set in common.
     """
     descriptions = [read_description(folder) for folder in folders]
-    sets = [by_set(read_records(folder)) for folder in folders]
+    sets = [by_set(records_of(folder, own)) for folder, own in zip(folders, descriptions, strict=True)]
+    remarks = [_unfinished(own, records) for own, records in zip(descriptions, sets, strict=True)]
     results = []
     for folder, description, own in zip(folders[1:], descriptions[1:], sets[1:], strict=True):
         common = [name for name in sets[0] if name in own]
         if not common:
             raise RecordsError(
-                f"{folders[0]} and {folder} have no set in common ({', '.join(sets[0]) or 'no records'}; "
-                f"{', '.join(own) or 'no records'}); compare evaluations of the same sets"
+                f"{folders[0]} and {folder} have no set in common ({', '.join(sets[0])}; {', '.join(own)}); compare "
+                "evaluations of the same sets"
             )
         found = {name: compare_sets(sets[0][name], own[name]) for name in common}
-        results.append((folder, unlike_settings(descriptions[0], description), found))
+        results.append((unlike_settings(descriptions[0], description), found))
     if as_json:
         content = [
-            {"first": str(folders[0]), "second": str(folder), "unlike": unlike, "sets": _sets_as_json(found)}
-            for folder, unlike, found in results
+            {
+                "first": str(folders[0]),
+                "second": str(folder),
+                "complete": [not remarks[0], not remark],
+                "unlike": unlike,
+                "sets": _sets_as_json(found),
+            }
+            for folder, remark, (unlike, found) in zip(folders[1:], remarks[1:], results, strict=True)
         ]
         sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return 0
     console = Console(highlight=False)
-    for folder, unlike, found in results:
-        for line in _lines(folders[0], folder, unlike, found):
+    for folder, remark, (unlike, found) in zip(folders[1:], remarks[1:], results, strict=True):
+        names = (f"A  {folders[0]}{remarks[0]}", f"B  {folder}{remark}")
+        for line in (*names, *_lines(unlike, found)):
             console.print(line, soft_wrap=True, markup=False)
     return 0
 
 
-def _lines(first: Path, second: Path, unlike: Sequence[str], found: Mapping[str, Comparison]) -> Iterator[str]:
-    yield f"A  {first}"
-    yield f"B  {second}"
+def _unfinished(description: Description, sets: Mapping[str, Sequence[Record]]) -> str:
+    """Return a remark about an evaluation that is not complete; empty about one that is."""
+    expected = description["sampling"]["group_size"] * sum(own["problems"] for own in description["sets"].values())
+    done = sum(map(len, sets.values()))
+    return "" if done == expected else f"  (not complete: {done:,} of {expected:,} completions)"
+
+
+def _lines(unlike: Sequence[str], found: Mapping[str, Comparison]) -> Iterator[str]:
     for line in unlike:
         yield f"unlike settings: {line}"
     for name, c in found.items():

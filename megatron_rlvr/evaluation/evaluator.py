@@ -113,13 +113,17 @@ class Evaluator:
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                found = [[self._checked(record) for record in read_records(folder)]]
+                found = [self.recorded_alone(folder)]
             except RecordsError as error:
                 found = [error]
         dist.broadcast_object_list(found, src=0)
         if isinstance(found[0], RecordsError):
             raise found[0]
         return found[0]
+
+    def recorded_alone(self, folder: Path) -> list[Record]:
+        """Return `recorded`, read by this rank alone."""
+        return [self._checked(record) for record in read_records(folder)]
 
     def run(
         self, folder: Path, recorded: Sequence[Record] = (), on_finished: Callable[[int], None] = lambda tokens: None

@@ -8,14 +8,20 @@ A folder belongs to one evaluation: the same command resumes it, and any other i
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 
 from megatron_rlvr import atomic
-from megatron_rlvr.evaluation.records import FOLDER, RecordsError
+from megatron_rlvr.evaluation.records import FOLDER, Record, RecordsError, read_records
+from megatron_rlvr.input_files import is_folder, read_json_object
+from megatron_rlvr.write_errors import explained
 
 DESCRIPTION, SUMMARY = "evaluation.json", "summary.json"
 
@@ -25,6 +31,50 @@ EVALUATIONS = "evaluations"
 Description = dict[str, Any]
 """JSON-compatible description: sections target, prompts, sampling, reward, and sets by name."""
 
+
+def _clock(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+class _Read(BaseModel):
+    """A part of a description: what is read of it, which a person may have edited; it has more."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Set(_Read):
+    path: str
+    prompt_key: str | None
+    answer_key: str | None
+    id_key: str | None
+    problems: PositiveInt
+
+
+class _Prompts(_Read):
+    clock: Annotated[str, AfterValidator(_clock)] | None = None
+
+
+class _Sampling(_Read):
+    group_size: PositiveInt
+
+
+class _Reward(_Read):
+    function: str
+    correct: FiniteFloat = 1.0
+    incorrect: FiniteFloat = 0.0
+    answer_after: str | None
+
+
+class _Parts(_Read):
+    target: dict[str, Any]
+    prompts: _Prompts
+    sampling: _Sampling
+    reward: _Reward
+    sets: dict[str, _Set] = Field(min_length=1)
+
+
+_REMEDY = "restore it, or evaluate again"
 _LEASE = "lease"  # of `startup.lease`, which is taken before anything is written
 _STEP = re.compile(r"step_(\d{6,})")
 
@@ -34,12 +84,17 @@ def evaluation_folder(run: Path, step: int) -> Path:
     return run / EVALUATIONS / f"step_{step:06d}"
 
 
+def evaluations_in(run: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of each evaluation in the folder of a run, by ascending step."""
+    names = [(_STEP.fullmatch(path.name), path) for path in (run / EVALUATIONS).glob("step_*") if is_folder(path)]
+    return sorted((int(name[1]), path) for name, path in names if name)
+
+
 def remove_later_evaluations(run: Path, step: int) -> None:
     """Remove the evaluations of steps after ``step``, from which a run resumes: their weights are lost."""
-    for path in (run / EVALUATIONS).glob("step_*"):
-        found = _STEP.fullmatch(path.name)
-        if found and int(found[1]) > step:
-            shutil.rmtree(path)
+    for its_step, folder in evaluations_in(run):
+        if its_step > step:
+            shutil.rmtree(folder)
 
 
 def read_description(folder: Path) -> Description:
@@ -49,26 +104,46 @@ def read_description(folder: Path) -> Description:
         RecordsError: If there is none.
     """
     path = folder / DESCRIPTION
+    if not os.path.lexists(path):
+        raise RecordsError(f"{folder} is no evaluation (it has no {DESCRIPTION}){_inner(folder)}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RecordsError(f"{folder} is no evaluation (it has no {DESCRIPTION}){_inner(folder)}") from None
-    except (OSError, ValueError) as error:
-        raise RecordsError(f"{path} cannot be read ({error}); restore it, or evaluate again") from None
-    if not (isinstance(found, dict) and {"sets", "sampling", "reward", "prompts", "target"} <= found.keys()):
-        raise RecordsError(f"{path} describes no evaluation; restore it, or evaluate again")
+        found = read_json_object(path, RecordsError, _REMEDY)
+        _Parts.model_validate(found)
+    except FileNotFoundError:
+        raise RecordsError(f"{path} cannot be read (a link to nothing); {_REMEDY}") from None
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise RecordsError(f"{path} describes no evaluation ({where}: {error.errors()[0]['msg']}); {_REMEDY}") from None
+    return found
+
+
+def records_of(folder: Path, description: Description) -> list[Record]:
+    """Return the records in a folder, at least one.
+
+    Raises:
+        RecordsError: There is none, one cannot be read, or one belongs to another evaluation than ``description``.
+    """
+    found = read_records(folder)
+    for record in found:
+        if record.set_name not in description["sets"] or record.index >= description["sampling"]["group_size"]:
+            raise RecordsError(
+                f"{folder / FOLDER}: completion {record.index} of {record.problem} is none of {DESCRIPTION}; "
+                "remove the file that was added"
+            )
+    if not found:
+        raise RecordsError(f"{folder} has no records yet; run its evaluation")
     return found
 
 
 def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
     """Raise RecordsError if a folder holds anything but the evaluation that ``description`` describes."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise RecordsError(f"--out {folder}: not a folder; choose another")
-    if not (folder / DESCRIPTION).exists():
+    if not os.path.lexists(folder / DESCRIPTION):
         own = {atomic.temporary_path(folder / DESCRIPTION).name, _LEASE}
-        names = sorted(path.name for path in folder.iterdir() if path.name not in own)
+        names = sorted(name for name in _names(folder) if name not in own)
         if names:
             raise RecordsError(f"--out {folder}: holds {names[0]}, and no evaluation; choose another folder")
         return
@@ -80,16 +155,30 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
         )
 
 
+def holds(folder: Path, description: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds the evaluation that ``description`` describes."""
+    try:
+        return read_description(folder) == json.loads(json.dumps(description))
+    except RecordsError:
+        return False
+
+
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the description, unless it is there; `check_folder` has accepted the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / DESCRIPTION).exists():
+    """Write the description, unless it is there; `check_folder` has accepted the folder.
+
+    Raises: WriteError if that is not possible.
+    """
+    if (folder / DESCRIPTION).exists():
+        return
+    with explained(DESCRIPTION, folder):
+        folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write or replace summary.json."""
-    atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write or replace summary.json. Raises WriteError if that is not possible."""
+    with explained(SUMMARY, folder):
+        atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -102,6 +191,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             yield f"{prefix}{key}", then, value
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise RecordsError(f"--out {folder}: cannot be read ({error.strerror}); choose another folder") from None
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -109,7 +205,7 @@ def _short(value: Any) -> str:
 
 def _inner(folder: Path) -> str:
     """Return a remedy that names the evaluations of a run folder, if it is one."""
-    steps = sorted(path.parent for path in folder.glob(f"evaluations/*/{DESCRIPTION}"))
+    steps = sorted(path.parent for path in folder.glob(f"{EVALUATIONS}/*/{DESCRIPTION}")) if is_folder(folder) else []
     if steps:
         return f"; give one of the evaluations of this run, such as {steps[-1]}"
     return f"; give a folder that rlvr evaluate has written, with {DESCRIPTION} and {FOLDER}/"

@@ -9,16 +9,29 @@ records first and requests only the completions that have none, on any number of
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.atomic import AppendedFile
+from megatron_rlvr.config.section import MAX_FLOAT
 from megatron_rlvr.errors import InputError
+from megatron_rlvr.input_files import BadFileError, decode, is_folder, parse_json, read_lines
 from megatron_rlvr.types import Completion, CompletionRequest, Grade
+from megatron_rlvr.write_errors import explained
 
 FOLDER = "records"
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("problem", "finish_reason", "gold", "response"), (str,)),
+    **dict.fromkeys(("answer", "failure"), (str, type(None))),
+    **dict.fromkeys(("index", "seed", "tokens"), (int,)),
+    **dict.fromkeys(("reward", "seconds"), (int, float)),
+    "correct": (bool,),
+}
+_MAX_COUNT = 2**31  # of completions of a problem, and of tokens of a response
 
 Key = tuple[str, int]
 """Prompt id and completion index, which identify a record."""
@@ -92,7 +105,7 @@ def record_of(request: CompletionRequest, completion: Completion, grade: Grade, 
 
 
 class RecordWriter:
-    """Appends the records of one rank; a context manager.
+    """Appends the records of one rank; a context manager. Every method raises WriteError if the file cannot be written.
 
     Args:
         folder: Folder of the evaluation.
@@ -101,9 +114,11 @@ class RecordWriter:
 
     def __init__(self, folder: Path, rank: int) -> None:
         path = folder / FOLDER / f"{rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        _remove_incomplete_line(path)
+        self._folder = path.parent
+        with self._explained():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = AppendedFile(path)
+            _remove_incomplete_line(path)
 
     def write(self, record: Record, response: str) -> None:
         """Append one record with the text of its response."""
@@ -113,15 +128,18 @@ class RecordWriter:
             content = line.encode("utf-8")
         except UnicodeEncodeError:
             content = json.dumps(asdict(record) | {"response": response}).encode("ascii")
-        self._file.write(content + b"\n")
-        self._file.flush()
+        with self._explained():
+            self._file.write(content + b"\n")
 
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with closing(self._file), self._explained():
+            self._file.flush_to_disk()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained("records of the evaluation", self._folder)
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -136,15 +154,19 @@ def read_records(folder: Path) -> list[Record]:
 def read_responses(folder: Path) -> Iterator[tuple[Record, str]]:
     """Yield each record of an evaluation with the text of its response; see `read_records`."""
     known: set[Key] = set()
-    for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+    paths = sorted((folder / FOLDER).glob("*.jsonl")) if is_folder(folder / FOLDER) else []
+    for path in paths:
+        try:
+            for number, line in read_lines(path):
                 if not line.endswith(b"\n"):
                     break
                 record, response = _parse(line, f"{path}, line {number}")
                 if record.key not in known:
                     known.add(record.key)
                     yield record, response
+        except BadFileError as error:
+            where = f"{path}, line {error.line}" if error.line else str(path)
+            raise RecordsError(f"{where} cannot be read ({error}); restore the file, or evaluate again") from None
 
 
 def by_set(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -165,16 +187,29 @@ def by_problem(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 def _parse(line: bytes, where: str) -> tuple[Record, str]:
     try:
-        row: dict[str, Any] = json.loads(line)
-        response = row.pop("response")
-        record = Record(**{name: row[name] for name in Record.__slots__})
-        if not (isinstance(record.problem, str) and type(record.index) is int and isinstance(record.correct, bool)):
-            raise TypeError
-        return record, response
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise RecordsError(
-            f"{where}: not a record of an evaluation; restore the file, or choose another --out"
-        ) from None
+        row = parse_json(decode(line))
+        problem = _problem(row)
+    except BadFileError as error:
+        problem = str(error)
+    if problem:
+        raise RecordsError(f"{where}: not a record of an evaluation ({problem}); restore the file, or evaluate again")
+    return Record(**{name: row[name] for name in Record.__slots__}), row["response"]
+
+
+def _problem(row: Any) -> str | None:
+    """Return why a row is no record, or None."""
+    if not isinstance(row, dict):
+        return "no JSON object"
+    for name, types in _TYPES.items():
+        if name not in row:
+            return f"no {name}"
+        if type(row[name]) not in types:
+            return f"{name} is of type {type(row[name]).__name__}"
+    if not (0 <= row["index"] < _MAX_COUNT and 0 <= row["tokens"] < _MAX_COUNT):
+        return "index or tokens is out of range"
+    if not all(-MAX_FLOAT <= row[name] <= MAX_FLOAT for name in ("reward", "seconds")):  # false for NaN, too
+        return "reward or seconds is out of range"
+    return None
 
 
 def _remove_incomplete_line(path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_rlvr.evaluation.statistics import Estimate
 from megatron_rlvr.evaluation.summary import SetSummary
@@ -19,7 +20,7 @@ def table_of(summaries: Mapping[str, SetSummary], *, tokens_per_second: float | 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for name in summaries:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for label, values in _rows(list(summaries.values())):
         table.add_row(label, *values)
     if tokens_per_second is not None:

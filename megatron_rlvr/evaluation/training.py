@@ -9,10 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_rlvr.distributed.collectives import on_main_rank
 from megatron_rlvr.evaluation.evaluator import Evaluator
-from megatron_rlvr.evaluation.folder import evaluation_folder, write_description, write_summary
+from megatron_rlvr.evaluation.folder import (
+    SUMMARY,
+    evaluation_folder,
+    evaluations_in,
+    holds,
+    write_description,
+    write_summary,
+)
+from megatron_rlvr.evaluation.records import RecordsError
 from megatron_rlvr.evaluation.summary import SetSummary
+from megatron_rlvr.input_files import read_json_object
 
 
 class TrainingEvaluation:
@@ -36,9 +47,21 @@ class TrainingEvaluation:
         """Return the number of completions that this rank samples."""
         return self._evaluator.share_size()
 
-    def start(self, step: int) -> None:
-        """Make an empty folder for the evaluation after a step. A collective over the world."""
-        on_main_rank(partial(self._make_folder, step))
+    def start(self, step: int, *, resumed: bool = False) -> None:
+        """Make a folder for the evaluation after a step. A collective over the world.
+
+        Args:
+            resumed: Keep the records of this evaluation that are there; otherwise the folder is empty.
+        """
+        on_main_rank(partial(self._make_folder, step, keep=resumed))
+
+    def finished(self) -> dict[int, dict[str, float]]:
+        """Return {step: metrics} of the finished evaluations in the run folder, by ascending step. A collective."""
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            found = [{step: _metrics_in(folder) for step, folder in evaluations_in(self._run)}]
+        dist.broadcast_object_list(found, src=0)
+        return {step: metrics for step, metrics in found[0].items() if metrics}
 
     def run(self, step: int, on_finished: Callable[[int], None]) -> dict[str, float]:
         """Evaluate the engine's weights, without what `start` and an earlier call have recorded. A collective.
@@ -54,22 +77,36 @@ class TrainingEvaluation:
     def run_alone(self, step: int) -> dict[str, float]:
         """Return the metrics as `run` does, sampled by this rank alone and not as a collective."""
         folder = evaluation_folder(self._run, step)
-        summaries = self._evaluator.own_summaries(self._evaluator.sample(folder, [], lambda tokens: None))
+        recorded = self._evaluator.recorded_alone(folder)
+        new = self._evaluator.sample(folder, recorded, lambda tokens: None)
+        summaries = self._evaluator.own_summaries([*recorded, *new])
         _write(folder, step, summaries)
         return _metrics(summaries)
 
-    def _make_folder(self, step: int) -> None:
+    def _make_folder(self, step: int, *, keep: bool) -> None:
         folder = evaluation_folder(self._run, step)
-        if folder.exists():
+        description = {**self._description, "target": {**self._description["target"], "step": step}}
+        if folder.exists() and not (keep and holds(folder, description)):
             shutil.rmtree(folder)
-        target = {**self._description["target"], "step": step}
-        write_description(folder, {**self._description, "target": target})
+        write_description(folder, description)
 
 
 def _write(folder: Path, step: int, summaries: Mapping[str, SetSummary]) -> None:
     complete = all(summary.complete for summary in summaries.values())
-    content = {"complete": complete, "step": step, "sets": {name: s.as_json() for name, s in summaries.items()}}
-    write_summary(folder, content)
+    sets = {name: s.as_json() for name, s in summaries.items()}
+    write_summary(folder, {"complete": complete, "step": step, "metrics": _metrics(summaries), "sets": sets})
+
+
+def _metrics_in(folder: Path) -> dict[str, float]:
+    """Return the metrics of a finished evaluation; empty if it is not, or cannot be read."""
+    try:
+        summary = read_json_object(folder / SUMMARY, RecordsError, "remove it")
+    except (FileNotFoundError, RecordsError):
+        return {}
+    metrics = summary.get("metrics")
+    if summary.get("complete") is not True or not isinstance(metrics, dict):
+        return {}
+    return metrics if all(isinstance(value, float) for value in metrics.values()) else {}
 
 
 def _metrics(summaries: Mapping[str, SetSummary]) -> dict[str, float]:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from megatron_rlvr.command_line import Parser, path, positive_int, share
 from megatron_rlvr.config import ParallelSettings, Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, validate
 from megatron_rlvr.errors import InputError
@@ -92,39 +94,32 @@ def _tables(inputs: PlanInputs, best: Plan, requested: Plan | None, shown: Seque
     return "\n\n".join(parts)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=program,
+def _parser(program: str) -> Parser:
+    parser = Parser(
+        program,
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         usage="%(prog)s (CONFIG.yaml | --model DIR) --gpus N --gpu TYPE [OPTIONS]",
     )
     add = parser.add_argument
-    add("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="settings of a run, instead of --model and lengths")
-    add("--gpus", type=_positive, required=True, metavar="N", help="number of all GPUs, for servers and training")
+    add("config", nargs="?", type=path, metavar="CONFIG.yaml", help="settings of a run, instead of --model and lengths")
+    add("--gpus", type=positive_int, required=True, metavar="N", help="number of all GPUs, for servers and training")
     add("--gpu", choices=sorted(DEVICES), required=True, help="type of the GPUs")
-    add("--model", type=Path, metavar="DIR", help="model folder or config.json (default: model.path of CONFIG.yaml)")
-    add("--prompts", type=_positive, metavar="N", help="prompts of a training step (default 512)")
-    add("--group-size", type=_positive, metavar="N", help="responses per prompt (default 16)")
-    add("--mini-batch-prompts", type=_positive, metavar="N", help="prompts of an optimizer step (default 32)")
-    add("--prompt-tokens", type=_positive, metavar="N", help="maximum tokens of a prompt (default 2048)")
-    add("--response-tokens", type=_positive, metavar="N", help="maximum tokens of a response (default 20480)")
-    add("--micro-batch-tokens", type=_positive, metavar="N", help="batch.tokens_per_micro_batch (default 24576)")
-    add("--mean-response-tokens", type=_positive, metavar="N",
+    add("--model", type=path, metavar="DIR", help="model folder or config.json (default: model.path of CONFIG.yaml)")
+    add("--prompts", type=positive_int, metavar="N", help="prompts of a training step (default 512)")
+    add("--group-size", type=positive_int, metavar="N", help="responses per prompt (default 16)")
+    add("--mini-batch-prompts", type=positive_int, metavar="N", help="prompts of an optimizer step (default 32)")
+    add("--prompt-tokens", type=positive_int, metavar="N", help="maximum tokens of a prompt (default 2048)")
+    add("--response-tokens", type=positive_int, metavar="N", help="maximum tokens of a response (default 20480)")
+    add("--micro-batch-tokens", type=positive_int, metavar="N", help="batch.tokens_per_micro_batch (default 24576)")
+    add("--mean-response-tokens", type=positive_int, metavar="N",
         help=f"mean tokens of a response (default {MEAN_RESPONSE_SHARE:g} of the maximum)")  # fmt: skip
-    add("--mean-prompt-tokens", type=_positive, metavar="N",
+    add("--mean-prompt-tokens", type=positive_int, metavar="N",
         help=f"mean tokens of a prompt (default {MEAN_PROMPT_SHARE:g} of the maximum)")  # fmt: skip
-    add("--informative", type=_share, default=1.0, metavar="X",
+    add("--informative", type=share, default=1.0, metavar="X",
         help="share of the sampled groups with both correct and incorrect responses (default 1)")  # fmt: skip
-    add("--server-gpus", type=_positive, metavar="N",
+    add("--server-gpus", type=positive_int, metavar="N",
         help="number of GPUs used by servers only (default: servers and training share all GPUs)")  # fmt: skip
-    add("--server-tensor", type=_positive, metavar="N", help="GPUs per server (default: the fastest choice)")
+    add("--server-tensor", type=positive_int, metavar="N", help="GPUs per server (default: the fastest choice)")
     add("--layout", metavar="A=N,B=N", help="estimate this layout, such as tensor=8,pipeline=2,context=1")
     add(
         "--recompute",
@@ -132,11 +127,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="recompute of --layout (default: the least that fits)",
     )
     add("--without-transformer-engine", action="store_true", help="use this project's own layers")
-    add("--mfu", type=_share, default=Efficiency.mfu, metavar="X",
+    add("--mfu", type=share, default=Efficiency.mfu, metavar="X",
         help="achieved share of the peak FLOP/s (default %(default)s)")  # fmt: skip
-    add("--bandwidth-share", type=_share, default=Efficiency.bandwidth, metavar="X",
+    add("--bandwidth-share", type=share, default=Efficiency.bandwidth, metavar="X",
         help="achieved share of the peak bandwidth of memory and links (default %(default)s)")  # fmt: skip
-    add("--top", type=_positive, default=10, metavar="N", help="number of layouts in the table (default %(default)s)")
+    add(
+        "--top", type=positive_int, default=10, metavar="N", help="number of layouts in the table (default %(default)s)"
+    )
     add("--json", action="store_true", help="print JSON in bytes and seconds instead of tables")
     return parser
 
@@ -274,24 +271,8 @@ def _parse_layout(settings: Settings, text: str) -> ParallelSettings:
     values: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
-        if not equals or not (value.isdecimal() or value in ("true", "false")):
-            raise SettingsError(f"--layout {part!r}: is not NAME=NUMBER; write it as in tensor=8,pipeline=2")
+        if not equals or not (re.fullmatch("[0-9]{1,9}", value) or value in ("true", "false")):
+            raise SettingsError(f"--layout {part[:60]!r}: not NAME=NUMBER; write it as in tensor=8,pipeline=2")
         values[name.strip()] = int(value) if value.isdecimal() else value == "true"
     values.setdefault("sequence", values.get("tensor", 1) != 1)
     return validate(settings.model_dump() | {"parallel": values}).parallel
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an int above 0")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share; give a number above 0 and at most 1")
-    return value

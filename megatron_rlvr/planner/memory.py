@@ -7,6 +7,7 @@
     activations   tensors that autograd saves of the micro-batches in flight, from `saved_by_layer`; with activation
                   checkpointing (recompute), the inputs of layers or modules
     rotary        cached angles of the rotary embedding for the most recent lengths
+    save          host memory, and none of the GPU: a copy of what the rank writes of a checkpoint
     working       the larger of: the temporary tensors of a layer's backward pass, and the head's workspace
 
 Every pipeline stage is counted, and the fullest one decides. Micro-batches are assumed to be as long as possible:
@@ -19,7 +20,7 @@ project's own layers are measured by the tests.
 from dataclasses import dataclass
 
 from megatron_rlvr.algo.tile_shape import TILE_SHAPE
-from megatron_rlvr.checkpoint.size import optimizer_bytes
+from megatron_rlvr.checkpoint.size import checkpoint_bytes, optimizer_bytes
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.hf.families import padded_vocab_size
 from megatron_rlvr.planner.options import TrainingOptions
@@ -42,6 +43,8 @@ class Memory:
         rotary: Angles cached by Megatron's rotary embedding.
         head: Peak workspace of the loss; 0 if the stage has no head.
         layer: Peak workspace of one layer's backward pass, including its recomputed activations.
+        save: Host memory of a save: a copy of the part of the checkpoint that the rank writes. A save takes none of the
+            GPU's memory.
     """
 
     stage: int
@@ -52,6 +55,7 @@ class Memory:
     rotary: float
     head: float
     layer: float
+    save: float
 
     @property
     def static(self) -> float:
@@ -128,6 +132,7 @@ def stage_memory(
         rotary=4.0 * ROTARY_LENGTHS * shape.head_size * batches.longest_sequence,
         head=head,
         layer=max(layer_workspace(shape, layer, parallel, options, tokens) for layer in layers),
+        save=bytes_of_save(shape, parallel, ranks, options, stage),
     )
 
 
@@ -136,12 +141,26 @@ def static_memory(
 ) -> tuple[float, float, float]:
     """Return the bytes of weights, gradients and optimizer state on a rank of a stage."""
     parameters = rank_parameters(shape, parallel, stage)
-    per_stage = ranks // parallel.pipeline
-    shards = (1, 1)
-    if options.distributed_optimizer:
-        shards = (per_stage // parallel.tensor, per_stage // parallel.expert)
+    shards = _replicas(parallel, ranks) if options.distributed_optimizer else (1, 1)
     state = optimizer_bytes(options.weight_bytes) * (parameters.dense / shards[0] + parameters.experts / shards[1])
     return options.weight_bytes * parameters.total, options.gradient_bytes * parameters.total, state
+
+
+def bytes_of_save(
+    shape: ModelShape, parallel: ParallelSettings, ranks: int, options: TrainingOptions, stage: int
+) -> float:
+    """Return the bytes that a rank of a stage writes in a save: ranks with the same weights share their checkpoint."""
+    parameters, replicas = rank_parameters(shape, parallel, stage), _replicas(parallel, ranks)
+    return sum(
+        checkpoint_bytes(count, options.weight_bytes, distributed_optimizer=options.distributed_optimizer) / sharing
+        for count, sharing in zip((parameters.dense, parameters.experts), replicas, strict=True)
+    )
+
+
+def _replicas(parallel: ParallelSettings, ranks: int) -> tuple[int, int]:
+    """Return the number of ranks with the same dense weights, and with the same experts."""
+    per_stage = ranks // parallel.pipeline
+    return per_stage // parallel.tensor, per_stage // parallel.expert
 
 
 # Activations --------------------------------------------------------------------------------------------------------

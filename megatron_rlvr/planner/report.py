@@ -105,6 +105,13 @@ def memory_table(plan: Plan) -> str:
                 f"KV cache: {rollout.cached_tokens:,.0f} tokens per server, {longest:,.0f} requests of maximum length",
             ),
         ]
+    ranks = min(inputs.ranks, inputs.device.gpus_per_node)
+    lines += [
+        "",
+        "memory of a machine while a checkpoint is saved, GiB (on GPUs: none)",
+        _gib("rank", memory.save, "a copy of what it writes; ranks with the same weights share the writing"),
+        _gib("machine", ranks * memory.save, f"{ranks} ranks; the limit of the job's cgroup must allow it"),
+    ]
     return "\n".join(lines)
 
 
@@ -253,7 +260,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parallel": plan.parallel.model_dump() | {"data": plan.data},
         "megatron": plan.options.megatron,
         "fits": plan.fits,
-        "memory": {name: getattr(memory, name) for name in (*_MEMORY_PARTS, "peak")} | {"headroom": plan.headroom},
+        "memory": {name: getattr(memory, name) for name in (*_MEMORY_PARTS, "peak", "save")}
+        | {"headroom": plan.headroom},
         "seconds": {
             "rollout": rollout.seconds if rollout else None,
             "score": plan.training.score,

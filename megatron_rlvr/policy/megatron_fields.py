@@ -6,6 +6,7 @@ identity, and takes a text that it does not know for none of them, so that `atte
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -89,7 +90,7 @@ def _names(hint: Any) -> dict[str, Any]:
 
 def _options(hint: Any) -> Iterator[Any]:
     """Return the types of a union, or the type itself."""
-    if typing.get_origin(hint) is typing.Union:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         for option in typing.get_args(hint):
             yield from _options(option)
     else:

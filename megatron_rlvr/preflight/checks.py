@@ -34,6 +34,7 @@ CHECKS = (
     Check("rehearsal", "one step on a few prompts by the run's own code", ("grader", "servers")),
     Check("mismatch", "log-probabilities of engine and policy for the same tokens", ("rehearsal",)),
     Check("memory", "the peak of the rehearsal and of the largest micro-batches", ("rehearsal",)),
+    Check("checkpoint", "a save: memory of the hosts, limits of containers, time", ("disk", "rehearsal")),
     Check("restored", "servers hold the weights of model.path", ("rehearsal",)),
 )
 NAMES = tuple(check.name for check in CHECKS)

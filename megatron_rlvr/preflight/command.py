@@ -6,9 +6,9 @@ Wrong arguments or settings end with one line on stderr and status 2, before tor
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
+from megatron_rlvr.command_line import Parser, path
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.distributed import environment
 from megatron_rlvr.errors import RlvrError
@@ -92,11 +92,10 @@ def parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, l
 
     Exits with 0 after ``--help``, and with 2 and one line on stderr if an option is wrong.
     """
-    parser = _Parser(
-        prog=program,
+    parser = Parser(
+        program,
+        quiet=not is_main(),
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         usage="%(prog)s CONFIG.yaml [OPTIONS] [--section.key VALUE ...]",
         epilog="checks:\n" + "\n".join(f"  {check.name:<13} {check.description}" for check in CHECKS),
     )
@@ -104,7 +103,7 @@ def parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, l
     add("config", metavar="CONFIG.yaml", help="settings of the run; flags of the run (--section.key VALUE) may follow")
     add("--only", nargs="+", default=[], metavar="NAME", help="run only these checks, and the checks that they need")
     add("--skip", nargs="+", default=[], metavar="NAME", help="skip these checks, and the checks that need them")
-    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add("--json", type=path, metavar="FILE", help="also write the results to this file")
     add("--full-length", action="store_true", help="rehearse with responses up to rollout.max_response_tokens, not 64")
     add("--largest-micro-batches", action="store_true",
         help="try the largest micro-batches on a CPU too; on GPUs they always are")  # fmt: skip
@@ -118,11 +117,6 @@ def parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, l
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: the folder does not exist; create it, or choose another")
     return options, flags
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n" if is_main() else "")
 
 
 def _resolve(config: str, flags: list[str]) -> Resolved:

@@ -22,9 +22,10 @@ def check_ports(context: PreflightContext, pool: ServerPool | None) -> CheckResu
     message = f"{len(addresses)} listening sockets, {len(outward)} of them reachable from other hosts"
     if outward:
         message += f": {first_few(outward)}"
-    rollout = context.resolved.settings.rollout
-    open_servers = [url for url in rollout.servers if rollout.api_key_file is None and not is_loopback(_host_of(url))]
-    if pool is not None and open_servers:
+    settings = context.resolved.settings
+    servers = [*settings.rollout.servers, *settings.evaluate.servers] if settings.rollout.api_key_file is None else []
+    open_servers = [url for url in servers if not is_loopback(_host_of(url))]
+    if open_servers:
         remedy = (
             "start servers with --api-key-file and set rollout.api_key_file, or keep their ports inside the cluster: "
             "any client can replace their weights and run code in them"

@@ -12,7 +12,7 @@ from megatron_rlvr.distributed import process_group
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang.pool import ServerPool
 from megatron_rlvr.errors import RlvrError
-from megatron_rlvr.preflight import bandwidth, disk, grading, machines, memory, ports, rehearsal, servers
+from megatron_rlvr.preflight import bandwidth, checkpoint, disk, grading, machines, memory, ports, rehearsal, servers
 from megatron_rlvr.preflight.barrier import CheckBarrier
 from megatron_rlvr.preflight.checks import Check, unmet_need
 from megatron_rlvr.preflight.context import PreflightContext, RankFailure
@@ -53,6 +53,7 @@ class CheckFunctions:
             "rehearsal": self._rehearse,
             "mismatch": lambda: rehearsal.check_mismatch(self._context, self._rehearsed()),
             "memory": lambda: memory.check_memory(self._context, self._rehearsed()),
+            "checkpoint": lambda: checkpoint.check_checkpoint(self._context, self._rehearsed()),
             "restored": lambda: rehearsal.check_restored(self._context, self._pool, self._rehearsed()),
         }
         return run[name]()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rlvr import atomic
-from megatron_rlvr.errors import InputError
+from megatron_rlvr.errors import InputErrorfrom megatron_rlvr.write_errors import explained
 
 FOLDER = "rollouts"
 
@@ -113,23 +113,24 @@ def schema() -> Any:
 
 
 def write_recorded(folder: Path, step: int, responses: Sequence[RecordedResponse]) -> Path:
-    """Write the recorded responses of a step into a run folder; return the file."""
+    """Write the recorded responses of a step into a run folder; return the file. WriteError if that fails."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [{field.name: _plain(getattr(response, field.name)) for field in fields(response)} for response in responses]
     path = folder / FOLDER / f"step_{step:06d}.parquet"
-    path.parent.mkdir(exist_ok=True)
     building = atomic.temporary_path(path)
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema()),
-        building,
-        compression="zstd",
-        # The bytes of floats compress when those of equal weight are neighbours, other values by a dictionary.
-        use_byte_stream_split=[f"{name}.list.element" for name in _FLOATS],
-        use_dictionary=["prompt", "answer", *(f"{name}.list.element" for name in (*_INTS, *_TEXTS))],
-    )
-    building.replace(path)
+    with explained(f"the recorded responses of step {step}", folder):
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(
+            pa.Table.from_pylist(rows, schema()),
+            building,
+            compression="zstd",
+            # The bytes of floats compress when those of equal weight are neighbours, other values by a dictionary.
+            use_byte_stream_split=[f"{name}.list.element" for name in _FLOATS],
+            use_dictionary=["prompt", "answer", *(f"{name}.list.element" for name in (*_INTS, *_TEXTS))],
+        )
+        building.replace(path)
     return path
 
 

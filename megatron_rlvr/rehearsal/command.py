@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_rlvr.child_process import ends_with_parent
+from megatron_rlvr.command_line import Parser, path, positive_int
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.errors import InputError
@@ -99,41 +100,28 @@ def main(arguments: Sequence[str], program: str) -> int:
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
             outcomes = _rehearse(Path(folder), settings, config, options, device)
     except InputError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
     summary = Summary(settings, config, options.world, device, options.transformer_engine, tuple(outcomes))
     sys.stdout.write((json.dumps(as_json(summary), indent=1) if options.json else as_text(summary)) + "\n")
     return 0 if summary.passed else 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=program,
+def _parser(program: str) -> Parser:
+    parser = Parser(
+        program,
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         usage="%(prog)s CONFIG.yaml --world N [OPTIONS] [--section.key VALUE ...]",
     )
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", help="settings of the run; flags of the run (--section.key VALUE) may follow")
-    add("--world", type=_positive, required=True, metavar="N", help="number of ranks that train")
-    add("--layers", type=_positive, metavar="N", help="number of layers, instead of the model's")
-    add("--model", type=Path, metavar="DIR", help="model folder or config.json (default: model.path of CONFIG.yaml)")
+    add("--world", type=positive_int, required=True, metavar="N", help="number of ranks that train")
+    add("--layers", type=positive_int, metavar="N", help="number of layers, instead of the model's")
+    add("--model", type=path, metavar="DIR", help="model folder or config.json (default: model.path of CONFIG.yaml)")
     add("--gpu", choices=sorted(DEVICES), default="h100", help="type of the GPUs (default %(default)s)")
     add("--transformer-engine", action="store_true",
         help="use Transformer Engine's layers: its Python, with a stub of its extension")  # fmt: skip
     add("--json", action="store_true", help="print JSON in bytes instead of tables")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an int above 0")
-    return int(text)
 
 
 def _model_config(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:

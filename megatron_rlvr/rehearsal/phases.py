@@ -2,15 +2,20 @@
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_rlvr.batching.batch import MicroBatch
-from megatron_rlvr.checkpoint.megatron.sharded_state import load_optimizer, sharded_optimizer, sharded_weights
+from megatron_rlvr.checkpoint.megatron import sharded_state
+from megatron_rlvr.checkpoint.megatron.pending import copied_to_host
+from megatron_rlvr.checkpoint.megatron.sharded_state import ShardedOptimizer, ShardedWeights, load_replicated
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.loading import validate
 from megatron_rlvr.distributed import accelerator
@@ -24,12 +29,19 @@ from megatron_rlvr.rehearsal import stand_ins, world
 from megatron_rlvr.rehearsal.command import Job
 from megatron_rlvr.rehearsal.recorder import Phase, Recorder
 from megatron_rlvr.rehearsal.report import Outcome, PhaseOutcome
-from megatron_rlvr.rehearsal.saved_state import bytes_written, loaded
 from megatron_rlvr.rehearsal.stage_parameters import parameters_of_stages
 from megatron_rlvr.startup.assembly import make_loss
 
 _TRAIN_STEPS = 2
 _MIN_MICRO_BATCHES = 2  # the second adds to the gradients of the first
+
+
+def _read(shards: Sequence[ShardedTensor], folder: Path) -> dict[str, Any]:
+    """Fill tensors as a reader of files does, which holds one of them in memory at a time."""
+    for shard in shards:
+        assert shard.data is not None
+        shard.data.copy_(torch.empty_like(shard.data, device="cpu"))
+    return {}
 
 
 class RankRehearsal:
@@ -101,12 +113,17 @@ class RankRehearsal:
             for _ in policy.export_weights():
                 pass
         with self._phase("save"):
-            weights = sharded_weights(policy.chunks)
-            optimizer = sharded_optimizer(policy.optimizer, weights, loading=False)
-            self.outcome.saved = bytes_written(weights) + bytes_written(optimizer)
-        del optimizer
-        with self._phase("load"):
-            load_optimizer(policy.optimizer, loaded(sharded_optimizer(policy.optimizer, weights, loading=True)))
+            weights = ShardedWeights(policy.chunks)
+            optimizer = ShardedOptimizer(policy.optimizer, weights, loading=False)
+            copies = copied_to_host(chain(weights.written(), optimizer.written()))
+            self.outcome.saved = sum(copy.data.nbytes for copy in copies if copy.data is not None)
+            common = optimizer.common
+            del copies, optimizer
+        with self._phase("load"), world.replaced((sharded_state, "load_sharded", _read)):
+            optimizer = ShardedOptimizer(policy.optimizer, weights, loading=True)
+            replicated = weights.replicated() + optimizer.replicated()
+            load_replicated(replicated, optimizer.own(loading=True), Path())
+            optimizer.restore(common)
 
     def _build(self) -> Policy:
         """Build the policy in three phases: the model, its weights, its optimizer."""

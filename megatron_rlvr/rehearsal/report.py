@@ -179,7 +179,8 @@ def _rank(summary: Summary, outcome: Outcome, planned: Memory | None) -> str:
     if planned is not None:
         plan = f"{planned.peak / GIB:.2f} ({planned.peak / outcome.train_peak - 1:+.1%})"
     lines.append(f"  peak of training {outcome.train_peak / GIB:.2f} GiB; rlvr plan: {plan}")
-    lines.append(f"  a checkpoint: {outcome.saved / GIB:.2f} GiB written by this rank")
+    written = f"  a checkpoint: {outcome.saved / GIB:.2f} GiB written by this rank, held in host memory until then"
+    lines.append(written + (f"; rlvr plan: {planned.save / GIB:.2f}" if planned is not None else ""))
     last = next(phase for phase in reversed(outcome.phases) if phase.name.startswith("train"))
     lines += _listed(f"waits for the GPU in {last.name}", [
         f"{times:>7,}  {what:<17} {place}{'  (in a layer)' if in_layer else ''}"

@@ -14,6 +14,7 @@ from megatron_rlvr.config import EvaluationFileSettings, Settings, SettingsError
 from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.data.template import PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rlvr.engines.sglang.api_key import key_of
 from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.startup.layout_checks import check_lengths
 from megatron_rlvr.startup.resolve import Resolved, check_config, evaluation_sets, find_answer_after, holds_turns
@@ -55,6 +56,7 @@ def resolve_evaluation(settings: Settings, clock: datetime | None, *, show_progr
     hf_config = read_config(settings.model.path)
     check_config(settings.model.path, hf_config)
     check_lengths(settings, hf_config)
+    key_of(settings.rollout)
     tokenizer = load_tokenizer(settings.model.tokenizer or settings.model.path)
     if tokenizer.vocab_size > hf_config["vocab_size"]:
         raise SettingsError(

@@ -77,11 +77,13 @@ class Lease:
     Args:
         path: File of the lease.
         created: The folder of the file, and those that were created for it, the deepest first.
+        key: Setting or flag that names the folder of the run, for messages.
     """
 
-    def __init__(self, path: Path, created: list[Path]) -> None:
+    def __init__(self, path: Path, created: list[Path], key: str) -> None:
         self._path = path
         self._created = created
+        self._key = key
         self._released = threading.Event()
         self._touching: threading.Thread | None = None
 
@@ -105,12 +107,15 @@ class Lease:
             file.truncate()
 
     def release(self) -> None:
-        """Remove the file, its folder, and those created for it, if they are empty. May be called repeatedly."""
+        """Remove the file, its folder, and those created for it, if they are empty. May be called repeatedly.
+
+        A file that cannot be removed is that of a dead run for the next one.
+        """
         self._released.set()
         if self._touching is not None:
             self._touching.join()
-        self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
             for folder in self._created:
                 folder.rmdir()
 
@@ -123,18 +128,20 @@ class Lease:
                     folder = self._path.parent.parent
                     on_lost(
                         FaultError(
-                            f"run.dir={folder}: {self._path} was removed, by another run if this one was suspended for "
-                            f"{SILENT_SECONDS:.0f} s or more; this run ends, so that only one writes there"
+                            f"{self._key}={folder}: {self._path} was removed, by another run if this one was "
+                            f"suspended for {SILENT_SECONDS:.0f} s or more; "
+                            "this run ends, so that only one writes there"
                         )
                     )
                     return
 
 
-def take_lease(run: RunSettings, say: Callable[[str], object]) -> Lease:
+def take_lease(run: RunSettings, say: Callable[[str], object], key: str = "run.dir") -> Lease:
     """Take the lease of `run.dir`; wait up to `run.grace_seconds` + 30 s for a run that may be ending.
 
     Args:
         say: Prints a line that says for which process this one waits.
+        key: Setting or flag that names the folder, for messages.
 
     Raises:
         SettingsError: Another run uses the folder for longer, or the folder cannot be written. Nothing in it has been
@@ -148,26 +155,26 @@ def take_lease(run: RunSettings, say: Callable[[str], object]) -> Lease:
     while True:
         try:
             users = observed.users()
-            if not users and (lease := _try_to_take(folder)) is not None:
+            if not users and (lease := _try_to_take(folder, key)) is not None:
                 return lease
         except (OSError, ValueError) as error:
-            raise SettingsError(f"run.dir={run.dir}: cannot be written ({error}); choose another folder") from None
+            raise SettingsError(f"{key}={run.dir}: cannot be written ({error}); choose another folder") from None
         if users and time.monotonic() >= deadline:
             raise SettingsError(
-                f"run.dir={run.dir}: in use by another run, {users}, which has not ended within {limit:.0f} s "
+                f"{key}={run.dir}: in use by another run, {users}, which has not ended within {limit:.0f} s "
                 f"(run.grace_seconds + {_ENDING_SECONDS:.0f}); stop it, or choose another folder"
             )
         if users and not waiting:
             waiting = users
-            say(f"run.dir={run.dir} is in use by another run, {users}; waiting up to {limit:.0f} s for its end")
+            say(f"{key}={run.dir} is in use by another run, {users}; waiting up to {limit:.0f} s for its end")
         time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5) if users else random.uniform(0.0, _POLL_SECONDS))
 
 
-def _try_to_take(folder: Path) -> Lease | None:
+def _try_to_take(folder: Path, key: str) -> Lease | None:
     """Create the file of this run; None if there is another file, or the folder has just been removed."""
     created = [folder, *(path for path in folder.parents if not path.exists())]  # a killed run has left the first
     folder.mkdir(parents=True, exist_ok=True)
-    lease = Lease(folder / f"{uuid.uuid4().hex}.json", created)
+    lease = Lease(folder / f"{uuid.uuid4().hex}.json", created, key)
     try:
         lease._path.write_text(_as_text([Process.this()]), encoding="utf-8")
     except FileNotFoundError:

@@ -20,6 +20,8 @@ logger = logging.getLogger("megatron_rlvr")
 
 # Seconds after which a rank prints an error although it is not the main rank.
 _OTHER_RANKS_WAIT_SECONDS = 10.0
+# Seconds for which a rank with a defect waits for the launcher to end it, as another rank has failed first.
+_FIRST_FAILURE_SECONDS = 2.0
 
 
 def is_main() -> bool:
@@ -77,6 +79,20 @@ def print_error(error: Exception) -> None:
         except Stopped:  # by the launcher: another rank has printed the error and exited
             return
     print_line(str(error))
+
+
+def print_defect() -> None:
+    """Log the traceback of the exception that is being handled.
+
+    A rank that exits with an error breaks the collectives of the others. Their exceptions say nothing about it, so each
+    waits first: the launcher ends it then.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        try:
+            time.sleep(_FIRST_FAILURE_SECONDS if is_main() else _OTHER_RANKS_WAIT_SECONDS)
+        except Stopped:
+            return
+    logger.exception("rank %s failed", os.environ.get("RANK", "0"))
 
 
 def print_line(text: str) -> None:

@@ -16,7 +16,7 @@ from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.template import EndOfTurn, PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_rlvr.engines.sglang.api_key import read_api_key
+from megatron_rlvr.engines.sglang.api_key import key_of
 from megatron_rlvr.hf.families import ModelError, family_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
 from megatron_rlvr.hf.headers import model_tensors
@@ -99,8 +99,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
     check_experts(settings, fields, ranks)
     check_lengths(settings, hf_config)
     _check_packages(settings)
-    if settings.rollout.api_key_file is not None:
-        read_api_key(settings.rollout.api_key_file, "rollout.api_key_file")
+    key_of(settings.rollout)
     start = check_run_folder(settings) if is_main() else None  # the main rank has the lease of the folder
     tokenizer = load_tokenizer(settings.model.tokenizer or settings.model.path)
     if tokenizer.vocab_size > hf_config["vocab_size"]:

@@ -14,7 +14,6 @@ Whichever it is, metrics.jsonl is complete, no grader process or process that on
 command resumes from the last checkpoint.
 """
 
-import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -31,9 +30,10 @@ from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.inputs import differences
 from megatron_rlvr.startup.lease import Lease, Process
-from megatron_rlvr.startup.process import is_first_of_host, is_main, leave, logger, print_error, print_line
+from megatron_rlvr.startup.process import is_first_of_host, is_main, leave, print_defect, print_error, print_line
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.startup.run_folder import prepare_run_folder, summarize, write_summary
+from megatron_rlvr.write_errors import explained
 
 if TYPE_CHECKING:
     from megatron_rlvr.distributed.ranks import Ranks
@@ -63,7 +63,7 @@ def run(resolved: Resolved, graders: GraderPool, signals: Signals, lease: Lease 
         leave(error.exit_status, graders)
     except Exception:
         signals.failed()
-        logger.exception("rank %s failed", os.environ.get("RANK", "0"))
+        print_defect()
         leave(1, graders)
 
 
@@ -141,7 +141,8 @@ def _prepare(resolved: Resolved, ranks: "Ranks", lease: Lease | None) -> Resolve
 
     def prepare() -> None:
         if lease is not None:
-            lease.name_processes(processes)
+            with explained("the lease", Path(resolved.settings.run.dir)):
+                lease.name_processes(processes)
         prepare_run_folder(resolved.settings, start)
 
     on_main_rank(prepare)

@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr import atomic
 from megatron_rlvr.checkpoint.resume import check_files, checkpoint_to_resume, prepare_checkpoints
 from megatron_rlvr.checkpoint.store import FOLDER, Checkpoint, RunTotals
 from megatron_rlvr.config import Settings, SettingsError
@@ -31,6 +32,7 @@ from megatron_rlvr.evaluation.folder import EVALUATIONS, remove_later_evaluation
 from megatron_rlvr.input_files import same_place
 from megatron_rlvr.metrics import check_metrics
 from megatron_rlvr.startup.process import is_main
+from megatron_rlvr.write_errors import explained
 
 RUN_FILES = (
     *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
@@ -70,8 +72,16 @@ def check_run_folder(settings: Settings) -> Checkpoint | None:
 
 
 def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
-    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank."""
+    """Remove files of an earlier run that the run does not resume from, and write config.yaml; for the main rank.
+
+    Raises: WriteError if that is not possible.
+    """
     folder = Path(settings.run.dir)
+    with explained("the files that a run begins with", folder):
+        _prepare(folder, settings, start)
+
+
+def _prepare(folder: Path, settings: Settings, start: Checkpoint | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     replaced = [name for name in RUN_FILES if name != FOLDER]  # `prepare_checkpoints` removes those
     for name in replaced if start is None else _REPLACED_ON_RESUME:
@@ -86,12 +96,12 @@ def prepare_run_folder(settings: Settings, start: Checkpoint | None) -> None:
 def summarize(settings: Settings, totals: RunTotals, export: Path | None) -> dict[str, Any]:
     """Return the content of summary.json; the two accuracies are those of the first evaluation set."""
     before, after = totals.before, totals.after
-    accuracy = [key for key in before if key.endswith("/accuracy")]
+    accuracy = [key for key in before or after if key.endswith("/accuracy")]
     return {
         "steps": settings.run.steps,
         "seconds": round(totals.seconds, 1),
-        "accuracy_before": before[accuracy[0]] if accuracy else None,
-        "accuracy_after": after[accuracy[0]] if accuracy else None,
+        "accuracy_before": before.get(accuracy[0]) if accuracy else None,
+        "accuracy_after": after.get(accuracy[0]) if accuracy else None,
         "before": before,
         "after": after,
         "export": str(export) if export is not None else None,
@@ -99,8 +109,10 @@ def summarize(settings: Settings, totals: RunTotals, export: Path | None) -> dic
 
 
 def write_summary(settings: Settings, summary: dict[str, Any]) -> None:
-    """Write summary.json; for the main rank."""
-    (Path(settings.run.dir) / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    """Write summary.json; for the main rank. Raises WriteError if that is not possible."""
+    folder = Path(settings.run.dir)
+    with explained(_SUMMARY, folder):
+        atomic.write_text(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def _check_writable(key: str, folder: Path) -> None:

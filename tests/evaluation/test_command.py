@@ -1,6 +1,7 @@
 """The command `rlvr evaluate` in this process: results, resuming, grading again, and every kind of wrong input."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def evaluate(*arguments: str | Path) -> int:
     return command.main(list(map(str, arguments)), "rlvr evaluate")
+
+
+def status_of(*arguments: str | Path) -> object:
+    """Exit status, also where the parser of the command line exits."""
+    try:
+        return evaluate(*arguments)
+    except SystemExit as left:
+        return left.code
 
 
 def write_reward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -179,6 +188,36 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "exceed the model's 512 positions; lower one of them",
     ),
     "no run": (["MODEL", "--like", "b", "--out", "out"], "--like b: holds no config.yaml; give the folder of a run"),
+    "a folder that cannot be": (["MODEL", "--sets", "a.jsonl", "--out", "x" * 300], "cannot be the path of a file"),
+    "a model that cannot be": (["x" * 300, "--sets", "a.jsonl", "--out", "out"], "cannot be the path of a file"),
+    "a set that is a pipe": (["MODEL", "--sets", "pipe.jsonl", "--out", "out"], "pipe.jsonl is not a file"),
+    "a file for a folder": (["MODEL", "--sets", "a.jsonl", "--out", "a.jsonl/b"], "--out=a.jsonl/b: cannot be written"),
+    "a set with a slash": (
+        ["MODEL", "--evaluate.sets", "[{path: a.jsonl, name: a/b}]", "--out", "out"],
+        "evaluate.sets: a/b is no name of a set",
+    ),
+    "a set of no name": (["MODEL", "--sets", "=a.jsonl", "--out", "out"], "evaluate.sets: '' is no name of a set"),
+    "samples of many digits": (
+        ["MODEL", "--sets", "a.jsonl", "--samples", "9" * 30, "--out", "out"],
+        "at most nine digits",
+    ),
+    "no url": (["MODEL", "--servers", "nonsense", "--sets", "a.jsonl", "--out", "out"], "--servers=nonsense: not the"),
+    "a url twice": (
+        ["--servers", "http://127.0.0.1:1", "http://127.0.0.1:1/", "--sets", "a.jsonl", "--out", "out"],
+        "--servers=http://127.0.0.1:1: given twice; remove one of them",
+    ),
+    "no key": (
+        ["--servers", "http://127.0.0.1:1", "--sets", "a.jsonl", "--out", "out", "--rollout.api_key_file", "none"],
+        "rollout.api_key_file=none: does not exist; give a file with the servers' key",
+    ),
+    "a key for no servers": (
+        ["MODEL", "--sets", "a.jsonl", "--out", "out", "--rollout.api_key_file", "a.jsonl"],
+        "rollout.api_key_file=a.jsonl: has no effect with rollout.engine=embedded (there are no servers); remove it",
+    ),
+    "an empty key": (
+        ["MODEL", "--serve", "cpu", "--sets", "a.jsonl", "--out", "out", "--rollout.api_key_file", "empty.jsonl"],
+        "rollout.api_key_file=empty.jsonl: holds no key; write one line",
+    ),
     "no server": (
         ["--servers", "http://127.0.0.1:1", "--sets", "a.jsonl", "--out", "out"],
         "--servers=http://127.0.0.1:1: the server cannot be used",
@@ -196,6 +235,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
         tiny.write_rows(path, rows)
     tiny.write_rows(folder / "twice.jsonl", [rows[0], rows[0]])
     (folder / "empty.jsonl").touch()
+    os.mkfifo(folder / "pipe.jsonl")
     (folder / "run" / "config.yaml").write_text("{}")
     (folder / "MODEL").symlink_to(model)
     for name in ("bare", "bare2"):
@@ -217,7 +257,7 @@ def test_wrong_input_is_one_line_and_status_2_and_nothing_is_written(
             assert evaluate("MODEL", "--sets", "a.jsonl", "--samples", "3", "--out", "used", *FAST) == 0
     before = sorted(str(path) for path in folder.rglob("*"))
     arguments, message = WRONG[name]
-    assert evaluate(*FAST, *arguments) == 2
+    assert status_of(*FAST, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -237,10 +277,16 @@ def describe_only(options: Any, resolved: Any, target: Any, description: dict[st
         ([], "no TARGET; give a model, a checkpoint or a run, or --servers URL"),
         (["m"], "--out is missing; give the folder to write, or to resume"),
         (["m", "--out", "o", "--serve-port", "3"], "--serve-port: has no effect without --serve; remove it"),
-        (["m", "--out", "o", "--", "--tp", "2"], "has no effect without --serve; remove it"),
+        (["m", "--out", "o", "--", "--tp", "2"], "--: has no effect without --serve; remove it"),
         (["m", "--out", "o", "--serve", "cpu", "--servers", "u"], "--serve and --servers exclude each other"),
         (["m", "--out", "o", "--ranks", "0"], "--ranks 0: not above 0"),
         (["--compare", "a", "b", "--samples", "3"], "--samples: has no effect with --compare; remove it"),
+        (["--compare", "a", "b", "--serve-port", "3"], "--serve-port: has no effect with --compare; remove it"),
+        (["m", "--compare", "a", "b"], "TARGET: has no effect with --compare; remove it"),
+        (["--compare", "a", "b", "--reward.correct", "1"], "--reward.correct: has no effect with --compare; remove it"),
+        (["--compare", "a"], "--compare: needs two evaluations or more; name their folders"),
+        (["m", "--out", "o", "--samples", "3", "--evaluate.group_size=4"], "--evaluate.group_size set the same"),
+        (["m", "--out", "o", "--sets", "a", "--evaluate.sets", "b"], "--sets and --evaluate.sets set the same"),
         (["--regrade", "a", "--out", "o", "--step", "3"], "--step: has no effect with --regrade; remove it"),
     ],
 )
@@ -260,3 +306,4 @@ def test_the_command_is_run_again_on_servers_without_what_started_them():
     assert command._without_serving(words) == ["m", "--out", "o", "--json"]
     assert command._servers(["http://a:1", "http://b:2"]) == ["http://a:1", "http://b:2"]
     assert command._servers(['[http://a:1, "http://[::1]:2"]']) == ["http://a:1", "http://[::1]:2"]
+    assert command._servers(["http://b:2/", "http://[::1]"]) == ["http://b:2", "http://[::1]"]

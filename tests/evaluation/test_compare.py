@@ -28,13 +28,16 @@ def two_models(problems: int = 30, completions: int = 16, better: float = 0.25) 
     return first, random.random((problems, completions)) < np.clip(rates + better, 0, 1)
 
 
+KEYS = {"prompt_key": None, "answer_key": None, "id_key": None}
+
+
 def describe(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "target": {"path": "/models/a", "step": None},
         "prompts": {"template": "auto", "suffix": ""},
         "sampling": {"temperature": 1.0, "group_size": 16},
-        "reward": {"function": "math"},
-        "sets": {"aime24": {"path": "/data/aime24.jsonl", "problems": 30, "answers": "12ab", "prompt_key": None}},
+        "reward": {"function": "math", "answer_after": None},
+        "sets": {"aime24": {"path": "/data/aime24.jsonl", "problems": 30, "answers": "12ab", **KEYS}},
     }
     return {key: value | changes.get(key, {}) for key, value in base.items()}
 
@@ -103,8 +106,15 @@ def test_the_report_says_what_differs_how_sure_it_is_and_what_could_be_shown(
     noise = f"{100 * found.detectable.noise:.1f}"
     assert f"B is better than A, at the level of 5 %. With these 30 problems a difference below {noise} points" in text
     assert "no problem differs; 30 problems cannot show more" in text, "A with itself"
+    assert "not complete" not in text
+    part = write(tmp_path / "part", records_of(second)[:70])
+    assert compare([a, part], as_json=False) == 0
+    text = capsys.readouterr().out
+    assert f"B  {part}  (not complete: 70 of 480 completions)\n" in text
+    assert "aime24: 5 problems x 16, 6 completions" in text
     assert compare([a, b], as_json=True) == 0
     content = json.loads(capsys.readouterr().out)
+    assert content[0]["complete"] == [True, True]
     assert content[0]["sets"]["aime24"]["difference"] == pytest.approx(found.difference.value)
     assert content[0]["sets"]["aime24"]["flipped_up"] == found.flipped_up
 
@@ -122,11 +132,14 @@ def test_settings_are_unlike_if_they_change_what_is_measured():
 def test_what_cannot_be_compared_is_refused(tmp_path: Path):
     first, _ = two_models(5)
     a = write(tmp_path / "a", records_of(first))
-    other = write(tmp_path / "other", records_of(first, "math500"))
+    other = describe()
+    other["sets"] = {"math500": other["sets"]["aime24"]}
+    write_description(tmp_path / "other", other)
+    write(tmp_path / "other", records_of(first, "math500"))
     with pytest.raises(RecordsError, match=r"have no set in common \(aime24; math500\)"):
-        compare([a, other], as_json=False)
+        compare([a, tmp_path / "other"], as_json=False)
     empty = write(tmp_path / "empty", [])
-    with pytest.raises(RecordsError, match=r"have no set in common \(aime24; no records\)"):
+    with pytest.raises(RecordsError, match="empty has no records yet; run its evaluation"):
         compare([a, empty], as_json=False)
     with pytest.raises(RecordsError, match="is no evaluation"):
         compare([a, tmp_path / "nothing"], as_json=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -43,6 +44,16 @@ SETS: dict[str, Sequence[Prompt]] = {
     "one": prompts_of([0.5], "one"),
     "none correct": prompts_of([0.0] * 4, "none correct"),
 }
+DESCRIPTION: dict[str, Any] = {
+    "target": {"path": "m"},
+    "prompts": {},
+    "sampling": {"group_size": SAMPLES},
+    "reward": {"function": "user_reward:first_token", "answer_after": None},
+    "sets": {
+        name: {"path": name, "problems": len(own), "prompt_key": None, "answer_key": None, "id_key": None}
+        for name, own in SETS.items()
+    },
+}
 LAYOUTS = {
     "1": Layout(((0,),)),
     "2": Layout(((0,), (1,))),
@@ -82,7 +93,7 @@ def evaluation_of(
     sampler = Sampler(engine, PlainTokenizer(), graders, reward)  # type: ignore[arg-type]
     share = share or share_of(ranks_of(layout), leaders_only=False)
     evaluator = Evaluator(sampler, settings, SETS, share=share, same=same_by_text, max_response_tokens=CAP, seed=SEED)
-    return TrainingEvaluation(evaluator, {"target": {}}, run)
+    return TrainingEvaluation(evaluator, DESCRIPTION, run)
 
 
 def evaluate_repeatedly(layout: Layout, folder: Path, run: Path) -> Outcome:
@@ -279,7 +290,7 @@ def test_weights_that_servers_have_lost_are_pushed_again_and_the_evaluation_cont
 
 
 def evaluate_in_the_background(layout: Layout, folder: Path, run: Path) -> dict[str, Any]:
-    """What a rank sees of two evaluations beside training, and of one whose servers fail."""
+    """What a rank sees of evaluations beside training: two that finish, others that fail or are resumed."""
     import threading
 
     import torch.distributed as dist
@@ -300,17 +311,22 @@ def evaluate_in_the_background(layout: Layout, folder: Path, run: Path) -> dict[
                     gate.wait()
                 yield completion
 
+    def push(tensors: Any, version: int) -> None:
+        pushed.append(version)
+        if version == 15:
+            raise EngineError("no server took the weights")
+
     pushed: list[int] = []
     found: dict[str, Any] = {}
     with joined_process_group(), start_graders(folder) as graders:
-        evaluation = evaluation_of(WaitingEngine(), graders, Layout(((0,), (1,))), run, share=slice(None))
-        background = BackgroundEvaluation(
-            evaluation, lambda tensors, version: pushed.append(version), threading.Event()
-        )
+        engine = WaitingEngine()
+        evaluation = evaluation_of(engine, graders, Layout(((0,), (1,))), run, share=slice(None))
+        background = BackgroundEvaluation(evaluation, push, threading.Event())
         found["before"] = background.collect(wait=True)
         background.start(5, iter(()))
         found["in flight"] = background.collect(wait=False)
         found["step"] = background.step
+        found["stopped"] = background.collect(wait=True, stop_wanted=lambda: True)
         records = evaluation_folder(run, 5) / "records" / "00000.jsonl"
         found["summary"] = (evaluation_folder(run, 5) / "summary.json").exists()
         gate.set()
@@ -321,6 +337,18 @@ def evaluate_in_the_background(layout: Layout, folder: Path, run: Path) -> dict[
         found["second"] = background.collect(wait=True)
         background.start(12, iter(()))
         found["failed"] = background.collect(wait=True)
+        background.start(15, iter(()))
+        found["not pushed"] = background.collect(wait=False)
+        found["finished"] = evaluation.finished()
+        asked = sum(engine.calls)
+        background.start(12, iter(()), resumed=True)  # as by the process that resumes the run there
+        found["resumed"] = background.collect(wait=True)
+        found["asked again"] = sum(engine.calls) - asked
+        if dist.get_rank() == 0:  # a disk that is full: a folder is where the next records belong
+            shutil.rmtree(evaluation_folder(run, 12) / "records")
+            (evaluation_folder(run, 12) / "records").write_text("")
+        background.start(12, iter(()), resumed=True)
+        found["no disk"] = background.collect(wait=True)
         background.close()
         dist.barrier()
     return found | {"pushed": pushed}
@@ -331,8 +359,10 @@ def test_an_evaluation_in_the_background_has_its_metrics_under_its_own_step(
 ):
     layout = LAYOUTS["2"]
     folder = write_reward(tmp_path)
-    for found in on_ranks(evaluate_in_the_background, layout.world_size, layout, folder, tmp_path / "run"):
+    ranks = on_ranks(evaluate_in_the_background, layout.world_size, layout, folder, tmp_path / "run")
+    for found in ranks:
         assert (found["before"], found["in flight"], found["step"], found["again"]) == (None, None, 5, None)
+        assert found["stopped"] is None
         assert not found["summary"]
         step, metrics, failure = found["first"]
         assert (step, failure) == (5, None)
@@ -342,4 +372,40 @@ def test_an_evaluation_in_the_background_has_its_metrics_under_its_own_step(
         assert (step, failure) == (9, None)
         assert metrics == pytest.approx(outcomes["2"][0].first)
         assert found["failed"] == (12, {}, "no server was healthy")
-        assert found["pushed"] == [5, 9, 12]
+        assert found["not pushed"] == (15, {}, "no server took the weights")
+        assert found["finished"] == {5: found["first"][1], 9: found["second"][1]}
+        assert found["resumed"] == (12, found["first"][1], None)
+        step, metrics, failure = found["no disk"]
+        assert (step, metrics) == (12, {})
+        assert "File exists" in failure or "Not a directory" in failure
+        assert found["pushed"] == [5, 9, 12, 15, 12, 12]
+    assert [found["asked again"] for found in ranks] == [14 * SAMPLES - 14 * SAMPLES // 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("step", "finished", "started"), [(4, [0, 2], [4]), (4, [0, 2, 4], []), (5, [0], []), (9, [0], [9]), (2, [], [2])]
+)
+def test_a_resumed_run_logs_what_was_found_beside_training_and_resumes_the_evaluation_of_its_step(
+    step: int, finished: list[int], started: list[int]
+):
+    from megatron_rlvr.checkpoint.store import RunTotals
+    from megatron_rlvr.trainer import Trainer
+
+    logged: dict[int, dict[str, float]] = {}
+    begun: list[int] = []
+
+    def start(step: int, tensors: Any, *, resumed: bool) -> None:
+        assert resumed
+        begun.append(step)
+
+    metrics = {each: {"eval/set/accuracy": each / 10} for each in finished}
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.settings = SimpleNamespace(run=SimpleNamespace(steps=9, eval_every=2))
+    trainer.totals = RunTotals(step=step, after={"eval/set/accuracy": 0.9})
+    trainer.evaluation = SimpleNamespace(finished=lambda: metrics)
+    trainer.log = SimpleNamespace(write_missing=logged.__setitem__)
+    trainer.policy = SimpleNamespace(export_weights=lambda: iter(()))
+    trainer._resume_evaluation(SimpleNamespace(start=start))
+    assert (logged, begun) == (metrics, started)
+    assert trainer.totals.before == metrics.get(0, {})
+    assert trainer.totals.after == ({} if started else metrics[finished[-1]])

@@ -1,7 +1,9 @@
 """Records on disk: what a reader sees while they are written, after a kill, and after damage."""
 
 import json
-from dataclasses import replace
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from megatron_rlvr.evaluation.folder import (
     remove_later_evaluations,
     write_description,
 )
+from megatron_rlvr.evaluation.folder import records_of as folder_records
 from megatron_rlvr.evaluation.records import (
     Record,
     RecordsError,
@@ -24,7 +27,14 @@ from megatron_rlvr.evaluation.records import (
 )
 
 RECORD = Record("aime24/60", 0, 7, 12, "stop", "204", "204", True, 1.0, None, 0.25)
-DESCRIPTION = {"target": {"path": "m"}, "prompts": {}, "sampling": {"seed": 0}, "reward": {}, "sets": {"aime24": {}}}
+SET = {"path": "a.jsonl", "prompt_key": None, "answer_key": None, "id_key": None, "problems": 61}
+DESCRIPTION = {
+    "target": {"path": "m"},
+    "prompts": {},
+    "sampling": {"seed": 0, "group_size": 8},
+    "reward": {"function": "math", "answer_after": None},
+    "sets": {"aime24": SET},
+}
 
 
 def records_of(count: int) -> list[Record]:
@@ -87,13 +97,74 @@ def test_records_of_all_ranks_are_read_and_a_repeated_one_counts_once(tmp_path: 
     assert read_records(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"problem": "a/1", "response": ""}', "null"])
+GOOD_LINE = json.dumps(asdict(RECORD) | {"response": "r"})
+WRONG_LINES = {
+    "{": "not valid JSON",
+    "[]": "no JSON object",
+    "null": "no JSON object",
+    '{"problem": "a/1", "response": ""}': "no finish_reason",
+    "[" * 5000: "nested more than 100 deep",
+    GOOD_LINE.replace('"seed": 7', '"seed": ' + "9" * 5000): "an integer of thousands of digits",
+    GOOD_LINE.replace('"index": 0', '"index": true'): "index is of type bool",
+    GOOD_LINE.replace('"index": 0', '"index": -1'): "index or tokens is out of range",
+    GOOD_LINE.replace('"tokens": 12', '"tokens": "12"'): "tokens is of type str",
+    GOOD_LINE.replace('"tokens": 12', '"tokens": 1' + "0" * 30): "index or tokens is out of range",
+    GOOD_LINE.replace('"reward": 1.0', '"reward": NaN'): "reward or seconds is out of range",
+    GOOD_LINE.replace('"correct": true', '"correct": 1'): "correct is of type int",
+    GOOD_LINE.replace('"gold": "204"', '"gold": null'): "gold is of type NoneType",
+    GOOD_LINE.replace('"index": 0', '"index": 0, "index": 1'): "key 'index' is given twice",
+    GOOD_LINE.replace("aime24", "\xff"): "byte 14 is not valid UTF-8",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
 def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path):
     write(tmp_path, 0, records_of(1))
-    with (tmp_path / "records" / "00000.jsonl").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(RecordsError, match=r"00000\.jsonl, line 2: not a record of an evaluation; restore the file"):
+    with (tmp_path / "records" / "00000.jsonl").open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(RecordsError, match=r"00000\.jsonl, line 2: not a record of an evaluation") as error:
         read_records(tmp_path)
+    assert WRONG_LINES[line] in str(error.value)
+
+
+def places(folder: Path) -> Iterator[Path]:
+    """Paths at which no file is."""
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nothing")
+    (folder / "folder").mkdir()
+    yield from (folder / name for name in ("pipe", "loop", "folder", "dangling"))
+    yield from (Path("/dev/full"), Path("/proc/self/mem"))
+
+
+def test_records_and_descriptions_that_are_no_files_are_one_line(tmp_path: Path):
+    for number, place in enumerate(places(tmp_path)):
+        out = tmp_path / f"out{number}"
+        (out / "records").mkdir(parents=True)
+        (out / "records" / "00000.jsonl").symlink_to(place)
+        (out / "evaluation.json").symlink_to(place)
+        for read in (read_records, read_description, lambda folder: check_folder(folder, DESCRIPTION)):
+            if place.name == "dangling" and read is read_records:
+                continue  # as a file that another process removes
+            with pytest.raises(RecordsError, match="cannot be read"):
+                read(out)
+    for place in [*places(tmp_path / "out0"), tmp_path / ("x" * 300), Path("a\0b"), Path("a/" * 3000)]:
+        assert read_records(place) == []
+        with pytest.raises(RecordsError):
+            read_description(place)
+
+
+def test_records_of_another_evaluation_among_those_of_this_one_are_named(tmp_path: Path):
+    write_description(tmp_path, DESCRIPTION)
+    with pytest.raises(RecordsError, match="has no records yet; run its evaluation"):
+        folder_records(tmp_path, DESCRIPTION)
+    write(tmp_path, 0, records_of(8))
+    assert folder_records(tmp_path, DESCRIPTION) == records_of(8)
+    for foreign in (replace(RECORD, index=8), replace(RECORD, problem="math500/1")):
+        write(tmp_path, 1, [foreign])
+        with pytest.raises(RecordsError, match=r"is none of evaluation\.json; remove the file that was added"):
+            folder_records(tmp_path, DESCRIPTION)
+        (tmp_path / "records" / "00001.jsonl").unlink()
 
 
 def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
@@ -102,7 +173,7 @@ def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
     write_description(out, DESCRIPTION)
     check_folder(out, DESCRIPTION)
     assert read_description(out) == DESCRIPTION
-    other = {**DESCRIPTION, "sampling": {"seed": 1}}
+    other = {**DESCRIPTION, "sampling": {"seed": 1, "group_size": 8}}
     with pytest.raises(RecordsError, match=r"another evaluation, with sampling\.seed=0, not 1; choose another folder"):
         check_folder(out, other)
     (tmp_path / "mine").mkdir()
@@ -120,7 +191,13 @@ def test_a_folder_that_is_no_evaluation_is_refused_with_a_remedy(tmp_path: Path)
         read_description(tmp_path)
     with pytest.raises(RecordsError, match="give a folder that rlvr evaluate has written"):
         read_description(tmp_path / "none")
-    for content in ("{", "[]", '{"sets": {}}'):
+    wrong = [
+        *("{", "[]", '{"sets": {}}', "[" * 5000, json.dumps({**DESCRIPTION, "sets": {}})),
+        *(json.dumps({**DESCRIPTION, "sets": {"a": {**SET, "problems": value}}}) for value in ("30", 0, 1.5, None)),
+        json.dumps({**DESCRIPTION, "reward": {"function": 3, "answer_after": None}}),
+        json.dumps(DESCRIPTION).replace("61", "9" * 5000),
+    ]
+    for content in wrong:
         (tmp_path / "evaluation.json").write_text(content)
         with pytest.raises(RecordsError, match="restore it, or evaluate again"):
             read_description(tmp_path)

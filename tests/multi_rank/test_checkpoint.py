@@ -129,10 +129,10 @@ def passed_on(
 
 def save_weights(policy: Any, target: Path, folder: Path, *, background: bool = False) -> None:
     from megatron_rlvr.checkpoint.megatron.pending import PendingCheckpoint
-    from megatron_rlvr.checkpoint.megatron.sharded_state import sharded_weights
+    from megatron_rlvr.checkpoint.megatron.sharded_state import ShardedWeights
 
     pending = PendingCheckpoint(target, folder)
-    pending.prepare(sharded_weights(policy.chunks), background=background)
+    pending.prepare(ShardedWeights(policy.chunks).written(), {}, background=background)
     pending.wait()
     pending.publish()
 
@@ -383,11 +383,11 @@ class Attack:
 def error_of_megatron(folder: Path, checkpoint: Path) -> str:
     """Load weights as `load_weights` does after its own checks."""
     from megatron_rlvr.checkpoint.megatron.loading import load_sharded
-    from megatron_rlvr.checkpoint.megatron.sharded_state import sharded_weights
+    from megatron_rlvr.checkpoint.megatron.sharded_state import ShardedWeights
 
     with policy_of(str(folder), Layout(data=2)) as policy:
         try:
-            load_sharded(sharded_weights(policy.chunks), checkpoint)
+            load_sharded(list(ShardedWeights(policy.chunks).written()), checkpoint)
         except InputError as error:
             return str(error)
         return "loaded"
@@ -415,13 +415,13 @@ def test_megatron_runs_no_code_of_a_checkpoint(ranks: Ranks, folders, tmp_path):
 def digests_of_a_save(folder: Path, target: Path, background: bool) -> dict[str, Any]:
     """Save a policy; return what the main rank was told of the files in the folder before it got its name."""
     from megatron_rlvr.checkpoint.megatron.pending import PendingCheckpoint
-    from megatron_rlvr.checkpoint.megatron.sharded_state import sharded_weights
+    from megatron_rlvr.checkpoint.megatron.sharded_state import ShardedWeights
 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     known: dict[str, Any] = {}
     with policy_of(str(folder), Layout(tensor=2)) as policy:
         pending = PendingCheckpoint(target, folder, lambda building, digests: known.update(digests))
-        pending.prepare(sharded_weights(policy.chunks), background=background)
+        pending.prepare(ShardedWeights(policy.chunks).written(), {}, background=background)
         pending.wait()
         pending.publish()
     return known
@@ -441,11 +441,11 @@ def test_each_rank_digests_the_files_that_it_has_written(ranks: Ranks, folders, 
 
 def test_only_torchs_adam_gets_a_step_count_per_parameter():
     """Fused optimizers count per parameter group, and Transformer Engine's reject a count of a single parameter."""
-    from megatron_rlvr.checkpoint.megatron.sharded_state import load_optimizer
+    from megatron_rlvr.checkpoint.megatron.sharded_state import set_common_state
 
     def loaded_state(optimizer: Any) -> dict[str, Any]:
         loaded: dict[str, Any] = {"optimizer": {"state": {}}}
-        load_optimizer(mock.Mock(spec=["optimizer", "load_state_dict"], optimizer=optimizer), loaded)
+        set_common_state(mock.Mock(spec=["optimizer", "load_state_dict"], optimizer=optimizer), loaded)
         return loaded["optimizer"]["state"]
 
     assert loaded_state(mock.Mock(state={})) == {}

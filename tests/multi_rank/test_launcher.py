@@ -1,5 +1,6 @@
 """The launcher itself: it must report the failure of a rank, and outlive a rank that hangs."""
 
+import importlib.util
 import os
 import signal
 import time
@@ -30,6 +31,12 @@ def answer(value):
     return value
 
 
+def place_of_megatron():
+    import megatron.core
+
+    return megatron.core.__file__
+
+
 def all_hang():
     time.sleep(600)
 
@@ -51,3 +58,12 @@ def test_ranks_are_used_again_and_the_failure_of_one_is_reported():
     assert other.run(answer, 2, "new ones take over") == ["new ones take over"] * 2
     other.stop()
     assert time.monotonic() - start < 300
+
+
+def test_ranks_import_the_megatron_core_that_this_process_would():
+    """`make core-0.19` puts another release in front of the installed one."""
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None
+    ranks = Ranks(most=1)
+    assert ranks.run(place_of_megatron, 1) == [spec.origin]
+    ranks.stop()

@@ -278,7 +278,8 @@ def test_a_weight_sync_needs_the_memory_of_a_bucket_and_of_the_parameter_being_g
     bucket_bytes = 2**20
     for peak, largest, total in ranks.run(memory_of_a_weight_sync, 4, str(tmp_path), TENSOR_PIPELINE, bucket_bytes):
         print(f"peak {peak}, bucket {bucket_bytes}, largest {largest}, total {total}")
-        assert bucket_bytes < peak < bucket_bytes + 6 * largest < total / 2
+        # Gloo holds the tensors of a few broadcasts until the slowest rank has them.
+        assert bucket_bytes < peak < bucket_bytes + 8 * largest < total / 2
 
 
 OTHER_RECIPES = {

@@ -1,6 +1,7 @@
 """Tests of the preflight on small real runs, and of its checks on measurements that this machine does not produce."""
 
 import io
+import re
 import subprocess
 import sys
 import time
@@ -83,6 +84,9 @@ def test_every_check_passes_for_a_run_that_can_start(alone: dict[str, Any]) -> N
     assert "16 tokens" in passing.checks["rehearsal"]["message"]
     assert float(passing.checks["mismatch"]["message"].split()[0]) < 1e-4, "nats, in fp32"
     assert "with micro-batches of 512 tokens" in passing.checks["memory"]["message"]
+    assert re.search(
+        r"each rank holds at most .* while it saves, .*; written in ", passing.checks["checkpoint"]["message"]
+    )
     for name in NAMES:
         assert f"passed     {name}" in passing.stdout
     assert "checking rehearsal" in passing.stderr, "a line for each check while it runs"
@@ -113,7 +117,9 @@ def test_an_unreachable_server_fails_and_checks_that_need_it_say_so(alone: dict[
     )
     assert failing.checks["servers"]["remedy"] == "start it, or remove it from the list"
     assert failing.checks["rehearsal"]["message"] == "needs servers, which failed"
-    assert {failing.results[name] for name in ("rehearsal", "mismatch", "memory", "restored")} == {"not tried"}
+    assert {failing.results[name] for name in ("rehearsal", "mismatch", "memory", "checkpoint", "restored")} == {
+        "not tried"
+    }
     assert "failed     servers" in failing.stdout
 
 

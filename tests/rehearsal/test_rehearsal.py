@@ -1,5 +1,6 @@
 """The verb `rlvr rehearse`: its errors, and rehearsals where torch is a CUDA build (no GPU is needed)."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ MIXTURE = {
 }
 WORLDS = {"qwen3_8b": 8, "qwen3_14b": 16, "qwen3_32b": 32}
 MOST_DIFFERENCE = 0.03
+ROTARY = "megatron/core/models/common/embeddings/rope_utils.py"
+"""Where Megatron asks the GPU for the lengths of the sequences, without a fused rotary embedding."""
 
 cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 
@@ -137,14 +140,23 @@ def rehearse(
     return json.loads(captured.out)
 
 
-def check(result: dict[str, Any]) -> None:
-    """Every phase got through on every stage, and the peak of training is the planner's."""
+def check(result: dict[str, Any], waits_in_layers: tuple[str, ...] = (ROTARY,)) -> None:
+    """Every phase got through on every stage, the peak of training is the planner's, and layers do not wait.
+
+    Args:
+        waits_in_layers: Files in which a layer may make the CPU wait for the GPU.
+    """
     for rank in result["ranks"]:
         names = [phase["name"] for phase in rank["phases"]]
         assert names[:3] == ["ranks", "build", "weights"]
         assert names[3:] == ["optimizer", "score", "train 1", "train 2", "export", "save", "load"]
         assert abs(rank["planned_peak"] / rank["train_peak"] - 1) <= MOST_DIFFERENCE
-        assert rank["saved"] > 0
+        export, save, load = rank["phases"][-3:]
+        assert 0 < save["host_peak"] - export["host"] <= 1.2 * rank["saved"]
+        assert save["device_peak"] - export["device"] <= 2**30
+        assert load["host_peak"] - save["host"] <= 2 * 2**28
+        lines = {line for phase in rank["phases"][4:7] for _, line, in_layer, _ in phase["waits"] if in_layer}
+        assert {line for line in lines if not line.startswith(waits_in_layers)} == set()
 
 
 @cuda_build
@@ -153,6 +165,28 @@ def check(result: dict[str, Any]) -> None:
 def test_recipes_get_through_at_two_layers(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = recipe.parent.name
     check(rehearse(recipe, shape_of(model), WORLDS[model], "--layers", "2", capsys=capsys, folder=tmp_path))
+
+
+@cuda_build
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("qwen3_8b", ()),
+        ("qwen3_14b", ()),
+        ("qwen3_32b", ()),
+        ("qwen3_8b", ("--parallel.tensor", "2", "--parallel.context", "2")),
+        ("qwen3_8b", ("--megatron.gradient_accumulation_fusion", "true")),
+    ],
+    ids=["8b", "14b", "32b", "context 2", "fused gradients"],
+)
+def test_transformer_engine_takes_our_arguments_and_no_layer_waits(
+    model: str, flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tiny.CHECKOUT / "examples" / model / "forking_20k.yaml"
+    flags = ("--layers", "2", "--transformer-engine", *flags)
+    result = rehearse(recipe, shape_of(model), WORLDS[model], *flags, capsys=capsys, folder=tmp_path)
+    check(result, waits_in_layers=())
 
 
 LAYOUTS = {
@@ -180,5 +214,18 @@ def test_a_mixture_of_experts_gets_through(tmp_path: Path, capsys: pytest.Captur
     recipe = tiny.CHECKOUT / "examples" / "qwen3_8b" / "forking_20k.yaml"
     flags = ["--layers", "2", "--parallel.expert", "8", "--parallel.tensor", "2"]
     result = rehearse(recipe, shape_of("qwen3_8b", **MIXTURE), 8, *flags, capsys=capsys, folder=tmp_path)
-    check(result)
+    check(result, waits_in_layers=(ROTARY, "megatron/core/transformer/moe/"))
     assert any("topk" in guess for guess in result["ranks"][0]["guesses"])
+
+
+def test_a_layer_that_waits_is_found():
+    phase = {"host": 0, "host_peak": 0, "device": 0, "device_peak": 0, "waits": []}
+    names = ("ranks", "build", "weights", "optimizer", "score", "train 1", "train 2", "export", "save", "load")
+    phases = [phase | {"name": name} for name in names]
+    phases[8]["host_peak"] = 1
+    rank = {"phases": phases, "planned_peak": 1.0, "train_peak": 1.0, "saved": 1}
+    check({"ranks": [rank]})
+    for line, in_layer, fails in (("x.py:1", False, False), (f"{ROTARY}:204", True, False), ("x.py:1", True, True)):
+        phases[6]["waits"] = [("item", line, in_layer, 3)]
+        with pytest.raises(AssertionError) if fails else contextlib.nullcontext():
+            check({"ranks": [rank]})

@@ -1,6 +1,7 @@
 """Checks of the settings against the model, the number of ranks, and Megatron's dataclasses."""
 
 import json
+import typing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -182,6 +183,15 @@ def test_enumerations_dtypes_and_numbers_reach_megatron_in_the_types_of_its_fiel
         "layernorm_epsilon": 1.0,
         "fp8": None,
     }
+
+
+def test_a_dtype_is_found_in_either_notation_of_a_union() -> None:
+    import torch
+
+    from megatron_rlvr.policy.megatron_fields import _names
+
+    for hint in (typing.Union[torch.dtype, None], torch.dtype | None):  # noqa: UP007
+        assert _names(hint)["bfloat16"] is torch.bfloat16
 
 
 @pytest.mark.parametrize(("engine", "apex", "gpu"), [(True, True, True), (False, False, True), (False, False, False)])

@@ -9,7 +9,11 @@ may still be ending. Ends:
     suspended                           SIGSTOP of rank 1 in a step
     twice                               a second launcher in the middle of the run, which then gets SIGTERM
     terminal                            a run without a launcher, of which the terminal is closed
+    full PLACE, read-only PLACE         the disk of the folder, when rank 0 is about to write there (`PLACES`)
+    memory                              the kernel kills rank 1 in a step, as the memory of its cgroup is exhausted
     none
+
+A full disk has room again for the next run, and a disk that became read-only is repaired and mounted again.
 
 Prints a line for each: end, exit status of the launcher (of the second one for `twice`), seconds from the kill or
 signal until all ranks had ended, and the latest checkpoint. The output of runs is in CONFIG.out.
@@ -21,29 +25,86 @@ import pty
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import torch.distributed as dist
 
-import megatron_rlvr.startup.assembly  # noqa: F401
+from megatron_rlvr import metrics, trainer
+from megatron_rlvr.evaluation.training import TrainingEvaluation
 from megatron_rlvr.process_table import start_time
-from megatron_rlvr.startup import lease
+from megatron_rlvr.startup import assembly, lease
+from megatron_rlvr.startup import run as run_module
 from megatron_rlvr.train import main
 
 KILLS = ("launcher", "rank 0", "rank 1", "tree")
 _PATIENCE_SECONDS = 4.0  # between SIGTERM and SIGKILL; torchrun's are 30
 
+# {place: what writes there, and the number of its call at which that is about to fail}
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "start": (run_module, "prepare_run_folder", 1),
+    "metrics": (metrics.MetricsLog, "write", 2),
+    "rollouts": (metrics.MetricsLog, "write_rollouts", 2),
+    "tensorboard": (metrics._TensorBoard, "write", 2),
+    "evaluation": (TrainingEvaluation, "run", 1),
+    "export": (assembly, "export_policy", 1),
+    "summary": (run_module, "write_summary", 1),
+}
 
-def train(config: str, flags: Sequence[str]) -> NoReturn:
+
+def before_call(owner: Any, name: str, number: int, action: Callable[[], object]) -> None:
+    """Do something right before a function is called for the given time."""
+    function, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def replacement(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == number:
+            action()
+        return function(*arguments, **keywords)
+
+    setattr(owner, name, replacement)
+
+
+def fill(folder: Path) -> None:
+    """Leave not a byte on the disk: neither a free block, nor room in the last block of a file that is appended to."""
+    for path in [folder / "filler", folder / "metrics.jsonl", *folder.glob("tensorboard/*")]:
+        for size in (1 << 16, 1 << 8, 1):
+            with suppress(OSError), path.open("ab", buffering=0) as file:
+                while file.write(b"\n" * size):
+                    pass
+
+
+def make_read_only(folder: Path) -> None:
+    """Let the kernel find an error in the file system, after which it writes nothing there (errors=remount-ro)."""
+    device = subprocess.run(["findmnt", "-no", "SOURCE", folder], capture_output=True, text=True, check=True).stdout
+    Path("/sys/fs/ext4", Path(device.strip()).name, "trigger_fs_error").write_text("by a test")
+
+
+def repair(folder: Path, image: str) -> None:
+    for command in (
+        ["umount", str(folder)],
+        ["e2fsck", "-fy", image],
+        ["mount", "-o", "loop,errors=remount-ro", image, str(folder)],
+    ):
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=command[0] != "e2fsck")
+
+
+def exhaust_memory() -> None:
+    """Use more memory than this process's cgroup may."""
+    Path(os.environ["MEMORY_GROUP"], "cgroup.procs").write_text(str(os.getpid()))
+    bytearray(os.urandom(2**10)) * 2**20
+
+
+def train(config: str, flags: Sequence[str], spoil: Callable[[], object] = lambda: None) -> NoReturn:
     """Body of a rank."""
     status: object = 1
     try:
+        spoil()
         main([config, *flags])
         status = 0
     except SystemExit as left:
@@ -53,8 +114,10 @@ def train(config: str, flags: Sequence[str]) -> NoReturn:
         os._exit(status if isinstance(status, int) else 1)
 
 
-def start(config: str, flags: Sequence[str] = ()) -> tuple[int, list[int]]:
-    """Fork a launcher; return its process id and those of its ranks."""
+def start(
+    config: str, flags: Sequence[str] = (), spoil: Callable[[int], object] = lambda rank: None
+) -> tuple[int, list[int]]:
+    """Fork a launcher; return its process id and those of its ranks. ``spoil`` is called in each, with its rank."""
     reader, writer = os.pipe()
     launcher = os.fork()
     if launcher:
@@ -81,7 +144,7 @@ def start(config: str, flags: Sequence[str] = ()) -> tuple[int, list[int]]:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-            train(config, flags)
+            train(config, flags, lambda: spoil(rank))  # noqa: B023
         os.close(gate)
         ranks[pid] = rank
         gates.append(opens)
@@ -132,6 +195,7 @@ class Runs:
 
     def __init__(self, config: str, folder: Path, seed: int) -> None:
         self.config = config
+        self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.dice = random.Random(seed)
 
@@ -163,6 +227,9 @@ class Runs:
     def meet(self, end: str) -> None:
         if end == "terminal":
             self.close_terminal()
+            return
+        if end.startswith(("full", "read-only", "memory")):
+            self.spoil(end)
             return
         launcher, ranks = start(self.config, ["--run.timeout_minutes=0.1"] if end == "suspended" else [])
         if end in KILLS:
@@ -199,6 +266,26 @@ class Runs:
             wait_until(lambda: not any(map(start_time, ranks)))
             self.report(end, -signal.SIGKILL, began)
             os._exit(0)
+
+    def spoil(self, end: str) -> None:
+        kind, _, place = end.partition(" ")
+
+        def spoil(rank: int) -> None:
+            if kind == "memory" and rank == 1:
+                before_call(trainer.Trainer, "train_step", 2, exhaust_memory)
+            elif kind != "memory" and rank == 0:
+                action = {"full": fill, "read-only": make_read_only}[kind]
+                before_call(*PLACES[place], lambda: action(self.folder))
+
+        began = time.monotonic()
+        launcher, ranks = start(self.config, (), spoil)
+        status = status_of(launcher)
+        wait_until(lambda: not any(map(start_time, ranks)))
+        if kind == "full":
+            (self.folder / "filler").unlink()
+        if kind == "read-only":
+            repair(self.folder, os.environ["DISK"])
+        self.report(end, status, began)
 
     def close_terminal(self) -> None:
         child, terminal = pty.fork()

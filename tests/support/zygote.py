@@ -217,10 +217,12 @@ class _Zygote:
         self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # As megatron_rlvr.startup.process sets them before these libraries are imported.
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        # What the worker finds in front of installed packages, such as another megatron-core, is imported from there.
+        search = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
         with theirs:
             self._process = subprocess.Popen(
                 [python, __file__, str(theirs.fileno()), *imports, "-" * _COMMAND_BYTES],
-                env={**env, **quiet, "PYTHONPATH": str(CHECKOUT)}, cwd=CHECKOUT, stdin=subprocess.DEVNULL,
+                env={**env, **quiet, "PYTHONPATH": search}, cwd=CHECKOUT, stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
 
@@ -339,7 +341,8 @@ def _show(command: Sequence[str]) -> None:
 
 def _main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
-    search = sys.path[2:]  # behind this file's folder and PYTHONPATH
+    own = dict.fromkeys(os.environ["PYTHONPATH"].split(os.pathsep))
+    search = sys.path[1 + len(own) :]  # behind this file's folder and PYTHONPATH
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in sys.argv[2:-1]:

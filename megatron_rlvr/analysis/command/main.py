@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rlvr.analysis.command import analyses
-from megatron_rlvr.analysis.options import OptionError, Parser, positive
 from megatron_rlvr.analysis.report import ANALYSES
 from megatron_rlvr.analysis.results import write_result
+from megatron_rlvr.command_line import Parser, path, positive_int
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.hf.files import read_config
 
@@ -34,7 +34,8 @@ docs/forks.md describes the files.
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Run an analysis, print the files that it has written, and return the exit status."""
-    options = _parser(prog).parse_args(arguments)
+    parser = _parser(prog)
+    options = parser.parse_args(arguments)
     if options.analysis == "parameters":
         results = [analyses.parameters(options.base, options.model[0])]
         out = options.out or Path(ANALYSES)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
         for folder in folders:
             read_config(folder)  # raises an error that says what the folder lacks, before ranks start
         if not folders and (options.ranks or _parallel(options).replica > 1):
-            raise OptionError("--ranks, --tensor, --pipeline, --context: have no effect without --model; remove them")
+            parser.error("--ranks, --tensor, --pipeline, --context: have no effect without --model; remove them")
         if folders and _starts_ranks(options):
             from megatron_rlvr.launch import start_ranks
 
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
             return 0
         results = analyses.tokens(found, options.least) if options.analysis == "tokens" else analyses.change(found)
     for result in results:
-        for path in write_result(out, result):
-            sys.stdout.write(f"{path}\n")
+        for file in write_result(out, result):
+            sys.stdout.write(f"{file}\n")
     return 0
 
 
@@ -74,33 +75,37 @@ def _parallel(options: argparse.Namespace) -> ParallelSettings:
 
 
 def _parser(prog: str) -> Parser:
-    parser = Parser(prog=prog, description=DESCRIPTION)
+    parser = Parser(prog, description=DESCRIPTION)
     verbs = parser.add_subparsers(dest="analysis", required=True, metavar="tokens | change | parameters")
     for name in ("tokens", "change", "parameters"):
         verb = verbs.add_parser(name)
         if name != "parameters":
-            verb.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder with recorded responses")
+            verb.add_argument("run", type=path, metavar="RUN_DIR", help="run folder with recorded responses")
         if name != "tokens":
-            verb.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face folder of the base")
+            verb.add_argument("--base", type=path, required=True, metavar="DIR", help="Hugging Face folder of the base")
         verb.add_argument(
             "--model",
-            type=Path,
+            type=path,
             nargs="+" if name == "change" else 1,
             required=name != "tokens",
             metavar="DIR",
             help="model to look into",
         )
-        verb.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: RUN_DIR/analysis)")
+        verb.add_argument("--out", type=path, metavar="DIR", help="folder of the results (default: RUN_DIR/analysis)")
         if name == "parameters":
             continue
         verb.add_argument(
-            "--least", type=positive, default=10, metavar="N", help="fewest occurrences of a listed token"
+            "--least", type=positive_int, default=10, metavar="N", help="fewest occurrences of a listed token"
         )
         verb.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="precision of scoring")
         verb.add_argument(
-            "--ranks", type=positive, metavar="N", help="processes on this machine (default: one model copy)"
+            "--ranks", type=positive_int, metavar="N", help="processes on this machine (default: one model copy)"
         )
-        verb.add_argument("--tokens-per-micro-batch", type=positive, default=8192, metavar="N", help="(default: 8192)")
+        verb.add_argument(
+            "--tokens-per-micro-batch", type=positive_int, default=8192, metavar="N", help="(default: 8192)"
+        )
         for size in ("tensor", "pipeline", "context"):
-            verb.add_argument(f"--{size}", type=positive, default=1, metavar="N", help=f"parallel.{size} (default: 1)")
+            verb.add_argument(
+                f"--{size}", type=positive_int, default=1, metavar="N", help=f"parallel.{size} (default: 1)"
+            )
     return parser

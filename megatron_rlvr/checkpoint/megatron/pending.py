@@ -1,7 +1,7 @@
 """Writing a checkpoint by all ranks, in three steps: prepare, wait, publish.
 
-    prepare   the main rank creates a temporary folder; Megatron plans the files, and copies the tensors if they are
-              written in the background
+    prepare   the main rank creates a temporary folder; every rank copies the tensors that it writes to the machine's
+              memory, and Megatron plans the files
     wait      every rank waits for its files; the main rank gathers what all ranks have written, and its digests
     publish   the main rank adds metadata and files of its own, flushes everything to the disk and renames the folder
 
@@ -15,12 +15,14 @@ import io
 import os
 import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -34,6 +36,9 @@ from megatron_rlvr.checkpoint.store import Finish
 from megatron_rlvr.distributed import megatron_versions
 from megatron_rlvr.distributed.collectives import gather_on_first, on_main_rank
 from megatron_rlvr.hf.weights import copy_all_but_weights
+
+_FILES = 2
+"""Files of a rank, each written by a process of its own; the default of newer releases of Megatron is one."""
 
 
 class PendingCheckpoint:
@@ -57,19 +62,22 @@ class PendingCheckpoint:
         self._failures: list[Exception] = []
         self._digests: dict[str, FileDigest] = {}
 
-    def prepare(self, state: dict[str, Any], *, background: bool) -> None:
-        """Create the temporary folder and plan the files.
+    def prepare(self, shards: Iterable[ShardedTensor], common: Mapping[str, Any], *, background: bool) -> None:
+        """Create the temporary folder, copy this rank's tensors to the machine's memory and plan the files.
+
+        The caller may change the tensors afterwards.
 
         Args:
-            state: Result of `sharded_weights` and everything else to be saved, in Megatron's sharded form.
-            background: If True, copy this rank's tensors to memory and write them while the caller continues, which may
-                change the tensors; else write them in `wait`.
+            shards: What this rank writes, of the results of `sharded_state`; copied one by one.
+            common: State common to all ranks, of which that of the main rank is saved.
+            background: If True, start writing now, while the caller continues; else write in `wait`.
         """
         on_main_rank(self._create_folder)
         # Megatron would start a manager process to pass on what its writers report, keep it for the next checkpoint,
         # and so leave it behind on every machine where a rank is killed.
         filesystem_async._results_queue = queue.Queue()
-        sharded, common = save_preprocess(state | {"content_metadata": dict(CONTENT_METADATA)})
+        state = {str(number): shard for number, shard in enumerate(copied_to_host(shards))}
+        sharded, common = save_preprocess({"shards": state, **common, "content_metadata": dict(CONTENT_METADATA)})
         if dist.get_rank() == 0:
             torch.save(common, self._common)
         request = megatron_versions.plan_files(self._sharded, sharded, self._building)
@@ -116,6 +124,18 @@ class PendingCheckpoint:
             raise
 
 
+def copied_to_host(shards: Iterable[ShardedTensor]) -> list[ShardedTensor]:
+    """Return the shards that this rank writes with copies of their tensors in the machine's memory, made one by one.
+
+    This is all of the memory that a save takes: the bytes that this rank writes, and none on the GPU.
+    """
+    return [
+        replace(shard, data=shard.data.to("cpu", copy=True))
+        for shard in shards
+        if shard.data is not None and is_main_replica(shard.replica_id)
+    ]
+
+
 def link_checkpoint(same: Path, folder: Path, finish: Finish) -> None:
     """Write a folder whose files are hard links to those of the checkpoint ``same``. A collective over the world.
 
@@ -151,7 +171,7 @@ class _DeferredShardedStrategy(TorchDistSaveShardedStrategy):
     """Megatron's strategy for sharded tensors, which defers writing ``.metadata`` until `write_metadata`."""
 
     def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__("torch_dist", 1, thread_count=_FILES)
         self.write_metadata: Callable[[], None] = lambda: None
         """Writes ``.metadata``. To be called on the main rank once it has the results of all ranks."""
 

@@ -2,18 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from megatron_rlvr.checkpoint.files import CheckpointReader
-from megatron_rlvr.checkpoint.megatron.loading import load_sharded
 from megatron_rlvr.checkpoint.megatron.pending import PendingCheckpoint, link_checkpoint
-from megatron_rlvr.checkpoint.megatron.sharded_state import (
-    fill_weights,
-    load_optimizer,
-    sharded_optimizer,
-    sharded_weights,
-)
+from megatron_rlvr.checkpoint.megatron.sharded_state import ShardedOptimizer, ShardedWeights, load_replicated
 from megatron_rlvr.checkpoint.store import Finish
 from megatron_rlvr.distributed.collectives import on_main_rank
 from megatron_rlvr.hf.weights import write_folder
@@ -42,20 +36,17 @@ def save_policy(
     """
     if same is not None:
         return partial(link_checkpoint, same, folder, finish)
+    weights = ShardedWeights(policy.chunks)
+    optimizer = ShardedOptimizer(policy.optimizer, weights, loading=False)
+    common = {"optimizer": optimizer.common, "schedule": policy.schedule.state_dict()}
     pending = PendingCheckpoint(folder, policy.folder, finish)
-    pending.prepare(_sharded_state(policy), background=background)
+    pending.prepare(chain(weights.written(), optimizer.written()), common, background=background)
 
     def complete() -> None:
         pending.wait()
         pending.publish()
 
     return complete
-
-
-def _sharded_state(policy: Policy) -> dict[str, Any]:
-    weights = sharded_weights(policy.chunks)
-    optimizer = sharded_optimizer(policy.optimizer, weights, loading=False)
-    return weights | {"optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
 
 def load_policy(policy: Policy, folder: Path) -> None:
@@ -66,12 +57,11 @@ def load_policy(policy: Policy, folder: Path) -> None:
         InvalidCheckpointError: On every rank, if its files cannot be loaded.
     """
     CheckpointReader(folder).check(policy.hf_config)
-    weights = sharded_weights(policy.chunks)
-    optimizer = sharded_optimizer(policy.optimizer, weights, loading=True)
-    loaded = load_sharded(weights | {"optimizer": optimizer}, folder)
-    fill_weights(policy.chunks, loaded)
-    load_optimizer(policy.optimizer, loaded["optimizer"])
-    policy.schedule.load_state_dict(loaded["schedule"])
+    weights = ShardedWeights(policy.chunks)
+    optimizer = ShardedOptimizer(policy.optimizer, weights, loading=True)
+    common = load_replicated(weights.replicated() + optimizer.replicated(), optimizer.own(loading=True), folder)
+    optimizer.restore(common["optimizer"])
+    policy.schedule.load_state_dict(common["schedule"])
 
 
 def export_policy(policy: Policy, folder: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:

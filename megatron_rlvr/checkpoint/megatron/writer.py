@@ -28,7 +28,8 @@ class BackgroundWriter:
 
     Args:
         request: Megatron's ``AsyncRequest``, returned by `megatron_versions.plan_files`.
-        background: If True, copy this rank's tensors to memory and start writing now; else write in `wait`.
+            Its tensors are on the CPU and do not change.
+        background: If True, start writing now; else write in `wait`.
 
     Attributes:
         digests: {name: size and digest} of the files that this rank has written, after `wait`; {} if that failed.
@@ -43,7 +44,6 @@ class BackgroundWriter:
         if background and self._write_in_wait:
             self._write_in_wait = False
             with self._reporting_failures():
-                self._arguments[1] = _copied(self._arguments[1])
                 self._thread.start()
 
     def wait(self) -> None:
@@ -51,9 +51,7 @@ class BackgroundWriter:
         if self._thread.ident is not None:
             self._thread.join()
         elif self._write_in_wait:
-            with self._reporting_failures():
-                self._arguments[1] = self._request.preload_fn()
-                self._run()
+            self._run()
 
     def _run(self) -> None:
         _, buckets, results = self._arguments
@@ -69,17 +67,6 @@ class BackgroundWriter:
             yield
         except Exception as error:
             self._arguments[2].put(error)
-
-
-def _copied(buckets: Sequence[Any]) -> list[Any]:
-    """Return Megatron's buckets with copies of their tensors on the CPU, since training changes the originals.
-
-    Megatron's own transfer to the CPU does not copy tensors that are there already.
-    """
-    return [
-        (path, name, (texts, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
-        for path, name, (texts, tensors) in buckets
-    ]
 
 
 def _write_buckets(transforms: Any, buckets: Sequence[Any]) -> tuple[dict[int, Any], dict[str, FileDigest]]:

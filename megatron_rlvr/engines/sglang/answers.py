@@ -77,7 +77,8 @@ async def read_body(chunks: Chunks, limit: AnswerLimit) -> bytes:
     start = time.monotonic()
     while True:
         try:
-            chunk = await asyncio.wait_for(chunks.read(2**16), STALL_SECONDS)
+            async with asyncio.timeout(STALL_SECONDS):
+                chunk = await chunks.read(2**16)
         except TimeoutError:
             raise AnswerError(f"sent nothing more for {STALL_SECONDS:.0f} s after {len(body)} bytes") from None
         if not chunk:

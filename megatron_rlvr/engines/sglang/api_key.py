@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from megatron_rlvr.config import RolloutSettings
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.input_files import BadFileError, read_text
 
@@ -38,6 +39,15 @@ def read_api_key(path: str | Path, key: str) -> str:
             "with a letter or digit"
         )
     return text
+
+
+def key_of(settings: RolloutSettings) -> str | None:
+    """Return the key that the servers demand, from `rollout.api_key_file`; None if they demand none.
+
+    Raises:
+        InputError: If the file holds no key.
+    """
+    return None if settings.api_key_file is None else read_api_key(settings.api_key_file, "rollout.api_key_file")
 
 
 def write_server_config(path: Path, api_key: str) -> None:

@@ -14,7 +14,7 @@ from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang import colocation
 from megatron_rlvr.engines.sglang.answers import shown
-from megatron_rlvr.engines.sglang.api_key import read_api_key
+from megatron_rlvr.engines.sglang.api_key import key_of
 from megatron_rlvr.engines.sglang.client import Server, ServerError, ServerInfo
 from megatron_rlvr.engines.sglang.pool import ServerPool
 from megatron_rlvr.engines.sglang.router import workers_of
@@ -29,15 +29,19 @@ def connect(
     *,
     max_sequence_tokens: int,
     evaluation_servers: Sequence[str] = (),
+    key: str | None = None,
+    model: str = "model.path",
 ) -> ServerPool | None:
     """Connect the leader of each data-parallel replica to the servers; a collective over the world.
 
     Args:
         settings: Settings of the rollout, with the servers' URLs.
-        evaluation_servers: URLs to connect to instead, those of `evaluate.servers`, which the main rank alone uses.
         ranks: Ranks of the run.
         hf_config: config.json of the model.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
+        evaluation_servers: URLs to connect to instead, those of `evaluate.servers`, which the main rank alone uses.
+        key: Setting or flag that names the servers, for messages; None for that of the settings.
+        model: Setting or argument that names the model, for messages.
 
     Returns:
         The pool of a leader; None on other ranks.
@@ -46,9 +50,8 @@ def connect(
         SettingsError: On every rank, if a server does not answer or serves another model. The problem of each further
             server is logged.
     """
-
-    key = "evaluate.servers" if evaluation_servers else "rollout.servers"
-    api_key = read_api_key(settings.api_key_file, "rollout.api_key_file") if settings.api_key_file else None
+    key = key or ("evaluate.servers" if evaluation_servers else "rollout.servers")
+    api_key = key_of(settings)
 
     def pool_of(urls: Sequence[str]) -> ServerPool:
         return ServerPool(
@@ -70,7 +73,7 @@ def connect(
     pool = pool_of(found[0]) if ranks.replica_rank == 0 else None
     if ranks.is_main and pool is not None:
         colocated = settings.colocated and not evaluation_servers
-        problems += _problems(pool, hf_config, max_sequence_tokens, colocated=colocated, key=key)
+        problems += _problems(pool, hf_config, max_sequence_tokens, colocated=colocated, key=key, model=model)
         for problem in problems[1:]:
             logger.error(problem)
     try:
@@ -82,13 +85,17 @@ def connect(
     return pool
 
 
-def served_folder(urls: Sequence[str]) -> str | None:
+def served_folder(urls: Sequence[str], api_key: str | None) -> str | None:
     """Return the folder from which the first server has loaded its model; None if it does not report it.
+
+    Args:
+        urls: Servers.
+        api_key: Key that they demand; None if they demand none.
 
     Raises:
         SettingsError: If the server does not answer.
     """
-    with closing(ServerPool(urls[:1], max_inflight=1, retries=0, patience_seconds=0.0)) as pool:
+    with closing(ServerPool(urls[:1], max_inflight=1, retries=0, patience_seconds=0.0, api_key=api_key)) as pool:
         (answer,) = pool.everywhere(lambda server: server.info()).values()
     if isinstance(answer, ServerError):
         raise SettingsError(_unusable(urls[0], answer, "--servers"))
@@ -118,7 +125,7 @@ def expand(
 
 
 def _problems(
-    pool: ServerPool, hf_config: Mapping[str, Any], max_sequence_tokens: int, *, colocated: bool, key: str
+    pool: ServerPool, hf_config: Mapping[str, Any], max_sequence_tokens: int, *, colocated: bool, key: str, model: str
 ) -> list[str]:
     """Return one sentence for each server that cannot be used. Waits for servers that are starting."""
 
@@ -132,7 +139,7 @@ def _problems(
     for url, answer in pool.everywhere(ask).items():
         if isinstance(answer, ServerError):
             problems.append(_unusable(url, answer, key))
-        elif problem := _mismatch(answer, hf_config, max_sequence_tokens):
+        elif problem := _mismatch(answer, hf_config, max_sequence_tokens, model):
             problems.append(f"{key}={url}: {problem}")
     return problems
 
@@ -141,7 +148,7 @@ def _unusable(url: str, error: ServerError, key: str) -> str:
     return f"{key}={url}: the server cannot be used ({error}); start it, or remove it from the list"
 
 
-def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_tokens: int) -> str | None:
+def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_tokens: int, model: str) -> str | None:
     """Return why a server does not fit the run and what to do, or None."""
     pairs = {
         "model_type": (info.model_type, hf_config["model_type"]),
@@ -150,7 +157,7 @@ def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_token
     }
     differing = [f"{name} {shown(theirs)}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if differing:
-        return f"the server serves another model ({', '.join(differing)}); start it on model.path"
+        return f"the server serves another model ({', '.join(differing)}); start it on {model}"
     if info.context_length < max_sequence_tokens:
         return (
             f"the server's context length of {info.context_length} tokens is below data.max_prompt_tokens + "

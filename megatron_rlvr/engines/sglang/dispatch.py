@@ -74,9 +74,8 @@ class Dispatcher:
         deadline = self._loop.time() + (_ABORT_SECONDS if wait else 0)
         while running := [member for member in members if _tasks_of(stream, member)]:
             # One order for each request: a server ignores an order for a mere prefix of its requests' ids.
-            orders = [m.server.abort(rid) for m in running if m.healthy for rid in _ids_of(stream, m)]
-            in_time = [asyncio.wait_for(order, _ABORT_ORDER_SECONDS) for order in orders]
-            await asyncio.gather(*in_time, return_exceptions=True)
+            orders = [_abort_in_time(m, rid) for m in running if m.healthy for rid in _ids_of(stream, m)]
+            await asyncio.gather(*orders, return_exceptions=True)
             tasks = [task for member in running for task in _tasks_of(stream, member)]
             if self._loop.time() >= deadline:
                 for member in running:
@@ -186,6 +185,11 @@ class Dispatcher:
             member.running.pop(task, None)  # no task waits for its answer any more
         for stream in self.streams:
             stream.results.put(error)
+
+
+async def _abort_in_time(member: Member, rid: str) -> None:
+    async with asyncio.timeout(_ABORT_ORDER_SECONDS):
+        await member.server.abort(rid)
 
 
 def _ids_of(stream: RequestStream, member: Member) -> list[str]:

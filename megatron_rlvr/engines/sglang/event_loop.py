@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_CANCEL_AGAIN_SECONDS = 1.0
 
 
 class EventLoopThread:
@@ -79,7 +80,12 @@ def this_task() -> "asyncio.Task[None]":
 
 
 async def cancel(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    """Cancel tasks and wait until they have ended."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    """Cancel tasks and wait until they have ended.
+
+    A library may take a cancellation for the timeout that comes at the same moment, so that the task continues: it is
+    cancelled again.
+    """
+    while running := [task for task in tasks if not task.done()]:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=_CANCEL_AGAIN_SECONDS)

@@ -19,6 +19,7 @@ from megatron_rlvr.engines.sglang.client import (
 )
 
 _POLL_SECONDS, _EQUAL_ANSWERS = 1.0, 3
+_MAX_WORKERS = 1024
 _HTTP_URL = re.compile(r"https?://[^/@\s]{1,300}")
 
 
@@ -58,6 +59,8 @@ def _workers(answer: Mapping[str, object]) -> list[str]:
     workers = answer.get("workers") or []
     if not isinstance(workers, list) or not all(isinstance(worker, dict) for worker in workers):
         raise UnhealthyServerError(f"/workers answered no list of workers: {shown(answer)}")
+    if len(workers) > _MAX_WORKERS:
+        raise UnhealthyServerError(f"/workers answered {len(workers)} workers, more than {_MAX_WORKERS}")
     return [_url(worker) for worker in workers]
 
 

@@ -7,23 +7,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_rlvr.config import SettingsError
+from megatron_rlvr.config import ParallelSettings, SettingsError
+from megatron_rlvr.config.urls import check_urls, without_slash
 from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.evaluation.command import options as command_line
+from megatron_rlvr.evaluation.command.lease import lease_of
 from megatron_rlvr.evaluation.command.regrade import regrade
 from megatron_rlvr.evaluation.command.results import report
 from megatron_rlvr.evaluation.command.target import Target, find_target
 from megatron_rlvr.evaluation.compare import compare
 from megatron_rlvr.evaluation.folder import DESCRIPTION, check_folder, read_description, write_description
-from megatron_rlvr.evaluation.records import read_records
+from megatron_rlvr.evaluation.records import RecordsError, read_records
+from megatron_rlvr.input_files import is_file, is_folder
 from megatron_rlvr.launch import launched, start_ranks
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.evaluation import ResolvedEvaluation, describe_evaluation, resolve_evaluation
-from megatron_rlvr.startup.lease import take_lease
-from megatron_rlvr.startup.process import end_with_launcher, is_main, leave, print_error, print_line, quiet_libraries
+from megatron_rlvr.startup.process import end_with_launcher, is_main, print_error, quiet_libraries, world_size
 
 _SERVED_MODEL = "model"
 _SERVE_FLAGS = {
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 def _evaluate(options: Namespace, arguments: list[str]) -> int:
     end_with_launcher()
     servers = _servers(options.servers) if options.servers else []
-    target = find_target(_served_folder(servers) if options.target is None else options.target, options.step)
+    target = find_target(_served_folder(options, servers) if options.target is None else options.target, options.step)
     # The settings are those of servers also before any is started.
     urls = servers or (["http://127.0.0.1:30000"] if options.serve else [])
     settings = command_line.settings_of(options, target.folder, target.run, urls)
@@ -72,7 +74,7 @@ def _evaluate(options: Namespace, arguments: list[str]) -> int:
     if _is_complete(options.out, resolved):
         return _report_again(options, resolved)
     if options.serve:
-        return _serve(options, arguments, target, description)
+        return _serve(options, arguments, target, description, settings.rollout.api_key_file)
     ranks = options.ranks or (1 if servers else _default_ranks())
     if ranks > 1 and not launched():
         return start_ranks("evaluate", arguments, ranks)
@@ -86,17 +88,10 @@ def _sample(options: Namespace, resolved: ResolvedEvaluation, target: Target, de
     served = [target.folder, options.out / _SERVED_MODEL] if options.target is not None else []
     with ExitStack() as resources:
         if is_main():  # a second command would sample the same completions
-            lease = take_lease(resolved.settings.run, print_line)
-            resources.callback(lease.release)
-            lease.keep(_end_without_lease)
+            resources.enter_context(lease_of(resolved.settings.run))
         graders = resources.enter_context(_graders(resolved))
         run_session(resolved, target, description, options.out, graders, served=served, as_json=options.json)
     return 0
-
-
-def _end_without_lease(error: Exception) -> NoReturn:
-    print_error(error)
-    leave(1)
 
 
 def _report_again(options: Namespace, resolved: ResolvedEvaluation) -> int:
@@ -107,11 +102,16 @@ def _report_again(options: Namespace, resolved: ResolvedEvaluation) -> int:
     return 0
 
 
-def _serve(options: Namespace, arguments: list[str], target: Target, description: dict[str, Any]) -> int:
+def _serve(
+    options: Namespace, arguments: list[str], target: Target, description: dict[str, Any], api_key_file: str | None
+) -> int:
     """Start servers, run this command again on them, and stop them; return the exit status of that."""
     from megatron_rlvr.engines.sglang.launcher import command as launcher
 
-    write_description(options.out, description)
+    try:
+        write_description(options.out, description)
+    except OSError as error:
+        raise RecordsError(f"--out {options.out}: cannot be written ({error}); choose another folder") from None
     with ExitStack() as resources:
         model = target.folder
         if target.is_checkpoint:
@@ -125,9 +125,12 @@ def _serve(options: Namespace, arguments: list[str], target: Target, description
         for name, flag in _SERVE_FLAGS.items():
             if getattr(options, name) is not None:
                 words += [flag, str(getattr(options, name))]
+        if api_key_file is not None:
+            words += ["--api-key-file", api_key_file]
         again = [sys.executable, "-m", "megatron_rlvr.cli", "evaluate", *_without_serving(arguments)]
         flags = ["--", *options.server_flags] if options.server_flags else []
-        return launcher.main([*words, *flags, "--then", *again, "--servers", "{servers}"], "rlvr evaluate")
+        then = ["--then", *again, "--servers", "{servers}"]
+        return launcher.main([*words, *flags, *then], "rlvr evaluate", sys.stderr)  # stdout is for the result
 
 
 def _without_serving(arguments: list[str]) -> list[str]:
@@ -150,34 +153,50 @@ def _remove(folder: Path) -> None:
 
 
 def _servers(words: Sequence[str]) -> list[str]:
-    """Return the URLs of ``--servers URL URL`` or ``--servers '[URL, URL]'``."""
-    return [url for url in " ".join(words).strip("[]").replace(",", " ").replace('"', " ").split() if url]
+    """Return the URLs of ``--servers URL URL`` or ``--servers '[URL, URL]'``. Raises SettingsError."""
+    text = " ".join(words)
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    urls = without_slash(text.replace(",", " ").replace('"', " ").split())
+    try:
+        check_urls("--servers", urls)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return urls
 
 
-def _served_folder(servers: Sequence[str]) -> Path:
-    """Return the folder of the model that servers serve, on this machine. Raises SettingsError."""
+def _served_folder(options: Namespace, servers: Sequence[str]) -> Path:
+    """Return the folder of the model that servers serve, on this machine. Raises InputError."""
+    from megatron_rlvr.engines.sglang.api_key import read_api_key
     from megatron_rlvr.engines.sglang.connect import served_folder
 
-    folder = served_folder(servers)
-    if folder is None or not Path(folder).is_dir():
+    key_file = command_line.api_key_file(options)
+    folder = served_folder(servers, read_api_key(key_file, "rollout.api_key_file") if key_file else None)
+    if folder is None or not is_folder(folder):
         raise SettingsError(
-            f"--servers {servers[0]}: serves {folder}, which is no folder of this machine; give TARGET, whose "
-            "tokenizer and configuration are read"
+            f"--servers {servers[0]}: serves {str(folder)[:200]}, which is no folder of this machine; give TARGET, "
+            "whose tokenizer and configuration are read"
         )
     return Path(folder)
 
 
 def _recorded_clock(out: Path) -> datetime | None:
     """Return the moment that the chat template saw when the evaluation in a folder started; None if there is none."""
-    if not (out / DESCRIPTION).exists():
+    if not is_file(out / DESCRIPTION):
         return None
     clock = read_description(out)["prompts"].get("clock")
-    return None if clock is None else datetime.fromisoformat(clock)
+    try:
+        return None if clock is None else datetime.fromisoformat(clock)
+    except (TypeError, ValueError):
+        raise RecordsError(f"{out / DESCRIPTION}: prompts.clock={clock!r} is no time; restore the file") from None
 
 
 def _is_complete(out: Path, resolved: ResolvedEvaluation) -> bool:
-    expected = sum(map(len, resolved.evaluation.values())) * resolved.settings.evaluate.group_size
-    return len(read_records(out)) == expected
+    """Return whether exactly the completions of the evaluation are recorded."""
+    problems = {p.id: p.answer for prompts in resolved.evaluation.values() for p in prompts.prompts}
+    size = resolved.settings.evaluate.group_size
+    found = {(r.problem, r.index): r.gold for r in read_records(out)}
+    return found == {(problem, i): gold for problem, gold in problems.items() for i in range(size)}
 
 
 def _graders(resolved: ResolvedEvaluation) -> GraderPool:
@@ -192,7 +211,7 @@ def _graders(resolved: ResolvedEvaluation) -> GraderPool:
 
 def _default_ranks() -> int:
     if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+        return world_size(ParallelSettings())
     from megatron_rlvr.distributed.accelerator import gpu_count  # imports torch
 
     return gpu_count() or 1

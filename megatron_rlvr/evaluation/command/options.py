@@ -8,11 +8,12 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
-from megatron_rlvr.config.data import EvaluationFileSettings
+from megatron_rlvr.command_line import Parser, path, small_int
+from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, parse_flags, set_key, validate
+from megatron_rlvr.input_files import is_file
 
 DESCRIPTION = """\
 Say how good a model is on problem sets, and how sure that is.
@@ -35,7 +36,7 @@ Keys of the settings are flags, as in `rlvr train`, which explains them (rlvr tr
     --data.template, template_kwargs, system, suffix, max_prompt_tokens        how problems become prompts
     --rollout.max_response_tokens, stop                                        the end of a response
     --rollout.max_batch_rows, max_batch_tokens                                 embedded engine
-    --rollout.max_inflight, retries, server_timeout_seconds                    servers
+    --rollout.api_key_file, max_inflight, retries, server_timeout_seconds      servers
     --evaluate.sets, group_size, temperature, top_p, pass_at                   sets with columns of their own; sampling
     --reward.function, answer_after, correct, incorrect, timeout_seconds, workers
     --model.tokenizer, dtype    --run.seed
@@ -45,7 +46,7 @@ Exit status: 0; 1 after a fault; 2 and one line on stderr for wrong input; 128 +
 
 _PROMPTS = ("template", "template_kwargs", "system", "suffix", "max_prompt_tokens")
 _EMBEDDED = ("max_batch_rows", "max_batch_tokens")
-_SERVERS = ("max_inflight", "retries", "server_timeout_seconds")
+_SERVERS = ("api_key_file", "max_inflight", "retries", "server_timeout_seconds")
 _REWARD = ("function", "answer_after", "correct", "incorrect", "timeout_seconds", "workers")
 _KEYS = {
     "data": _PROMPTS,
@@ -56,11 +57,6 @@ _KEYS = {
     "run": ("seed",),
 }
 _FLAG = re.compile(r"--[a-z_]+\.[^\s=]+(=.*)?", re.DOTALL)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(arguments: Sequence[str], program: str) -> argparse.Namespace:
@@ -81,25 +77,31 @@ def parse(arguments: Sequence[str], program: str) -> argparse.Namespace:
     return options
 
 
-def _parser(program: str) -> _Parser:
-    parser = _Parser(
-        prog=program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+def _parser(program: str) -> Parser:
+    parser = Parser(
+        program,
+        description=DESCRIPTION,
         usage="%(prog)s [TARGET] [FLAGS] [--section.key VALUE ...] [-- SGLANG_FLAG ...]",
-    )  # fmt: skip
+    )
     add = parser.add_argument
-    add("target", nargs="?", type=Path, metavar="TARGET", help="model, checkpoint or run to evaluate")
-    add("--step", type=int, metavar="N", help="step of the run TARGET (default: its export, or its latest checkpoint)")
+    add("target", nargs="?", type=path, metavar="TARGET", help="model, checkpoint or run to evaluate")
+    add(
+        "--step",
+        type=small_int,
+        metavar="N",
+        help="step of the run TARGET (default: its export, or its latest checkpoint)",
+    )
     add("--sets", nargs="+", metavar="FILE", help="problem sets (.jsonl, .parquet), or NAME=FILE (default: of --like)")
     add(
         "--samples",
-        type=int,
+        type=small_int,
         metavar="N",
         help="completions for each problem: evaluate.group_size (default: of --like, or 32)",
     )
-    add("--out", type=Path, metavar="DIR", help="folder to write, or to resume")
+    add("--out", type=path, metavar="DIR", help="folder to write, or to resume")
     add(
         "--like",
-        type=Path,
+        type=path,
         metavar="RUN",
         help="run whose prompts, sampling and reward are used (default: a run TARGET)",
     )
@@ -110,13 +112,18 @@ def _parser(program: str) -> _Parser:
         help="SGLang servers to sample on (default: this process, with transformers)",
     )
     add("--serve", choices=("gpu", "cpu"), help="start SGLang servers on this machine, and stop them at the end")
-    add("--serve-count", type=int, metavar="N", help="number of servers (default: as many as the GPUs allow)")
-    add("--serve-tensor", type=int, metavar="N", help="GPUs per server (default: 1)")
-    add("--serve-port", type=int, metavar="N", help="port of the first server (default: 30000)")
-    add("--serve-python", type=Path, metavar="PATH", help="Python that has SGLang (default: this one)")
-    add("--ranks", type=int, metavar="N", help="ranks of the embedded engine on this machine (default: one per GPU)")
-    add("--compare", nargs="+", type=Path, metavar="OUT", help="evaluations to compare, each with the first")
-    add("--regrade", type=Path, metavar="OUT", help="evaluation whose recorded responses are graded again")
+    add("--serve-count", type=small_int, metavar="N", help="number of servers (default: as many as the GPUs allow)")
+    add("--serve-tensor", type=small_int, metavar="N", help="GPUs per server (default: 1)")
+    add("--serve-port", type=small_int, metavar="N", help="port of the first server (default: 30000)")
+    add("--serve-python", type=path, metavar="PATH", help="Python that has SGLang (default: this one)")
+    add(
+        "--ranks",
+        type=small_int,
+        metavar="N",
+        help="ranks of the embedded engine on this machine (default: one per GPU)",
+    )
+    add("--compare", nargs="+", type=path, metavar="OUT", help="evaluations to compare, each with the first")
+    add("--regrade", type=path, metavar="OUT", help="evaluation whose recorded responses are graded again")
     add("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -143,24 +150,34 @@ def _problem(options: argparse.Namespace) -> str | None:
         if len(options.compare) < 2:
             return "--compare: needs two evaluations or more; name their folders"
         if extra := sorted(given - {"compare", "json"}):
-            return f"--{extra[0]}: has no effect with --compare; remove it"
+            return f"{_written(options, extra[0])}: has no effect with --compare; remove it"
         return None
     if options.regrade is not None:
         if extra := sorted(given - {"regrade", "json", "out", "flags"}):
-            return f"--{extra[0]}: has no effect with --regrade; remove it"
+            return f"{_written(options, extra[0])}: has no effect with --regrade; remove it"
     elif options.target is None and options.servers is None:
         return "no TARGET; give a model, a checkpoint or a run, or --servers URL"
     if options.out is None:
         return "--out is missing; give the folder to write, or to resume"
-    serving = sorted(name for name in given if name.startswith("serve_")) + ["--"] * bool(options.server_flags)
+    serving = sorted(name for name in given if name.startswith(("serve_", "server_flags")))
     if serving and options.serve is None:
-        return f"--{serving[0].replace('_', '-').lstrip('-')}: has no effect without --serve; remove it"
+        return f"{_written(options, serving[0])}: has no effect without --serve; remove it"
+    keys = {word.partition("=")[0] for word in options.flags}
+    for name, key in (("sets", "--evaluate.sets"), ("samples", "--evaluate.group_size")):
+        if name in given and key in keys:
+            return f"--{name} and {key} set the same; remove one of them"
     for one, other in (("serve", "servers"), ("ranks", "servers"), ("ranks", "serve")):
         if {one, other} <= given:
             return f"--{one} and --{other} exclude each other; remove one of them"
     if options.ranks is not None and options.ranks < 1:
         return f"--ranks {options.ranks}: not above 0; give the number of ranks on this machine"
     return None
+
+
+def _written(options: argparse.Namespace, name: str) -> str:
+    """Return an option as it is written on the command line."""
+    first = {"target": "TARGET", "flags": next(iter(options.flags), ""), "server_flags": "--"}
+    return first.get(name, f"--{name.replace('_', '-')}")
 
 
 def settings_of(options: argparse.Namespace, model: Path, run: Path | None, servers: Sequence[str]) -> Settings:
@@ -200,14 +217,25 @@ def settings_of(options: argparse.Namespace, model: Path, run: Path | None, serv
     return validate(values)
 
 
+def api_key_file(options: argparse.Namespace) -> str | None:
+    """Return the file with the servers' key that the flags name, or the run that ``--like`` names; None without one."""
+    values = _values_of(options.like, options.servers) if options.like is not None else {}
+    for key, value in parse_flags(options.flags):
+        if key == "rollout.api_key_file":
+            return value if isinstance(value, str) else None
+    return values.get("rollout", {}).get("api_key_file")
+
+
 def _values_of(run: Path, servers: Sequence[str]) -> dict[str, Any]:
     """Return the values of a run that an evaluation takes."""
     config = run / "config.yaml"
-    if not config.is_file():
+    if not is_file(config):
         raise SettingsError(f"--like {run}: holds no config.yaml; give the folder of a run")
     settings = load_settings(config)
-    same_engine = (settings.rollout.engine == "sglang") == bool(servers)
-    rollout = ["max_response_tokens", "stop"] + [*(_SERVERS if servers else _EMBEDDED)] * same_engine
+    has_servers = settings.rollout.engine == "sglang" or bool(settings.evaluate.servers)
+    rollout = ["max_response_tokens", "stop"]
+    if has_servers if servers else settings.rollout.engine == "embedded":
+        rollout += _SERVERS if servers else _EMBEDDED
     evaluate = {"group_size", "temperature", "top_p", "pass_at"} if settings.evaluate.sets else set()
     return {
         "run": {"seed": settings.run.seed},
@@ -222,6 +250,6 @@ def _values_of(run: Path, servers: Sequence[str]) -> dict[str, Any]:
 def _set_file(text: str) -> dict[str, str]:
     name, equals, path = text.partition("=")
     file = {"path": path, "name": name} if equals and "/" not in name else {"path": text}
-    if "/" in evaluation_name(EvaluationFileSettings(**file)) or not file["path"]:
+    if not file["path"]:
         raise SettingsError(f"--sets {text}: not a file, or NAME=FILE; correct it")
     return file

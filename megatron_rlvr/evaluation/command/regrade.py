@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rlvr.config import RewardSettings, SettingsError
+from megatron_rlvr.config import RewardSettings, Settings, SettingsError
 from megatron_rlvr.config.loading import parse_flags, validate
 from megatron_rlvr.data.records import RecordFile
+from megatron_rlvr.evaluation.command.lease import lease_of
 from megatron_rlvr.evaluation.command.results import publish
-from megatron_rlvr.evaluation.folder import check_folder, read_description, write_description
+from megatron_rlvr.evaluation.folder import check_folder, read_description, records_of, write_description
 from megatron_rlvr.evaluation.majority import majorities, same_answers
 from megatron_rlvr.evaluation.records import Record, RecordsError, RecordWriter, read_records, read_responses
 from megatron_rlvr.evaluation.summary import summarize_sets
+from megatron_rlvr.input_files import same_place
 from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
+from megatron_rlvr.signals import Stopped
 from megatron_rlvr.types import Prompt
 
 _IN_FLIGHT = 64
@@ -35,38 +38,29 @@ def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> 
 
     Raises:
         RlvrError: If there are no records, the sets have changed, or ``out`` holds something else.
+        Stopped: After what was graded before a signal has been recorded and reported.
     """
     before = read_description(source)
-    reward, answer_after = _reward(before["reward"], flags)
+    settings, answer_after = _settings(before["reward"], flags, out)
+    reward = settings.reward
     own = reward.model_dump(include={"function", "correct", "incorrect"}) | {_TEXT_AFTER: answer_after}
-    description = {**before, "reward": own, "regraded_from": str(source.resolve())}
-    if source.resolve() == out.resolve():
+    description = {**before, "reward": own, "regraded_from": str(same_place(source))}
+    if same_place(source) == same_place(out):
         raise RecordsError(f"--out {out}: holds the records to grade again; choose another folder")
     check_folder(out, description)
+    verdicts = {record.key: record.correct for record in records_of(source, before)}
     prompts = _prompts(before["sets"])
-    done = {record.key for record in read_records(out)}
-    changed = 0
-    with GraderPool(
+    stopped = None
+    graders = GraderPool(
         reward.function, workers=reward.workers, timeout_seconds=reward.timeout_seconds, answer_after=answer_after
-    ) as graders:
+    )
+    with lease_of(settings.run), graders:
+        check_folder(out, description)
         write_description(out, description)
-        with RecordWriter(out, 0) as writer:
-            waiting: deque[tuple[Record, str, Future[Verdict]]] = deque()
-
-            def take() -> None:
-                record, response, verdict = waiting.popleft()
-                writer.write(_regraded(record, verdict.result(), reward), response)
-
-            try:
-                for record, response in read_responses(source):
-                    if record.key not in done:
-                        prompt = _prompt_of(record, prompts)
-                        waiting.append((record, response, graders.submit(prompt, response)))
-                    while len(waiting) > _IN_FLIGHT:
-                        take()
-            finally:
-                while waiting:
-                    take()
+        try:
+            _grade(source, out, prompts, graders, reward)
+        except Stopped as signal:
+            stopped = signal
         records = read_records(out)
         summaries = summarize_sets(
             records,
@@ -76,13 +70,36 @@ def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> 
             majority=majorities(records, same_answers(reward, graders, answer_after)),
             names_answers=reward.function == "math",
         )
-    verdicts = {record.key: record.correct for record in read_records(source)}
-    changed = sum(verdicts[record.key] != record.correct for record in records)
-    publish(out, summaries, {"verdicts": [f"{changed:,} of {len(records):,} have changed"]}, rate=None, as_json=as_json)
+        changed = sum(verdicts.get(record.key) != record.correct for record in records)
+        found = {"verdicts": [f"{changed:,} of {len(records):,} have changed"]}
+        publish(out, summaries, found, rate=None, as_json=as_json)
+    if stopped is not None:
+        raise stopped
 
 
-def _reward(before: Mapping[str, Any], flags: Sequence[str]) -> tuple[RewardSettings, str | None]:
-    """Return the reward's settings, and the text after which answers begin: the recorded one unless a flag sets it."""
+def _grade(source: Path, out: Path, prompts: Mapping[str, Prompt], graders: GraderPool, reward: RewardSettings) -> None:
+    """Grade and record what is not recorded yet; if it is interrupted, what the graders have is recorded first."""
+    done = {record.key for record in read_records(out)}
+    waiting: deque[tuple[Record, str, Future[Verdict]]] = deque()
+    with RecordWriter(out, 0) as writer:
+
+        def take() -> None:
+            record, response, verdict = waiting.popleft()
+            writer.write(_regraded(record, verdict.result(), reward), response)
+
+        try:
+            for record, response in read_responses(source):
+                if record.key not in done:
+                    waiting.append((record, response, graders.submit(_prompt_of(record, prompts), response)))
+                while len(waiting) > _IN_FLIGHT:
+                    take()
+        finally:
+            while waiting:
+                take()
+
+
+def _settings(before: Mapping[str, Any], flags: Sequence[str], out: Path) -> tuple[Settings, str | None]:
+    """Return settings with the reward, and the text after which answers begin: that recorded, unless a flag sets it."""
     values: dict[str, Any] = {key: value for key, value in before.items() if key != _TEXT_AFTER}
     answer_after = before[_TEXT_AFTER]
     for key, value in parse_flags(list(flags)):
@@ -92,9 +109,9 @@ def _reward(before: Mapping[str, Any], flags: Sequence[str]) -> tuple[RewardSett
         values[name] = value
         if name == _TEXT_AFTER:
             answer_after = None if value in ("none", "auto") else value
-    whole = {"run": {"dir": "-", "steps": 1}, "model": {"path": "-"}, "data": {"train": ["-"]}, "reward": values}
-    reward = validate(whole).reward
-    return reward, answer_after if reward.function == "math" else None
+    run = {"dir": str(out), "steps": 1}
+    settings = validate({"run": run, "model": {"path": "-"}, "data": {"train": ["-"]}, "reward": values})
+    return settings, answer_after if settings.reward.function == "math" else None
 
 
 def _prompts(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Prompt]:

@@ -1,6 +1,7 @@
 """The result of an evaluation: summary.json, the table, and hints. Imports no torch."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 from megatron_rlvr.evaluation.folder import SUMMARY, write_summary
 from megatron_rlvr.evaluation.majority import majorities, same_answers
-from megatron_rlvr.evaluation.records import Record
+from megatron_rlvr.evaluation.records import Record, RecordsError
 from megatron_rlvr.evaluation.report import show, table_of
 from megatron_rlvr.evaluation.summary import SetSummary, hints, summarize_sets
+from megatron_rlvr.input_files import read_json_object
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.startup.evaluation import ResolvedEvaluation
 
@@ -92,6 +94,7 @@ def _expected(summaries: dict[str, SetSummary]) -> int:
 
 def _earlier_rate(out: Path) -> float | None:
     try:
-        return json.loads((out / SUMMARY).read_text(encoding="utf-8"))["tokens_per_second"]
-    except (OSError, ValueError, LookupError):
+        rate = read_json_object(out / SUMMARY, RecordsError, "remove it").get("tokens_per_second")
+    except (FileNotFoundError, RecordsError):  # the rate is for information only
         return None
+    return rate if isinstance(rate, float) and 0 <= rate < math.inf else None

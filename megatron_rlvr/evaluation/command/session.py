@@ -22,7 +22,7 @@ from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.engines.sglang.connect import connect
 from megatron_rlvr.engines.sglang.engine import SglangEngine
 from megatron_rlvr.engines.sglang.weight_sync.current import AT_START, CurrentWeights
-from megatron_rlvr.errors import RlvrError
+from megatron_rlvr.errors import FaultError, RlvrError
 from megatron_rlvr.evaluation.command.progress import EvaluationProgress
 from megatron_rlvr.evaluation.command.results import report
 from megatron_rlvr.evaluation.command.target import Target
@@ -30,6 +30,7 @@ from megatron_rlvr.evaluation.evaluator import Evaluator
 from megatron_rlvr.evaluation.folder import check_folder, write_description
 from megatron_rlvr.evaluation.majority import same_answers
 from megatron_rlvr.evaluation.records import read_records
+from megatron_rlvr.input_files import is_folder, same_place
 from megatron_rlvr.policy.build import DTYPES
 from megatron_rlvr.protocols import RolloutEngine
 from megatron_rlvr.reward.graders import GraderPool
@@ -94,6 +95,9 @@ def run_session(
             except RlvrError as error:
                 print_error(error)
                 status = error.exit_status
+            except OSError as error:  # a full disk: nothing more can be written, a summary neither
+                print_error(FaultError(f"{out} cannot be written ({error}); make room, and run the command again"))
+                leave(1, graders)
             except Exception:
                 logger.exception("rank %s failed", ranks.rank)
                 status = 1
@@ -142,7 +146,9 @@ def _engine(
             max_batch_rows=settings.rollout.max_batch_rows,
         )
     longest = settings.max_sequence_tokens
-    pool = connect(settings.rollout, ranks, resolved.hf_config, max_sequence_tokens=longest)
+    pool = connect(
+        *(settings.rollout, ranks, resolved.hf_config), max_sequence_tokens=longest, key="--servers", model="TARGET"
+    )
     assert pool is not None, "one rank, which is a leader"
     resources.callback(pool.close)
     for url, info in pool.everywhere(lambda server: server.info()).items():
@@ -178,6 +184,6 @@ def _other_model(path: str | None, weights: str | None, served: Sequence[Path]) 
             f"the server holds weights that a run has pushed ({weights}), not those of TARGET; start it on TARGET, or "
             "leave TARGET out to evaluate what it holds"
         )
-    if path is not None and Path(path).is_dir() and Path(path).resolve() not in [own.resolve() for own in served]:
+    if path is not None and is_folder(path) and same_place(path) not in [same_place(own) for own in served]:
         return f"the server serves {path}, not TARGET ({served[0]}); start it on TARGET, or give {path} as TARGET"
     return None

@@ -12,6 +12,7 @@ from megatron_rlvr.checkpoint.store import FOLDER as CHECKPOINTS
 from megatron_rlvr.checkpoint.store import latest_checkpoint
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.hf.files import weight_files
+from megatron_rlvr.input_files import is_file, is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def find_target(path: Path, step: int | None) -> Target:
         if step is not None:
             raise SettingsError(f"--step {step}: {path} is a model and not the folder of a run; remove --step")
         return direct
-    if not ((path / "config.yaml").is_file() or (path / CHECKPOINTS).is_dir()):
+    if not (is_file(path / "config.yaml") or is_folder(path / CHECKPOINTS)):
         raise SettingsError(
             f"{path} is no model, checkpoint or run (it has no config.json, metadata.json or config.yaml); give the "
             "folder of one"
@@ -96,9 +97,9 @@ def find_target(path: Path, step: int | None) -> Target:
 
 
 def _model_at(path: Path) -> Target | None:
-    if (path / "config.json").is_file():
+    if is_file(path / "config.json"):
         return Target(path, path)
-    if (path / "metadata.json").is_file() and (path / _HUGGING_FACE).is_dir():
+    if is_file(path / "metadata.json") and is_folder(path / _HUGGING_FACE):
         return Target(path, path / _HUGGING_FACE)
     return None
 
@@ -110,7 +111,7 @@ def _of_run(run: Path, step: int | None) -> Target | None:
         places = [(run / "exports" / name, step), (run / CHECKPOINTS / name, step)]
     else:
         latest = latest_checkpoint(run / CHECKPOINTS)
-        places = [(run / "hf", latest.step if latest else None)] if (run / "summary.json").is_file() else []
+        places = [(run / "hf", latest.step if latest else None)] if is_file(run / "summary.json") else []
         places += [(latest.folder, latest.step)] if latest else []
     for place, its_step in places:
         found = _model_at(place)

@@ -7,10 +7,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TextIO
 
+from megatron_rlvr.command_line import Parser, path, small_int
 from megatron_rlvr.distributed import nccl
 from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_config
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
@@ -44,12 +46,14 @@ server exits before all are ready, or the last one afterwards; 2 and one line on
 _MEMORY_SHARE, _COLOCATED_SHARE = 0.85, 0.5
 
 
-def main(arguments: Sequence[str], program: str) -> int:
+def main(arguments: Sequence[str], program: str, output: TextIO | None = None) -> int:
     """Run the servers; return the exit status of `DESCRIPTION`.
 
     Args:
         program: Name of the command in messages.
+        output: Where progress is printed; None for standard output.
     """
+    say = partial(_say, output or sys.stdout)
     words, then = _split(arguments, "--then")
     words, flags = _split(words, "--")
     parser = _parser(program)
@@ -62,14 +66,14 @@ def main(arguments: Sequence[str], program: str) -> int:
         parser.error(f"--until-pid {options.until_pid}: no such process is running; give the id of one that is")
     try:
         programs = _programs(options, flags or [])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.device == "gpu":
-        _compare_nccl(Path(sys.executable), programs[0].python)
+        _compare_nccl(Path(sys.executable), programs[0].python, say)
     launcher = Launcher(
         programs,
         record=options.run_dir / "servers.json",
-        say=_say,
+        say=say,
         api_key_file=options.api_key_file,
         restart=options.restart,
         until_pid=options.until_pid,
@@ -78,24 +82,27 @@ def main(arguments: Sequence[str], program: str) -> int:
     return launcher.run()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+def _parser(program: str) -> Parser:
+    parser = Parser(
+        program,
+        description=DESCRIPTION,
         usage="%(prog)s MODEL [FLAGS] [-- SGLANG_FLAG ...] [--then COMMAND ...]",
-    )  # fmt: skip
+    )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="Hugging Face folder")
-    add("--servers", type=int, metavar="N", help="number of servers (default: as many as the GPUs allow; 1 on a CPU)")
+    add("model", type=path, metavar="MODEL", help="Hugging Face folder")
+    add(
+        "--servers",
+        type=small_int,
+        metavar="N",
+        help="number of servers (default: as many as the GPUs allow; 1 on a CPU)",
+    )
     add("--device", choices=("gpu", "cpu"), default="gpu", help="where servers run (default gpu)")
-    add("--tensor", type=int, default=1, metavar="N", help="GPUs per server, its tensor-parallel size (default 1)")
+    add(
+        "--tensor", type=small_int, default=1, metavar="N", help="GPUs per server, its tensor-parallel size (default 1)"
+    )
     add(
         "--port",
-        type=int,
+        type=small_int,
         default=30000,
         metavar="N",
         help="port of the first server; the others count up (default 30000)",
@@ -114,18 +121,18 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help=f"fraction of each GPU's memory for its server (default {shares})",
     )
     add("--colocated", action="store_true", help="for rollout.colocated: servers can release their memory for training")
-    add("--python", type=Path, default=Path(sys.executable), help="Python that has SGLang (default: this one)")
+    add("--python", type=path, default=Path(sys.executable), help="Python that has SGLang (default: this one)")
     add(
-        "--run-dir", type=Path, default=Path("runs/sglang"), metavar="DIR", help="folder for logs (default runs/sglang)"
+        "--run-dir", type=path, default=Path("runs/sglang"), metavar="DIR", help="folder for logs (default runs/sglang)"
     )
     add(
         "--api-key-file",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="file with a key that servers demand of requests, for rollout.api_key_file",
     )
     add("--restart", action="store_true", help="restart a server that exits after it was ready (exponential backoff)")
-    add("--until-pid", type=int, metavar="PID", help="stop the servers when this process exits")
+    add("--until-pid", type=small_int, metavar="PID", help="stop the servers when this process exits")
     return parser
 
 
@@ -139,7 +146,7 @@ def _split(words: Sequence[str], mark: str) -> tuple[list[str], list[str] | None
 
 
 def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerProgram]:
-    """Return the servers to start. Raises ValueError with a message of one line if the input is wrong."""
+    """Return the servers to start. Raises ValueError or OSError with a message of one line if the input is wrong."""
     model = options.model.absolute()
     if not (model / "config.json").is_file():
         raise ValueError(f"{options.model} is no model (it has no config.json); give a Hugging Face folder")
@@ -152,12 +159,18 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
     python = shutil.which(options.python)
     if python is None or subprocess.run([python, "-c", _HAS_SGLANG], capture_output=True).returncode:
         raise ValueError(f"--python {options.python} cannot import sglang; give the python of an environment that can")
+    (options.run_dir / "servers").mkdir(parents=True, exist_ok=True)
     config = None
     if options.api_key_file is not None:
         if "--config" in flags:
             raise ValueError(f"--api-key-file {options.api_key_file}: excludes --config; write api-key in that file")
         config = options.run_dir.absolute() / "servers" / "api_key.yaml"
         write_server_config(config, read_api_key(options.api_key_file, "--api-key-file"))
+    _check_free(options.host, options.port)
+    if options.device == "cpu" and options.port + (options.servers or 1) - 1 > _MAX_PORT:
+        raise ValueError(
+            f"--servers {options.servers} --port {options.port}: ports go to {_MAX_PORT}; lower one of them"
+        )
     visible = _visible_gpus(_gpus(), options) if options.device == "gpu" else [{}] * (options.servers or 1)
     ports = range(options.port, options.port + len(visible))
     for port in ports:
@@ -185,11 +198,11 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
     ]
 
 
-def _compare_nccl(trainer: Path, server: Path) -> None:
+def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> None:
     """Say it if trainers from this environment cannot push weights to the servers through NCCL."""
     ours, theirs = nccl.versions(trainer, server)
     if ours and theirs and ours != theirs:
-        _say(
+        say(
             f"the servers have NCCL {theirs} and this environment has {ours}, which do not connect: for sync.method "
             f"distributed, give the trainer's environment the same (pip install nvidia-nccl-cu13=={theirs}, or the "
             "torch that needs it)"
@@ -236,8 +249,8 @@ def _check_free(host: str, port: int) -> None:
         raise ValueError(f"--host {host} --port {port} cannot be used ({error}); choose another") from None
 
 
-def _say(text: str) -> None:
+def _say(output: TextIO, text: str) -> None:
     # A closed terminal must not end this program before it has stopped the servers.
     with contextlib.suppress(OSError):
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        output.write(text + "\n")
+        output.flush()
