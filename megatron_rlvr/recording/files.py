@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_rlvr import atomic
-from megatron_rlvr.errors import InputErrorfrom megatron_rlvr.write_errors import explained
+from megatron_rlvr.errors import InputError
+from megatron_rlvr.write_errors import explained
 
 FOLDER = "rollouts"
 
