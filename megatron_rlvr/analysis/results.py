@@ -1,4 +1,4 @@
-"""Results of an analysis: figures, a table and plots, written as JSON, CSV, PNG and SVG from the same numbers."""
+"""Results of an analysis: metrics, a table and a plot, written as JSON, CSV, PNG and SVG from the same numbers."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ class Result:
     Attributes:
         name: Name of its files.
         title: Heading.
-        figures: {name: value} of single numbers.
+        metrics: {name: value} of single numbers.
         columns: Names of the table's columns.
         rows: Rows of the table.
         plot: The plot; None without one.
@@ -63,7 +63,7 @@ class Result:
 
     name: str
     title: str
-    figures: dict[str, Cell]
+    metrics: dict[str, Cell]
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     plot: Plot | None = None
@@ -102,7 +102,7 @@ def _pyplot() -> Any:
 
 
 def _draw(pyplot: Any, title: str, plot: Plot, path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    drawing, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     for curve in plot.curves:
         style = {"drawstyle": "steps-post"} if plot.steps else {"marker": "."}
         axes.plot(curve.x, curve.y, label=curve.label, **style)
@@ -114,8 +114,8 @@ def _draw(pyplot: Any, title: str, plot: Plot, path: Path) -> None:
     axes.grid(alpha=0.3)
     if len(plot.curves) + len(plot.marks) > 1:
         axes.legend()
-    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+    drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(drawing)
 
 
 def _clean(value: Any) -> Any:

@@ -20,11 +20,11 @@ class RunError(InputError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has written so far.
+    """Content of a run folder so far.
 
     Attributes:
         folder: The run folder.
-        name: Name that tells it from the other runs of the report.
+        name: Name that distinguishes it from the other runs of the report.
         settings: Resolved settings; None if this version cannot read them.
         settings_text: config.yaml.
         metrics: {key: value} of each step, in the order of steps; lines of the same step are merged.

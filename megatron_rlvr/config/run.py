@@ -72,4 +72,4 @@ class LogSettings(Section):
     """Number of responses to record in `DIR/rollouts` in each step: as text when they have been sampled, and after the
     step with entropies, log-probabilities and alternatives of the tokens trained on."""
     report_every: int = Field(default=0, ge=0)
-    """Number of steps after which `DIR/report.html` is written anew; 0: only by `rlvr report`."""
+    """Number of steps after which `DIR/report.html` is written again; 0: only by `rlvr report`."""

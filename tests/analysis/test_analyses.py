@@ -25,9 +25,9 @@ def test_tokens_of_a_run_are_written_as_json_csv_png_and_svg_with_the_same_numbe
     assert {path.suffix for path in written} == {".json", ".csv", ".png", ".svg"}
     entropy = np.concatenate([response(1, 0, i, tokens=200).entropy for i in range(4)])
     found = json.loads((run / "analysis" / "entropy.json").read_text(encoding="utf-8"))
-    assert found["figures"]["tokens"] == 800
-    assert found["figures"]["percentile 80"] == pytest.approx(np.percentile(entropy.astype(float), 80))
-    assert found["figures"]["80th percentile in the paper"] == 0.672
+    assert found["metrics"]["tokens"] == 800
+    assert found["metrics"]["percentile 80"] == pytest.approx(np.percentile(entropy.astype(float), 80))
+    assert found["metrics"]["80th percentile in the paper"] == 0.672
     with (run / "analysis" / "forking_tokens.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["token", "id", "occurrences", "mean entropy"]
@@ -83,10 +83,10 @@ def test_changed_parameters_of_two_folders_are_counted_by_layer_and_kind(models:
     result = parameters(*models)
     layers = model_config()["num_hidden_layers"]
     tensors = sum(row[0] == "name" for row in result.rows)
-    assert result.figures["changed"] == tensors
+    assert result.metrics["changed"] == tensors
     shares = {row[1]: row[3] for row in result.rows if row[0] == "layer"}
     assert set(shares) == {"none", *(str(layer) for layer in range(layers))}
-    assert parameters(models[0], models[0]).figures["changed"] == 0
+    assert parameters(models[0], models[0]).metrics["changed"] == 0
 
 
 def test_models_that_do_not_fit_and_runs_without_records_are_one_line(models: tuple[Path, Path], tmp_path: Path):

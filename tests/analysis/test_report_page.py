@@ -236,7 +236,7 @@ def test_a_long_response_is_shown_to_its_end(report: Report):
     assert len(report.marked(0)) == LONG
 
 
-def test_marks_and_verdicts_are_told_without_colour_and_the_page_has_a_dark_form(report: Report):
+def test_marks_and_verdicts_are_readable_without_colour_and_the_page_has_a_dark_form(report: Report):
     report.go(1, 0)
     style = "e => { const s = getComputedStyle(e); return [s.fontWeight, s.textDecorationLine] }"
     assert report.page.eval_on_selector(".mark", style) == ["700", "underline"]

@@ -482,7 +482,7 @@
       for (const result of run.analyses) {
         const into = element("div", { class: "panel" }, element("h3", {}, result.title));
         section.append(into);
-        into.append(element("table", {}, ...Object.entries(result.figures).map(([name, value]) =>
+        into.append(element("table", {}, ...Object.entries(result.metrics).map(([name, value]) =>
           element("tr", {}, element("th", {}, name), element("td", {}, ...readable(written(value)))))));
         if (result.plot) plotOf(result, into);
         into.append(element("details", {}, element("summary", {}, `Table: ${result.rows.length} of ${result.allRows} rows`),
