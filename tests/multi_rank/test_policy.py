@@ -14,6 +14,7 @@ from policy_runs import (
     Layout,
     Run,
     assert_same_training,
+    entropies_by_analysis,
     kept_over,
     largest_tensors,
     likeliest,
@@ -141,6 +142,17 @@ def test_the_likeliest_tokens_of_the_wanted_rows_are_those_of_transformers_on_ev
             torch.testing.assert_close(torch.tensor(logp).double(), expected[token].values, rtol=0, atol=1e-4)
         if layout.data == 1:
             assert all(by_token == found[0] for by_token in found), "ranks of a replica have the same bits"
+
+
+def test_entropies_of_the_analyses_are_those_of_transformers_on_every_rank(ranks: Ranks, folders):
+    sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
+    with torch.no_grad():
+        scores = token_scores(load(folders["untied"]).double(), sequences, 1.0)
+    for layout in (SEVERAL_MICRO_BATCHES, SEQUENCE_PIPELINE, Layout(data=2, context=2, budget=150)):
+        for found in ranks.run(entropies_by_analysis, layout.size, folders["untied"], GROUPS, layout):
+            assert len(found) == len(scores)
+            for entropy, expected in zip(found, scores, strict=True):
+                torch.testing.assert_close(torch.tensor(entropy).double(), expected[:, 1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, SEQUENCE_PIPELINE])

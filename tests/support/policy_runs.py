@@ -284,6 +284,22 @@ def likeliest(folder: str, groups: list[Group], layout: Layout) -> dict[int, tup
         }
 
 
+def entropies_by_analysis(folder: str, groups: list[Group], layout: Layout) -> list[list[float]]:
+    """Entropies of the tokens of every response, as the analyses compute them, in blocks of a few responses."""
+    from recorded_runs import response
+
+    from megatron_rlvr.analysis.command import scoring
+
+    given = [
+        response(1, g, i, tokens=len(ids), prompt_ids=np.array(prompt, np.int32), token_ids=np.array(ids, np.int32))
+        for g, (prompt, responses, _) in enumerate(groups)
+        for i, ids in enumerate(responses)
+    ]
+    with policy_of(folder, layout) as policy, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_BLOCK", 100)
+        return [entropy.tolist() for entropy in scoring.entropies(policy, given, layout.budget)]
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation made, in forward and backward."""
 

@@ -25,6 +25,10 @@ class NothingRecordedError(InputError):
     """A run folder without recorded responses."""
 
 
+class NoTemperatureError(InputError):
+    """A run folder whose settings cannot be read, while models are to score its responses."""
+
+
 class UnlikeModelsError(InputError):
     """Models whose parameters cannot be compared."""
 
@@ -54,7 +58,7 @@ def scored(run: Path, models: Sequence[Path], parallel: ParallelSettings, *, dty
         dtype: Precision of scoring.
         budget: Most tokens of a micro-batch.
 
-    Raises: NothingRecordedError if the run has recorded no response.
+    Raises: NothingRecordedError, NoTemperatureError for a run without responses, or without settings.
     """
     responses = list(read_recorded(run))
     if not responses:
@@ -69,7 +73,9 @@ def scored(run: Path, models: Sequence[Path], parallel: ParallelSettings, *, dty
     from megatron_rlvr.distributed.ranks import initialize_ranks
 
     settings = read_runs([run])[0].settings
-    temperature = 1.0 if settings is None else settings.rollout.temperature
+    if settings is None:
+        raise NoTemperatureError(f"{run}/config.yaml cannot be read, which has rollout.temperature; restore the file")
+    temperature = settings.rollout.temperature
     ranks = initialize_ranks(parallel, _TIMEOUT_MINUTES)
     found = [
         np.concatenate(entropies(load(m, parallel, ranks, dtype=dtype, temperature=temperature), responses, budget))
@@ -120,7 +126,7 @@ def tokens(found: Scored, least: int) -> list[Result]:
 
 
 def _listed(name: str, title: str, means: Sequence[TokenMean], least: int) -> Result:
-    rows = [(mean.text, mean.token_id, mean.count, mean.entropy) for mean in means]
+    rows: list[Sequence[Cell]] = [(mean.text, mean.token_id, mean.count, mean.entropy) for mean in means]
     return Result(name, title, {"fewest occurrences": least}, ("token", "id", "occurrences", "mean entropy"), rows)
 
 
