@@ -146,8 +146,8 @@ def test_pointing_at_a_token_shows_its_values_and_at_a_selected_one_the_alternat
         text = " ".join(report.texts("#token"))
         assert f"{recorded.entropy[i]:.3f} nats" in text
         for logp in (recorded.rollout_logp, recorded.old_logp, recorded.new_logp):
-            assert f"{logp[i]:.2f}"[:-1] in text
-        assert f"{100 * np.exp(recorded.old_logp[i]):.0f}"[:2] in text
+            assert f"{logp[i]:.3f} nats" in text
+        assert f"{100 * np.exp(np.round(recorded.old_logp[i].astype(float), 3)):.1f} %" in text
         assert ("likeliest" in text) == (i == chosen)
     report.page.hover(f".response >> nth=0 >> [data-i='{chosen}']")
     shares = report.page.locator("#token .alternatives").inner_text()
