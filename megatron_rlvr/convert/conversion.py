@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rlvr.atomic import new_folder, temporary_path
 from megatron_rlvr.checkpoint.files import HUGGING_FACE, CheckpointReader, CheckpointWriter
+from megatron_rlvr.errors import one_line
 from megatron_rlvr.hf.families import ModelError, Row, expert_count, rows_of, transformer_fields
 from megatron_rlvr.hf.files import read_config, weight_files
 from megatron_rlvr.hf.layout import Geometry, merge, unmerge
@@ -152,5 +153,5 @@ def errors_in_one_line(target: Path) -> Iterator[None]:
         message = f"{target} was not written: {error.strerror or error} ({error.filename or target.absolute().parent})"
     else:
         return
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(one_line(message) + "\n")
     raise SystemExit(2)

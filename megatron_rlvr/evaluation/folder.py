@@ -61,8 +61,8 @@ class _Sampling(_Read):
 
 class _Reward(_Read):
     function: str
-    correct: FiniteFloat = 1.0
-    incorrect: FiniteFloat = 0.0
+    correct: FiniteFloat
+    incorrect: FiniteFloat
     answer_after: str | None
 
 

@@ -16,6 +16,7 @@ import torch
 import zygote
 from safetensors.torch import load_file, save_file
 
+from megatron_rlvr.convert import command
 from megatron_rlvr.convert.conversion import check_layout, to_hugging_face, to_megatron
 from megatron_rlvr.hf.families import ModelError
 from megatron_rlvr.hf.files import INDEX, SINGLE
@@ -300,6 +301,17 @@ def test_a_small_file_that_cannot_be_written_is_an_error_of_the_disk(name, model
     with pytest.raises(OSError, match=f"Is a directory: .*{name}"):
         to_megatron(model, tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_a_folder_with_a_line_break_in_its_name_is_one_line(
+    direction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as left:
+        command.main([direction, str(tmp_path / "a\nb"), str(tmp_path / "out")], "rlvr convert")
+    error = capsys.readouterr().err
+    assert (left.value.code, error.count("\n")) == (2, 1)
+    assert "holds no config.json" in error
 
 
 def test_wrong_arguments_are_one_line(model, tmp_path):

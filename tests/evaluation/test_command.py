@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from raw_server import plain, raw_server
 
 from megatron_rlvr.evaluation.command import main as command
 from megatron_rlvr.evaluation.command import options as command_line
@@ -307,3 +308,42 @@ def test_the_command_is_run_again_on_servers_without_what_started_them():
     assert command._servers(["http://a:1", "http://b:2"]) == ["http://a:1", "http://b:2"]
     assert command._servers(['[http://a:1, "http://[::1]:2"]']) == ["http://a:1", "http://[::1]:2"]
     assert command._servers(["http://b:2/", "http://[::1]"]) == ["http://b:2", "http://[::1]"]
+
+
+def test_the_key_of_servers_is_sent_to_them_and_given_to_those_that_are_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(folder)
+    key, run = tmp_path / "key", tmp_path / "run"
+    key.write_text("secret-key\n")
+    run.mkdir()
+    with raw_server() as server:
+        server.answer = lambda: [plain(b"{}", "401 Unauthorized")]
+        rollout = {"engine": "sglang", "servers": [server.url], "api_key_file": str(key)}
+        changes: dict[str, dict[str, Any]] = {"rollout": rollout, "evaluate": {"sets": ["a.jsonl"]}}
+        tiny.write_settings(run / "config.yaml", tiny.settings_for(Path("MODEL"), Path("a.jsonl"), run, **changes))
+        flags: tuple[tuple[str, ...], ...] = (
+            ("--sets", "a.jsonl", "--rollout.api_key_file", str(key)),
+            ("--like", str(run)),
+            ("--sets", "a.jsonl"),
+        )
+        for number, words in enumerate(flags):
+            server.requests.clear()
+            assert evaluate("--servers", server.url, *words, "--out", tmp_path / "out") == 2
+            assert f"--servers={server.url}: the server cannot be used" in capsys.readouterr().err
+            assert server.requests
+            assert all((b"Bearer secret-key" in request) == (number < 2) for request in server.requests)
+    started: list[list[str]] = []
+
+    def start(words: list[str], program: str, output: Any) -> int:
+        started.append(words)
+        return 0
+
+    monkeypatch.setattr("megatron_rlvr.engines.sglang.launcher.command.main", start)
+    asked = ("MODEL", "--sets", "a.jsonl", *FAST, "--serve", "cpu", "--out", tmp_path / "out")
+    assert evaluate(*asked, "--rollout.api_key_file", key) == 0
+    (line,) = started
+    own, again = line[: line.index("--then")], line[line.index("--then") :]
+    assert own[own.index("--api-key-file") + 1] == str(key)
+    assert again[again.index("--rollout.api_key_file") + 1] == str(key)
+    assert again[-2:] == ["--servers", "{servers}"]

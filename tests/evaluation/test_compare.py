@@ -36,7 +36,7 @@ def describe(**changes: Any) -> dict[str, Any]:
         "target": {"path": "/models/a", "step": None},
         "prompts": {"template": "auto", "suffix": ""},
         "sampling": {"temperature": 1.0, "group_size": 16},
-        "reward": {"function": "math", "answer_after": None},
+        "reward": {"function": "math", "correct": 1.0, "incorrect": -1.0, "answer_after": None},
         "sets": {"aime24": {"path": "/data/aime24.jsonl", "problems": 30, "answers": "12ab", **KEYS}},
     }
     return {key: value | changes.get(key, {}) for key, value in base.items()}

@@ -48,7 +48,7 @@ DESCRIPTION: dict[str, Any] = {
     "target": {"path": "m"},
     "prompts": {},
     "sampling": {"group_size": SAMPLES},
-    "reward": {"function": "user_reward:first_token", "answer_after": None},
+    "reward": {"function": "user_reward:first_token", "correct": 1.0, "incorrect": -1.0, "answer_after": None},
     "sets": {
         name: {"path": name, "problems": len(own), "prompt_key": None, "answer_key": None, "id_key": None}
         for name, own in SETS.items()

@@ -32,7 +32,7 @@ DESCRIPTION = {
     "target": {"path": "m"},
     "prompts": {},
     "sampling": {"seed": 0, "group_size": 8},
-    "reward": {"function": "math", "answer_after": None},
+    "reward": {"function": "math", "correct": 1.0, "incorrect": -1.0, "answer_after": None},
     "sets": {"aime24": SET},
 }
 
