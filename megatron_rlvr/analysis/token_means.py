@@ -41,7 +41,7 @@ class TokenMeans:
             return
         size = max(self._sums.shape[1], int(token_ids.max()) + 1)
         weights = (None, entropy.astype(np.float64), selected.astype(np.float64))
-        sums = np.stack([np.bincount(token_ids, weight, size) for weight in weights])
+        sums = np.stack([np.bincount(token_ids, weight, size) for weight in weights]).astype(np.float64)
         sums[:, : self._sums.shape[1]] += self._sums
         self._sums = sums
 
