@@ -39,7 +39,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["megatron_rlvr", "megatron_rlvr.*"]),
-    package_data={"megatron_rlvr": ["py.typed"]},
+    package_data={"megatron_rlvr": ["py.typed"], "megatron_rlvr.analysis": ["page/*"]},
     entry_points={"console_scripts": ["rlvr = megatron_rlvr.cli:main"]},
     install_requires=[
         # 0.16.1 is the last release for Python 3.11.

@@ -5,6 +5,8 @@
     rlvr rehearse CONFIG.yaml ...   a training step at its real shapes, without GPUs
     rlvr preflight CONFIG.yaml      check a cluster before a long run
     rlvr evaluate MODEL --sets ...  accuracy on problem sets, and how sure it is; compare models
+    rlvr report RUN_DIR ...         one page about runs: curves, rollouts, forking tokens
+    rlvr analyze tokens | change | parameters   what training did to entropies and weights
     rlvr data prepare | overlap     published problem sets; problems in training and evaluation
     rlvr serve MODEL                start SGLang servers on this machine
     rlvr convert to-megatron ...    Hugging Face folder to megatron-core checkpoint
@@ -91,6 +93,18 @@ def _evaluate(arguments: list[str]) -> int:
     return command.main(arguments, "rlvr evaluate")
 
 
+def _report(arguments: list[str]) -> int:
+    from megatron_rlvr.analysis import report_command
+
+    return report_command.main(arguments, "rlvr report")
+
+
+def _analyze(arguments: list[str]) -> int:
+    from megatron_rlvr.analysis.command.main import main as command
+
+    return command(arguments, "rlvr analyze")
+
+
 def _data(arguments: list[str]) -> int:
     from megatron_rlvr.data import command
 
@@ -109,6 +123,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "rehearse": _rehearse,
     "preflight": _preflight,
     "evaluate": _evaluate,
+    "report": _report,
+    "analyze": _analyze,
     "data": _data,
     "serve": _serve,
     "convert": _convert,

@@ -21,6 +21,8 @@ from megatron_rlvr.errors import FaultError
 from megatron_rlvr.loss_inputs import loss_inputs
 from megatron_rlvr.policy.policy import MaskOfEntropy, Policy
 from megatron_rlvr.protocols import PolicyLoss
+from megatron_rlvr.recording.files import LIKELIEST
+from megatron_rlvr.recording.tokens import TokenRecorder
 
 
 class Stopwatch(Protocol):
@@ -73,13 +75,16 @@ class Learner:
         self._policy = policy
         self._loss = loss
 
-    def learn(self, step: int, mini_batches: Sequence[MiniBatch], timed: Stopwatch) -> dict[str, float]:
+    def learn(
+        self, step: int, mini_batches: Sequence[MiniBatch], timed: Stopwatch, recorder: TokenRecorder | None = None
+    ) -> dict[str, float]:
         """Train on all mini-batches of a step. A collective over the world.
 
         Args:
             step: Number of the training step, from 1.
             mini_batches: This rank's mini-batches.
-            timed: Measures the phases "score" and "train".
+            timed: Measures the phases "score" and "train", and "record" with a recorder.
+            recorder: Takes the values of chosen responses. None on every rank to record none.
 
         Returns: Metrics of the step, the same on every rank.
         Raises:
@@ -90,7 +95,12 @@ class Learner:
         all_batches = [micro for mini in mini_batches for micro in mini.micro_batches]
         with timed("score"):
             reference = self._reference.score(all_batches).logp if self._reference is not None else None
-            scores = self._policy.score(all_batches, gradient=self._settings.selection.signal == "gradient")
+            scores = self._policy.score(
+                all_batches,
+                gradient=self._settings.selection.signal == "gradient",
+                likeliest=LIKELIEST,
+                wanted=recorder.rows(all_batches) if recorder is not None else None,
+            )
         metrics = self._score_metrics(step, all_batches, scores)
         scored = self._sum(sum(batch.positions for batch in all_batches))
         with timed("train"):
@@ -99,11 +109,16 @@ class Learner:
             inputs = loss_inputs(mini_batches, scores, reference, settings.loss, settings.advantage)
             selections = self._selections(step, self._candidates(all_batches, scores), parts)
             entropy_coefficient = self._adapt_entropy_coefficient(selections)
+            if recorder is not None:
+                recorder.before_update(all_batches, scores, [mask for s in selections for mask in s.masks])
             reports = []
             for number, (mini, part, selection) in enumerate(zip(mini_batches, parts, selections, strict=True)):
                 whole = MaskedBatches(mini.micro_batches, selection.masks, inputs[part])
                 reports.append(self._train(step, mini, whole, entropy_coefficient))
                 self._count_skipped(step, number, reports[-1])
+        if recorder is not None:
+            with timed("record"):
+                recorder.after_update(all_batches, self._policy.score, mini_batches[0].packing, self._maximum)
         scopes = selections[:1] if self._settings.selection.scope == "rollout_batch" else selections
         guard = self._settings.selection.guard_probability > 0
         return metrics | _selection_metrics(scopes, guard) | _train_metrics(reports, scored)

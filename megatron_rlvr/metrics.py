@@ -54,9 +54,9 @@ class MetricsLog:
             path = folder / "metrics.jsonl"
             if after is not None:
                 self._evaluated = _truncate(path, after)
-                for sampled in (folder / "rollouts").glob("step_*.jsonl"):
-                    if int(sampled.stem.removeprefix("step_")) > after:
-                        sampled.unlink()
+                for recorded in (folder / "rollouts").glob("step_*"):
+                    if int(recorded.name.removeprefix("step_").partition(".")[0]) > after:
+                        recorded.unlink()
             self._file = atomic.AppendedFile(path)
         if log.tensorboard:
             with self._explained("TensorBoard's file"):

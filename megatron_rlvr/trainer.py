@@ -27,6 +27,7 @@ from megatron_rlvr.metrics import MetricsLog
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import EngineError, RolloutEngine, WeightsMissingError
+from megatron_rlvr.recording.recorder import RolloutRecorder
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Collector, Rollout
 from megatron_rlvr.rollout.saved_groups import restored_form, saved_form
 from megatron_rlvr.signals import Signals
@@ -41,6 +42,7 @@ class Trainer:
 
     Attributes:
         prompts: Prompts to train on.
+        report: Writes the report of the run; does nothing on other ranks than the main rank.
         export: Writes the policy as a Hugging Face folder; a collective over the world.
         totals: Totals of the run so far, over all of its processes.
     """
@@ -59,6 +61,8 @@ class Trainer:
         progress: Progress,
         checkpoints: Checkpoints,
         signals: Signals,
+        recorder: RolloutRecorder,
+        report: Callable[[], None],
         export: Callable[[Path], None],
     ) -> None:
         self.settings = settings
@@ -73,6 +77,8 @@ class Trainer:
         self.progress = progress
         self.checkpoints = checkpoints
         self.signals = signals
+        self.recorder = recorder
+        self.report = report
         self.export = export
         self.totals = RunTotals()
         self._start_time = time.perf_counter()
@@ -97,6 +103,8 @@ class Trainer:
                 metrics |= self._note_evaluation(step, self.evaluate(step))
             self.log.write(step, metrics)
             self.progress.step(step, metrics)
+            if _is_multiple(step, self.settings.log.report_every):
+                self.report()
             totals.step = step
             self._collect_evaluation(wait=False)
             self.checkpoints.complete()
@@ -253,23 +261,28 @@ class Trainer:
 
     def _learn(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Train on a rollout; a SkippedStepsError names the prompts and the file that holds the mini-batch."""
-        settings = self.settings
+        settings, groups = self.settings, [(group.order, group.group) for group in rollout.groups]
         mini_batches = build_mini_batches(
-            [(group.order, group.group) for group in rollout.groups],
+            groups,
             estimator=settings.advantage.estimator,
             groups_per_mini_batch=settings.batch.mini_batch_prompts,
             packing=self.policy.packing(settings.batch.tokens_per_micro_batch),
             data_group=self.policy.ranks.data_objects,
         )
+        recorder = self.recorder.choose(groups)
         try:
-            return self.learner.learn(step, mini_batches, self._timed)
+            metrics = self.learner.learn(step, mini_batches, self._timed, recorder)
         except SkippedStepsError as error:
             size = settings.batch.mini_batch_prompts
             here = [group.group for group in rollout.groups if group.order // size == error.mini_batch]
-            groups = [group for part in gather(here, self.policy.ranks.data_objects) for group in part]
-            path = self.log.write_skipped(step, groups, self.collector.tokenizer)
-            ids = ", ".join(group.prompt.id for group in groups)
+            skipped = [group for part in gather(here, self.policy.ranks.data_objects) for group in part]
+            path = self.log.write_skipped(step, skipped, self.collector.tokenizer)
+            ids = ", ".join(group.prompt.id for group in skipped)
             raise SkippedStepsError(f"{error}: prompts {ids}, written to {path}", error.mini_batch) from None
+        if recorder is not None:
+            with self._timed("record"):
+                self.recorder.write(step, groups, recorder)
+        return metrics
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -278,7 +291,7 @@ class Trainer:
         start = time.perf_counter()
         yield
         accelerator.synchronize()
-        self._seconds[phase] = time.perf_counter() - start
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _is_multiple(step: int, every: int) -> bool:

@@ -48,7 +48,8 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
     [
         (
             ["trian"],
-            "rlvr: unknown verb 'trian'; choose from train, plan, rehearse, preflight, evaluate, data, serve, convert",
+            "rlvr: unknown verb 'trian'; choose from train, plan, rehearse, preflight, evaluate, report, analyze, "
+            "data, serve, convert",
         ),
         (
             ["train"],

@@ -23,7 +23,7 @@ ONLY_IN: dict[str, set[str]] = {
     "aiohttp": {"engines.sglang"},
     "torch.distributed": {
         *("algo", "batching", "distributed", "policy", "checkpoint", "learner", "evaluation"),
-        *("rollout", "engines.sglang", "startup", "preflight", "rehearsal", "launch"),
+        *("rollout", "recording", "engines.sglang", "startup", "preflight", "rehearsal", "launch"),
     },
 }
 
@@ -46,6 +46,7 @@ WITHOUT_TORCH = {
     *("data", "reward", "hf.families", "hf.files", "checkpoint.store", "planner"),
     *("startup.resolve", "startup.describe", "startup.run_folder", "startup.lease", "preflight.command"),
     "rehearsal.command",
+    *("recording.files", "analysis.report", "analysis.report_command"),
     *("startup.evaluation", "evaluation.records", "evaluation.folder", "evaluation.compare", "evaluation.command.main"),
 }
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}

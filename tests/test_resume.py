@@ -209,16 +209,18 @@ def test_output_written_after_the_last_checkpoint_is_removed(
     assert ranks.run(train_process, 1, run, CUT, timeout=PATIENCE_SECONDS) == [""]
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": CUT + 1, "reward/mean": 7.0}) + "\n" + '{"step": 6, "rew')
-    (folder / "rollouts" / "step_000009.jsonl").write_text("{}\n", encoding="utf-8")
+    for suffix in ("jsonl", "parquet", "parquet.incomplete"):
+        (folder / "rollouts" / f"step_000009.{suffix}").write_text("{}\n", encoding="utf-8")
     checkpoints = folder / "checkpoints"
     for name in ("step_000005", "step_000005.incomplete", "step_000001.removing"):
         shutil.copytree(checkpoints / f"step_{CUT:06d}", checkpoints / name)
     (checkpoints / "step_000005.incomplete" / ".metadata").unlink()
     assert ranks.run(train_process, 1, run, timeout=PATIENCE_SECONDS) == [""]
     assert metrics(folder) == metrics(uninterrupted["alone"])
-    assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [
+    assert sorted(path.name for path in (folder / "rollouts").glob("*.jsonl")) == [
         f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)
     ]
+    assert list((folder / "rollouts").glob("step_000009*")) == []
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "latest", "settings.json", f"step_{CUT:06d}", f"step_{STEPS:06d}",
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the packages for tests of clusters and containers on Debian or Ubuntu: Slurm, which the tests run on loopback,
-# the tools for network namespaces, and buildah. Does nothing if all are installed. Starts no service: the tests start
+# Installs the packages for tests of clusters, containers and the report on Debian or Ubuntu: Slurm, which the tests run
+# on loopback, the tools for network namespaces, buildah, and Chromium. Does nothing if all are installed. Starts no service: the tests start
 # their own daemons.
 set -euo pipefail
 
@@ -14,6 +14,7 @@ need munged munge
 need ip iproute2
 need pgrep procps
 need buildah buildah
+need chromium chromium
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from toy_data import write_data
 
+from megatron_rlvr.analysis.report import REPORT, write_report
+
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
 COMPLETIONS_PER_PROBLEM = 8
@@ -84,6 +86,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         ("total seconds", f"{summary['seconds']:.0f}"),
         ("exported model", summary["export"]),
         ("metrics of each step", str(folder / "metrics.jsonl")),
+        ("the run to look at, in a browser", str(folder / REPORT)),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -117,6 +120,7 @@ def main() -> None:
     summary["accuracy_reloaded"] = accuracy_of_export(Path(summary["export"]), [json.loads(line) for line in lines])
     summary["seconds"] = round(time.perf_counter() - started, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_report([folder], folder / REPORT)
     print_summary(summary, folder)
 
 

@@ -78,6 +78,49 @@ def vocab_parallel_logp_entropy(
 
 
 @torch.no_grad()
+def vocab_parallel_likeliest(
+    hidden: Tensor,
+    weight: Tensor,
+    count: int,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Likeliest tokens of each requested row, from hidden states and the output weight, without gradient.
+
+    A collective over ``tp_group``. Equally likely tokens are in the order of their ids; of those that compete for the
+    last place, any may be left out.
+
+    Args:
+        count: Number of tokens, k; at most the vocabulary has.
+        hidden, weight, tp_group, sequence_parallel, valid_vocab, temperature, rows: As for
+            `vocab_parallel_logp_entropy`.
+
+    Returns: (token ids [n, k] int64, log-probabilities [n, k] in nats, highest first), bitwise equal on all ranks.
+    """
+    shard = _Shard.of(hidden, weight, tp_group, sequence_parallel, valid_vocab, temperature, fuse=False)
+    hidden_n = _gather(hidden, rows, shard)
+    stats = tiles.empty_statistics(len(hidden_n), shard.dtype, hidden_n.device)
+    logits, ids = tiles.empty_likeliest(len(hidden_n), count, shard.dtype, hidden_n.device)
+    kernels, no_targets = _kernels(hidden_n.device), torch.full((len(hidden_n),), -1, device=hidden_n.device)
+    for columns in shard.column_tiles(hidden_n.device):
+        weight_tile = shard.operand(weight[columns])
+        for tile in _row_tiles(len(hidden_n), hidden_n.device):
+            z = shard.logits(shard.operand(hidden_n[tile]), weight_tile)
+            tiles.fold_likeliest_(logits[tile], ids[tile], z, shard.first + columns.start)
+            kernels.fold_statistics_(stats[:, tile], z, no_targets[tile])
+    if shard.group is not None:
+        logits = torch.cat(_from_all_ranks(logits, shard.group), dim=1)
+        ids = torch.cat(_from_all_ranks(ids, shard.group), dim=1)
+    maximum, total, *_ = _merged(stats, shard)
+    logits, ids = tiles.sorted_likeliest(logits, ids, count)
+    return ids, logits - (maximum + total.log()).unsqueeze(1)
+
+
+@torch.no_grad()
 def vocab_parallel_gradient_norm(
     hidden: Tensor,
     weight: Tensor,
@@ -231,12 +274,20 @@ def _statistics(hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Sha
         for tile in _row_tiles(len(hidden_n), hidden_n.device):
             z = shard.logits(shard.operand(hidden_n[tile]), weight_tile)
             kernels.fold_statistics_(stats[:, tile], z, targets_n[tile] - (shard.first + columns.start))
-    if shard.group is not None:
-        size = dist.get_world_size(shard.group)
-        parts = stats.new_empty(size * len(stats), stats.shape[1])
-        dist.all_gather_into_tensor(parts, stats, group=shard.group)
-        stats = tiles.merge_statistics(parts.chunk(size))
-    return stats
+    return _merged(stats, shard)
+
+
+def _merged(stats: Tensor, shard: _Shard) -> Tensor:
+    """Merge the statistics [4, n] or [5, n] of the ranks that share the vocabulary."""
+    return stats if shard.group is None else tiles.merge_statistics(_from_all_ranks(stats, shard.group))
+
+
+def _from_all_ranks(values: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Return every rank's ``values`` (at least 2 dimensions, the same shape on all ranks), in rank order."""
+    size = dist.get_world_size(group)
+    parts = values.new_empty(size * len(values), *values.shape[1:])
+    dist.all_gather_into_tensor(parts, values.contiguous(), group=group)
+    return parts.chunk(size) if len(values) else (values,) * size
 
 
 def _gradients(

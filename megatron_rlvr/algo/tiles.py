@@ -70,6 +70,38 @@ def merge_statistics(parts: Sequence[Tensor]) -> Tensor:
     return merged
 
 
+def empty_likeliest(rows: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` highest logits [n, k] and their token ids [n, k] over no columns: -inf, and -1."""
+    return (
+        torch.full((rows, count), -torch.inf, dtype=dtype, device=device),
+        torch.full((rows, count), -1, dtype=torch.int64, device=device),
+    )
+
+
+def fold_likeliest_(logits: Tensor, ids: Tensor, z: Tensor, first: int) -> None:
+    """Fold a tile into the highest logits of its rows.
+
+    Args:
+        logits: [n, k] highest logits so far, in any order, changed in place.
+        ids: [n, k] int64 token ids of these logits, changed in place.
+        z: [n, c] logits.
+        first: Token id of the tile's column 0.
+    """
+    count = logits.shape[1]
+    values, columns = z.topk(min(count, z.shape[1]), dim=1)
+    values, places = torch.cat([logits, values], dim=1).topk(count, dim=1)
+    ids.copy_(torch.cat([ids, columns + first], dim=1).gather(1, places))
+    logits.copy_(values)
+
+
+def sorted_likeliest(logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` highest of the logits [n, m] and their ids, highest first, equal ones by their ids."""
+    by_id = ids.argsort(dim=1)
+    logits, ids = logits.gather(1, by_id), ids.gather(1, by_id)
+    places = logits.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return logits.gather(1, places), ids.gather(1, places)
+
+
 def _rescale_(stats: Tensor, shift: Tensor) -> None:
     """Rescale s, u and q, in place, to a maximum that is higher by -shift."""
     total, weighted = stats[1], stats[2]

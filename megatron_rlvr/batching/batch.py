@@ -10,7 +10,8 @@ Shapes: P prompt tokens and T response tokens of a sequence; S packed positions,
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,12 @@ class MicroBatch:
         last = torch.bincount(self.sequence).cumsum(0) - 1
         return int((self.rows[last] + 1 - self.cu_seqlens[: len(last)]).sum())
 
+    def responses(self) -> list[tuple[int, slice]]:
+        """Number in the training step, and rows, of each sequence of the stream."""
+        ends = [0, *torch.bincount(self.sequence).cumsum(0).tolist()]
+        numbers = (self.token_ids >> _POSITION_BITS)[ends[:-1]].tolist() if len(ends) > 1 else []
+        return [(number, slice(*rows)) for number, rows in zip(numbers, pairwise(ends), strict=True)]
+
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch with its tensors on ``device``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -104,11 +111,14 @@ class PolicyScores:
         logp: [R] float32 nats for each micro-batch, log-probabilities.
         entropy: [R] float32 nats for each micro-batch.
         gradient: [R] float32 for each micro-batch, norm of the gradient of ``logp`` by the logits, or NaN.
+        likeliest: For each micro-batch, of the n rows that were asked for: (token ids [n, k] int64, log-probabilities
+            [n, k] float32 nats, highest first). Empty if none were asked for.
     """
 
     logp: list[Tensor]
     entropy: list[Tensor]
     gradient: list[Tensor]
+    likeliest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def plain_inputs(self, batches: Sequence[MicroBatch]) -> list[LossInputs]:
         """Return the inputs of a loss without correction, shaping or reference, from the old policy's scores."""

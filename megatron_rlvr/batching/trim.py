@@ -4,15 +4,14 @@ Attention is causal, so no position after a sequence's last token with a gradien
 sequence without such a token. `trim` drops both and packs the rest again. Counts and thresholds are of the whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from megatron_rlvr.algo.loss import LossInputs
-from megatron_rlvr.batching.batch import MicroBatch, TrainingSequence, sequence_and_position
+from megatron_rlvr.batching.batch import MicroBatch, TrainingSequence
 from megatron_rlvr.batching.packing import Packing, balance, micro_batches_needed
 
 
@@ -46,29 +45,42 @@ def trim(
             run the same number of micro-batches. Called once.
         regularized: Whether selected tokens without advantage have a gradient as well, from a regularizer.
     """
-    # The flat vectors of all rows are only indexed: with each remaining sequence goes the index of its first row.
     masks, inputs = torch.cat(whole.masks), LossInputs.concatenated(whole.inputs)
     needed = masks.cpu()
     if not regularized:
         needed = needed & (torch.cat([batch.advantages for batch in whole.batches]) != 0)
+    batches, rows = repack(whole.batches, needed, packing, maximum_over_ranks)
+    rows = [row.to(masks.device) for row in rows]
+    return MaskedBatches(batches, [masks[row] for row in rows], [inputs[row] for row in rows])
+
+
+def repack(
+    batches: Sequence[MicroBatch], needed: Tensor, packing: Packing, maximum_over_ranks: Callable[[int], int]
+) -> tuple[list[MicroBatch], list[Tensor]]:
+    """Pack again the sequences that have a needed row, each truncated after the last one.
+
+    Args:
+        batches: Micro-batches as `pack` made them, on the CPU.
+        needed: Bool, on the CPU, for the rows of all micro-batches.
+        packing: Constraints of the new streams.
+        maximum_over_ranks: As for `trim`.
+
+    Returns: (new micro-batches; for each the indices of its rows among those of all micro-batches, [R] int64).
+    """
+    # The flat vectors of all rows are only indexed: with each remaining sequence goes the index of its first row.
     remaining: list[tuple[TrainingSequence, int]] = []
     offset = 0
-    for batch in whole.batches:
-        for row, sequence in _unpacked(batch):
-            first = offset + row
-            positions = needed[first : first + len(sequence.response_ids)].nonzero()
+    for batch in batches:
+        for i, (number, rows) in enumerate(batch.responses()):
+            first = offset + rows.start
+            positions = needed[first : offset + rows.stop].nonzero()
             if len(positions):
-                remaining.append((_truncated(sequence, int(positions[-1]) + 1), first))
+                remaining.append((_truncated(_sequence(batch, i, number, rows), int(positions[-1]) + 1), first))
         offset += len(batch.rows)
     lengths = [sequence.input_length for sequence, _ in remaining]
     count = maximum_over_ranks(micro_batches_needed(lengths, packing))
     parts = [[remaining[i] for i in part] for part in balance(lengths, count, packing)]
-    rows = [_rows(part).to(masks.device) for part in parts]
-    return MaskedBatches(
-        batches=[packing.pack([sequence for sequence, _ in part]) for part in parts],
-        masks=[masks[row] for row in rows],
-        inputs=[inputs[row] for row in rows],
-    )
+    return [packing.pack([sequence for sequence, _ in part]) for part in parts], [_rows(part) for part in parts]
 
 
 def _rows(part: list[tuple[TrainingSequence, int]]) -> Tensor:
@@ -76,22 +88,16 @@ def _rows(part: list[tuple[TrainingSequence, int]]) -> Tensor:
     return torch.cat([torch.arange(0), *(torch.arange(first, first + len(s.response_ids)) for s, first in part)])
 
 
-def _unpacked(batch: MicroBatch) -> list[tuple[int, TrainingSequence]]:
-    """Sequences of a stream, each with the index of its first row."""
-    ends = [0, *torch.bincount(batch.sequence).cumsum(0).tolist()]
-    return [(first, _sequence(batch, i, first, end)) for i, (first, end) in enumerate(pairwise(ends))]
-
-
-def _sequence(batch: MicroBatch, i: int, first: int, end: int) -> TrainingSequence:
-    """Sequence ``i`` of a stream, which has rows ``first`` .. ``end`` - 1."""
-    start, response = int(batch.cu_seqlens[i]), int(batch.rows[first])
+def _sequence(batch: MicroBatch, i: int, number: int, rows: slice) -> TrainingSequence:
+    """Sequence ``i`` of a stream, from its number in the training step and its rows."""
+    start, response = int(batch.cu_seqlens[i]), int(batch.rows[rows.start])
     return TrainingSequence(
-        number=sequence_and_position(int(batch.token_ids[first]))[0],
+        number=number,
         prompt_ids=batch.tokens[start : response + 1].int().numpy(),
-        response_ids=batch.targets[response : response + end - first].int().numpy(),
-        rollout_logp=batch.rollout_logp[first:end].numpy(),
-        advantage=float(batch.advantages[first]),
-        weight_versions=batch.weight_versions[first:end].numpy(),
+        response_ids=batch.targets[response : response + rows.stop - rows.start].int().numpy(),
+        rollout_logp=batch.rollout_logp[rows].numpy(),
+        advantage=float(batch.advantages[rows.start]),
+        weight_versions=batch.weight_versions[rows].numpy(),
     )
 
 

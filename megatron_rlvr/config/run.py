@@ -68,5 +68,8 @@ class LogSettings(Section):
     """Send the metrics to Weights & Biases."""
     wandb_project: str | None = None
     """Weights & Biases project; null: megatron_rlvr."""
-    rollouts: int = Field(default=4, ge=0)
-    """Number of sampled responses to write as text to `DIR/rollouts` in each step."""
+    rollouts: int = Field(default=16, ge=0)
+    """Number of responses to record in `DIR/rollouts` in each step: as text when they have been sampled, and after the
+    step with entropies, log-probabilities and alternatives of the tokens trained on."""
+    report_every: int = Field(default=0, ge=0)
+    """Number of steps after which `DIR/report.html` is written again; 0: only by `rlvr report`."""

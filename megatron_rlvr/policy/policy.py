@@ -16,7 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_rlvr.algo.head import vocab_parallel_gradient_norm, vocab_parallel_logp_entropy
+from megatron_rlvr.algo.head import (
+    vocab_parallel_gradient_norm,
+    vocab_parallel_likeliest,
+    vocab_parallel_logp_entropy,
+)
 from megatron_rlvr.algo.loss import LossInputs, SelectedTokens
 from megatron_rlvr.batching.batch import MicroBatch, PolicyScores
 from megatron_rlvr.batching.packing import Packing
@@ -115,24 +119,46 @@ class Policy:
         self.schedule.step(increment=1)
 
     @torch.no_grad()
-    def score(self, batches: Sequence[MicroBatch], *, gradient: bool = False) -> PolicyScores:
+    def score(
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        gradient: bool = False,
+        likeliest: int = 0,
+        wanted: Sequence[Tensor] | None = None,
+    ) -> PolicyScores:
         """Score every response token under the current weights.
 
         Args:
             batches: micro-batches of this data-parallel replica.
             gradient: whether to compute the norms of the tokens' logit gradients as well.
+            likeliest: number of the likeliest tokens to return as well, at the wanted rows.
+            wanted: for each micro-batch [R] bool on the CPU, rows for which the likeliest tokens are wanted. None on
+                every rank for none.
         """
-        one = partial(self._score_one, head=vocab_parallel_gradient_norm if gradient else vocab_parallel_logp_entropy)
-        results = self._run(batches, one, forward_only=True)
+        head = vocab_parallel_gradient_norm if gradient else vocab_parallel_logp_entropy
+        results = self._run(
+            batches, partial(self._score_one, head=head, likeliest=likeliest, wanted=wanted), forward_only=True
+        )
         sizes = [len(batch.rows) for batch in batches]
-        flat = torch.empty(3 if gradient else 2, sum(sizes), device=accelerator.device())
+        values = self._from_last_stage([scores for scores, _ in results], 3 if gradient else 2, sizes)
+        logp, entropy = values[:2]
+        norms = values[2] if gradient else [torch.full_like(each, math.nan) for each in logp]
+        if wanted is None:
+            return PolicyScores(logp, entropy, norms)
+        places = self._from_last_stage([top for _, top in results], 2 * likeliest, [int(rows.sum()) for rows in wanted])
+        top = [torch.stack(rows, dim=1) for rows in zip(*places, strict=True)]
+        return PolicyScores(logp, entropy, norms, [(t[:, :likeliest].long(), t[:, likeliest:]) for t in top])
+
+    def _from_last_stage(self, results: Sequence[Tensor], height: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+        """Rows of what the last stage has computed, [height, size] for each micro-batch, on every stage."""
+        flat = torch.empty(height, sum(sizes), device=accelerator.device())
         if self.ranks.last_stage:
-            flat = torch.cat(results, dim=1)
+            flat = torch.cat(list(results), dim=1)
         if self.ranks.pipeline_size > 1:
             source = dist.get_global_rank(self.ranks.pipeline_group, self.ranks.pipeline_size - 1)
             dist.broadcast(flat, src=source, group=self.ranks.pipeline_group)
-        norms = flat[2] if gradient else torch.full_like(flat[0], math.nan)
-        return PolicyScores(*(list(each.split(sizes)) for each in (flat[0], flat[1], norms)))
+        return [list(row.split(list(sizes))) for row in flat]
 
     def train_step(
         self,
@@ -228,10 +254,37 @@ class Policy:
         )
 
     def _score_one(
-        self, hidden: Tensor, number: int, shard: ContextShard, chunk: Any, head: Head
+        self,
+        hidden: Tensor,
+        number: int,
+        shard: ContextShard,
+        chunk: Any,
+        head: Head,
+        likeliest: int = 0,
+        wanted: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
-        result = shard.whole(torch.stack(self._head(head, hidden, shard.part, chunk, shard.part.rows)))
-        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), result
+        scores = shard.whole(torch.stack(self._head(head, hidden, shard.part, chunk, shard.part.rows)))
+        top = None if wanted is None else self._likeliest(hidden, shard, chunk, likeliest, wanted[number])
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), (scores, top)
+
+    def _likeliest(self, hidden: Tensor, shard: ContextShard, chunk: Any, count: int, wanted: Tensor) -> Tensor:
+        """[2 count, n] float32: token ids, which are below 2^24 and therefore exact, above their log-probabilities."""
+        wanted = wanted.to(hidden.device)
+        here = wanted[shard.held]
+        model: PolicyModel = getattr(chunk, "module", chunk)
+        ids, logp = vocab_parallel_likeliest(
+            hidden.squeeze(1),
+            model.output_weight,
+            count,
+            tp_group=self.ranks.tensor_group,
+            sequence_parallel=self._config.sequence_parallel,
+            valid_vocab=self.hf_config["vocab_size"],
+            temperature=self._temperature,
+            rows=shard.part.rows[here],
+        )
+        top = logp.new_zeros(2 * count, len(here))
+        top[:, here] = torch.cat([ids, logp], dim=1).t().to(top.dtype)
+        return shard.whole(top)[:, wanted]
 
     def _train_one(
         self,

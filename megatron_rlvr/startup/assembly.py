@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rlvr.algo.loss import policy_loss
+from megatron_rlvr.analysis.report import REPORT, write_report
 from megatron_rlvr.checkpoint.files import HUGGING_FACE
 from megatron_rlvr.checkpoint.megatron.policy import export_policy
 from megatron_rlvr.checkpoint.store import Checkpoints
@@ -23,6 +24,7 @@ from megatron_rlvr.engines.sglang.weight_sync.base import WeightSync
 from megatron_rlvr.engines.sglang.weight_sync.disk import DiskSync
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
 from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
+from megatron_rlvr.errors import RlvrError, one_line
 from megatron_rlvr.evaluation.background import BackgroundEvaluation
 from megatron_rlvr.evaluation.evaluator import Evaluator, share_of
 from megatron_rlvr.evaluation.majority import same_answers
@@ -33,6 +35,7 @@ from megatron_rlvr.policy.build import DTYPES
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.protocols import PolicyLoss, RolloutEngine
+from megatron_rlvr.recording.recorder import RolloutRecorder
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.rollout.asynchronous import AsynchronousCollector
 from megatron_rlvr.rollout.collector import Collector
@@ -92,7 +95,18 @@ def build_trainer(
         finish=lambda folder: own_tokenizer(folder / HUGGING_FACE),
         inputs=resolved.inputs,
     )
+    recorder = RolloutRecorder(
+        folder, settings.log.rollouts, resolved.tokenizer, ranks.data_objects, is_main=ranks.is_main
+    )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
+
+    def report() -> None:
+        if not ranks.is_main:
+            return
+        try:
+            write_report([folder], folder / REPORT)
+        except (RlvrError, OSError) as error:  # the run is worth more than a page about it
+            progress.say(f"the report was not written, and training continues: {one_line(error)}")
 
     def export(folder: Path) -> None:
         with checkpoints.explaining_errors(f"the export {folder.name}", folder.parent):
@@ -111,6 +125,8 @@ def build_trainer(
         progress,
         checkpoints,
         signals,
+        recorder,
+        report,
         export,
     )
 

@@ -1,6 +1,12 @@
 """The plan in words: a few lines that say what a run is going to do, for a person to read before it does."""
 
-from megatron_rlvr.config import Settings
+from megatron_rlvr.config.describe import (
+    describe_loss,
+    describe_mask,
+    describe_optimizer,
+    describe_reward,
+    describe_rollout,
+)
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.hf.families import transformer_fields
@@ -11,9 +17,6 @@ from megatron_rlvr.startup.resolve import Resolved
 def describe_plan(resolved: Resolved) -> str:
     """Return the plan of a run, one line per subject."""
     s = resolved.settings
-    overlong = f", overlong penalty over the last {s.reward.overlong_buffer} tokens" if s.reward.overlong_buffer else ""
-    after = f" on what follows {resolved.answer_after}" if resolved.answer_after else ""
-    reward = f"{s.reward.function}{after}: correct {s.reward.correct:g}"
     start = f", resuming after step {resolved.start.step}" if resolved.start else ""
     lines = {
         "model": _model(resolved),
@@ -21,11 +24,11 @@ def describe_plan(resolved: Resolved) -> str:
         "prompts": _prompts(resolved),
         "columns": _columns(resolved),
         "stop": _stop(resolved),
-        "rollout": _rollout(s),
-        "reward": f"{reward}, incorrect {s.reward.incorrect:g}{overlong}",
+        "rollout": describe_rollout(s),
+        "reward": describe_reward(s, resolved.answer_after),
         "mask": describe_mask(s),
-        "loss": _loss(s),
-        "optimizer": _optimizer(s),
+        "loss": describe_loss(s),
+        "optimizer": describe_optimizer(s),
         "evaluation": _evaluation(resolved),
         "run": f"{s.run.steps} steps into {s.run.dir}{start}",
     }
@@ -38,74 +41,6 @@ def describe_plan(resolved: Resolved) -> str:
             f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused
         )
     return "\n".join(f"{subject:<11} {text}" for subject, text in lines.items())
-
-
-def describe_mask(settings: Settings) -> str:
-    """Return the meaning of `selection` in one line."""
-    s = settings.selection
-    guard = ""
-    if s.guard_probability:
-        guard = (
-            f", without the {s.guard_quantile * 100:g} % of lowest entropy of those of positive advantage and a "
-            f"probability below {s.guard_probability:g}"
-        )
-    if s.keep == "all":
-        return f"the policy gradient touches all response tokens{guard}"
-    value = {
-        "entropy": "entropy",
-        "surprisal": "surprisal",
-        "covariance": "covariance of advantage and log-probability",
-        "gradient": "gradient norm",
-    }[s.signal]
-    share = f"{s.fraction * 100:g} %"
-    if s.fraction_end is not None:
-        share += f" (from step {s.fraction_steps} on, {s.fraction_end * 100:g} %)"
-    if s.band is not None:
-        share = f"{s.band[0] * 100:g} to {s.band[1] * 100:g} % quantile"
-    which = {
-        "top": f"with the highest {value}",
-        "bottom": f"with the lowest {value}",
-        "band": f"of {value}",
-        "random": "drawn at random",
-    }[s.keep]
-    signs = " of positive and of negative advantage each" if s.by_sign else ""
-    scope = {
-        "micro_batch": "each micro-batch on its own",
-        "mini_batch": "a mini-batch over all ranks",
-        "rollout_batch": "the whole rollout over all ranks",
-    }[s.scope]
-    owner = "policy before the update" if s.entropy == "old" else "policy being trained"
-    by = "entropies" if s.signal == "entropy" else "probabilities"
-    whose = "" if s.keep == "random" else f", by the {by} of the {owner}"
-    return f"the policy gradient touches the {share} of response tokens{signs} {which}, of {scope}{whose}{guard}"
-
-
-def describe_loss(settings: Settings) -> str:
-    """Return in one line how `loss` bounds a token's probability ratio, and which weight a token gets."""
-    s = settings.loss
-    ratio = {
-        "dapo": "clip",
-        "gspo": "gspo, clip of sequence ratios",
-        "cispo": "cispo, weight",
-        "dppo": "dppo, change of",
-    }
-    bounds = f"{1 + s.clip_high:g}"
-    bounds = f"at most {bounds}" if s.clip_low is None else f"{1 - s.clip_low:g} .. {bounds}"
-    if s.objective == "dppo":
-        bounds = f"a probability within {-(s.clip_low or 0.0):g} .. {s.clip_high:g}"
-    words = f"{ratio[s.objective]} {bounds}"
-    if s.correction_cap is not None:
-        beyond = {"tis": "truncated at {:g}", "mis": "0 beyond 1/{0:g} .. {0:g}"}[s.rollout_correction]
-        level = {"token": "", "sequence": " of the response", "geometric": ", geometric mean over the response,"}
-        words += f", times policy / engine probability{level[s.correction_level]} {beyond.format(s.correction_cap)}"
-        words += f" ({s.rollout_correction})"
-    if s.correction_veto is not None:
-        words += f", 0 for responses with a token below {s.correction_veto:g}"
-    if s.kl_coefficient:
-        words += f", plus {s.kl_coefficient:g} KL to model.path ({s.kl_estimator})"
-    if s.entropy_target is not None:
-        words += f", minus up to {s.entropy_max:g} entropy below {s.entropy_target:g} nats"
-    return words
 
 
 def _model(resolved: Resolved) -> str:
@@ -168,40 +103,6 @@ def _ends_turn(resolved: Resolved, turn_end: int) -> bool:
         if after is not None and tokenizer.special_ids.isdisjoint(after) and not tokenizer.decode(after).strip():
             return True
     return False
-
-
-def _rollout(s: Settings) -> str:
-    engine = ""
-    if s.rollout.engine == "sglang":
-        engine = f" from {len(s.rollout.servers)} SGLang server(s), which get weights by {s.sync.method}"
-    dynamic = (
-        f"groups that are not informative replaced, at most {s.rollout.max_rounds} rounds"
-        if s.rollout.dynamic_sampling
-        else "no dynamic sampling"
-    )
-    return (
-        f"{s.batch.prompts} prompts x {s.rollout.group_size} responses a step of up to "
-        f"{s.rollout.max_response_tokens} tokens at temperature {s.rollout.temperature:g}{engine}; {dynamic}"
-    )
-
-
-def _loss(s: Settings) -> str:
-    divided = {
-        "all_tokens": "sum over the selected tokens / all response tokens of the mini-batch",
-        "selected_tokens": "sum over the selected tokens / the number of selected tokens of the mini-batch",
-        "sequence_mean": "mean over sequences of the sum over the selected tokens / response tokens",
-        "prompt_mean": "mean over prompts of the sum over the selected tokens / response tokens",
-    }[s.loss.normalizer]
-    shaped = ""
-    if s.advantage.entropy_bonus:
-        shaped = f" plus min({s.advantage.entropy_bonus:g} entropy, |A| / {s.advantage.entropy_bound:g})"
-    return f"{describe_loss(s)}, {divided}; advantages {s.advantage.estimator}{shaped}"
-
-
-def _optimizer(s: Settings) -> str:
-    updates = f"{s.batch.prompts // s.batch.mini_batch_prompts} steps a rollout on {s.batch.mini_batch_prompts} prompts"
-    warmup = f" after {s.optimizer.warmup_steps} warm-up steps" if s.optimizer.warmup_steps else ""
-    return f"{updates} each, Adam, learning rate {s.optimizer.learning_rate:g}{warmup}"
 
 
 def _evaluation(resolved: Resolved) -> str:

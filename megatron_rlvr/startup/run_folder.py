@@ -3,7 +3,7 @@
 lease/             which run uses the folder (`lease.py`); gone when a run has ended in order
 config.yaml        the resolved settings
 metrics.jsonl      one object per training step
-rollouts/          sampled responses as text
+rollouts/          sampled responses as text, and what the tokens of those trained on did (megatron_rlvr/recording)
 skipped/           mini-batches with a non-finite loss or gradient
 tensorboard/       the metrics for TensorBoard
 checkpoints/       training state (megatron_rlvr/checkpoint/store.py)
@@ -11,6 +11,8 @@ exports/, hf/      the model in Hugging Face format: on the way, and at the end
 evaluations/       records and metrics of each evaluation (megatron_rlvr/evaluation/folder.py)
 sync/              weights on their way to servers (`sync.method` disk)
 sync_evaluation/   weights on their way to `evaluate.servers`
+report.html        the run for a person to look at (`rlvr report`, `log.report_every`)
+analysis/          results of `rlvr analyze`
 summary.json       written when the last step is done
 """
 
@@ -34,7 +36,7 @@ from megatron_rlvr.write_errors import explained
 
 RUN_FILES = (
     *("metrics.jsonl", "summary.json", "rollouts", "tensorboard", "hf", "exports", "sync", "skipped", "checkpoints"),
-    *(EVALUATIONS, "sync_evaluation"),
+    *(EVALUATIONS, "sync_evaluation", "report.html", "analysis"),
 )
 """Names that a run writes in `run.dir` besides config.yaml, and that a fresh run in the same folder replaces."""
 

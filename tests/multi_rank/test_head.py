@@ -10,13 +10,16 @@ import pytest
 import torch
 from head_cases import (
     ROWS,
+    TINY_TILES,
     Case,
     Outcome,
     all_combinations,
     assert_close,
     expected,
+    expected_likeliest,
     expected_norm,
     head_of,
+    likeliest_of,
     norms_of,
     peaked_case,
     random_case,
@@ -147,3 +150,25 @@ def test_bfloat16_inputs_are_computed_in_fp32_and_have_bfloat16_gradients(ranks:
         torch.testing.assert_close(actual.logp.double(), wanted.logp, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(actual.entropy.double(), wanted.entropy, rtol=1e-5, atol=1e-5)
         assert_close(actual, wanted, tolerance=2**-8)
+
+
+def likeliest_on_ranks(cases: list[Case]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    with joined_process_group() as group:
+        return [likeliest_of(case, group) for case in cases]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_likeliest_tokens_are_those_of_a_sort_of_the_whole_logits_on_every_rank(ranks: Ranks, size):
+    twins = replace(random_case(5000), tiles=TINY_TILES)
+    twins.weight[32:] = twins.weight[:32]  # each token has an equally likely one, on another rank
+    cases = [*all_combinations(), *with_forbidden_tokens()]
+    by_rank = ranks.run(likeliest_on_ranks, size, cases) if size > 1 else [[likeliest_of(case) for case in cases]]
+    for case, *found in zip(cases, *by_rank, strict=True):
+        wanted_ids, wanted_logp = expected_likeliest(case)
+        finite = wanted_logp.isfinite()
+        for ids, logp in found:
+            assert torch.equal(logp, found[0][1])
+            assert torch.equal(ids[finite], wanted_ids[finite])
+            torch.testing.assert_close(logp, wanted_logp, rtol=1e-10, atol=1e-10)
+    ids, _ = likeliest_of(twins)
+    assert torch.equal(ids[:, 1:6:2], ids[:, :6:2] + 32)

@@ -14,8 +14,10 @@ from policy_runs import (
     Layout,
     Run,
     assert_same_training,
+    entropies_by_analysis,
     kept_over,
     largest_tensors,
+    likeliest,
     memory_of_a_weight_sync,
     refused,
     saved,
@@ -119,6 +121,38 @@ def test_scores_are_those_of_transformers_and_the_export_is_the_input_bit_by_bit
             assert exported.keys() == weights.keys()
             for tensor_name, tensor in exported.items():
                 assert torch.equal(tensor, weights[tensor_name]), (layout, tensor_name)
+
+
+def test_the_likeliest_tokens_of_the_wanted_rows_are_those_of_transformers_on_every_rank(ranks: Ranks, folders):
+    sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
+    model = load(folders["untied"]).double()
+    expected = {}
+    for n, (prompt, response) in enumerate(sequences):
+        with torch.no_grad():
+            z = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        for t, top in enumerate(torch.log_softmax(z, dim=-1)):
+            if ((n << 20) + t) % 3 == 0:
+                expected[(n << 20) + t] = top.topk(5)
+    for layout in (ONE_RANK, SEQUENCE_PIPELINE, VIRTUAL_PIPELINE, Layout(data=2, context=2, budget=150)):
+        found = ranks.run(likeliest, layout.size, folders["untied"], GROUPS, layout)
+        together = {token: top for by_token in found for token, top in by_token.items()}
+        assert together.keys() == expected.keys()
+        for token, (ids, logp) in together.items():
+            assert ids == expected[token].indices.tolist(), (layout, token)
+            torch.testing.assert_close(torch.tensor(logp).double(), expected[token].values, rtol=0, atol=1e-4)
+        if layout.data == 1:
+            assert all(by_token == found[0] for by_token in found), "ranks of a replica have the same bits"
+
+
+def test_entropies_of_the_analyses_are_those_of_transformers_on_every_rank(ranks: Ranks, folders):
+    sequences = [(prompt, response) for prompt, responses, _ in GROUPS for response in responses]
+    with torch.no_grad():
+        scores = token_scores(load(folders["untied"]).double(), sequences, 1.0)
+    for layout in (SEVERAL_MICRO_BATCHES, SEQUENCE_PIPELINE, Layout(data=2, context=2, budget=150)):
+        for found in ranks.run(entropies_by_analysis, layout.size, folders["untied"], GROUPS, layout):
+            assert len(found) == len(scores)
+            for entropy, expected in zip(found, scores, strict=True):
+                torch.testing.assert_close(torch.tensor(entropy).double(), expected[:, 1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, SEQUENCE_PIPELINE])

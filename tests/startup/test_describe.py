@@ -9,8 +9,9 @@ import tiny
 import yaml
 from resolving import Resolve
 
+from megatron_rlvr.config.describe import describe_mask, describe_ratio
 from megatron_rlvr.config.loading import load_settings, validate
-from megatron_rlvr.startup.describe import describe_loss, describe_mask, describe_plan
+from megatron_rlvr.startup.describe import describe_plan
 
 WITNESS = """
 import atexit, os, sys
@@ -113,7 +114,7 @@ def test_the_mask_in_words(selection: dict[str, Any], words: str) -> None:
 )
 def test_the_loss_in_words(values: dict[str, Any], words: str) -> None:
     settings = validate(tiny.settings_for(Path("model"), Path("train.jsonl"), Path("run"), loss=values))
-    assert describe_loss(settings) == words
+    assert describe_ratio(settings) == words
 
 
 def test_the_plan_names_what_differs_from_the_paper(resolve_with: Resolve, problems: Path) -> None:

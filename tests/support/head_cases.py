@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.algo import head, tiles, tiles_triton
-from megatron_rlvr.algo.head import vocab_parallel_gradient_norm, vocab_parallel_logp_entropy
+from megatron_rlvr.algo.head import (
+    vocab_parallel_gradient_norm,
+    vocab_parallel_likeliest,
+    vocab_parallel_logp_entropy,
+)
 from megatron_rlvr.algo.tile_shape import TILE_SHAPE
 
 POSITIONS, HIDDEN, PADDED_VOCAB = 24, 8, 64
@@ -223,3 +227,30 @@ def peaked_case() -> Case:
     hidden[:, 0], hidden[:, 1] = 100.0, torch.linspace(10, 26, POSITIONS)
     hidden[:, 2:] = torch.randn(POSITIONS, HIDDEN - 2, generator=random)
     return replace(case, hidden=hidden, weight=weight, targets=torch.full((POSITIONS,), 9))
+
+
+LIKELIEST = 7  # more than a tile of TINY_TILES has columns
+
+
+def likeliest_of(case: Case, group=None) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of the likeliest tokens, by the head of one rank of ``group``."""
+    rank, size = (torch.distributed.get_rank(group), group.size()) if group is not None else (0, 1)
+    with mock.patch.dict(TILE_SHAPE, {"cpu": case.tiles}):
+        return vocab_parallel_likeliest(
+            case.hidden.chunk(size)[rank] if case.sequence_parallel else case.hidden,
+            case.weight.chunk(size)[rank],
+            LIKELIEST,
+            tp_group=group,
+            sequence_parallel=case.sequence_parallel,
+            valid_vocab=case.valid_vocab,
+            temperature=case.temperature,
+            rows=case.rows,
+        )
+
+
+def expected_likeliest(case: Case) -> tuple[Tensor, Tensor]:
+    """The same by definition: a stable sort of the whole log-probabilities in float64."""
+    every = case.hidden.double() if case.rows is None else case.hidden.double()[case.rows]
+    log_p = torch.log_softmax(every @ case.weight.double()[: case.valid_vocab].t() / case.temperature, dim=1)
+    logp, ids = log_p.sort(dim=1, descending=True, stable=True)
+    return ids[:, :LIKELIEST], logp[:, :LIKELIEST]

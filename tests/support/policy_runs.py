@@ -284,6 +284,35 @@ def scored_and_exported(
         return by_token, {name: tensor.clone() for name, tensor in policy.export_weights()}
 
 
+def likeliest(folder: str, groups: list[Group], layout: Layout) -> dict[int, tuple[list[int], list[float]]]:
+    """{token id: (ids, log-probabilities) of the five likeliest tokens} for every third token of this rank's."""
+    with policy_of(folder, layout, Recipe()) as policy:
+        batches = [m for mini in mini_batches_of(policy, groups, layout.budget, 4) for m in mini.micro_batches]
+        wanted = [batch.token_ids % 3 == 0 for batch in batches]
+        scores = policy.score(batches, 5, wanted)
+        return {
+            token: (ids.tolist(), logp.tolist())
+            for batch, rows, top in zip(batches, wanted, scores.likeliest, strict=True)
+            for token, ids, logp in zip(batch.token_ids[rows].tolist(), *top, strict=True)
+        }
+
+
+def entropies_by_analysis(folder: str, groups: list[Group], layout: Layout) -> list[list[float]]:
+    """Entropies of the tokens of every response, as the analyses compute them, in blocks of a few responses."""
+    from recorded_runs import response
+
+    from megatron_rlvr.analysis.command import scoring
+
+    given = [
+        response(1, g, i, tokens=len(ids), prompt_ids=np.array(prompt, np.int32), token_ids=np.array(ids, np.int32))
+        for g, (prompt, responses, _) in enumerate(groups)
+        for i, ids in enumerate(responses)
+    ]
+    with policy_of(folder, layout) as policy, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_BLOCK", 100)
+        return [entropy.tolist() for entropy in scoring.entropies(policy, given, layout.budget)]
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation made, in forward and backward."""
 

@@ -182,7 +182,7 @@ def settings_for(model: Path, train: Any, folder: Path, /, **sections: dict[str,
         "reward": {"overlong_buffer": 0, "workers": 1, "timeout_seconds": 60.0},
         "batch": {"prompts": 4, "mini_batch_prompts": 2, "tokens_per_micro_batch": 512},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
-        "log": {"tensorboard": False},
+        "log": {"tensorboard": False, "rollouts": 4},
     }
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes

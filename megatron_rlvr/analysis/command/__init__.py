@@ -1,0 +1,1 @@
+"""The command `rlvr analyze`: what training did to entropies and weights."""

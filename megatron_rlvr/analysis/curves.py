@@ -1,0 +1,132 @@
+"""Curves of the report: which metrics share a panel, with their units, their words and their standard errors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rlvr.analysis.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of curves over steps.
+
+    Attributes:
+        title: Heading.
+        unit: Label of the vertical axis.
+        keys: {metric: its word in the legend}.
+        errors: {metric: metric with its standard error}.
+        note: Sentence below the heading.
+        stacked: Whether the values are parts of a whole, drawn above each other.
+    """
+
+    title: str
+    unit: str
+    keys: dict[str, str]
+    errors: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    stacked: bool = False
+
+
+_GROUP_ERROR = "reward/accuracy_standard_error"
+
+PANELS = (
+    Panel(
+        "Accuracy of sampled responses",
+        "share",
+        {"reward/accuracy": "correct"},
+        {"reward/accuracy": _GROUP_ERROR},
+        "Bars are an upper bound of the standard error, as if the responses of a group were all alike.",
+    ),
+    Panel("Reward", "reward", {"reward/mean": "mean"}),
+    Panel(
+        "Entropy",
+        "nats",
+        {"entropy/mean": "all", "entropy/selected_mean": "selected", "entropy/dropped_mean": "dropped"},
+    ),
+    Panel("Entropy threshold", "nats", {"selection/threshold": "threshold"}),
+    Panel("Response length", "tokens", {"rollout/response_tokens_mean": "mean"}),
+    Panel("Truncated responses", "share", {"rollout/truncated_fraction": "truncated"}),
+    Panel("Clipping", "share", {"train/clip_fraction": "clipped tokens"}),
+    Panel("KL divergence", "nats", {"train/kl": "old to new policy"}),
+    Panel("Train-inference mismatch", "nats", {"rollout/logprob_gap_mean": "mean", "rollout/logprob_gap_max": "most"}),
+    Panel("Staleness", "steps", {"rollout/staleness_mean": "mean", "rollout/staleness_max": "most"}),
+    Panel("Skipped optimizer steps", "steps so far", {"train/skipped_steps": "skipped"}),
+    Panel("Gradient norm", "norm", {"train/grad_norm": "before clipping"}),
+    Panel(
+        "Time of a step",
+        "seconds",
+        {
+            "time/rollout": "rollout",
+            "time/score": "score",
+            "time/train": "train",
+            "time/sync": "sync",
+            "time/record": "record",
+        },
+        stacked=True,
+    ),
+)
+
+
+def curves(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Return panels and values for the page; panels that no run has values for are left out.
+
+    Returns: {"panels": [...], "runs": [{"steps": [...], "values": {metric: [value or null for each step]}}]}.
+    """
+    panels = [_evaluation_panel(runs), *PANELS]
+    by_run = [{step: values | _group_error(run, values) for step, values in run.metrics.items()} for run in runs]
+    present = {key for steps in by_run for values in steps.values() for key in values}
+    shown = [panel for panel in panels if present & set(panel.keys)]
+    wanted = {key for panel in shown for key in (*panel.keys, *panel.errors.values()) if key in present}
+    return {
+        "panels": [
+            {
+                "title": panel.title,
+                "unit": panel.unit,
+                "note": panel.note,
+                "stacked": panel.stacked,
+                "series": [
+                    {"key": key, "label": label, "error": panel.errors.get(key)}
+                    for key, label in panel.keys.items()
+                    if key in present
+                ],
+            }
+            for panel in shown
+        ],
+        "runs": [
+            {
+                "steps": list(steps),
+                "values": {key: [_short(values.get(key)) for values in steps.values()] for key in sorted(wanted)},
+            }
+            for steps in by_run
+        ],
+    }
+
+
+def _evaluation_panel(runs: Sequence[RunFolder]) -> Panel:
+    keys = sorted(
+        key
+        for key in {key for run in runs for values in run.metrics.values() for key in values}
+        if key.startswith("eval/") and key.endswith("/accuracy")
+    )
+    names = {key: key.removeprefix("eval/").removesuffix("/accuracy") for key in keys}
+    return Panel(
+        "Evaluations",
+        "accuracy",
+        names,
+        {key: f"{key}_standard_error" for key in keys},
+        "Bars are standard errors over problems.",
+    )
+
+
+def _group_error(run: RunFolder, values: dict[str, float]) -> dict[str, float]:
+    """Bound of the standard error of `reward/accuracy`: that of one response a group."""
+    accuracy, groups = values.get("reward/accuracy"), values.get("rollout/groups_sampled")
+    if accuracy is None or not groups:
+        return {}
+    return {_GROUP_ERROR: math.sqrt(max(0.0, accuracy * (1 - accuracy)) / groups)}
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")

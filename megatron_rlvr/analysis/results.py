@@ -1,0 +1,129 @@
+"""Results of an analysis: metrics, a table and a plot, written as JSON, CSV, PNG and SVG from the same numbers."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr import atomic
+from megatron_rlvr.errors import InputError
+
+Cell = float | int | str | None
+"""A value of a table."""
+
+
+class MissingPlotsError(InputError):
+    """matplotlib, which draws the plots, is not installed."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve of a plot: points [n] each."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of curves.
+
+    Attributes:
+        x, y: Labels of the axes, with units.
+        curves: What is drawn.
+        steps: Draw each curve as steps from x to the next x, as a histogram.
+        log_y: Logarithmic vertical axis.
+        marks: {label: x} of vertical lines.
+    """
+
+    x: str
+    y: str
+    curves: list[Curve]
+    steps: bool = False
+    log_y: bool = False
+    marks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result of an analysis.
+
+    Attributes:
+        name: Name of its files.
+        title: Heading.
+        metrics: {name: value} of single numbers.
+        columns: Names of the table's columns.
+        rows: Rows of the table.
+        plot: The plot; None without one.
+    """
+
+    name: str
+    title: str
+    metrics: dict[str, Cell]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    plot: Plot | None = None
+
+
+def write_result(folder: Path, result: Result) -> list[Path]:
+    """Write the files of a result into a folder; return them.
+
+    Raises: MissingPlotsError before anything is written, if there is a plot and no matplotlib.
+    """
+    pyplot = _pyplot() if result.plot is not None else None
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{result.name}.json", folder / f"{result.name}.csv"]
+    atomic.write_text(files[0], json.dumps(_clean(asdict(result)), ensure_ascii=False, indent=1) + "\n")
+    with files[1].open("w", encoding="utf-8", newline="", errors="replace") as file:
+        writer = csv.writer(file)
+        writer.writerow(result.columns)
+        writer.writerows(result.rows)
+    if result.plot is not None:
+        for suffix in (".png", ".svg"):
+            files.append(folder / f"{result.name}{suffix}")
+            _draw(pyplot, result.title, result.plot, files[-1])
+    return files
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise MissingPlotsError("matplotlib, which draws the plots, is missing; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "rlvr"  # the same numbers give the same bytes
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw(pyplot: Any, title: str, plot: Plot, path: Path) -> None:
+    drawing, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for curve in plot.curves:
+        style = {"drawstyle": "steps-post"} if plot.steps else {"marker": "."}
+        axes.plot(curve.x, curve.y, label=curve.label, **style)
+    for number, (label, x) in enumerate(plot.marks.items()):
+        axes.axvline(x, color="0.4", linestyle=("--", ":")[number % 2], label=f"{label} {x:.3g}")
+    if plot.log_y:
+        axes.set_yscale("log")
+    axes.set(title=title, xlabel=plot.x, ylabel=plot.y)
+    axes.grid(alpha=0.3)
+    if len(plot.curves) + len(plot.marks) > 1:
+        axes.legend()
+    drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(drawing)
+
+
+def _clean(value: Any) -> Any:
+    """Values that JSON has: a float that is not finite becomes null, a lone surrogate a question mark."""
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return None if isinstance(value, float) and not math.isfinite(value) else value

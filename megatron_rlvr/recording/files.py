@@ -1,0 +1,186 @@
+"""Recorded responses as files: `rollouts/step_N.parquet` in a run folder, one row a response.
+
+    for response in read_recorded(run_dir): ...        # ours
+    pandas.read_parquet(run_dir / "rollouts")          # any reader of Parquet
+
+Per-token columns are lists of the length of the response; the columns of alternatives are lists of `LIKELIEST` entries
+for each selected token, one after the other. docs/forks.md describes each column.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rlvr import atomic
+from megatron_rlvr.errors import InputError
+from megatron_rlvr.write_errors import explained
+
+FOLDER = "rollouts"
+
+LIKELIEST = 5
+"""Number of alternatives that are recorded of a selected token."""
+
+
+class RecordingError(InputError):
+    """Recorded responses that cannot be read."""
+
+
+@dataclass(frozen=True)
+class RecordedResponse:
+    """A response of T tokens, of which s were selected, with what its tokens did; floats are in nats.
+
+    Attributes:
+        step: Training step.
+        group: Place of the group in the step's batch.
+        index: Index of the completion in its group.
+        prompt_id: Id of the prompt.
+        prompt: Text of the prompt, with the chat template applied.
+        answer: Gold answer.
+        read_answer: Answer that the grader has read; None if there is none.
+        correct: Whether it is correct.
+        reward: Reward, overlong penalty included.
+        advantage: Advantage of every token.
+        failure: None, or why there is no verdict.
+        finish_reason: stop, or length if the response is truncated.
+        prompt_ids: [P] int32, tokens of the prompt.
+        token_ids: [T] int32.
+        texts: T texts; joined they are the response.
+        weight_versions: [T] int32, version of the weights that sampled each token.
+        rollout_logp: [T] float32, log-probabilities at sampling.
+        old_logp: [T] float32, under the policy before the update.
+        new_logp: [T] float32, after the step.
+        entropy: [T] float32, under the policy before the update.
+        selected: [T] bool.
+        alternative_ids: [s, LIKELIEST] int32, likeliest tokens at the selected positions, before the update.
+        alternative_texts: s * LIKELIEST texts of them.
+        alternative_logp: [s, LIKELIEST] float32, their log-probabilities, highest first.
+    """
+
+    step: int
+    group: int
+    index: int
+    prompt_id: str
+    prompt: str
+    answer: str
+    read_answer: str | None
+    correct: bool
+    reward: float
+    advantage: float
+    failure: str | None
+    finish_reason: str
+    prompt_ids: np.ndarray
+    token_ids: np.ndarray
+    texts: list[str]
+    weight_versions: np.ndarray
+    rollout_logp: np.ndarray
+    old_logp: np.ndarray
+    new_logp: np.ndarray
+    entropy: np.ndarray
+    selected: np.ndarray
+    alternative_ids: np.ndarray
+    alternative_texts: list[str]
+    alternative_logp: np.ndarray
+
+    @property
+    def staleness(self) -> int:
+        """Steps between the oldest weights that sampled a token and those that the step starts from."""
+        return self.step - 1 - int(self.weight_versions.min())
+
+
+_INTS = ("prompt_ids", "token_ids", "weight_versions", "alternative_ids")
+_FLOATS = ("rollout_logp", "old_logp", "new_logp", "entropy", "alternative_logp")
+_ARRAYS, _TEXTS = (*_INTS, *_FLOATS, "selected"), ("texts", "alternative_texts")
+
+
+@cache
+def schema() -> Any:
+    """Schema of the files. pyarrow, which starts threads, is only imported by a rank that reads or writes them."""
+    import pyarrow as pa
+
+    types = {
+        **dict.fromkeys(("step", "group", "index"), pa.int32()),
+        **dict.fromkeys(("reward", "advantage"), pa.float32()),
+        **dict.fromkeys(_INTS, pa.list_(pa.int32())),
+        **dict.fromkeys(_FLOATS, pa.list_(pa.float32())),
+        **dict.fromkeys(_TEXTS, pa.list_(pa.string())),
+        "correct": pa.bool_(),
+        "selected": pa.list_(pa.bool_()),
+    }
+    return pa.schema([(field.name, types.get(field.name, pa.string())) for field in fields(RecordedResponse)])
+
+
+def write_recorded(folder: Path, step: int, responses: Sequence[RecordedResponse]) -> Path:
+    """Write the recorded responses of a step into a run folder; return the file. WriteError if that fails."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{field.name: _plain(getattr(response, field.name)) for field in fields(response)} for response in responses]
+    path = folder / FOLDER / f"step_{step:06d}.parquet"
+    building = atomic.temporary_path(path)
+    with explained(f"the recorded responses of step {step}", folder):
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(
+            pa.Table.from_pylist(rows, schema()),
+            building,
+            compression="zstd",
+            # The bytes of floats compress when those of equal weight are neighbours, other values by a dictionary.
+            use_byte_stream_split=[f"{name}.list.element" for name in _FLOATS],
+            use_dictionary=["prompt", "answer", *(f"{name}.list.element" for name in (*_INTS, *_TEXTS))],
+        )
+        building.replace(path)
+    return path
+
+
+def recorded_files(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of all recorded steps in a run folder, in their order."""
+    return [(int(path.stem.removeprefix("step_")), path) for path in sorted((folder / FOLDER).glob("step_*.parquet"))]
+
+
+def read_recorded(folder: Path, steps: Iterable[int] | None = None) -> Iterator[RecordedResponse]:
+    """Yield the recorded responses of a run folder, by step, group and index.
+
+    Args:
+        folder: Run folder.
+        steps: Steps to read; None for all.
+
+    Raises: RecordingError if a file cannot be read.
+    """
+    wanted = None if steps is None else set(steps)
+    for step, path in recorded_files(folder):
+        if wanted is None or step in wanted:
+            yield from _read(path)
+
+
+def _read(path: Path) -> Iterator[RecordedResponse]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, partitioning=None)
+        if not table.schema.equals(schema()):
+            raise pa.ArrowInvalid("its columns are others")
+    except (OSError, pa.ArrowException) as error:
+        raise RecordingError(
+            f"{path} cannot be read as recorded responses ({' '.join(str(error).split())[:200]}); remove the file"
+        ) from None
+    for i in range(table.num_rows):
+        values: dict[str, Any] = {}
+        for name in table.column_names:
+            scalar = table.column(name)[i]
+            values[name] = scalar.values.to_numpy(zero_copy_only=False) if name in _ARRAYS else scalar.as_py()
+        for name in ("alternative_ids", "alternative_logp"):
+            values[name] = values[name].reshape(-1, LIKELIEST)
+        yield RecordedResponse(**values)
+
+
+def _plain(value: Any) -> Any:
+    """A value as pyarrow takes it: arrays flat, texts without lone surrogates, which UTF-8 does not have."""
+    if isinstance(value, np.ndarray):
+        return value.ravel()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value

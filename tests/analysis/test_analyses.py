@@ -1,0 +1,100 @@
+"""The analyses as a user runs them, on a run folder and on models of a few parameters."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recorded_runs import WORDS, response, write_run
+from safetensors.torch import save_file
+from tiny import model_config
+
+from megatron_rlvr.analysis.command.analyses import NothingRecordedError, Scored, UnlikeModelsError, change, parameters
+from megatron_rlvr.analysis.command.main import main
+from megatron_rlvr.analysis.parameters import by, changes
+from megatron_rlvr.errors import InputError
+
+
+def test_tokens_of_a_run_are_written_as_json_csv_png_and_svg_with_the_same_numbers(tmp_path: Path, capsys):
+    run = write_run(tmp_path / "run", 3, recorded={1: [response(1, 0, i, tokens=200) for i in range(4)]})
+    assert main(["tokens", str(run), "--least", "30"], "rlvr analyze") == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {path.name for path in written} == {path.name for path in (run / "analysis").iterdir()}
+    assert {path.suffix for path in written} == {".json", ".csv", ".png", ".svg"}
+    entropy = np.concatenate([response(1, 0, i, tokens=200).entropy for i in range(4)])
+    found = json.loads((run / "analysis" / "entropy.json").read_text(encoding="utf-8"))
+    assert found["metrics"]["tokens"] == 800
+    assert found["metrics"]["percentile 80"] == pytest.approx(np.percentile(entropy.astype(float), 80))
+    assert found["metrics"]["80th percentile in the paper"] == 0.672
+    with (run / "analysis" / "forking_tokens.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["token", "id", "occurrences", "mean entropy"]
+    assert [float(row[3]) for row in rows[1:]] == sorted((float(row[3]) for row in rows[1:]), reverse=True)
+    assert {row[0] for row in rows[1:]} <= set(WORDS)
+
+
+def test_changes_of_several_models_are_one_table():
+    responses = [response(1, 0, 0, tokens=400)]
+    base = responses[0].entropy
+    by_bin, top = change(Scored(responses, ["base", "half", "same"], [base, base / 2, base]))
+    assert len(by_bin.rows) == 40
+    assert all(row[6] == pytest.approx(-float(row[4] or 0) / 2, rel=1e-5) for row in by_bin.rows[:20])
+    assert all(row[6] == 0 for row in by_bin.rows[20:])
+    assert [row[1] for row in top.rows] == [1.0, 1.0]
+
+
+def test_a_parameter_has_changed_if_its_bfloat16_differs():
+    base = torch.tensor([1.0, 2.0, 0.0, float("nan"), 3.0, 4.0])
+    other = torch.tensor([1.001, 2.5, -0.0, float("nan"), 3.0, float("nan")])
+    pairs = [
+        ("model.layers.0.mlp.up_proj.weight", base, other),
+        ("model.layers.12.mlp.experts.7.up_proj.weight", base, base),
+        ("model.layers.12.mlp.experts.8.up_proj.weight", base, other),
+        ("lm_head.weight", base, other),
+    ]
+    found = list(changes(pairs))
+    assert [change.changed for change in found] == [2, 0, 2, 2]
+    assert by(found, "layer") == {0: (6, 2), 12: (12, 2), None: (6, 2)}
+    assert by(found, "kind") == {
+        "mlp.up_proj.weight": (6, 2),
+        "mlp.experts.up_proj.weight": (12, 2),
+        "lm_head.weight": (6, 2),
+    }
+
+
+@pytest.fixture
+def models(model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The tiny model, and a copy of which one parameter in each tensor has doubled."""
+    from safetensors.torch import load_file
+
+    other = tmp_path / "other"
+    other.mkdir()
+    tensors = load_file(model / "model.safetensors")
+    for tensor in tensors.values():
+        tensor.view(-1)[0] = 2 * tensor.view(-1)[0] + 1
+    save_file(tensors, other / "model.safetensors")
+    (other / "config.json").write_text((model / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    return model, other
+
+
+def test_changed_parameters_of_two_folders_are_counted_by_layer_and_kind(models: tuple[Path, Path]):
+    result = parameters(*models)
+    layers = model_config()["num_hidden_layers"]
+    tensors = sum(row[0] == "name" for row in result.rows)
+    assert result.metrics["changed"] == tensors
+    shares = {row[1]: row[3] for row in result.rows if row[0] == "layer"}
+    assert set(shares) == {"none", *(str(layer) for layer in range(layers))}
+    assert parameters(models[0], models[0]).metrics["changed"] == 0
+
+
+def test_models_that_do_not_fit_and_runs_without_records_are_one_line(models: tuple[Path, Path], tmp_path: Path):
+    base, other = models
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), encoding="utf-8")
+    with pytest.raises((UnlikeModelsError, InputError), match=r"layers\.1"):
+        parameters(base, other)
+    run = write_run(tmp_path / "run", 3, recorded={})
+    with pytest.raises(NothingRecordedError, match=r"has no recorded responses .* set log.rollouts above 0"):
+        main(["tokens", str(run)], "rlvr analyze")

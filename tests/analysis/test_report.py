@@ -1,0 +1,110 @@
+"""What a report says of a run, against the run's own files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from recorded_runs import WORDS, response, write_run
+
+from megatron_rlvr.analysis.report import write_report
+from megatron_rlvr.analysis.report_command import main
+from megatron_rlvr.analysis.runs import RunError, read_runs
+from megatron_rlvr.analysis.shown_rollouts import show_rollouts
+from megatron_rlvr.analysis.token_means import TokenMeans
+from megatron_rlvr.recording.files import RecordingError, read_recorded
+
+
+def test_mean_entropies_by_token_are_those_of_a_loop():
+    responses = [response(1, 0, index, tokens=300) for index in range(5)]
+    means = TokenMeans()
+    for each in responses:
+        means.add(each.token_ids, each.entropy, each.selected)
+    most, fewest = means.extremes(4, 90, WORDS.__getitem__)
+    by_text: dict[str, list[tuple[float, bool]]] = {}
+    for each in responses:
+        for text, entropy, selected in zip(each.texts, each.entropy, each.selected, strict=True):
+            by_text.setdefault(text, []).append((float(entropy), bool(selected)))
+    expected = sorted(
+        ((np.mean([e for e, _ in pairs]), text) for text, pairs in by_text.items() if len(pairs) >= 90), reverse=True
+    )
+    assert [mean.text for mean in most] == [text for _, text in expected[:4]]
+    assert [mean.text for mean in fewest] == [text for _, text in expected[::-1][:4]]
+    for mean in most:
+        pairs = by_text[mean.text]
+        assert mean.count == len(pairs)
+        assert mean.entropy == pytest.approx(np.mean([e for e, _ in pairs]))
+        assert mean.selected == pytest.approx(np.mean([s for _, s in pairs]))
+
+
+def test_shown_steps_are_spread_over_the_run_and_fit_the_page(tmp_path: Path):
+    recorded = {step: [response(step, 0, index, tokens=100) for index in range(2)] for step in range(1, 101)}
+    run = write_run(tmp_path / "run", 100, recorded=recorded)
+    shown = show_rollouts(read_runs([run]), most_tokens=1000)
+    assert (shown.recorded_steps, shown.shown_steps) == ([100], [5])
+    assert sorted({r["step"] for r in shown.responses}) == [1, 26, 51, 75, 100]
+    first = shown.responses[0]
+    original = recorded[1][0]
+    assert [shown.texts[i] for i in first["t"]] == original.texts
+    np.testing.assert_allclose(np.array(first["e"]) / 1000, original.entropy, atol=6e-4)
+    np.testing.assert_allclose((np.array(first["o"]) + first["n"]) / 1000, original.new_logp, atol=6e-4)
+    np.testing.assert_allclose((np.array(first["o"]) + first["r"]) / 1000, original.rollout_logp, atol=6e-4)
+    assert first["s"] == np.flatnonzero(original.selected).tolist()
+    np.testing.assert_allclose(np.array(first["a"])[:, 1::2] / 1000, np.exp(original.alternative_logp), atol=6e-4)
+    too_long = write_run(tmp_path / "long", 2, recorded={1: [response(1, 0, 0, tokens=5000)] * 3})
+    assert len(show_rollouts(read_runs([too_long]), most_tokens=1000).responses) == 1
+
+
+def test_a_recorded_token_takes_at_most_60_bytes_if_a_fifth_is_selected_and_90_if_all_are(tmp_path: Path):
+    # Random tokens of a large vocabulary compress worse than any text does.
+    tokens, texts = 2000, tuple(f" word{i}" for i in range(150_000))
+    random = np.random.default_rng(0)
+
+    def all_selected() -> dict[str, Any]:
+        ids = random.integers(len(texts), size=(tokens, 5)).astype(np.int32)
+        return {
+            "selected": np.ones(tokens, bool),
+            "alternative_ids": ids,
+            "alternative_texts": [texts[i] for i in ids.ravel()],
+            "alternative_logp": -random.gamma(1.0, 1.0, ids.shape).astype(np.float32),
+        }
+
+    for name, changes, most in (("a fifth", dict[str, Any], 60), ("all", all_selected, 90)):
+        responses = [response(1, 0, i, tokens=tokens, texts=texts, **changes()) for i in range(8)]
+        run = write_run(tmp_path / name, 1, recorded={1: responses})
+        size = (run / "rollouts" / "step_000001.parquet").stat().st_size
+        assert size <= most * 8 * tokens, name
+
+
+def test_a_run_without_records_or_with_other_settings_is_reported_all_the_same(tmp_path: Path):
+    run = write_run(tmp_path / "run", 3, recorded={})
+    (run / "config.yaml").write_text("run: {unknown: 3}\n", encoding="utf-8")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    write_report([run], tmp_path / "report.html")
+    assert "of another version" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert read_runs([run])[0].steps == [0, 1, 2, 3]
+
+
+def test_wrong_folders_and_files_are_one_line_with_the_remedy(tmp_path: Path):
+    with pytest.raises(RunError, match=r"metrics.jsonl does not exist; give the folder of a run \(run.dir\)"):
+        main([str(tmp_path)], "rlvr report")
+    run = write_run(tmp_path / "run", 2)
+    with pytest.raises(RunError, match=r"a run folder is given twice; give each once"):
+        main([str(run), str(run)], "rlvr report")
+    (run / "rollouts" / "step_000001.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(RecordingError, match=r"step_000001.parquet cannot be read as recorded .*; remove the file"):
+        main([str(run)], "rlvr report")
+
+
+def test_the_command_writes_the_page_into_the_first_run_and_prints_its_path(tmp_path: Path, capsys):
+    run = write_run(tmp_path / "run", 2)
+    assert main([str(run)], "rlvr report") == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    content = text.split('id="data">')[1].split("</script>")[0]
+    data = json.loads(content)
+    assert data["runs"][0]["words"][1][0] == "rollout"
+    assert len(list(read_recorded(run))) == len(data["responses"])
