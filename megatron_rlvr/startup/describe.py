@@ -5,7 +5,12 @@ from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.hf.headers import list_names
+from megatron_rlvr.reward.code.confinement import LANDLOCK, NAMESPACE, SECCOMP
+from megatron_rlvr.reward.code.runner import confinement
 from megatron_rlvr.startup.resolve import Resolved
+
+_SHOWN_CHARACTERS = 4000
+"""Longest prompt that is shown whole."""
 
 
 def describe_plan(resolved: Resolved) -> str:
@@ -13,7 +18,7 @@ def describe_plan(resolved: Resolved) -> str:
     s = resolved.settings
     overlong = f", overlong penalty over the last {s.reward.overlong_buffer} tokens" if s.reward.overlong_buffer else ""
     after = f" on what follows {resolved.answer_after}" if resolved.answer_after else ""
-    reward = f"{s.reward.function}{after}: correct {s.reward.correct:g}"
+    reward = f"{shown(s.reward.function)}{after}: correct {s.reward.correct:g}"
     start = f", resuming after step {resolved.start.step}" if resolved.start else ""
     lines = {
         "model": _model(resolved),
@@ -29,6 +34,8 @@ def describe_plan(resolved: Resolved) -> str:
         "evaluation": _evaluation(resolved),
         "run": f"{s.run.steps} steps into {s.run.dir}{start}",
     }
+    if any(part.name == "code" for call in s.reward.functions.all for part in call.walk()):
+        lines["code"] = _confinement()
     if resolved.now is not None:
         lines["clock"] = f"the chat template reads it, and sees {resolved.now:%Y-%m-%d %H:%M:%S} until the run ends"
     if resolved.skipped_tensors:
@@ -38,6 +45,44 @@ def describe_plan(resolved: Resolved) -> str:
             f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused
         )
     return "\n".join(f"{subject:<11} {text}" for subject, text in lines.items())
+
+
+def describe_first_prompt(resolved: Resolved) -> str:
+    """Return the first prompt to train on as the model reads it, special tokens included, and what follows it."""
+    prompt, tokenizer = resolved.train.prompts[0], resolved.tokenizer
+    ids = prompt.token_ids.tolist()
+    text = tokenizer.decode_all(ids)
+    if len(text) > _SHOWN_CHARACTERS:
+        half = _SHOWN_CHARACTERS // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
+    ends = " or ".join(repr(tokenizer.token_text(token)) for token in resolved.stop_token_ids)
+    lines = [f"    |{line}" for line in text.split("\n")]
+    return "\n".join(
+        [
+            f"{'prompt':<11} {prompt.id}, {len(ids)} tokens, as the model reads it; the response begins at its end:",
+            *lines,
+            f"{'':<11} a response ends with {ends}, or after {resolved.settings.rollout.max_response_tokens} tokens",
+        ]
+    )
+
+
+def _confinement() -> str:
+    """Return in one line what solutions cannot do on this machine, and what they can."""
+    found = confinement()
+    network = SECCOMP in found or NAMESPACE in found
+    refused = [
+        *(["the network"] if network else []),
+        *(["processes of their own"] if SECCOMP in found else []),
+        *(["files"] if LANDLOCK in found else []),
+    ]
+    allowed = [
+        *([] if network else ["OPEN SOCKETS"]),
+        *([] if SECCOMP in found else ["START PROCESSES"]),
+        *([] if LANDLOCK in found else ["READ AND REMOVE FILES"]),
+    ]
+    without = f"without {', '.join(refused)}" if refused else "with limits only"
+    can = f"; this kernel does not prevent that they {', '.join(allowed)}: run in a container" if allowed else ""
+    return f"solutions run {without}, and within limits of CPU time, memory and output{can}"
 
 
 def describe_mask(settings: Settings) -> str:
