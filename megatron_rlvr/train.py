@@ -16,7 +16,7 @@ from megatron_rlvr.distributed import environment
 from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
-from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.describe import describe_first_prompt, describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.lease import take_lease
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_status)
     with graders:
         if check:
-            plan = "\n".join(filter(None, (describe_plan(resolved), golds)))
+            plan = "\n".join(filter(None, (describe_plan(resolved), golds, describe_first_prompt(resolved))))
             print(f"{to_yaml(resolved.settings)}\n{plan}")
         else:
             if golds:

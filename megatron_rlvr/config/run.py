@@ -68,5 +68,6 @@ class LogSettings(Section):
     """Send the metrics to Weights & Biases."""
     wandb_project: str | None = None
     """Weights & Biases project; null: megatron_rlvr."""
-    rollouts: int = Field(default=4, ge=0)
-    """Number of sampled responses to write as text to `DIR/rollouts` in each step."""
+    rollouts: int = Field(default=1, ge=0)
+    """Number of sampled groups of the main rank's replica to write as text, whole and with special tokens, to
+    `DIR/rollouts` in each step."""
