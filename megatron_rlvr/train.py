@@ -79,8 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_status)
     with graders:
         if check:
-            plan = "\n".join(filter(None, (describe_plan(resolved), golds, describe_first_prompt(resolved))))
-            print(f"{to_yaml(resolved.settings)}\n{plan}")
+            plan = "\n".join(filter(None, (describe_plan(resolved), golds)))
+            print(f"{to_yaml(resolved.settings)}\n{plan}\n\n{describe_first_prompt(resolved)}")
         else:
             if golds:
                 logger.info("%s", golds)

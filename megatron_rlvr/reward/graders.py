@@ -146,7 +146,7 @@ class GraderPool:
         self._answer_after = answer_after
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._reported: set[bool] = set()
-        """Whether the first error (False) and the first timeout (True) have been logged."""
+        """Kinds of failures of which the first has been logged: False for errors, True for timeouts."""
         self._lock = threading.Lock()  # guards the counters, _closed and _processes
         self._closed = False
         self._processes: dict[threading.Thread, GraderProcess] = {}

@@ -1,9 +1,10 @@
 """The plan in words: a few lines that say what a run is going to do, for a person to read before it does."""
 
+from megatron_rlvr.checkpoint.size import WEIGHT_BYTES, optimizer_bytes
 from megatron_rlvr.config import Settings
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptSet
-from megatron_rlvr.hf.families import transformer_fields
+from megatron_rlvr.hf.families import parameter_count, transformer_fields
 from megatron_rlvr.hf.headers import list_names
 from megatron_rlvr.reward.code.confinement import LANDLOCK, NAMESPACE, SECCOMP
 from megatron_rlvr.reward.code.runner import confinement
@@ -23,6 +24,7 @@ def describe_plan(resolved: Resolved) -> str:
     lines = {
         "model": _model(resolved),
         "ranks": _layout(resolved),
+        "memory": _memory(resolved),
         "prompts": _prompts(resolved),
         "columns": _columns(resolved),
         "stop": _stop(resolved),
@@ -136,6 +138,33 @@ def _layout(resolved: Resolved) -> str:
         *([f"experts over {p.expert} ranks"] if p.expert > 1 else []),
     ]
     return f"{resolved.world_size} = {' x '.join(layout)}{' with ' + ', '.join(extras) if extras else ''}"
+
+
+def _memory(resolved: Resolved) -> str:
+    """Return the memory that an average rank holds between passes, by the accounting of `rlvr plan`.
+
+    One copy of the model is divided over the ranks of a data-parallel replica, as pipeline and tensor parallelism do.
+    """
+    s, config = resolved.settings, resolved.hf_config
+    parameters, weight_bytes = parameter_count(config), WEIGHT_BYTES[s.model.dtype]
+    gradient_bytes = 4 if s.megatron.get("grad_reduce_in_fp32", True) else weight_bytes
+    sharded = s.parallel.tensor * s.parallel.pipeline
+    over = resolved.world_size // sharded if s.megatron.get("use_distributed_optimizer") else 1
+    state = optimizer_bytes(weight_bytes) / over
+    training = parameters / sharded * (weight_bytes + gradient_bytes + state)
+    text = (
+        f"{parameters:,} parameters; {training / 1e9:.2f} GB a rank for weights, gradients and Adam's state, before "
+        "activations"
+    )
+    if s.rollout.engine == "embedded":
+        fields = transformer_fields(config)
+        heads = fields["num_query_groups"] * fields["kv_channels"]
+        cache = s.rollout.max_batch_tokens * fields["num_layers"] * 2 * heads * weight_bytes
+        text += (
+            f"; {parameters * weight_bytes / 1e9:.2f} GB for the engine's copy, and up to {cache / 1e9:.2f} GB for its "
+            f"KV cache (rollout.max_batch_tokens={s.rollout.max_batch_tokens})"
+        )
+    return text
 
 
 def _prompts(resolved: Resolved) -> str:

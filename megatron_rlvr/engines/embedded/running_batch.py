@@ -96,8 +96,8 @@ class RunningBatch:
         longest = max(map(len, prefixes))
         padded = [prefix + (self._pad_token_id,) * (longest - len(prefix)) for prefix in prefixes]
         prefilled = DynamicCache()
-        # Without the output head, whose logits nobody reads. On a CPU it would also copy its weight once per prompt, as
-        # PyTorch multiplies a strided [B, 1, H] by broadcasting the matrix.
+        # Without the output head, whose logits are not needed. On a CPU it would also copy its weight once per prompt,
+        # as PyTorch multiplies a strided [B, 1, H] by broadcasting the matrix.
         self._model.base_model(
             input_ids=torch.tensor(padded, device=self._device), past_key_values=prefilled, use_cache=True
         )

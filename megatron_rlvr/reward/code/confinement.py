@@ -1,4 +1,4 @@
-"""What a solution may not do, enforced by the kernel on the process that runs it.
+"""Confinement of the process that runs a solution, enforced by the kernel.
 
     limits         CPU seconds, memory, no bytes written to files, no core dump, few open files
     Landlock       no file is created, changed or deleted, and only Python's own and the system's libraries are read
