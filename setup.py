@@ -69,5 +69,6 @@ setup(
         "sglang": ["sglang", "sglang-router"],
         "wandb": ["wandb"],
         "plot": ["matplotlib"],
+        "gym": ["reasoning-gym"],
     },
 )

@@ -1,4 +1,4 @@
-"""Logs of a run: metrics.jsonl always, TensorBoard and Weights & Biases on request, and a few sampled responses.
+"""Logs of a run: metrics.jsonl always, TensorBoard and Weights & Biases on request, and a few sampled groups.
 
 Every line is appended at once and flushed, so that a run that is killed at any moment leaves a valid file, of which at
 most the last line is incomplete. A machine that loses its power may leave zeros there.
@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,14 @@ class MetricsLog:
             self.write_late(step, metrics)
 
     def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Any) -> None:
-        """Write a few sampled responses as text with their grades to `rollouts/step_<n>.jsonl`.
+        """Write sampled groups as text, special tokens included, with their grades to `rollouts/step_<n>.jsonl`.
 
-        The first completion of every group precedes the second of any.
+        A group is written whole, so that its responses and rewards can be compared.
         """
         if not (self._enabled and self._samples and groups):
             return
-        count = min(self._samples, sum(len(group.completions) for group in groups))
-        lines = (_as_text(groups[i % len(groups)], i // len(groups), tokenizer) for i in range(count))
+        whole = ((group, index) for group in groups for index in range(len(group.completions)))
+        lines = (_as_text(group, index, tokenizer) for group, index in islice(whole, self._samples))
         self._write_texts("rollouts", step, lines)
 
     def write_skipped(self, step: int, groups: Sequence[Group], tokenizer: Any) -> Path:
@@ -196,10 +197,13 @@ def _as_text(group: Group, index: int, tokenizer: Any) -> dict[str, Any]:
     completion, grade = group.completions[index], group.grades[index]
     return {
         "prompt_id": group.prompt.id,
-        "prompt": tokenizer.decode(group.prompt.token_ids.tolist()),
-        "response": tokenizer.decode(completion.token_ids.tolist()),
+        "index": completion.index,
+        "prompt": tokenizer.decode_all(group.prompt.token_ids.tolist()),
+        "response": tokenizer.decode_all(completion.token_ids.tolist()),
         "answer": group.prompt.answer,
         "reward": grade.reward,
+        "score": grade.score,
+        **({"parts": dict(grade.parts)} if grade.parts else {}),
         "correct": grade.correct,
         "failure": grade.failure,
         "finish_reason": completion.finish_reason,

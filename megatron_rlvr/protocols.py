@@ -1,6 +1,6 @@
 """Interfaces of the replaceable parts of the trainer (engine, reward, loss), and the errors that they raise."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -80,14 +80,18 @@ class StreamingEngine(RolloutEngine, Protocol):
         """Open a stream."""
 
 
+RewardAndCorrect = tuple[float, bool] | tuple[float, bool, Mapping[str, float]]
+
+
 class Reward(Protocol):
     """Reward function of a response. Runs in a grader process, which is killed when it takes too long.
 
-    A bool means correct or incorrect; a float is the reward itself, and correct if it is above zero. Either may come
-    with the answer that the function has read, as `types.Graded`.
+    A bool means correct or incorrect; a float is the reward itself, and correct if it reaches `reward.correct`; a tuple
+    (reward, correct) or (reward, correct, {name: number}) states both, and numbers for metrics; None leaves the
+    completion out of its group. `types.Graded` has names for all of that, and for the answer that was read.
     """
 
-    def __call__(self, prompt: Prompt, response: str) -> bool | float | Graded: ...
+    def __call__(self, prompt: Prompt, response: str) -> "bool | float | RewardAndCorrect | Graded | None": ...
 
 
 class PolicyLoss(Protocol):

@@ -16,7 +16,7 @@ from megatron_rlvr.distributed import environment
 from megatron_rlvr.errors import RlvrError
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Signals, Stopped
-from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.describe import describe_first_prompt, describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.lease import take_lease
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     with graders:
         if check:
             plan = "\n".join(filter(None, (describe_plan(resolved), golds)))
-            print(f"{to_yaml(resolved.settings)}\n{plan}")
+            print(f"{to_yaml(resolved.settings)}\n{plan}\n\n{describe_first_prompt(resolved)}")
         else:
             if golds:
                 logger.info("%s", golds)

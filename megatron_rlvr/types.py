@@ -7,16 +7,13 @@ that entry j belongs to response token j, whatever the prompt's length. Only ``b
 All types are NumPy and plain Python, so that they can be pickled to a grader process without torch.
 """
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
-
-REWARD_FUNCTION = re.compile(r"math|[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-"""Names of reward functions: "math", or "package.module:function" in Python's identifiers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +26,7 @@ class Prompt:
         answer: Gold answer, as written in the data.
         source: Name of the data set, for metrics and for reward functions that differ by source.
         extra: Remaining columns of the row, for the user's reward function.
+        question: Text of the problem as the data has it: the last message of the user, if it is a chat.
     """
 
     id: str
@@ -36,6 +34,7 @@ class Prompt:
     answer: str
     source: str
     extra: dict[str, Any] = field(default_factory=dict)
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +82,25 @@ def empty_completion(request: CompletionRequest) -> Completion:
 
 
 class Graded(NamedTuple):
-    """Result of a reward function that also names the answer that it has read, for evaluations and their records.
+    """Result of a reward function with all that it may say about a response.
 
     Attributes:
-        value: True or False for correct and incorrect, or the reward itself.
-        answer: Answer in the response; None if it has none.
+        value: True or False for correct and incorrect, or the reward itself; None leaves the completion out of its
+            group.
+        answer: Answer in the response, for evaluations and their records; None if it has none.
+        correct: Whether the answer is correct; None if ``value`` decides: a reward is then correct from
+            `reward.correct` on.
+        parts: {name: number} of named parts of the reward, whose means become the metrics `reward/NAME`.
     """
 
-    value: bool | float
-    answer: str | None
+    value: bool | float | None
+    answer: str | None = None
+    correct: bool | None = None
+    parts: Mapping[str, float] | None = None
+
+
+LEFT_OUT = "left out by the reward function"
+"""The `Grade.failure` of a completion for which the reward function has returned None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +108,46 @@ class Grade:
     """Grade of one completion, from a reward function.
 
     Attributes:
-        reward: Score that enters the advantage, overlong penalty included.
-        correct: True if the answer is correct; decides dynamic sampling and accuracy.
-        failure: None, or the reason why no verdict was reached ("timeout", "error: ..."); ``reward`` is then that of an
-            incorrect answer.
+        score: Reward of the answer, without the penalty for its length; decides dynamic sampling.
+        correct: True if the answer is correct; decides the accuracy.
+        failure: None, or the reason why no verdict was reached ("timeout", "error: ...", `LEFT_OUT`); ``score`` is then
+            that of an incorrect answer.
         answer: Answer that the reward function has read; None if the response has none, if no verdict was reached, or
             if the function names none.
+        penalty: Soft overlong penalty, from -1 to 0.
+        parts: {name: number} of named parts of the reward, for metrics.
     """
 
-    reward: float
+    score: float
     correct: bool
     failure: str | None = None
     answer: str | None = None
+    penalty: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def reward(self) -> float:
+        """Reward that enters the advantage: the score plus the penalty."""
+        return self.score + self.penalty
+
+    @property
+    def left_out(self) -> bool:
+        """True if the completion does not belong to its group."""
+        return self.failure == LEFT_OUT
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All completions of one prompt with their grades, in the order of their indices."""
+    """All completions of one prompt with their grades, in the order of their indices.
+
+    Attributes:
+        left_out: Number of completions that the reward function has left out, which are not among ``completions``.
+    """
 
     prompt: Prompt
     completions: list[Completion]
     grades: list[Grade]
+    left_out: int = 0
 
     @property
     def correct_count(self) -> int:
@@ -128,5 +156,9 @@ class Group:
 
     @property
     def informative(self) -> bool:
-        """True if the group carries a gradient: neither all correct nor all incorrect (DAPO's dynamic sampling)."""
-        return 0 < self.correct_count < len(self.grades)
+        """True if the answers differ in their scores, so that they carry a gradient (DAPO's dynamic sampling).
+
+        With two scores, correct and incorrect, these are the groups that are neither all correct nor all incorrect.
+        Lengths do not count: a group of equal scores is not informative, however its penalties differ.
+        """
+        return len({grade.score for grade in self.grades}) > 1

@@ -200,7 +200,7 @@ def test_wandb_gets_settings_and_metrics_and_is_finished_once(
 class Words:
     """A tokenizer whose tokens are words."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode_all(self, ids: list[int]) -> str:
         return " ".join(f"w\u00f6rd{i}" for i in ids)
 
 
@@ -216,28 +216,29 @@ def group_of(number: int) -> Group:
     return Group(prompt, completions, [Grade(1.0, True), Grade(-1.5, False, "timeout after 2 s")])
 
 
-def test_sampled_text_is_written_with_its_grade_one_completion_of_each_group_at_a_time(tmp_path: Path):
+def test_whole_groups_are_written_as_text_with_their_grades(tmp_path: Path):
     log = MetricsLog(tmp_path, LogSettings(tensorboard=False, rollouts=4), SETTINGS, enabled=True)
     groups = [group_of(number) for number in range(3)]
     log.write_rollouts(7, groups, Words())
     lines = lines_of(tmp_path / "rollouts" / "step_000007.jsonl")
-    assert lines[1] == {
+    assert lines[2] == {
         "prompt_id": "set/1",
+        "index": 0,
         "prompt": "w\u00f6rd1 w\u00f6rd15",
         "response": "w\u00f6rd1 w\u00f6rd0 w\u00f6rd14",
         "answer": "gold 1",
         "reward": 1.0,
+        "score": 1.0,
         "correct": True,
         "failure": None,
         "finish_reason": "stop",
         "tokens": 3,
     }
-    # The first completion of every group before the second of any.
-    assert [(line["prompt_id"], line["tokens"]) for line in lines] == [
-        ("set/0", 3),
-        ("set/1", 3),
-        ("set/2", 3),
-        ("set/0", 2),
+    assert [(line["prompt_id"], line["index"], line["tokens"]) for line in lines] == [
+        ("set/0", 0, 3),
+        ("set/0", 1, 2),
+        ("set/1", 0, 3),
+        ("set/1", 1, 2),
     ]
     second = lines[3]
     assert (second["reward"], second["correct"], second["failure"]) == (-1.5, False, "timeout after 2 s")

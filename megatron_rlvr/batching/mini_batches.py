@@ -81,23 +81,23 @@ def build_mini_batches(
     """Build the mini-batches of a training step, in the order of the groups. A collective over ``data_group``.
 
     Args:
-        groups: (index in the batch of all ranks, from 0; group) for each group of this rank; all groups have the same
-            size.
+        groups: (index in the batch of all ranks, from 0; group) for each group of this rank. Groups may
+            differ in size.
         estimator: Name of the advantage estimator, see `algo.advantage`.
         groups_per_mini_batch: Number of groups of a mini-batch; the last one may have fewer.
         packing: Constraints of the packed streams.
         data_group: Data-parallel ranks, by a back end that carries Python objects.
     """
-    here = [sequence for index, group in groups for sequence in _training_sequences(index, group, estimator)]
-    group_size = len(groups[0][1].completions) if groups else 0
-    sizes, group_size = _sizes_on_all_ranks(here, group_size, data_group)
-    size, numbers = groups_per_mini_batch * group_size, sorted(sizes)
-    scale = batch_scale(np.array([sizes[n].advantage for n in numbers]), estimator)
+    largest = max((len(group.completions) for _, group in groups), default=0)
+    group_size = max(_gather(largest, data_group))
+    here = [seq for index, group in groups for seq in _training_sequences(index, group, estimator, group_size)]
+    sizes = _sizes_on_all_ranks(here, data_group)
+    scale = batch_scale(np.array([sizes[n].advantage for n in sorted(sizes)]), estimator)
     here = [replace(sequence, advantage=sequence.advantage * scale) for sequence in here]
-    plans = [
-        _plan(numbers[start : start + size], sizes, dist.get_world_size(data_group), packing)
-        for start in range(0, len(numbers), max(1, size))
-    ]
+    numbers: dict[int, list[int]] = {}
+    for number in sorted(sizes):
+        numbers.setdefault(number // (group_size * groups_per_mini_batch), []).append(number)
+    plans = [_plan(own, sizes, dist.get_world_size(data_group), packing) for own in numbers.values()]
     mine = _move_sequences(here, plans, data_group)
     return [
         MiniBatch(
@@ -120,11 +120,11 @@ _Plan = list[list[list[int]]]
 """Numbers of the sequences of each micro-batch of each rank, for one mini-batch."""
 
 
-def _training_sequences(index: int, group: Group, estimator: str) -> list[TrainingSequence]:
+def _training_sequences(index: int, group: Group, estimator: str, stride: int) -> list[TrainingSequence]:
     advantages = group_advantages(np.array([grade.reward for grade in group.grades]), estimator)
     return [
         TrainingSequence(
-            number=index * len(group.completions) + i,
+            number=index * stride + i,
             prompt_ids=group.prompt.token_ids,
             response_ids=completion.token_ids,
             rollout_logp=completion.logprobs,
@@ -135,14 +135,17 @@ def _training_sequences(index: int, group: Group, estimator: str) -> list[Traini
     ]
 
 
-def _sizes_on_all_ranks(
-    here: Sequence[TrainingSequence], group_size: int, data_group: dist.ProcessGroup
-) -> tuple[dict[int, _Size], int]:
-    """Return the size of every sequence by its number, and the group size, unknown to a rank without groups."""
-    sizes = {s.number: _Size(s.input_length, len(s.response_ids), s.advantage) for s in here}
+def _sizes_on_all_ranks(here: Sequence[TrainingSequence], data_group: dist.ProcessGroup) -> dict[int, _Size]:
+    """Return the size of every sequence by its number."""
+    by_rank = _gather({s.number: _Size(s.input_length, len(s.response_ids), s.advantage) for s in here}, data_group)
+    return {n: size for held in by_rank for n, size in held.items()}
+
+
+def _gather(item: Any, data_group: dist.ProcessGroup) -> list[Any]:
+    """Return the objects of all ranks."""
     by_rank: list[Any] = [None] * dist.get_world_size(data_group)
-    dist.all_gather_object(by_rank, (sizes, group_size), group=data_group)
-    return {n: size for held, _ in by_rank for n, size in held.items()}, max(group_size for _, group_size in by_rank)
+    dist.all_gather_object(by_rank, item, group=data_group)
+    return by_rank
 
 
 def _plan(numbers: Sequence[int], sizes: dict[int, _Size], ranks: int, packing: Packing) -> _Plan:

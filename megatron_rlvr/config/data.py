@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from megatron_rlvr.config.section import FreeForm, PathText, Section
 from megatron_rlvr.config.urls import check_urls, without_slash
 from megatron_rlvr.config.yaml_format import shown
+from megatron_rlvr.reward_spec import GYM_PREFIX
 
 # Set by the trainer, or decided by other settings.
 _OWN_VARIABLES = {
@@ -33,13 +34,35 @@ class FileSettings(Section):
     """One file of problems."""
 
     path: PathText
-    """A .jsonl or .parquet file of problems."""
+    """A .jsonl or .parquet file of problems, or reasoning_gym:NAME for problems that reasoning-gym generates."""
     prompt_key: str | None = None
     """Column of the problem; null: one of the known names."""
     answer_key: str | None = None
     """Column of the gold answer; null: one of the known names."""
     id_key: str | None = None
     """Column of the problem's id; null: one of the known names."""
+    options: FreeForm = Field(default_factory=dict)
+    """Options of a data set of reasoning-gym, such as size, seed and min_terms; they may also stand beside `path`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not str(values.get("path")).startswith(GYM_PREFIX):
+            return values
+        own = {key: value for key, value in values.items() if key in cls.model_fields}
+        others = {key: value for key, value in values.items() if key not in own}
+        options = own.get("options", {})
+        return own | {"options": options | others} if isinstance(options, dict) else own
+
+    @model_validator(mode="after")
+    def _columns_or_options(self) -> "FileSettings":
+        keys = [key for key in ("prompt_key", "answer_key", "id_key") if getattr(self, key) is not None]
+        generated = self.path.startswith(GYM_PREFIX)
+        if generated and keys:
+            raise ValueError(f"{shown(self.path)}: {keys[0]}={shown(getattr(self, keys[0]))} has no effect; remove it")
+        if self.options and not generated:
+            raise ValueError(f"{shown(self.path)}: options={shown(self.options)} has no effect with a file; remove it")
+        return self
 
 
 class PromptFileSettings(FileSettings):

@@ -1,6 +1,7 @@
 """Settings in words: a line for each subject that the settings alone decide."""
 
 from megatron_rlvr.config import Settings
+from megatron_rlvr.config.yaml_format import shown
 
 
 def describe_settings(settings: Settings) -> dict[str, str]:
@@ -66,7 +67,7 @@ def describe_reward(settings: Settings, answer_after: str | None = None) -> str:
     s = settings.reward
     overlong = f", overlong penalty over the last {s.overlong_buffer} tokens" if s.overlong_buffer else ""
     after = f" on what follows {answer_after}" if answer_after else ""
-    return f"{s.function}{after}: correct {s.correct:g}, incorrect {s.incorrect:g}{overlong}"
+    return f"{shown(s.function)}{after}: correct {s.correct:g}, incorrect {s.incorrect:g}{overlong}"
 
 
 def describe_rollout(settings: Settings) -> str:

@@ -5,10 +5,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron_rlvr.config.data import MIN_TEMPERATURE
-from megatron_rlvr.config.section import OptionalPath, Section
+from megatron_rlvr.config.section import OptionalPath, Section, check_tree
 from megatron_rlvr.config.urls import check_urls, without_slash
 from megatron_rlvr.config.yaml_format import shown
-from megatron_rlvr.types import REWARD_FUNCTION
+from megatron_rlvr.reward_spec import Functions, parse_functions
 
 
 class RolloutSettings(Section):
@@ -114,11 +114,12 @@ class SyncSettings(Section):
 class RewardSettings(Section):
     """Function that grades a response, its limits, and the value of its verdicts."""
 
-    function: str = "math"
-    """math: compare the final answer with the gold one (docs/rewards.md); module:function: your own."""
+    function: str | dict[str, str] = "math"
+    """math, exact, choice, number, format, code or all of some, with options in parentheses (docs/rewards.md);
+    module:function: your own. A mapping {source: function} has one for each source, and "*" for all others."""
     answer_after: str = Field(default="auto", min_length=1)
-    """Text that ends the thinking section: only what follows its last occurrence is graded by `math`, and a response
-    without it has no answer. auto: `</think>` if the prompts end in an open `<think>`, else none; none: nothing."""
+    """Text that ends the thinking section: built-in functions grade only what follows its last occurrence, and without
+    it a response has no answer. auto: `</think>` if the prompts end in an open `<think>`, else none; none: nothing."""
     correct: float = Field(default=1.0, ge=-(10**12), le=10**12)
     """Reward of a correct answer."""
     incorrect: float = Field(default=-1.0, ge=-(10**12), le=10**12)
@@ -131,15 +132,40 @@ class RewardSettings(Section):
     """Number of tokens before the cap over which a length penalty falls from 0 to -1 (DAPO's soft overlong
     punishment); 0: no penalty."""
 
+    @field_validator("function", mode="before")
+    @classmethod
+    def _is_text_or_mapping(cls, value: Any) -> Any:
+        texts = [*value, *value.values()] if isinstance(value, dict) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"reward.function={shown(value)}: neither a str nor a mapping of str to str; write a function, or "
+                "{SOURCE: FUNCTION}"
+            )
+        return check_tree(value)
+
     @model_validator(mode="after")
     def _combination(self) -> "RewardSettings":
         if self.correct <= self.incorrect:
             raise ValueError(f"reward.correct={self.correct}: not above reward.incorrect={self.incorrect}; raise it")
-        if not REWARD_FUNCTION.fullmatch(self.function):
-            raise ValueError(f"reward.function={shown(self.function)}: neither math nor module:function; write either")
-        if self.function != "math" and self.answer_after != "auto":
+        try:
+            functions = parse_functions(self.function)
+        except ValueError as error:
+            raise ValueError(f"reward.function={shown(self.function)}: {error}") from None
+        if self.answer_after != "auto" and not any(call.reads_answers for call in functions.all):
             raise ValueError(
-                f"reward.answer_after={shown(self.answer_after)}: has no effect with reward.function={self.function} "
-                "(your own function reads the whole response); remove it"
+                f"reward.answer_after={shown(self.answer_after)}: has no effect with "
+                f"reward.function={shown(self.function)} (it reads the whole response); remove it"
             )
+        for call in (part for each in functions.all for part in each.walk() if part.name == "code"):
+            seconds = dict(call.options)["seconds"]
+            if self.timeout_seconds <= seconds:
+                raise ValueError(
+                    f"reward.timeout_seconds={self.timeout_seconds:g}: not above the {seconds:g} s that code() gives "
+                    "each test of a solution; raise it to the time of all tests together, such as 30"
+                )
         return self
+
+    @property
+    def functions(self) -> Functions:
+        """The functions that `function` names."""
+        return parse_functions(self.function)

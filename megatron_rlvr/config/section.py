@@ -86,7 +86,7 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
-def _check_tree(value: Any) -> Any:
+def check_tree(value: Any) -> Any:
     """Check every number and text of nested lists and mappings."""
     to_do = [("", value)]
     while to_do:
@@ -119,5 +119,5 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 """Path of a file or folder, which need not exist, but can."""
 OptionalPath = Annotated[str | None, AfterValidator(_check_path)]
 """As `PathText`, or None."""
-FreeForm = Annotated[dict[str, Any], BeforeValidator(_check_tree)]
+FreeForm = Annotated[dict[str, Any], BeforeValidator(check_tree)]
 """Mapping with any keys."""

@@ -35,6 +35,7 @@ class PromptFile:
         name: Prefix of the prompts' ids, and name of the set in metrics; None for the file's stem. Unique in a set.
         prompt_key, answer_key, id_key: Columns to read instead of those found by name.
         settings: Section of the settings that has these keys, for messages.
+        options: Options of a data set of reasoning-gym, whose path is "reasoning_gym:NAME".
     """
 
     path: str | Path
@@ -44,6 +45,7 @@ class PromptFile:
     answer_key: str | None = None
     id_key: str | None = None
     settings: str = "data"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ def load_prompts(
             answer_key=file.answer_key,
             id_key=file.id_key,
             settings=file.settings,
+            options=file.options,
         )
         records, numbers, texts = _rendered(reader, to_text)
         token_ids = _tokenize(texts, tokenizer, to_text, f"tokenizing {name}", show_progress)
@@ -144,7 +147,7 @@ def load_prompts(
         dropped = len(records) - len(kept)
         digests = _digests(kept, token_ids)
         loaded.append(FilePrompts(name, len(prompts), len(kept), weight, dropped, reader.columns, digests))
-        prompts += [Prompt(r.id, token_ids[number], r.answer, r.source, r.extra) for r, number in kept]
+        prompts += [Prompt(r.id, token_ids[number], r.answer, r.source, r.extra, r.question) for r, number in kept]
         answers.add(kept, token_ids)
     return PromptSet(prompts, tuple(loaded), answers.distinct, answers.ambiguous)
 

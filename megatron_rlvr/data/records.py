@@ -23,13 +23,15 @@ gold answer, which is noise in the reward that no later check can detect.
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.data.gym import gym_rows
 from megatron_rlvr.data.rows import DataError, LongFloat, read_rows
+from megatron_rlvr.reward_spec import GYM_PREFIX
 
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer")
@@ -68,6 +70,11 @@ class Record:
     source: str
     extra: dict[str, Any]
 
+    @property
+    def question(self) -> str:
+        """Text of the problem: of a chat, the last message."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
@@ -98,6 +105,7 @@ class RecordFile:
         name: Prefix of the ids, and source of rows without one; the file's stem by default.
         prompt_key, answer_key, id_key: Columns to read instead of those found by name ("a.b" for a nested column).
         settings: Section of the settings that has these keys, for messages.
+        options: Options of a data set of reasoning-gym, whose path is "reasoning_gym:NAME".
 
     Attributes:
         columns: Columns that are read; None until the first row is.
@@ -112,9 +120,11 @@ class RecordFile:
         answer_key: str | None = None,
         id_key: str | None = None,
         settings: str = "data",
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.columns: Columns | None = None
         self._path = Path(path)
+        self._options = options or {}
         self._name = self._path.stem if name is None else name
         self._keys = {"prompt": prompt_key, "answer": answer_key, "id": id_key}
         self._settings = settings
@@ -128,7 +138,9 @@ class RecordFile:
         row_numbers: dict[str, int] = {}
         copies: dict[str, int] = {}
         known: dict[Any, Any] = {}
-        for unit, number, row in read_rows(self._path):
+        path = str(self._path)
+        rows = gym_rows(path, self._options) if path.startswith(GYM_PREFIX) else read_rows(self._path)
+        for unit, number, row in rows:
             where = f"{self._path}, {unit} {number}"
             if self.columns is None:
                 self.columns = self._find_columns(row, where)

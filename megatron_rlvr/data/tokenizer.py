@@ -65,6 +65,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``, omitting special tokens and ids >= vocab_size."""
 
+    def decode_all(self, ids: Iterable[int]) -> str:
+        """Return the text of ``ids`` with special tokens, for people to read; ids >= vocab_size are omitted."""
+
     def token_id(self, text: str) -> int | None:
         """Return the id of the token whose text is ``text``, special or not; None if there is no such token."""
 
@@ -194,6 +197,10 @@ class HuggingFaceTokenizer:
         # The clean-up would change spaces around punctuation, so that the text would differ from what was sampled.
         return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def decode_all(self, ids: Iterable[int]) -> str:
+        known = [int(i) for i in ids if i < self.vocab_size]
+        return self._backend.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def token_id(self, text: str) -> int | None:
         known: int | None = self._backend.get_vocab().get(text)
         ids = [known] if known is not None else self.encode(text)
@@ -314,6 +321,17 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         # sentencepiece omits control pieces itself, but raises for an id outside its vocabulary.
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def decode_all(self, ids: Iterable[int]) -> str:
+        pieces: list[str] = []
+        plain: list[int] = []
+        for i in (int(i) for i in ids if i < self.vocab_size):
+            if i in self.special_ids:
+                pieces += [self._processor.decode(plain), self.token_text(i)]
+                plain = []
+            else:
+                plain.append(i)
+        return "".join([*pieces, self._processor.decode(plain)])
 
     def token_id(self, text: str) -> int | None:
         piece: int = self._processor.piece_to_id(text)

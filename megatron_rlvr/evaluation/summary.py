@@ -24,6 +24,7 @@ class SetSummary:
         group_size: Completions requested for each problem.
         completions: Completions that there are; fewer than problems x group_size in an unfinished evaluation.
         accuracy: avg@k: mean over problems of the share of correct completions.
+        score: Mean over problems of the mean reward.
         pass_at: {k: pass@k}, over the problems that have k completions.
         majority: maj@k, over all completions of each problem; None if no response has an answer that is known.
         truncated: Share of completions that the cap ended.
@@ -37,6 +38,7 @@ class SetSummary:
     group_size: int
     completions: int
     accuracy: Estimate
+    score: Estimate
     pass_at: Mapping[int, Estimate]
     majority: Estimate | None
     truncated: float
@@ -58,6 +60,7 @@ class SetSummary:
         One problem has no standard error.
         """
         found = {"accuracy": self.accuracy.value, "accuracy_standard_error": self.accuracy.error}
+        found |= {"score": self.score.value}
         found |= {f"pass_at_{k}": estimate.value for k, estimate in self.pass_at.items() if k > 1}
         if self.majority is not None:
             found[f"majority_at_{self.group_size}"] = self.majority.value
@@ -75,6 +78,7 @@ class SetSummary:
             "completions": self.completions,
             "complete": self.complete,
             "accuracy": _pair(self.accuracy),
+            "score": _pair(self.score),
             "pass_at": {str(k): _pair(estimate) for k, estimate in self.pass_at.items()},
             "majority": None if self.majority is None else _pair(self.majority),
             "truncated_fraction": _known(self.truncated),
@@ -116,6 +120,7 @@ def summarize(
         group_size=group_size,
         completions=len(records),
         accuracy=mean_over_problems(np.array([correct / n for n, correct in counts])),
+        score=mean_over_problems(np.array([sum(r.reward for r in group) / len(group) for group in own.values()])),
         pass_at={
             k: mean_over_problems(np.array([pass_at_k(n, correct, k) for n, correct in counts if n >= k]))
             for k in pass_at

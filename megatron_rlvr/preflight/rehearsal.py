@@ -138,7 +138,7 @@ def _judge(
     settings, metrics, initial = rehearsal.settings, rehearsal.metrics, rehearsal.initial_weights
     verdicts = [verdict for part in context.gather(rehearsal.graders.verdicts) for verdict in part]
     failures = [verdict.failure for verdict in verdicts if verdict.failure]
-    correct = sum(verdict.value is not None and verdict.value > 0 for verdict in verdicts)
+    correct = sum(verdict.is_correct(settings.reward.correct) for verdict in verdicts)
     phases = ", ".join(f"{phase} {metrics[f'time/{phase}']:.1f} s" for phase in ("rollout", "score", "train", "sync"))
     message = (
         f"{len(verdicts)} responses of up to {settings.rollout.max_response_tokens} tokens to {settings.batch.prompts} "

@@ -31,6 +31,7 @@ def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | 
             context.ranks,
             context.resolved.hf_config,
             max_sequence_tokens=longest,
+            dtype=settings.model.dtype,
         )
     except SettingsError as error:  # raised on every rank
         return failure("servers", str(error)), None

@@ -9,21 +9,28 @@ process and outlives it, as ``process.py`` requires.
 
 import atexit
 import contextlib
+import logging
+import math
 import pickle
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
+from megatron_rlvr.errors import one_line
 from megatron_rlvr.process_guard import ProcessGuard
 from megatron_rlvr.reward.overlong import soft_overlong_penalty
 from megatron_rlvr.reward.process import GraderDied, GraderProcess, GraderTimeout, RewardError
-from megatron_rlvr.types import REWARD_FUNCTION, Grade, Prompt
+from megatron_rlvr.reward_spec import FunctionSetting, as_text, parse_functions
+from megatron_rlvr.types import LEFT_OUT, Grade, Graded, Prompt
 
 __all__ = ["GraderPool", "RewardError", "Verdict", "check_function", "grade"]
 
 _JOIN_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +38,28 @@ class Verdict:
     """Result of the reward function for one response.
 
     Attributes:
-        value: True (correct), False (incorrect), or the reward itself (float); None after a failure.
+        value: True (correct), False (incorrect), or the reward itself (float); None after a failure, and if the
+            function leaves the completion out of its group.
         failure: None, "timeout after ... s", "grader died ..." or "error: ...".
         seconds: Wall-clock time from leaving the queue to the verdict.
         answer: Answer that the function has read in the response, if it names one.
+        correct: Whether the answer is correct, if the function says so besides the reward.
+        parts: Named parts of the reward.
     """
 
     value: bool | float | None
     failure: str | None
     seconds: float
     answer: str | None = None
+    correct: bool | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def is_correct(self, reward_of_correct: float) -> bool:
+        """Return whether the answer is correct: by ``correct``, else by ``value``, which may be a reward."""
+        if self.correct is not None or isinstance(self.value, bool | None):
+            return bool(self.value if self.correct is None else self.correct)
+        # A score of 1 that was added up, such as 0.7 + 0.2 + 0.1, may be a little less.
+        return self.value >= reward_of_correct or math.isclose(self.value, reward_of_correct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +69,12 @@ class _Task:
     response: str
 
 
-def check_function(spec: str) -> None:
-    """Raise RewardError unless ``spec`` has the form "math" or "package.module:function"; nothing is imported."""
-    if not REWARD_FUNCTION.fullmatch(spec):
-        raise RewardError(
-            f"reward.function={spec}: neither math nor module:function; use math, or module:function for your own"
-        )
+def check_function(setting: FunctionSetting) -> None:
+    """Raise RewardError unless ``setting`` names reward functions (`reward_spec.py`); nothing is imported."""
+    try:
+        parse_functions(setting)
+    except ValueError as error:
+        raise RewardError(f"reward.function: {error}") from None
 
 
 def grade(
@@ -71,21 +90,20 @@ def grade(
 
     Args:
         verdict: True earns ``correct``; False and every failure earn ``incorrect``; a float is the reward itself, and
-            the response counts as correct if it is above 0.
+            the response counts as correct if it reaches ``correct``, unless the verdict itself says whether it is.
         response_tokens: Length of the response in tokens, the stop token included.
         correct: Reward of a correct response.
         incorrect: Reward of an incorrect response.
         max_response_tokens: The response cap.
         overlong_buffer: Number of tokens below the cap over which the penalty grows to -1; 0 for no penalty.
     """
-    if verdict.failure is not None or verdict.value is None:
-        reward, is_correct = incorrect, False
-    elif isinstance(verdict.value, bool):
-        reward, is_correct = (correct, True) if verdict.value else (incorrect, False)
-    else:
-        reward, is_correct = verdict.value, verdict.value > 0
     penalty = soft_overlong_penalty(response_tokens, max_response_tokens, overlong_buffer)
-    return Grade(reward + penalty, is_correct, verdict.failure, verdict.answer)
+    if verdict.failure is not None or verdict.value is None:
+        return Grade(incorrect, False, verdict.failure or LEFT_OUT, penalty=penalty)
+    score = verdict.value
+    if isinstance(score, bool):
+        score = correct if score else incorrect
+    return Grade(score, verdict.is_correct(correct), None, verdict.answer, penalty, verdict.parts)
 
 
 class GraderPool:
@@ -99,15 +117,20 @@ class GraderPool:
     """
 
     def __init__(
-        self, function: str = "math", *, workers: int, timeout_seconds: float = 2.0, answer_after: str | None = None
+        self,
+        function: FunctionSetting = "math",
+        *,
+        workers: int,
+        timeout_seconds: float = 2.0,
+        answer_after: str | None = None,
     ) -> None:
         """Start all processes at the same time and wait until each has imported the function.
 
         Args:
-            function: "math", or "module:function" for the user's own ``protocols.Reward``.
+            function: Value of `reward.function`; the user's own functions are ``protocols.Reward``.
             workers: Number of processes, >= 1.
             timeout_seconds: Deadline for grading one response, wall-clock seconds, > 0.
-            answer_after: Text after which the answer begins, for "math"; None for the whole response.
+            answer_after: Text after which the answer begins, for built-in functions; None for the whole response.
 
         Raises:
             RewardError: If the function cannot be imported or an argument is invalid.
@@ -118,10 +141,12 @@ class GraderPool:
         if not 0 < timeout_seconds < float("inf"):
             raise RewardError(f"reward.timeout_seconds={timeout_seconds}: not a finite time above 0; set one")
         self.graded = self.timeouts = self.errors = self.restarts = 0
-        self._function = function
+        self._function = as_text(function)
         self._timeout_seconds = timeout_seconds
         self._answer_after = answer_after
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._reported: set[bool] = set()
+        """Kinds of failures of which the first has been logged: False for errors, True for timeouts."""
         self._lock = threading.Lock()  # guards the counters, _closed and _processes
         self._closed = False
         self._processes: dict[threading.Thread, GraderProcess] = {}
@@ -213,7 +238,7 @@ class GraderPool:
     def _grade(self, task: _Task, process: GraderProcess | None) -> GraderProcess | None:
         """Set the verdict of ``task``; return the process if it can grade another task."""
         start = time.monotonic()
-        value, failure, answer, timed_out = None, None, None, False
+        found, failure, timed_out = Graded(None), None, False
         try:
             message = pickle.dumps((task.prompt, task.response))
         except Exception as error:  # pickling an object in prompt.extra may raise anything and must not end the thread
@@ -221,7 +246,8 @@ class GraderPool:
         else:
             try:
                 process = process or self._start()
-                value, failure, answer = process.grade(message)
+                answered = process.grade(message)
+                found, failure = (Graded(None), answered) if isinstance(answered, str) else (answered, None)
             except (GraderTimeout, GraderDied, RewardError) as error:
                 process, failure, timed_out = None, str(error), isinstance(error, GraderTimeout)
         with self._lock:
@@ -230,10 +256,20 @@ class GraderPool:
                 self.graded += 1
                 self.timeouts += timed_out
                 self.errors += failure is not None and not timed_out
+                first = failure is not None and timed_out not in self._reported
+                self._reported |= {timed_out} if first else set()
         if cancelled:
             task.future.set_exception(CancelledError())
         else:
-            task.future.set_result(Verdict(value, failure, time.monotonic() - start, answer))
+            if first:
+                logger.warning(
+                    "reward.function=%.60s: %s on a response to prompt %s, which counts as incorrect; later failures "
+                    "of this kind are counted in reward/failures only",
+                    *(self._function, one_line(failure), task.prompt.id),
+                )
+            seconds = time.monotonic() - start
+            verdict = Verdict(found.value, failure, seconds, found.answer, found.correct, found.parts or {})
+            task.future.set_result(verdict)
         return process
 
     def _start(self) -> GraderProcess:

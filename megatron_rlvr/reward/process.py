@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.process_guard import ProcessGuard
+from megatron_rlvr.types import Graded
 
 START_LIMIT_SECONDS = 60.0
 """Time limit for importing the reward function.
@@ -48,9 +49,9 @@ class GraderProcess:
 
         Args:
             guard: Starts and kills the process.
-            function: "math" or "module:function".
+            function: The reward functions, as `reward_spec.as_text` writes them.
             timeout_seconds: Deadline of each task in seconds.
-            answer_after: Text after which the answer begins, for "math"; None for the whole response.
+            answer_after: Text after which the answer begins, for built-in functions; None for the whole response.
 
         Raises:
             RewardError: If the system cannot start a process.
@@ -106,8 +107,8 @@ class GraderProcess:
         self.reap()
         raise RewardError(f"reward.function={self._function}: {message}")
 
-    def grade(self, task: bytes) -> tuple[bool | float | None, str | None, str | None]:
-        """Send one task, a pickled (Prompt, response), and return its (value, failure, answer).
+    def grade(self, task: bytes) -> Graded | str:
+        """Send one task, a pickled (Prompt, response), and return the result of the function, or why there is none.
 
         Raises:
             GraderTimeout: If the process misses the deadline.

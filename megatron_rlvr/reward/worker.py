@@ -6,27 +6,28 @@ trainer; it imports neither torch nor the trainer. Messages are length-prefixed 
 
     grader -> trainer   once: None if the function is ready, else why it cannot be imported (str)
     trainer -> grader   (Prompt, response)
-    grader -> trainer   (bool | float, None, answer or None) or (None, failure, None)
+    grader -> trainer   Graded, or why there is no verdict (str)
 
 The process may be killed at any time. It never outlives the trainer: the kernel kills it with the thread that started
 it (Linux), and it exits when the socket closes. Its standard output is redirected to standard error, so that a reward
 function may print.
 """
 
-import functools
-import importlib
-import math
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
 from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.protocols import Reward
+from megatron_rlvr.reward.functions import load
 from megatron_rlvr.types import Graded
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
@@ -36,6 +37,11 @@ A user's function may read a response of megabytes with a parser that takes hund
 """
 
 MAX_FAILURE_CHARACTERS = 300
+MAX_REWARD = 1e12
+MAX_PARTS = 32
+PART_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+RESERVED_PARTS = ("mean", "score", "accuracy", "failures", "left_out")
+"""Names that `reward/NAME` has in the metrics already."""
 
 
 def main() -> None:
@@ -59,50 +65,60 @@ def main() -> None:
         os._exit(0)  # the trainer has exited; a thread of the user's function must not keep this process alive
 
 
-def load(function: str, answer_after: str | None = None) -> Reward:
-    """Import the reward function named "math" or "module:function"; the former reads what follows ``answer_after``.
-
-    Raises:
-        Exception: Any exception of its module.
-        AttributeError, TypeError: If the module has no such function.
-    """
-    if function == "math":
-        from megatron_rlvr.reward.math import math_grade, warm_up
-
-        warm_up()
-        return functools.partial(math_grade, answer_after=answer_after)
-    module, _, name = function.partition(":")
-    reward = getattr(importlib.import_module(module), name)
-    if not callable(reward):
-        raise TypeError(f"{name} is a {type(reward).__name__}, not a function")
-    return reward
-
-
-def run_task(reward: Reward, task: bytes) -> tuple[bool | float | None, str | None, str | None]:
+def run_task(reward: Reward, task: bytes) -> Graded | str:
     """Apply the reward function to one pickled (Prompt, response).
 
     MemoryError is not caught: the process cannot be trusted afterwards, so it ends and is replaced.
 
     Returns:
-        (value, None, answer or None), or (None, failure, None) if the function raises or returns no reward.
+        The result of plain values, or the failure if the function raises or returns no reward.
     """
     try:
         prompt, response = pickle.loads(task)
-        result = reward(prompt, response)
-        value, answer = result if isinstance(result, Graded) else (result, None)
-        if not isinstance(answer, str | None):
-            raise TypeError(f"the answer is of type {type(answer).__name__}; return a str or None")
-        if isinstance(value, bool | np.bool_):
-            return bool(value), None, answer
-        if not isinstance(value, int | float | np.integer | np.floating):
-            raise TypeError(f"the reward is of type {type(value).__name__}; return a bool or a finite float")
-        if not math.isfinite(value):
-            raise ValueError(f"the reward is {value}; return a bool or a finite float")
-        return float(value), None, answer
+        return _plain(reward(prompt, response))
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything; only this response fails
-        return None, f"error: {_describe(error)}", None
+        return f"error: {_describe(error)}"
+
+
+def _plain(result: Any) -> Graded:
+    """Return a result of a reward function as plain values. Raises TypeError or ValueError for what is none."""
+    if isinstance(result, tuple) and not isinstance(result, Graded):
+        if len(result) not in (2, 3):
+            raise TypeError(f"a tuple of {len(result)}; return (reward, correct) or (reward, correct, parts)")
+        result = Graded(result[0], None, *result[1:])
+    value, answer, correct, parts = result if isinstance(result, Graded) else Graded(result)
+    if not isinstance(answer, str | None):
+        raise TypeError(f"the answer is of type {type(answer).__name__}; return a str or None")
+    if not isinstance(correct, bool | np.bool_ | None):
+        raise TypeError(f"correct is of type {type(correct).__name__}; return a bool or None")
+    if not isinstance(value, bool | np.bool_ | None):
+        value = _number(value, "reward", "a bool or a finite float, or None to leave it out of its group")
+    elif value is not None:
+        value = bool(value)
+    return Graded(value, answer, None if correct is None else bool(correct), _parts(parts))
+
+
+def _parts(parts: Any) -> dict[str, float]:
+    """Return named parts as plain values."""
+    if not isinstance(parts, Mapping | None) or len(parts or {}) > MAX_PARTS:
+        raise TypeError(f"the parts are of type {type(parts).__name__}; return a dict of at most {MAX_PARTS} numbers")
+    for name in parts or {}:
+        if not isinstance(name, str) or not PART_NAME.fullmatch(name) or name in RESERVED_PARTS:
+            raise ValueError(
+                f"a part has the name {name!r:.80}; use letters, digits and _, and none of {', '.join(RESERVED_PARTS)}"
+            )
+    return {name: _number(value, f"part {name}", "a finite float") for name, value in (parts or {}).items()}
+
+
+def _number(value: Any, what: str, wanted: str) -> float:
+    if not isinstance(value, int | float | np.bool_ | np.integer | np.floating):
+        raise TypeError(f"the {what} is of type {type(value).__name__}; return {wanted}")
+    number = float(value)
+    if not abs(number) <= MAX_REWARD:
+        raise ValueError(f"the {what} is {number:g}; return {wanted}")
+    return number
 
 
 def _describe(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups that are all correct or all incorrect carry no gradient, so they are dropped and replaced.
+"""Dynamic sampling: groups whose answers all have the same score carry no gradient, so they are dropped and replaced.
 
 The batch of a step is the first ``batch.prompts`` informative groups in the order in which their prompts were drawn;
 further ones are carried over to the next step (group_buffer.py). Two collectors sample them: synchronous.py on all
@@ -14,10 +14,15 @@ from typing import Any, Protocol
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
+from megatron_rlvr.errors import InputError
 from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer
 from megatron_rlvr.types import Group
 
 logger = logging.getLogger(__name__)
+
+
+class RewardFunctionError(InputError):
+    """The reward function has failed on every response of a step, so that there is nothing to learn from."""
 
 
 class CollectionStoppedError(RuntimeError):
@@ -97,6 +102,11 @@ def finish_step(
     """
     sampled = buffer.take_unreported()
     sums = _sums(sampled, sum(map(buffer.is_informative, sampled)), in_progress, ranks)
+    if sums["completions"] and sums["failures"] == sums["completions"]:
+        raise RewardFunctionError(
+            f"reward.function: it has failed on all {sums['completions']:g} responses of step {step}, first with: "
+            f"{sums['first_failure']}; correct it, or raise reward.timeout_seconds if it needs more time"
+        )
     size = min(buffer.total_ready, buffer.groups_per_batch)
     if buffer.missing and ranks.is_main:
         reason = "the set has no other prompts" if set_used_up else f"rollout.max_rounds={rounds:g} is reached"
@@ -112,8 +122,8 @@ def finish_step(
     return Rollout(batch, size, metrics, sampled)
 
 
-def _sums(sampled: Sequence[Group], informative: int, in_progress: int, ranks: Ranks) -> dict[str, float]:
-    """Return sums over the groups of all replicas. A collective over the world."""
+def _sums(sampled: Sequence[Group], informative: int, in_progress: int, ranks: Ranks) -> dict[str, Any]:
+    """Return sums over the groups of all replicas, and ``first_failure``, a text. A collective over the world."""
     completions = [c for group in sampled for c in group.completions]
     grades = [g for group in sampled for g in group.grades]
     sums = {
@@ -121,18 +131,27 @@ def _sums(sampled: Sequence[Group], informative: int, in_progress: int, ranks: R
         "informative": informative,
         "in_progress": in_progress,
         "completions": len(completions),
+        "left_out": sum(group.left_out for group in sampled),
         "reward": sum(g.reward for g in grades),
+        "score": sum(g.score for g in grades),
         "correct": sum(g.correct for g in grades),
         "failures": sum(g.failure is not None for g in grades),
         "tokens": sum(len(c.token_ids) for c in completions),
         "truncated": sum(c.finish_reason == "length" for c in completions),
     }
-    parts = gather(sums, ranks.data_objects)
-    return {key: sum(part[key] for part in parts) for key in sums}
+    for name in {name for grade in grades for name in grade.parts}:
+        values = [grade.parts[name] for grade in grades if name in grade.parts]
+        sums |= {f"part/{name}": sum(values), f"part_count/{name}": len(values)}
+    failure = next((g.failure for g in grades if g.failure is not None), None)
+    gathered = gather((sums, failure), ranks.data_objects)
+    keys = dict.fromkeys(key for part, _ in gathered for key in part)
+    total: dict[str, Any] = {key: sum(part.get(key, 0) for part, _ in gathered) for key in keys}
+    return total | {"first_failure": next((text for _, text in gathered if text is not None), None)}
 
 
-def _metrics(sums: Mapping[str, float]) -> dict[str, float]:
+def _metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     metrics = {
+        **({"reward/left_out": float(sums["left_out"])} if sums["left_out"] else {}),
         "reward/failures": float(sums["failures"]),
         "rollout/response_tokens": float(sums["tokens"]),
         "rollout/groups_in_progress": float(sums["in_progress"]),
@@ -142,8 +161,13 @@ def _metrics(sums: Mapping[str, float]) -> dict[str, float]:
     if sums["completions"]:  # a batch of carried-over groups samples nothing, and has no means
         metrics |= {
             "reward/mean": sums["reward"] / sums["completions"],
+            "reward/score": sums["score"] / sums["completions"],
             "reward/accuracy": sums["correct"] / sums["completions"],
             "rollout/response_tokens_mean": sums["tokens"] / sums["completions"],
             "rollout/truncated_fraction": sums["truncated"] / sums["completions"],
         }
+    for key in sorted(sums):
+        if key.startswith("part/"):
+            name = key.removeprefix("part/")
+            metrics[f"reward/{name}"] = sums[key] / sums[f"part_count/{name}"]
     return metrics

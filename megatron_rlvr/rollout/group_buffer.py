@@ -11,9 +11,9 @@ A group is a prompt and its G = ``rollout.group_size`` completions. The capitals
        |   +------------------------------------+                                   v
        |                                                                        FINISHED
        |                                                                            |
-       |                                                                            +--> dropped if all are correct
-       |                                                                informative |    or all are incorrect, and
-       |       a token is older than rollout.max_staleness allows                   v    replaced by another prompt
+       |                                                                            +--> dropped if all scores are
+       |                                                                informative |    equal, and replaced by
+       |       a token is older than rollout.max_staleness allows                   v    another prompt
        +------------------------------------------------------------------------- ready
                                                                                     |
                                                                                     v
@@ -144,10 +144,12 @@ class GroupInProgress:
         self.graded, self.partial = {}, {}
 
     def finish(self) -> FinishedGroup:
-        """Return the finished group, with completions in the order of their indices."""
+        """Return the finished group, with completions in the order of their indices and without those left out."""
         assert self.state is GroupState.FINISHED, self.state
         pairs = [self.graded[index] for index in range(self.size)]
-        return FinishedGroup(self.order, Group(self.prompt, [c for c, _ in pairs], [grade for _, grade in pairs]))
+        pairs = [pair for pair in pairs if not pair[1].left_out]
+        group = Group(self.prompt, [c for c, _ in pairs], [grade for _, grade in pairs], self.size - len(pairs))
+        return FinishedGroup(self.order, group)
 
 
 _Ordered = TypeVar("_Ordered", FinishedGroup, GroupInProgress)
@@ -191,8 +193,8 @@ class GroupBuffer:
         return max(0, self.groups_per_batch - self.total_ready)
 
     def is_informative(self, group: Group) -> bool:
-        """Return whether a group is trained on: any group is, if dynamic sampling is off."""
-        return group.informative or not self._settings.dynamic_sampling
+        """Return whether a group is trained on: any group of at least two is, if dynamic sampling is off."""
+        return group.informative or (len(group.grades) > 1 and not self._settings.dynamic_sampling)
 
     def count(self, here: int) -> int:
         """Return the sum of ``here`` over all replicas. A collective."""
@@ -234,7 +236,9 @@ class GroupBuffer:
             if group.oldest_version is not None and group.oldest_version < oldest:
                 group.restart()
         if self._holds_in_progress:
-            self.in_progress += [GroupInProgress(f.order, f.group.prompt, len(f.group.completions)) for f in stale]
+            self.in_progress += [
+                GroupInProgress(f.order, f.group.prompt, len(f.group.completions) + f.group.left_out) for f in stale
+            ]
             self.in_progress.sort(key=lambda group: group.order)
 
     def split_off_batch(self) -> list[FinishedGroup]:

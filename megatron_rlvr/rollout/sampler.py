@@ -1,10 +1,10 @@
 """Sampling of this rank's own requests; each completion is graded as it arrives, while others are being sampled."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from megatron_rlvr.config import RewardSettings
 from megatron_rlvr.data.tokenizer import Tokenizer
@@ -14,6 +14,8 @@ from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
 from megatron_rlvr.types import Completion, CompletionRequest, Grade, Prompt
 
 Tag = TypeVar("Tag")
+Generate = Callable[[Sequence[CompletionRequest], Any], Iterator[Completion]]
+"""Yields completions for requests, in any order; `RolloutEngine.generate`."""
 
 
 def request_seed(run_seed: int, occasion: str, prompt_id: str, index: int) -> int:
@@ -74,23 +76,26 @@ class Sampler:
         *,
         overlong_penalty: bool = False,
         on_finished: Callable[[int], None] = lambda count: None,
+        generate: Generate | None = None,
     ) -> list[tuple[Completion, Grade]]:
-        """Return graded completions in the order of the requests.
+        """Return graded completions in the order of the requests, without those that ``generate`` has left out.
 
         Args:
             requests: Requests of this rank, no two with the same prompt id and index.
             sampling: Temperature, top_p and the cap on the response.
             overlong_penalty: Whether the soft overlong penalty enters the rewards.
             on_finished: Called with 1 for each completion that is sampled.
+            generate: Samples completions; by default the engine.
         """
         prompts = {request.prompt.id: request.prompt for request in requests}
         grading = self.grading(sampling, overlong_penalty=overlong_penalty)
-        for completion in self.engine.generate(requests, sampling):
+        for completion in (generate or self.engine.generate)(requests, sampling):
             prompt = prompts[completion.prompt_id]
             grading.submit(prompt, prompt, completion)
             on_finished(1)
         graded = {(prompt.id, c.index): (c, grade) for prompt, c, grade in grading.collect(wait=True)}
-        return [graded[request.prompt.id, request.index] for request in requests]
+        keys = ((request.prompt.id, request.index) for request in requests)
+        return [graded[key] for key in keys if key in graded]
 
     def open(self, sampling: Sampling) -> AbstractContextManager[RolloutStream]:
         """Open a stream of the engine, which must be a `StreamingEngine`."""

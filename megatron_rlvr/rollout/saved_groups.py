@@ -64,13 +64,15 @@ def _save_finished(finished: FinishedGroup) -> dict[str, Any]:
         **_save_prompt(group.prompt),
         "completions": [_save_completion(completion) for completion in group.completions],
         "grades": [_save_grade(grade) for grade in group.grades],
+        "left_out": group.left_out,
     }
 
 
 def _restore_finished(saved: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> FinishedGroup:
     prompt = prompts[saved["prompt"]]
     completions = [_restore_completion(each, prompt) for each in saved["completions"]]
-    return FinishedGroup(saved["order"], Group(prompt, completions, [Grade(*each) for each in saved["grades"]]))
+    grades = [_restore_grade(*each) for each in saved["grades"]]
+    return FinishedGroup(saved["order"], Group(prompt, completions, grades, saved.get("left_out", 0)))
 
 
 def _save_in_progress(group: GroupInProgress) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def _save_in_progress(group: GroupInProgress) -> dict[str, Any]:
 
 def _restore_in_progress(saved: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> GroupInProgress:
     prompt = prompts[saved["prompt"]]
-    graded = [(_restore_completion(each, prompt), Grade(*grade)) for each, grade in saved["graded"]]
+    graded = [(_restore_completion(each, prompt), _restore_grade(*grade)) for each, grade in saved["graded"]]
     partial = [_restore_completion(each, prompt) for each in saved["partial"]]
     return GroupInProgress(
         saved["order"],
@@ -111,7 +113,14 @@ def _restore_completion(saved: Mapping[str, Any], prompt: Prompt) -> Completion:
 
 
 def _save_grade(grade: Grade) -> list[Any]:
-    return [float(grade.reward), bool(grade.correct), grade.failure]
+    return [float(grade.score), bool(grade.correct), grade.failure, float(grade.penalty), dict(grade.parts)]
+
+
+def _restore_grade(
+    score: float, correct: bool, failure: str | None, penalty: float = 0.0, parts: Mapping[str, float] | None = None
+) -> Grade:
+    """Return a grade; checkpoints of earlier versions have no penalty, which was part of the score, and no parts."""
+    return Grade(score, correct, failure, None, penalty, parts or {})
 
 
 def _save_prompt(prompt: Prompt) -> dict[str, str]:

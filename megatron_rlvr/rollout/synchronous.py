@@ -1,7 +1,9 @@
 """Synchronous collector, for an engine inside the training processes: the batch does not depend on the layout.
 
 Prompts are drawn in rounds, by every rank alike, and distributed over the data-parallel replicas in turn. Each round
-draws as many prompts as the recent share of informative groups suggests, and is sampled to its end.
+draws as many prompts as the recent share of informative groups suggests, and is sampled to its end, unless the run is
+to stop: then what has been sampled is kept for a checkpoint, and only the completions that are missing are sampled when
+the run resumes.
 """
 
 import math
@@ -13,9 +15,9 @@ from megatron_rlvr.data.cursor import PromptCursor
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
-from megatron_rlvr.rollout.collector import Rollout, finish_step
-from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer, GroupInProgress
-from megatron_rlvr.rollout.sampler import Sampler, requests_for
+from megatron_rlvr.rollout.collector import CollectionStoppedError, Rollout, finish_step
+from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer, GroupInProgress, GroupState
+from megatron_rlvr.rollout.sampler import Generate, Sampler, requests_for
 
 
 class SynchronousCollector:
@@ -28,6 +30,8 @@ class SynchronousCollector:
         settings: Settings of the rollout.
         groups_per_batch: Number of groups in the batch of a training step, over all replicas.
         seed: Seed of the run.
+        generate: Samples completions, and may end early; by default the sampler's engine.
+        stop_wanted: Returns whether `collect` should stop before it trains on what it has.
     """
 
     def __init__(
@@ -39,12 +43,16 @@ class SynchronousCollector:
         *,
         groups_per_batch: int,
         seed: int,
+        generate: Generate | None = None,
+        stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._sampler = sampler
         self._cursor = cursor
         self._ranks = ranks
         self._settings = settings
         self._seed = seed
+        self._generate = generate
+        self._stop_wanted = stop_wanted
         self._buffer = GroupBuffer(ranks, settings, groups_per_batch)
         self._step = 0
 
@@ -75,6 +83,8 @@ class SynchronousCollector:
                 rounds, drawn = rounds + 1, drawn + count
             new_finished, new_informative = buffer.add(self._sample(groups, on_finished))
             finished, informative = finished + new_finished, informative + new_informative
+            if self._stop_is_wanted():
+                raise CollectionStoppedError(f"sampling for step {step} was stopped")
         return finish_step(
             step,
             buffer,
@@ -94,6 +104,11 @@ class SynchronousCollector:
 
     def close(self) -> None:
         pass
+
+    def _stop_is_wanted(self) -> bool:
+        """Return on every rank whether any of them is to stop. A collective over the world."""
+        in_replica = any(gather(self._stop_wanted(), self._ranks.replica_objects))
+        return any(gather(in_replica, self._ranks.data_objects))
 
     def _groups_to_draw(self, informative: int, finished: int) -> int:
         """Return the number of prompts for the next round, given the groups of the step so far."""
@@ -118,28 +133,28 @@ class SynchronousCollector:
         return list(first.values())
 
     def _sample(self, groups: Sequence[GroupInProgress], on_finished: Callable[[int], None]) -> list[FinishedGroup]:
-        """Sample and grade the groups of this replica to their end; all ranks of the replica return the same."""
-        size = self._settings.group_size
+        """Sample and grade the completions that the groups of this replica lack; return the groups that it finishes.
+
+        Groups that are not finished, as the run is to stop, go to the buffer. All ranks of the replica do the same.
+        """
+        requests = []
         for group in groups:
-            group.restart()  # the engine samples whole groups
-            group.request()
-        requests = [r for g in groups for r in requests_for(g.prompt, size, self._seed, f"train/{g.order}")]
+            every = requests_for(group.prompt, group.size, self._seed, f"train/{group.order}")
+            requests += [every[index] for index in group.request()]
         graded = self._sampler.run(
             self._sampler.share_of(requests, self._ranks),
             self._settings,
             overlong_penalty=True,
             on_finished=on_finished,
+            generate=self._generate,
         )
-        graded = _interleave(gather(graded, self._ranks.replica_objects))
-        for i, group in enumerate(groups):
-            for completion, grade in graded[i * size : (i + 1) * size]:
-                group.arrive(completion)
-                group.add_grade(completion, grade)
-        return [group.finish() for group in groups]
-
-
-def _interleave(parts: list[list[Any]]) -> list[Any]:
-    """Undo a distribution in turn over n ranks that received any: item i is from part i % n."""
-    parts = [part for part in parts if part]
-    total = sum(len(part) for part in parts)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+        group_of = {group.prompt.id: group for group in groups}
+        for completion, grade in (pair for part in gather(graded, self._ranks.replica_objects) for pair in part):
+            group_of[completion.prompt_id].arrive(completion)
+            group_of[completion.prompt_id].add_grade(completion, grade)
+        for group in groups:
+            group.interrupt()
+        finished = [group for group in groups if group.state is GroupState.FINISHED]
+        self._buffer.in_progress += [group for group in groups if group.state is not GroupState.FINISHED]
+        self._buffer.in_progress.sort(key=lambda group: group.order)
+        return [group.finish() for group in finished]

@@ -173,7 +173,8 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
         )
 
     longest = settings.max_sequence_tokens
-    pool = connect(settings.rollout, ranks, resolved.hf_config, max_sequence_tokens=longest)
+    dtype = settings.model.dtype
+    pool = connect(settings.rollout, ranks, resolved.hf_config, max_sequence_tokens=longest, dtype=dtype)
     engine = SglangEngine(
         pool,
         _weight_sync(resolved, pool, ranks),
@@ -199,6 +200,7 @@ def _background_evaluation(
         ranks,
         resolved.hf_config,
         max_sequence_tokens=longest,
+        dtype=settings.model.dtype,
         evaluation_servers=settings.evaluate.servers,
     )
     folder = Path(settings.run.dir) / "sync_evaluation"
@@ -246,10 +248,22 @@ def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Polic
         resolved.train, settings.run.seed, settings.data.shuffle, accept_changes=settings.run.accept_changed_inputs
     )
     groups_per_batch, seed = settings.batch.prompts, settings.run.seed
-    if not isinstance(engine, SglangEngine):
+
+    def stop_wanted() -> bool:
+        return signals.stop_wanted
+
+    if isinstance(engine, EmbeddedEngine):
         return SynchronousCollector(
-            sampler, cursor, ranks, settings.rollout, groups_per_batch=groups_per_batch, seed=seed
+            sampler,
+            cursor,
+            ranks,
+            settings.rollout,
+            groups_per_batch=groups_per_batch,
+            seed=seed,
+            generate=partial(engine.completions, stop_wanted=stop_wanted),
+            stop_wanted=stop_wanted,
         )
+    assert isinstance(engine, SglangEngine), type(engine)
 
     def sync() -> None:
         engine.update_weights(policy.export_weights(), engine.version)
@@ -263,7 +277,7 @@ def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Polic
         seed=seed,
         store=process_group.store(),
         sync=sync,
-        stop_wanted=lambda: signals.stop_wanted,
+        stop_wanted=stop_wanted,
     )
 
 

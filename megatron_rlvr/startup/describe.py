@@ -1,5 +1,6 @@
 """The plan in words: a few lines that say what a run is going to do, for a person to read before it does."""
 
+from megatron_rlvr.checkpoint.size import WEIGHT_BYTES, optimizer_bytes
 from megatron_rlvr.config.describe import (
     describe_loss,
     describe_mask,
@@ -9,9 +10,14 @@ from megatron_rlvr.config.describe import (
 )
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptSet
-from megatron_rlvr.hf.families import transformer_fields
+from megatron_rlvr.hf.families import parameter_count, transformer_fields
 from megatron_rlvr.hf.headers import list_names
+from megatron_rlvr.reward.code.confinement import LANDLOCK, NAMESPACE, SECCOMP
+from megatron_rlvr.reward.code.runner import confinement
 from megatron_rlvr.startup.resolve import Resolved
+
+_SHOWN_CHARACTERS = 4000
+"""Longest prompt that is shown whole."""
 
 
 def describe_plan(resolved: Resolved) -> str:
@@ -21,6 +27,7 @@ def describe_plan(resolved: Resolved) -> str:
     lines = {
         "model": _model(resolved),
         "ranks": _layout(resolved),
+        "memory": _memory(resolved),
         "prompts": _prompts(resolved),
         "columns": _columns(resolved),
         "stop": _stop(resolved),
@@ -32,6 +39,8 @@ def describe_plan(resolved: Resolved) -> str:
         "evaluation": _evaluation(resolved),
         "run": f"{s.run.steps} steps into {s.run.dir}{start}",
     }
+    if any(part.name == "code" for call in s.reward.functions.all for part in call.walk()):
+        lines["code"] = _confinement()
     if resolved.now is not None:
         lines["clock"] = f"the chat template reads it, and sees {resolved.now:%Y-%m-%d %H:%M:%S} until the run ends"
     if resolved.skipped_tensors:
@@ -41,6 +50,44 @@ def describe_plan(resolved: Resolved) -> str:
             f"{each.key}={shown(each.value)} (with {each.other}={shown(each.other_value)})" for each in s.unused
         )
     return "\n".join(f"{subject:<11} {text}" for subject, text in lines.items())
+
+
+def describe_first_prompt(resolved: Resolved) -> str:
+    """Return the first prompt to train on as the model reads it, special tokens included, and what follows it."""
+    prompt, tokenizer = resolved.train.prompts[0], resolved.tokenizer
+    ids = prompt.token_ids.tolist()
+    text = tokenizer.decode_all(ids)
+    if len(text) > _SHOWN_CHARACTERS:
+        half = _SHOWN_CHARACTERS // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
+    ends = " or ".join(repr(tokenizer.token_text(token)) for token in resolved.stop_token_ids)
+    lines = [f"    |{line}" for line in text.split("\n")]
+    return "\n".join(
+        [
+            f"{'prompt':<11} {prompt.id}, {len(ids)} tokens, as the model reads it; the response begins at its end:",
+            *lines,
+            f"{'':<11} a response ends with {ends}, or after {resolved.settings.rollout.max_response_tokens} tokens",
+        ]
+    )
+
+
+def _confinement() -> str:
+    """Return in one line what solutions cannot do on this machine, and what they can."""
+    found = confinement()
+    network = SECCOMP in found or NAMESPACE in found
+    refused = [
+        *(["the network"] if network else []),
+        *(["processes of their own"] if SECCOMP in found else []),
+        *(["files"] if LANDLOCK in found else []),
+    ]
+    allowed = [
+        *([] if network else ["OPEN SOCKETS"]),
+        *([] if SECCOMP in found else ["START PROCESSES"]),
+        *([] if LANDLOCK in found else ["READ AND REMOVE FILES"]),
+    ]
+    without = f"without {', '.join(refused)}" if refused else "with limits only"
+    can = f"; this kernel does not prevent that they {', '.join(allowed)}: run in a container" if allowed else ""
+    return f"solutions run {without}, and within limits of CPU time, memory and output{can}"
 
 
 def _model(resolved: Resolved) -> str:
@@ -61,6 +108,33 @@ def _layout(resolved: Resolved) -> str:
         *([f"experts over {p.expert} ranks"] if p.expert > 1 else []),
     ]
     return f"{resolved.world_size} = {' x '.join(layout)}{' with ' + ', '.join(extras) if extras else ''}"
+
+
+def _memory(resolved: Resolved) -> str:
+    """Return the memory that an average rank holds between passes, by the accounting of `rlvr plan`.
+
+    One copy of the model is divided over the ranks of a data-parallel replica, as pipeline and tensor parallelism do.
+    """
+    s, config = resolved.settings, resolved.hf_config
+    parameters, weight_bytes = parameter_count(config), WEIGHT_BYTES[s.model.dtype]
+    gradient_bytes = 4 if s.megatron.get("grad_reduce_in_fp32", True) else weight_bytes
+    sharded = s.parallel.tensor * s.parallel.pipeline
+    over = resolved.world_size // sharded if s.megatron.get("use_distributed_optimizer") else 1
+    state = optimizer_bytes(weight_bytes) / over
+    training = parameters / sharded * (weight_bytes + gradient_bytes + state)
+    text = (
+        f"{parameters:,} parameters; {training / 1e9:.2f} GB a rank for weights, gradients and Adam's state, before "
+        "activations"
+    )
+    if s.rollout.engine == "embedded":
+        fields = transformer_fields(config)
+        heads = fields["num_query_groups"] * fields["kv_channels"]
+        cache = s.rollout.max_batch_tokens * fields["num_layers"] * 2 * heads * weight_bytes
+        text += (
+            f"; {parameters * weight_bytes / 1e9:.2f} GB for the engine's copy, and up to {cache / 1e9:.2f} GB for its "
+            f"KV cache (rollout.max_batch_tokens={s.rollout.max_batch_tokens})"
+        )
+    return text
 
 
 def _prompts(resolved: Resolved) -> str:

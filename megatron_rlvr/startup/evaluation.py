@@ -16,6 +16,7 @@ from megatron_rlvr.data.template import PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.engines.sglang.api_key import key_of
 from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.reward_spec import GYM_PREFIX, FunctionSetting
 from megatron_rlvr.startup.layout_checks import check_lengths
 from megatron_rlvr.startup.resolve import Resolved, check_config, evaluation_sets, find_answer_after, holds_turns
 from megatron_rlvr.startup.stop_tokens import StopToken, find_stop_tokens
@@ -101,11 +102,12 @@ def describe_evaluation(resolved: Resolved | ResolvedEvaluation) -> dict[str, An
     }
 
 
-def _describe_set(file: EvaluationFileSettings, prompts: PromptSet, reward: str) -> dict[str, Any]:
+def _describe_set(file: EvaluationFileSettings, prompts: PromptSet, reward: FunctionSetting) -> dict[str, Any]:
     (read,) = prompts.files
     unread = {"other columns"} if reward == "math" else set()  # only a user's own function reads them
     return {
-        "path": str(Path(file.path).resolve()),
+        "path": file.path if file.path.startswith(GYM_PREFIX) else str(Path(file.path).resolve()),
+        **({"options": file.options} if file.options else {}),
         **file.model_dump(include={"prompt_key", "answer_key", "id_key"}),
         "problems": len(prompts),
         "too_long": read.dropped_too_long,

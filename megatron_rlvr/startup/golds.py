@@ -12,6 +12,7 @@ import numpy as np
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.reward import golds
 from megatron_rlvr.reward.graders import GraderPool
+from megatron_rlvr.reward_spec import Call
 from megatron_rlvr.startup.resolve import Resolved
 from megatron_rlvr.types import Prompt
 
@@ -23,15 +24,20 @@ _SHOWN_CHARACTERS = 60
 
 
 def describe_golds(resolved: Resolved) -> str:
-    """Return one line for each prompt set on its gold answers; an empty text for a reward function of the user.
+    """Return one line for each prompt set on its gold answers; an empty text if `math` grades none of them.
 
     Raises:
         SettingsError: If no gold answer of `data.train` can be graded, so that no response could be correct.
     """
     settings = resolved.settings
-    if settings.reward.function != "math":
+    functions = settings.reward.functions
+    sets = {
+        name: graded
+        for name, own in [("data.train", resolved.train), *resolved.evaluation.items()]
+        if (graded := [prompt for prompt in own.prompts if functions.of(prompt.source) == Call("math")])
+    }
+    if not sets:
         return ""
-    sets = {"data.train": resolved.train.prompts} | {name: s.prompts for name, s in resolved.evaluation.items()}
     function = f"{golds.__name__}:{golds.gold_kind_of.__name__}"
     lines = []
     with GraderPool(function, workers=1, timeout_seconds=settings.reward.timeout_seconds) as pool:

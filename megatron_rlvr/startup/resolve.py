@@ -118,6 +118,7 @@ def resolve(settings: Settings, *, show_progress: bool = False) -> Resolved:
         )
     turn = template.end_of_turn()
     stop = find_stop_tokens(settings, hf_config, tokenizer, turn, in_use=template.chat or holds_turns(train, turn))
+    _check_sources(settings.reward, {"data.train": train} | evaluation)
     after = find_answer_after(settings.reward, tokenizer, train)
     resolved = Resolved(
         settings, hf_config, tokenizer, stop, turn, after, train, evaluation, now, ranks, start, skipped
@@ -134,7 +135,7 @@ def _prompt_sets(
     train = []
     for file in data.train:
         keys = {key: value or getattr(data, key) for key, value in _own_keys(file).items()}
-        train.append(PromptFile(file.path, file.weight, None, **keys))
+        train.append(PromptFile(file.path, file.weight, None, **keys, options=file.options))
     evaluation = evaluation_sets(settings, tokenizer, now, show_progress=show_progress)
     return _load(train, data, tokenizer, now, show_progress), evaluation
 
@@ -144,7 +145,14 @@ def evaluation_sets(
 ) -> dict[str, PromptSet]:
     """Return {name: prompts} of `evaluate.sets`. Raises DataError."""
     files = [
-        PromptFile(file.path, None, evaluation_name(file), **_own_keys(file), settings=f"evaluate.sets.{number}")
+        PromptFile(
+            file.path,
+            None,
+            evaluation_name(file),
+            **_own_keys(file),
+            settings=f"evaluate.sets.{number}",
+            options=file.options,
+        )
         for number, file in enumerate(settings.evaluate.sets)
     ]
     return {str(file.name): _load([file], settings.data, tokenizer, now, show_progress) for file in files}
@@ -197,13 +205,33 @@ def _check_packages(settings: Settings) -> None:
             )
 
 
+def _check_sources(reward: RewardSettings, sets: Mapping[str, PromptSet]) -> None:
+    """Raise SettingsError for a source without a reward function, and for a function whose source no prompt has."""
+    functions, sources = reward.functions, dict[str, str]()
+    for prompts in sets.values():
+        for prompt in prompts.prompts:
+            sources.setdefault(prompt.source, prompt.id)
+    for source, prompt_id in sources.items():
+        if functions.of(source) is None:
+            raise SettingsError(
+                f"reward.function: none for source {shown(source)} of prompt {prompt_id}; add it, or one for '*'"
+            )
+    for source in functions.by_source:
+        if source not in sources:
+            known = ", ".join(map(shown, list(sources)[:5]))
+            raise SettingsError(
+                f"reward.function.{source:.60}: has no effect, as no prompt has this source (there are: {known}); "
+                "correct or remove it"
+            )
+
+
 def find_answer_after(reward: RewardSettings, tokenizer: Tokenizer, prompts: PromptSet) -> str | None:
     """Return the text after which the answer of a response begins, by `reward.answer_after`.
 
     With auto, the first prompt decides, as the template has rendered it: the response thinks first if the prompt ends
     in an open thinking section. A template that leaves it to the model to open one decides nothing.
     """
-    if reward.function != "math" or reward.answer_after == "none":
+    if reward.answer_after == "none" or not any(call.reads_answers for call in reward.functions.all):
         return None
     marker = reward.answer_after
     if marker == "auto":

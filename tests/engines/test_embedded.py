@@ -1,5 +1,7 @@
 """Tests of the embedded engine against transformers: a forward without a KV cache, and ``generate``."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,9 +84,9 @@ def watch_forwards(engine):
     decoded: list[int] = []
 
     def record(module, args, kwargs):
-        (decoded if "position_ids" in kwargs else prefilled).append(len(kwargs["input_ids"]))
+        (decoded if kwargs.get("position_ids") is not None else prefilled).append(len(kwargs["input_ids"]))
 
-    engine._model.register_forward_pre_hook(record, with_kwargs=True)
+    engine._model.base_model.register_forward_pre_hook(record, with_kwargs=True)
     return prefilled, decoded
 
 
@@ -359,3 +361,44 @@ def test_unsupported_attention_and_tokens_outside_the_vocabulary_are_refused():
         EmbeddedEngine(sliding, device=CPU, stop_token_ids=[STOP], pad_token_id=0)
     with pytest.raises(ValueError, match=f"token id {VOCABULARY} is outside"):
         EmbeddedEngine(CONFIGS["qwen3"], device=CPU, stop_token_ids=[VOCABULARY], pad_token_id=0)
+
+
+def test_prefill_computes_no_logits(qwen3):
+    engine = engine_of(qwen3)
+    prefilled, decoded = watch_forwards(engine)
+    rows: list[int] = []
+    engine._model.get_output_embeddings().register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    list(engine.generate(make_requests(prompt_count=10, group_size=3), sampling()))
+    assert prefilled == [9]
+    assert rows == decoded
+
+
+def test_a_kv_cache_is_freed_with_its_rollout_and_not_by_the_garbage_collector(qwen3):
+    engine = engine_of(qwen3)
+    requests = make_requests(prompt_count=10, group_size=3)
+    gc.collect()
+    gc.disable()
+    try:
+        for ended in (True, False):
+            stream = engine.generate(requests, sampling())
+            next(stream)
+            caches = [weakref.ref(each) for each in gc.get_objects() if type(each).__name__ == "_KVCacheLayer"]
+            assert len(caches) == SHAPE["num_hidden_layers"]
+            if ended:
+                list(stream)
+            del stream
+            assert [cache() for cache in caches] == [None] * len(caches)
+    finally:
+        gc.enable()
+
+
+def test_a_stop_ends_sampling_at_the_next_step_and_the_rest_can_be_requested_again(qwen3):
+    engine = engine_of(qwen3)
+    requests = make_requests(prompt_count=10, group_size=3)
+    whole = by_request(engine.generate(requests, sampling()))
+    asked = iter(range(100))
+    stopped = by_request(engine.completions(requests, sampling(), stop_wanted=lambda: next(asked) == 8))
+    assert stopped == {key: (tokens, reason) for key, (tokens, reason) in whole.items() if len(tokens) <= 8}
+    assert 0 < len(stopped) < len(whole)
+    rest = [request for request in requests if (request.prompt.id, request.index) not in stopped]
+    assert stopped | by_request(engine.generate(rest, sampling())) == whole

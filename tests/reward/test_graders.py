@@ -18,7 +18,7 @@ import pytest
 from waiting import wait_for
 
 from megatron_rlvr.reward.graders import GraderPool, RewardError, Verdict, check_function, grade
-from megatron_rlvr.types import Grade, Prompt
+from megatron_rlvr.types import LEFT_OUT, Grade, Prompt
 
 REWARDS = """
 import ctypes, itertools, os, subprocess, sys, time
@@ -58,6 +58,13 @@ def scripted(prompt, response):
             if then == "hang": time.sleep(60)
             return True
         case "torch": return "torch" in sys.modules or "sympy" in sys.modules
+        case "both": return 0.25, np.True_, {"format": np.float32(1), "length": 3}
+        case "none": return None
+        case "four": return 1, True, {}, None
+        case "reserved": return 1.0, True, {"accuracy": 1.0}
+        case "text-part": return 1.0, True, {"format": "yes"}
+        case "text-correct": return 1.0, "yes"
+        case "infinite-part": return 1.0, True, {"format": float("inf")}
         case "print":
             print("printed")
             os.write(1, b"written\\n")
@@ -137,7 +144,6 @@ def test_an_invalid_reward_is_an_error_and_the_grader_continues(pool: GraderPool
         "nan": "error: ValueError: the reward is nan; return a bool or a finite float",
         "huge": "error: OverflowError",
         "text": "error: TypeError: the reward is of type str; return a bool or a finite float",
-        "nothing": "error: TypeError: the reward is of type NoneType",
         "array": "error: TypeError: the reward is of type ndarray",
         "raise": "error: LookupError: no such ",
         "quit": "error: SystemExit: enough",
@@ -152,7 +158,7 @@ def test_an_invalid_reward_is_an_error_and_the_grader_continues(pool: GraderPool
     assert verdict.failure is not None
     assert verdict.failure.startswith("error: the prompt cannot be sent to a grader")
     assert pid(pool) == before
-    assert (pool.graded, pool.errors, pool.timeouts, pool.restarts) == (10, 8, 0, 0)
+    assert (pool.graded, pool.errors, pool.timeouts, pool.restarts) == (9, 7, 0, 0)
 
 
 @pytest.mark.parametrize("hang", ["sleep", "spin"])
@@ -294,7 +300,7 @@ def test_only_well_formed_functions_are_accepted() -> None:
     ):
         with pytest.raises(
             RewardError,
-            match=f"^reward.function={spec}: neither math nor module:function; use math, or module:function",
+            match=r"^reward\.function: .* is neither math, .* nor module:function; write one of them",
         ):
             check_function(spec)
 
@@ -453,11 +459,44 @@ def test_grades_follow_the_settings() -> None:
 
     assert graded(True) == Grade(1.0, True)
     assert graded(False) == Grade(-0.5, False)
-    assert graded(0.25) == Grade(0.25, True)
+    assert graded(0.25) == Grade(0.25, False)
+    assert graded(1.5) == Grade(1.5, True)
+    assert graded(0.7 + 0.2 + 0.1) == Grade(0.7 + 0.2 + 0.1, True)  # a little less than 1
     assert graded(0.0) == Grade(0.0, False)
     assert graded(-3.0) == Grade(-3.0, False)
     assert graded(None, "timeout after 2.0 s") == Grade(-0.5, False, "timeout after 2.0 s")
     # The overlong penalty is added to every reward and does not change whether a response is correct.
-    assert graded(True, tokens=90) == Grade(0.5, True)
-    assert graded(0.25, tokens=100) == Grade(-0.75, True)
-    assert graded(None, "error: x", tokens=100) == Grade(-1.5, False, "error: x")
+    assert graded(True, tokens=90) == Grade(1.0, True, penalty=-0.5)
+    assert graded(True, tokens=90).reward == 0.5
+    assert graded(0.25, tokens=100).reward == -0.75
+    assert graded(None, "error: x", tokens=100) == Grade(-0.5, False, "error: x", penalty=-1.0)
+    assert graded(None) == Grade(-0.5, False, LEFT_OUT)
+    assert graded(None).left_out
+
+
+def test_a_function_may_state_reward_correctness_and_parts_or_leave_a_response_out(pool: GraderPool) -> None:
+    verdict = ask(pool, "both")
+    assert (verdict.value, verdict.correct, verdict.parts) == (0.25, True, {"format": 1.0, "length": 3.0})
+    assert grade(verdict, 9, correct=1.0, incorrect=-1.0, max_response_tokens=9, overlong_buffer=0).correct
+    left_out = ask(pool, "none")
+    assert (left_out.value, left_out.failure) == (None, None)
+    for response, complaint in (
+        ("four", "a tuple of 4"),
+        ("reserved", "a part has the name 'accuracy'"),
+        ("text-part", "the part format is of type str"),
+        ("text-correct", "correct is of type str"),
+        ("infinite-part", "the part format is inf"),
+    ):
+        failure = ask(pool, response).failure
+        assert failure is not None
+        assert complaint in failure
+
+
+def test_the_first_error_and_the_first_timeout_are_logged_once(rewards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with GraderPool("grader_rewards:scripted", workers=1, timeout_seconds=0.5) as pool:
+        for response in ("true", "four", "four", "spin", "four", "spin"):
+            ask(pool, response)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == 2
+    assert "a tuple of 4" in messages[0]
+    assert "timeout after 0.5 s on a response to prompt p" in messages[1]

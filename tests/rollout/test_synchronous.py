@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from scripted import (
     CORRECT,
+    CRASH,
     HANG,
     INCORRECT,
     LAYOUTS,
+    NOTHING,
+    SHARE,
     Layout,
     PlainTokenizer,
     Script,
@@ -32,6 +35,7 @@ from scripted import (
 )
 
 from megatron_rlvr.config import RewardSettings, RolloutSettings
+from megatron_rlvr.errors import InputError
 from megatron_rlvr.types import CompletionRequest, Prompt
 
 MIXED, ALL_CORRECT, ALL_INCORRECT = (CORRECT, INCORRECT), (CORRECT, CORRECT), (INCORRECT, INCORRECT)
@@ -93,30 +97,11 @@ def run_cases(layout: Layout, cases: Sequence[Case], folder: Path) -> list[list[
 
 
 def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
-    from megatron_rlvr.data.cursor import PromptCursor
-    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
     from megatron_rlvr.rollout.collector import logger
-    from megatron_rlvr.rollout.sampler import Sampler
-    from megatron_rlvr.rollout.synchronous import SynchronousCollector
 
     engine = ScriptedEngine(case.script)
-    settings = RolloutSettings(
-        group_size=case.group_size,
-        max_response_tokens=20,
-        dynamic_sampling=case.dynamic,
-        max_rounds=case.max_rounds,
-    )
-    reward = RewardSettings(overlong_buffer=case.overlong_buffer)
-    count = len(case.set)
-    prompt_set = PromptSet(case.set, (FilePrompts("set", 0, count, float(count), 0),))
-    collector = SynchronousCollector(
-        Sampler(engine, PlainTokenizer(), graders, reward, leaders_only=case.leaders_only),  # type: ignore[arg-type]
-        PromptCursor(prompt_set, case.seed, case.shuffle),
-        ranks,
-        settings,
-        groups_per_batch=case.prompts,
-        seed=case.seed,
-    )
+    collector = collector_of(case, ranks, graders, engine)
+    settings = collector._settings
     warnings = Warnings()
     logger.addHandler(warnings)
     steps = []
@@ -142,6 +127,32 @@ def run_case(case: Case, ranks: Any, graders: Any) -> list[Step]:
         )
     logger.removeHandler(warnings)
     return steps
+
+
+def collector_of(case: Case, ranks: Any, graders: Any, engine: ScriptedEngine, **options: Any) -> Any:
+    from megatron_rlvr.data.cursor import PromptCursor
+    from megatron_rlvr.data.prompts import FilePrompts, PromptSet
+    from megatron_rlvr.rollout.sampler import Sampler
+    from megatron_rlvr.rollout.synchronous import SynchronousCollector
+
+    settings = RolloutSettings(
+        group_size=case.group_size,
+        max_response_tokens=20,
+        dynamic_sampling=case.dynamic,
+        max_rounds=case.max_rounds,
+    )
+    reward = RewardSettings(overlong_buffer=case.overlong_buffer)
+    count = len(case.set)
+    prompt_set = PromptSet(case.set, (FilePrompts("set", 0, count, float(count), 0),))
+    return SynchronousCollector(
+        Sampler(engine, PlainTokenizer(), graders, reward, leaders_only=case.leaders_only),  # type: ignore[arg-type]
+        PromptCursor(prompt_set, case.seed, case.shuffle),
+        ranks,
+        settings,
+        groups_per_batch=case.prompts,
+        seed=case.seed,
+        **options,
+    )
 
 
 class Warnings(logging.Handler):
@@ -322,6 +333,7 @@ def test_metrics_are_a_direct_count_of_what_was_sampled(folder: Path):
             if answers:
                 expected |= {
                     "reward/mean": mean([reward_of(case, r) for r in step.requests]),
+                    "reward/score": mean([1.0 if is_correct(case, r) else -1.0 for r in step.requests]),
                     "reward/accuracy": mean([is_correct(case, r) for r in step.requests]),
                     "rollout/response_tokens_mean": mean([len(c.token_ids) for c in answers]),
                     "rollout/truncated_fraction": mean([c.finish_reason == "length" for c in answers]),
@@ -443,3 +455,91 @@ def test_the_overlong_penalty_changes_rewards_but_not_which_groups_are_kept(fold
     assert group.correct == [True] * 10 + [False]
     assert step.metrics["reward/mean"] == pytest.approx((11 + 10 - 1) / 22 - 0.5)
     assert step.metrics["reward/accuracy"] == pytest.approx(21 / 22)
+
+
+def stop_and_resume(layout: Layout, folder: Path) -> list[Any]:
+    """On each rank: the batch of a step, that of one that was stopped twice and resumed, and the seeds it asked for."""
+    import torch.distributed as dist
+
+    from megatron_rlvr.rollout.collector import CollectionStoppedError
+    from megatron_rlvr.rollout.saved_groups import restored_form, saved_form
+
+    case = Case(prompts_of([0.5] * 12), by_accuracy, prompts=6, steps=1, group_size=4)
+    with joined_process_group(), start_graders(folder) as graders:
+        ranks = ranks_of(layout)
+        whole = collector_of(case, ranks, graders, ScriptedEngine(case.script)).collect(1)
+        state, asked = None, []
+        for patience in (5, 7, None):
+            engine = ScriptedEngine(case.script)
+            taken: list[Any] = []
+
+            stopping = functools.partial(stop_after, patience, taken)
+            options = {"generate": functools.partial(generate_until, engine, stopping, taken), "stop_wanted": stopping}
+            collector = collector_of(case, ranks, graders, engine, **options)
+            if state is not None:
+                collector.restore(restored_form(state, case.set))
+            try:
+                resumed = collector.collect(1)
+            except CollectionStoppedError:
+                states: list[Any] = [saved_form(collector.state())]
+                dist.broadcast_object_list(states)
+                state = states[0]
+            asked += [(c.prompt_id, c.index) for c in taken]
+        return [_content(whole), _content(resumed), asked]
+
+
+def stop_after(patience: int | None, taken: list[Any]) -> bool:
+    return patience is not None and len(taken) >= patience
+
+
+def generate_until(engine: Any, stopping: Any, taken: list[Any], requests: Any, sampling: Any) -> Any:
+    for completion in engine.generate(requests, sampling):
+        if stopping():
+            return
+        taken.append(completion)
+        yield completion
+
+
+def _content(rollout: Any) -> list[Any]:
+    return [
+        (f.order, f.group.prompt.id, [c.token_ids.tolist() for c in f.group.completions], f.group.grades)
+        for f in rollout.groups
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=str)
+def test_a_stopped_step_resumes_without_sampling_anything_twice(layout: Layout, folder: Path):
+    results = on_ranks(stop_and_resume, layout.world_size, layout, folder)
+    for whole, resumed, _ in results:
+        assert whole
+        assert resumed == whole
+    asked = [key for _, _, own in results for key in own]
+    assert len(asked) == len(set(asked)) >= 24
+
+
+def all_fail(folder: Path) -> str:
+    case = Case(prompts_with([(CRASH, CRASH)] * 4), by_verdicts, prompts=2, steps=1, dynamic=False)
+    with joined_process_group(), start_graders(folder) as graders, pytest.raises(InputError) as raised:
+        collector_of(case, ranks_of(ONE_RANK), graders, ScriptedEngine(case.script)).collect(1)
+    return str(raised.value)
+
+
+def test_a_reward_function_that_fails_on_every_response_stops_the_step(folder: Path):
+    (message,) = on_ranks(all_fail, 1, folder)
+    assert "all 4 responses of step 1" in message
+    assert "KeyError: 'no such answer'" in message
+
+
+def test_a_group_is_informative_if_its_scores_differ_and_left_out_completions_do_not_count(folder: Path):
+    verdicts = [(SHARE, CORRECT), (SHARE, SHARE), (NOTHING, CORRECT), (NOTHING, NOTHING), (CRASH, CORRECT)]
+    (step,) = on_one_rank(Case(prompts_with(verdicts), by_verdicts, prompts=5, steps=1, max_rounds=1), folder)
+    assert [(group.prompt_id, group.rewards) for group in step.batch] == [
+        ("set/0", [0.25, 1.0]),
+        ("set/4", [-1.0, 1.0]),
+    ]
+    assert step.batch[0].correct == [False, True]
+    metrics = step.metrics
+    assert metrics["reward/left_out"] == 3
+    assert metrics["reward/accuracy"] == 3 / 7
+    assert metrics["reward/score"] == (0.25 + 1 + 0.25 + 0.25 + 1 - 1 + 1) / 7
+    assert (metrics["reward/failures"], metrics["rollout/groups_dropped"]) == (1, 3)

@@ -11,6 +11,7 @@ from resolving import Resolve
 
 from megatron_rlvr.config.describe import describe_mask, describe_ratio
 from megatron_rlvr.config.loading import load_settings, validate
+from megatron_rlvr.startup import describe
 from megatron_rlvr.startup.describe import describe_plan
 
 WITNESS = """
@@ -40,7 +41,7 @@ def test_check_prints_the_plan_and_starts_nothing(write_config: Callable[..., Pa
         variables={"WORLD_SIZE": "64", "WITNESS": str(tmp_path / "witness")}, fresh=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    settings, words = done.stdout.split("\n\n")
+    settings, words, prompt = done.stdout.split("\n\n")
     assert yaml.safe_load(settings)["selection"]["fraction"] == 0.1
     assert yaml.safe_load(settings)["parallel"]["pipeline"] == 2
     (tmp_path / "printed.yaml").write_text(settings, encoding="utf-8")
@@ -58,6 +59,12 @@ def test_check_prints_the_plan_and_starts_nothing(write_config: Callable[..., Pa
         "clip 0.8 .. 1.28, sum over the selected tokens / all response tokens of the mini-batch; advantages grpo"
     )
     assert plan["reward"] == "math: correct 1, incorrect -1, overlong penalty over the last 40 tokens"
+    # By hand: 2 layers and two tables of 320 x 32 of a Qwen3 of this shape, 4 bytes a weight and gradient, 8 of Adam.
+    assert plan["memory"].startswith("39,104 parameters; 0.00 GB a rank for weights, gradients and Adam's state")
+    first, *_, last = prompt.splitlines()
+    assert first.startswith("prompt      additions/")
+    assert first.endswith("tokens, as the model reads it; the response begins at its end:")
+    assert last == "            a response ends with '<|end|>', or after 100 tokens"
     assert plan["optimizer"].endswith("on 2 prompts each, Adam, learning rate 1e-06 after 10 warm-up steps")
     assert plan["evaluation"] == "none"
     assert (tmp_path / "witness").read_text() == "process group False, megatron False"
@@ -129,3 +136,26 @@ def test_the_plan_names_what_differs_from_the_paper(resolve_with: Resolve, probl
     assert "/ the number of selected tokens of the mini-batch" in plan
     assert "no dynamic sampling" in plan
     assert "adds (20 problems) x 3 completions, before and after, every 5 steps" in plan
+
+
+def test_the_plan_says_how_much_memory_a_rank_holds(resolve_with: Resolve) -> None:
+    """Expectations are computed by hand for 39,104 float32 weights; 2 x 2 x 2 x 8 floats are cached."""
+    sections: dict[str, Any] = {"rollout": {"max_batch_tokens": 10**9}}
+    plan = describe_plan(resolve_with(2, megatron={"use_distributed_optimizer": True}, **sections))
+    (line,) = [line for line in plan.splitlines() if line.startswith("memory")]
+    cache = 10**9 * 2 * 2 * (2 * 8) * 4 / 1e9
+    assert f"up to {cache:.2f} GB for its KV cache (rollout.max_batch_tokens=1000000000)" in line
+
+
+def test_the_plan_says_what_confines_solutions(resolve_with: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(*found: str) -> str:
+        monkeypatch.setattr(describe, "confinement", lambda: list(found))
+        plan = describe_plan(resolve_with(reward={"function": "code(seconds=5)"}))
+        (only,) = [each for each in plan.splitlines() if each.startswith("code")]
+        return only
+
+    assert "without the network, processes of their own, files, and within limits" in line("landlock", "seccomp")
+    assert "does not prevent" not in line("landlock", "seccomp")
+    assert "they READ AND REMOVE FILES: run in a container" in line("seccomp")
+    assert "they START PROCESSES, READ AND REMOVE FILES" in line("namespace")
+    assert "they OPEN SOCKETS, START PROCESSES, READ AND REMOVE FILES" in line()

@@ -78,6 +78,7 @@ class RealServer:
             port=self.port,
             log=self._log,
             device="cpu",
+            dtype="float32",
             flags=[*_FLAGS, *self._flags],
         )
         # Without the checkout on PYTHONPATH: its tests/sglang would shadow the package of that name.

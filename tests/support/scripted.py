@@ -22,8 +22,8 @@ from megatron_rlvr.types import Completion, CompletionRequest, FinishReason, Pro
 
 PATIENCE_SECONDS = 600.0
 
-CORRECT, INCORRECT, HANG, CRASH, SHARE = 1, 0, 2, 3, 4
-"""First tokens, for the reward function below; SHARE stands for a reward of 0.25."""
+CORRECT, INCORRECT, HANG, CRASH, SHARE, NOTHING = 1, 0, 2, 3, 4, 5
+"""First tokens, for the reward function below; SHARE stands for a reward of 0.25, NOTHING for no verdict."""
 
 REWARD = """\
 import time
@@ -35,6 +35,8 @@ def first_token(prompt, response):
         time.sleep(600)
     if verdict == "3":
         raise KeyError("no such answer")
+    if verdict == "5":
+        return None
     return 0.25 if verdict == "4" else verdict == prompt.answer
 """
 

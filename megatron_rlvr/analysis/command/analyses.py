@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -48,7 +48,9 @@ class Scored:
     entropies: list[np.ndarray]
 
 
-def scored(run: Path, models: Sequence[Path], parallel: ParallelSettings, *, dtype: str, budget: int) -> Scored | None:
+def scored(
+    run: Path, models: Sequence[Path], parallel: ParallelSettings, *, dtype: Literal["float32", "bfloat16"], budget: int
+) -> Scored | None:
     """Return the recorded responses of a run with their entropies; None on a rank that writes no results.
 
     Args:

@@ -10,7 +10,7 @@ model.py          builds the transformers model and loads weights into it
 import copy
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,12 +113,32 @@ class EmbeddedEngine:
             ValueError: Before anything is sampled, for a request that does not fit the model or the KV cache.
             RuntimeError: If no weights are loaded, or if they produce logits that are not finite.
         """
+        return self.completions(requests, sampling)
+
+    def completions(
+        self,
+        requests: Sequence[CompletionRequest],
+        sampling: Sampling,
+        stop_wanted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Completion]:
+        """Yield the completions as `generate` does, and end early when asked to.
+
+        Args:
+            stop_wanted: Asked before each decode step; if it returns True, the iterator ends. Requests that are not
+                finished by then can be made again: the same seed gives the same response.
+        """
         if self.weight_version is None:
             raise RuntimeError("the embedded engine has no complete weights; call update_weights before generate")
         self._check(requests, sampling)
-        return self._stream(deque(requests), sampling, self.weight_version)
+        return self._stream(deque(requests), sampling, self.weight_version, stop_wanted)
 
-    def _stream(self, waiting: deque[CompletionRequest], sampling: Sampling, version: int) -> Iterator[Completion]:
+    def _stream(
+        self,
+        waiting: deque[CompletionRequest],
+        sampling: Sampling,
+        version: int,
+        stop_wanted: Callable[[], bool],
+    ) -> Iterator[Completion]:
         if not waiting:
             return
         columns = max(len(request.prompt.token_ids) for request in waiting) + sampling.max_response_tokens
@@ -126,7 +146,7 @@ class EmbeddedEngine:
         batch = RunningBatch(self._model, rows, columns, sampling, self._is_stop, self._pad_token_id, version)
         # Admitting rows one by one would cost a prefill forward each: wait until an eighth of the batch is free.
         refill_threshold = max(1, rows // 8)
-        while waiting or batch.size:
+        while (waiting or batch.size) and not stop_wanted():
             if self.weight_version != version:
                 raise RuntimeError(
                     f"weights changed from version {version} to {self.weight_version} while sampling; "

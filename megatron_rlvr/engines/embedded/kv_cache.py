@@ -6,6 +6,7 @@ and columns as one view. With this order of axes, the cells that a step reads fo
 columns outside of heads a step took a fifth longer.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +28,10 @@ class KVCache:
     """
 
     def __init__(self, layers: int, rows: int, columns: int, device: torch.device) -> None:
-        self.rows = rows
-        self.columns = columns
-        self.past_key_values = Cache(layers=[_KVCacheLayer(self) for _ in range(layers)])
         self._row_index = torch.arange(rows, device=device)
         self._column_index = torch.arange(columns, device=device)
-        self.written_rows = self.written_columns = self._row_index[:0]
-        self.span = 0
+        self._cells = _Cells(rows, columns, self._row_index[:0], self._row_index[:0], 0)
+        self.past_key_values = Cache(layers=[_KVCacheLayer(self._cells) for _ in range(layers)])
 
     def begin_step(self, position: torch.Tensor, span: int, dtype: torch.dtype) -> torch.Tensor:
         """Select the cell that each row writes in this step, and return the attention mask.
@@ -46,7 +44,8 @@ class KVCache:
         Returns:
             [rows in use, 1, 1, span], added to the attention scores: 0 up to the row's own position, -inf after it.
         """
-        self.written_rows, self.written_columns, self.span = self._row_index[: len(position)], position, span
+        cells = self._cells
+        cells.written_rows, cells.written_columns, cells.span = self._row_index[: len(position)], position, span
         masked = self._column_index[:span] > position[:, None]
         # A float mask: every layer would convert a boolean one to floats again.
         mask = torch.zeros(masked.shape, dtype=dtype, device=position.device).masked_fill_(masked, -torch.inf)
@@ -69,6 +68,21 @@ class KVCache:
         return self.past_key_values.layers
 
 
+@dataclass(slots=True)
+class _Cells:
+    """Size of the cache, and the cells of the current decode step.
+
+    The layers share this object and not the `KVCache` that holds them: in a cycle of references the cache would
+    outlive its rollout until the garbage collector runs, beside the caches of later ones.
+    """
+
+    rows: int
+    columns: int
+    written_rows: torch.Tensor
+    written_columns: torch.Tensor
+    span: int
+
+
 class _KVCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, updated in place."""
 
@@ -76,12 +90,12 @@ class _KVCacheLayer(CacheLayerMixin):
     keys: Any
     values: Any
 
-    def __init__(self, kv_cache: KVCache) -> None:
+    def __init__(self, cells: _Cells) -> None:
         super().__init__()
-        self._kv_cache = kv_cache
+        self._cells = cells
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        rows, columns = self._kv_cache.rows, self._kv_cache.columns
+        rows, columns = self._cells.rows, self._cells.columns
         # Zeros and not empty: attention multiplies a masked cell by zero, which would keep an uninitialised NaN.
         self.keys = key_states.new_zeros(rows, key_states.shape[1], columns, key_states.shape[3])
         self.values = value_states.new_zeros(rows, value_states.shape[1], columns, value_states.shape[3])
@@ -103,19 +117,19 @@ class _KVCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, columns, span = self._kv_cache.written_rows, self._kv_cache.written_columns, self._kv_cache.span
+        rows, columns, span = self._cells.written_rows, self._cells.written_columns, self._cells.span
         self.keys[rows, :, columns] = key_states[:, :, 0]
         self.values[rows, :, columns] = value_states[:, :, 0]
         return self.keys[: len(rows), :, :span], self.values[: len(rows), :, :span]
 
     def get_seq_length(self) -> int:
-        return self._kv_cache.span
+        return self._cells.span
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._kv_cache.span, 0
+        return self._cells.span, 0
 
     def get_max_length(self) -> int:
-        return self._kv_cache.columns
+        return self._cells.columns
 
 
 def grouped_decode_attention(

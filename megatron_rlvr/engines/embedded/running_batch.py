@@ -96,11 +96,10 @@ class RunningBatch:
         longest = max(map(len, prefixes))
         padded = [prefix + (self._pad_token_id,) * (longest - len(prefix)) for prefix in prefixes]
         prefilled = DynamicCache()
-        self._model(
-            input_ids=torch.tensor(padded, device=self._device),
-            past_key_values=prefilled,
-            use_cache=True,
-            logits_to_keep=1,
+        # Without the output head, whose logits are not needed. On a CPU it would also copy its weight once per prompt,
+        # as PyTorch multiplies a strided [B, 1, H] by broadcasting the matrix.
+        self._model.base_model(
+            input_ids=torch.tensor(padded, device=self._device), past_key_values=prefilled, use_cache=True
         )
         source = torch.tensor([i for i, rows in enumerate(rows_of_prefix) for _ in rows], device=self._device)
         rows = torch.tensor([row for rows in rows_of_prefix for row in rows], device=self._device)

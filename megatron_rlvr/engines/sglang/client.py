@@ -56,6 +56,7 @@ class ServerInfo:
         preferred_sampling_params: Sampling parameters that the server adds to every request; None if there are none.
         model_path: Folder from which the server has loaded the model; None if it does not report it.
         weights: Name of the weights that it holds; None if it does not report it.
+        dtype: Its option `--dtype`, which may be "auto"; None if it does not report it.
     """
 
     model_type: str | None
@@ -65,6 +66,7 @@ class ServerInfo:
     preferred_sampling_params: Any
     model_path: str | None = None
     weights: str | None = None
+    dtype: str | None = None
 
 
 def new_session(connector: aiohttp.BaseConnector, api_key: str | None = None) -> aiohttp.ClientSession:
@@ -157,7 +159,13 @@ class Server:
             preferred_sampling_params=model.get("preferred_sampling_params"),
             model_path=_text(model.get("model_path")),
             weights=_text(model.get("weight_version")),
+            dtype=await self._dtype(),
         )
+
+    async def _dtype(self) -> str | None:
+        with suppress(RequestRefusedError):
+            return _text((await self.call("GET", "/server_info", QUICK_SECONDS)).get("dtype"))
+        return None
 
     async def _vocab_size(self) -> int | None:
         """Return the vocabulary size that a refusal names.

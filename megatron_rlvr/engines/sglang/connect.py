@@ -21,6 +21,8 @@ from megatron_rlvr.engines.sglang.router import workers_of
 
 logger = logging.getLogger(__name__)
 
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+
 
 def connect(
     settings: RolloutSettings,
@@ -28,6 +30,7 @@ def connect(
     hf_config: Mapping[str, Any],
     *,
     max_sequence_tokens: int,
+    dtype: str | None = None,
     evaluation_servers: Sequence[str] = (),
     key: str | None = None,
     model: str = "model.path",
@@ -39,6 +42,7 @@ def connect(
         ranks: Ranks of the run.
         hf_config: config.json of the model.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
+        dtype: Precision in which the trainer computes, and servers must as well; None for any.
         evaluation_servers: URLs to connect to instead, those of `evaluate.servers`, which the main rank alone uses.
         key: Setting or flag that names the servers, for messages; None for that of the settings.
         model: Setting or argument that names the model, for messages.
@@ -73,7 +77,7 @@ def connect(
     pool = pool_of(found[0]) if ranks.replica_rank == 0 else None
     if ranks.is_main and pool is not None:
         colocated = settings.colocated and not evaluation_servers
-        problems += _problems(pool, hf_config, max_sequence_tokens, colocated=colocated, key=key, model=model)
+        problems += _problems(pool, hf_config, max_sequence_tokens, dtype, colocated=colocated, key=key, model=model)
         for problem in problems[1:]:
             logger.error(problem)
     try:
@@ -125,7 +129,14 @@ def expand(
 
 
 def _problems(
-    pool: ServerPool, hf_config: Mapping[str, Any], max_sequence_tokens: int, *, colocated: bool, key: str, model: str
+    pool: ServerPool,
+    hf_config: Mapping[str, Any],
+    max_sequence_tokens: int,
+    dtype: str | None,
+    *,
+    colocated: bool,
+    key: str,
+    model: str,
 ) -> list[str]:
     """Return one sentence for each server that cannot be used. Waits for servers that are starting."""
 
@@ -139,7 +150,7 @@ def _problems(
     for url, answer in pool.everywhere(ask).items():
         if isinstance(answer, ServerError):
             problems.append(_unusable(url, answer, key))
-        elif problem := _mismatch(answer, hf_config, max_sequence_tokens, model):
+        elif problem := _mismatch(answer, hf_config, max_sequence_tokens, dtype, model):
             problems.append(f"{key}={url}: {problem}")
     return problems
 
@@ -148,7 +159,9 @@ def _unusable(url: str, error: ServerError, key: str) -> str:
     return f"{key}={url}: the server cannot be used ({error}); start it, or remove it from the list"
 
 
-def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_tokens: int, model: str) -> str | None:
+def _mismatch(
+    info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_tokens: int, dtype: str | None, model: str
+) -> str | None:
     """Return why a server does not fit the run and what to do, or None."""
     pairs = {
         "model_type": (info.model_type, hf_config["model_type"]),
@@ -163,9 +176,26 @@ def _mismatch(info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_token
             f"the server's context length of {info.context_length} tokens is below data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {max_sequence_tokens}; start it with --context-length {max_sequence_tokens}"
         )
+    served = _served_dtype(info.dtype, hf_config)
+    if dtype is not None and served is not None and served != dtype:
+        option = f" (--dtype {info.dtype})" if info.dtype != served else ""
+        return (
+            f"the server computes in {shown(served)}{option}, and model.dtype is {dtype}; start it with --dtype {dtype}"
+        )
     if info.preferred_sampling_params:
         return (
             f"the server adds its own sampling parameters ({shown(info.preferred_sampling_params)}); start it without "
             "--preferred-sampling-params"
         )
     return None
+
+
+def _served_dtype(option: str | None, hf_config: Mapping[str, Any]) -> str | None:
+    """Return the precision of a server with the option ``--dtype``; None if it is not known.
+
+    With auto, SGLang computes in the dtype that config.json names, but serves float32 models in float16.
+    """
+    if option == "auto":
+        named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+        return "float16" if named == "float32" else named
+    return _DTYPE_ALIASES.get(option, option) if option is not None else None

@@ -119,8 +119,8 @@ def _prompts(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Prompt]:
     found = {}
     for name, each in sets.items():
         keys = {key: each[key] for key in ("prompt_key", "answer_key", "id_key")}
-        for row in RecordFile(each["path"], name=name, **keys, settings="evaluate.sets"):
-            found[row.id] = Prompt(row.id, np.zeros(0, np.int32), row.answer, row.source, row.extra)
+        for row in RecordFile(each["path"], name=name, **keys, settings="evaluate.sets", options=each.get("options")):
+            found[row.id] = Prompt(row.id, np.zeros(0, np.int32), row.answer, row.source, row.extra, row.question)
     return found
 
 

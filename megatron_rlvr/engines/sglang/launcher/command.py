@@ -17,6 +17,7 @@ from megatron_rlvr.distributed import nccl
 from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_config
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
+from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.process_table import start_time
 
 DESCRIPTION = """\
@@ -43,6 +44,7 @@ Exit status: the status of COMMAND; 0 after the exit of the parent or of --until
 server exits before all are ready, or the last one afterwards; 2 and one line on stderr if the input is wrong.
 """
 
+_DTYPES = ("float32", "bfloat16")
 _MEMORY_SHARE, _COLOCATED_SHARE = 0.85, 0.5
 
 
@@ -112,6 +114,11 @@ def _parser(program: str) -> Parser:
         type=lambda host: host.strip("[]"),
         default="127.0.0.1",
         help="listening address; 0.0.0.0, or :: with IPv6, to serve other machines (default 127.0.0.1)",
+    )
+    add(
+        "--dtype",
+        choices=_DTYPES,
+        help="precision, the same as model.dtype of the run (default: that of the model's weights, or bfloat16)",
     )
     shares = f"{_MEMORY_SHARE}, or {_COLOCATED_SHARE} with --colocated, where the trainer needs the rest"
     add(
@@ -189,6 +196,7 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
             host=options.host,
             device=options.device,
             tensor=options.tensor,
+            dtype=options.dtype or _dtype_of(model),
             public_host=socket.gethostname() if options.host in ("0.0.0.0", "::") else "",
             config=config,
             flags=[*extra, *flags],
@@ -196,6 +204,13 @@ def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerP
         )
         for port, gpus in zip(ports, visible, strict=True)
     ]
+
+
+def _dtype_of(model: Path) -> str:
+    """Return the dtype of a model's weights if the trainer can compute in it, by config.json; else bfloat16."""
+    config = read_config(model)
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return named if named in _DTYPES else "bfloat16"
 
 
 def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> None:

@@ -38,6 +38,7 @@ class ServerProgram:
         device: "gpu", or "cpu" to run dense models without a GPU.
         tensor: Number of GPUs (or groups of cores) over which the model is sharded.
         public_host: Host name in the server's URL, by which other machines reach it; ``host`` if empty.
+        dtype: Precision of weights and activations.
         config: YAML file with options of SGLang that must not be on a command line; None for none.
         flags: Further flags of SGLang; they override the ones that are set here.
         extra_environment: Variables to add to this process's environment.
@@ -51,6 +52,7 @@ class ServerProgram:
     device: Literal["cpu", "gpu"] = "gpu"
     tensor: int = 1
     public_host: str = ""
+    dtype: str = "bfloat16"
     config: Path | None = None
     flags: Sequence[str] = ()
     extra_environment: Mapping[str, str] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class ServerProgram:
         start = [str(_CPU_SERVER)] if self.device == "cpu" else ["-m", "sglang.launch_server"]
         command = [str(self.python), *start, "--model-path", str(self.model)]
         command += ["--host", self.host, "--port", str(self.port), "--tp-size", str(self.tensor)]
+        command += ["--dtype", self.dtype]  # auto would serve a model of float32 weights in float16
         if self.device == "cpu":
             # Without a limit SGLang would reserve 15 GB for the KV cache.
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--sleep-on-idle"]
