@@ -80,10 +80,11 @@ def config(place: Path, name: str, **sections: Any) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl without metrics that depend on time."""
+    """Lines of metrics.jsonl without metrics that measure the machine."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    measured = ("time/", "rollout/tokens_per_second")
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith(measured)} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(tiny.MEASURED)} for line in lines
+    ]
 
 
 def drawn(state: Mapping[str, Any]) -> int:

@@ -289,7 +289,7 @@ def likeliest(folder: str, groups: list[Group], layout: Layout) -> dict[int, tup
     with policy_of(folder, layout, Recipe()) as policy:
         batches = [m for mini in mini_batches_of(policy, groups, layout.budget, 4) for m in mini.micro_batches]
         wanted = [batch.token_ids % 3 == 0 for batch in batches]
-        scores = policy.score(batches, 5, wanted)
+        scores = policy.score(batches, likeliest=5, wanted=wanted)
         return {
             token: (ids.tolist(), logp.tolist())
             for batch, rows, top in zip(batches, wanted, scores.likeliest, strict=True)
