@@ -19,7 +19,7 @@ from megatron_rlvr.config.loading import load_settings, to_yaml
 from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.reward.math import math_reward
-from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.describe import describe_first_prompt, describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.resolve import Resolved, resolve
@@ -286,7 +286,8 @@ def test_the_launch_script_prints_the_plan(checkout: Callable[[str], Path]) -> N
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     resolved = checked("qwen3_32b/forking_20k", "--run.seed", "3")
-    assert done.stdout == f"{to_yaml(resolved.settings)}\n{describe_plan(resolved)}\n{describe_golds(resolved)}\n"
+    settings, plan, prompt = to_yaml(resolved.settings), describe_plan(resolved), describe_first_prompt(resolved)
+    assert done.stdout == f"{settings}\n{plan}\n{describe_golds(resolved)}\n\n{prompt}\n"
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -69,7 +69,7 @@ class LogSettings(Section):
     wandb_project: str | None = None
     """Weights & Biases project; null: megatron_rlvr."""
     rollouts: int = Field(default=16, ge=0)
-    """Number of responses to record in `DIR/rollouts` in each step, whole groups while they fit: as text when they have
-    been sampled, and after the step with entropies, log-probabilities and alternatives of the tokens trained on."""
+    """Number of responses to record in `DIR/rollouts` in each step, whole groups while they fit: as text when they are
+    sampled, and after the step with entropies, log-probabilities and alternatives of the tokens trained on."""
     report_every: int = Field(default=0, ge=0)
     """Number of steps after which `DIR/report.html` is written again; 0: only by `rlvr report`."""
