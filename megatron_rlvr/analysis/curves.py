@@ -63,6 +63,7 @@ PANELS = (
             "time/train": "train",
             "time/sync": "sync",
             "time/record": "record",
+            "time/save": "save",
         },
         stacked=True,
     ),

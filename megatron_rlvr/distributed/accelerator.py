@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
+from megatron_rlvr.distributed import nccl
+
 
 def has_gpu() -> bool:
     """Return whether this process computes on a GPU."""
@@ -60,7 +62,7 @@ def device_info() -> DeviceInfo:
         total=total,
         peak=peak,
         free_at_peak=free + torch.cuda.memory_reserved() - peak,
-        libraries={"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))},
+        libraries={"CUDA": str(torch.version.cuda), "NCCL": nccl.version()},
     )
 
 

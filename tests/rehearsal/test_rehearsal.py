@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 
+from megatron_rlvr.checkpoint.megatron.shares import BOX_BYTES
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.planner.devices import DEVICES
@@ -29,6 +30,8 @@ MIXTURE = {
 }
 WORLDS = {"qwen3_8b": 8, "qwen3_14b": 16, "qwen3_32b": 32}
 MOST_DIFFERENCE = 0.03
+SMALL_BYTES = 2**16
+"""Host memory of small tensors beside the state, such as step counts."""
 ROTARY = "megatron/core/models/common/embeddings/rope_utils.py"
 """Where Megatron asks the GPU for the lengths of the sequences, without a fused rotary embedding."""
 
@@ -154,7 +157,7 @@ def check(result: dict[str, Any], waits_in_layers: tuple[str, ...] = (ROTARY,)) 
         export, save, load = rank["phases"][-3:]
         assert 0 < save["host_peak"] - export["host"] <= 1.2 * rank["saved"]
         assert save["device_peak"] - export["device"] <= 2**30
-        assert load["host_peak"] - save["host"] <= 2 * 2**28
+        assert load["host_peak"] - save["host"] <= 2 * BOX_BYTES + SMALL_BYTES
         lines = {line for phase in rank["phases"][4:7] for _, line, in_layer, _ in phase["waits"] if in_layer}
         assert {line for line in lines if not line.startswith(waits_in_layers)} == set()
 

@@ -36,6 +36,7 @@ _IMPORTS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglan
 _FLAGS = (
     *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "32"),
     *("--skip-server-warmup", "--log-level", "warning", "--enable-metrics"),
+    *("--extra-metric-labels", '{"nccl": "2.30.7"}'),  # as `rlvr serve` adds it on GPUs
 )
 
 

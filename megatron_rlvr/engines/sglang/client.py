@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_rlvr.distributed import nccl
 from megatron_rlvr.engines.sglang.answers import AnswerError, AnswerLimit, is_int, parse_object, read_body, shown
 from megatron_rlvr.errors import FaultError
 
@@ -57,6 +58,8 @@ class ServerInfo:
         model_path: Folder from which the server has loaded the model; None if it does not report it.
         weights: Name of the weights that it holds; None if it does not report it.
         dtype: Its option `--dtype`, which may be "auto"; None if it does not report it.
+        sglang: Version of SGLang; None if it does not report it.
+        nccl: Version of its NCCL; None if it does not report it (`rlvr serve` makes servers report it).
     """
 
     model_type: str | None
@@ -67,6 +70,8 @@ class ServerInfo:
     model_path: str | None = None
     weights: str | None = None
     dtype: str | None = None
+    sglang: str | None = None
+    nccl: str | None = None
 
 
 def new_session(connector: aiohttp.BaseConnector, api_key: str | None = None) -> aiohttp.ClientSession:
@@ -149,6 +154,8 @@ class Server:
         models = await self.call("GET", "/v1/models", QUICK_SECONDS)
         model_type, architectures = model.get("model_type"), model.get("architectures") or []
         context_length = _context_length(models)
+        options = await self._options()
+        labels = options.get("extra_metric_labels")
         if not (isinstance(model_type, str) and isinstance(architectures, list)) or context_length is None:
             raise UnhealthyServerError("/model_info and /v1/models do not describe a model; is this SGLang?")
         return ServerInfo(
@@ -159,13 +166,16 @@ class Server:
             preferred_sampling_params=model.get("preferred_sampling_params"),
             model_path=_text(model.get("model_path")),
             weights=_text(model.get("weight_version")),
-            dtype=await self._dtype(),
+            dtype=_text(options.get("dtype")),
+            sglang=_text(options.get("version")),
+            nccl=_text(labels.get(nccl.LABEL)) if isinstance(labels, dict) else None,
         )
 
-    async def _dtype(self) -> str | None:
+    async def _options(self) -> dict[str, Any]:
+        """Return the server's options; {} if it does not report them."""
         with suppress(RequestRefusedError):
-            return _text((await self.call("GET", "/server_info", QUICK_SECONDS)).get("dtype"))
-        return None
+            return await self.call("GET", "/server_info", QUICK_SECONDS)
+        return {}
 
     async def _vocab_size(self) -> int | None:
         """Return the vocabulary size that a refusal names.

@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -71,7 +73,8 @@ def main(arguments: Sequence[str], program: str, output: TextIO | None = None) -
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.device == "gpu":
-        _compare_nccl(Path(sys.executable), programs[0].python, say)
+        version = _compare_nccl(Path(sys.executable), programs[0].python, say)
+        programs = [replace(each, flags=[*_report_of_nccl(version), *each.flags]) for each in programs]
     launcher = Launcher(
         programs,
         record=options.run_dir / "servers.json",
@@ -213,8 +216,11 @@ def _dtype_of(model: Path) -> str:
     return named if named in _DTYPES else "bfloat16"
 
 
-def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> None:
-    """Say it if trainers from this environment cannot push weights to the servers through NCCL."""
+def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> str | None:
+    """Say it if trainers from this environment cannot push weights to the servers through NCCL.
+
+    Returns the servers' version of NCCL; None if it is unknown.
+    """
     ours, theirs = nccl.versions(trainer, server)
     if ours and theirs and ours != theirs:
         say(
@@ -222,6 +228,13 @@ def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> No
             f"distributed, give the trainer's environment the same (pip install nvidia-nccl-cu13=={theirs}, or the "
             "torch that needs it)"
         )
+    return theirs
+
+
+def _report_of_nccl(version: str | None) -> list[str]:
+    """Return flags with which a server reports its version of NCCL to trainers on other machines."""
+    # SGLang has no field for it, and lists labels of metrics among its options even if it reports no metrics.
+    return [] if version is None else ["--extra-metric-labels", json.dumps({nccl.LABEL: version})]
 
 
 _MAX_PORT = 2**16 - 1
