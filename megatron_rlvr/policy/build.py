@@ -113,8 +113,8 @@ _REFUSED = {
     "cross_entropy_fusion_impl": "the loss is not cross entropy and holds no logits",
     "overlap_param_gather": "weights are pushed to the rollout engine before a forward pass would wait for the gather",
     "optimizer_cpu_offload": "its state cannot be saved yet",
-    # Megatron calls Transformer Engine's initialize_state without its second argument, so there is no state to load into
-    # when a run resumes; and of a master weight the state has the lower 16 bits, which are no number by themselves.
+    # Megatron calls Transformer Engine's initialize_state without its second argument, so that a run which resumes has
+    # nothing to load into; and of a master weight the state has the lower 16 bits, which alone are no number.
     "use_precision_aware_optimizer": "its state can be neither saved nor created before the first step",
     "fp16": "training is in model.dtype float32 or bfloat16",
 }

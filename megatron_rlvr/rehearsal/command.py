@@ -44,12 +44,11 @@ It does not show results of kernels, what NCCL does, fragmentation of memory, or
 Exit status: 0; 1 if a phase fails or the peak does not fit the GPU; 2 and one line on stderr if the input is wrong.
 """
 _CUDA_TORCH = "2.14.1"
-# Compiled functions and several threads have nothing to gain on tensors without values.
+# Several threads have nothing to gain on tensors without values.
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
