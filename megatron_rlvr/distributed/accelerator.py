@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from megatron_rlvr.distributed import nccl
+from megatron_rlvr.distributed import transport
 
 
 def has_gpu() -> bool:
@@ -62,7 +62,7 @@ def device_info() -> DeviceInfo:
         total=total,
         peak=peak,
         free_at_peak=free + torch.cuda.memory_reserved() - peak,
-        libraries={"CUDA": str(torch.version.cuda), "NCCL": nccl.version()},
+        libraries={"CUDA": str(torch.version.cuda), transport.NAME: transport.version()},
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from megatron_rlvr.config import Settings, SettingsError
-from megatron_rlvr.distributed import accelerator, nccl
+from megatron_rlvr.distributed import accelerator, transport
 from megatron_rlvr.engines.sglang.client import Server, ServerError
 from megatron_rlvr.engines.sglang.connect import connect
 from megatron_rlvr.engines.sglang.pool import ServerPool, failures_in
@@ -34,7 +34,7 @@ def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | 
             context.resolved.hf_config,
             max_sequence_tokens=longest,
             dtype=settings.model.dtype,
-            same_nccl=settings.sync.method == "distributed",
+            same_transport=settings.sync.method == "distributed",
         )
     except SettingsError as error:  # raised on every rank
         return failure("servers", str(error)), None
@@ -50,7 +50,7 @@ def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | 
     distinct = sorted({sglang for sglang, _ in versions.values()})
     message = (
         f"{len(versions)} with the run's model and at least {longest} tokens of context, SGLang "
-        f"{', '.join(distinct)}{_nccl(settings, versions)}: {first_few(list(versions))}"
+        f"{', '.join(distinct)}{_transport(settings, versions)}: {first_few(list(versions))}"
     )
     untested = [version for version in distinct if not version_in_range(version, *TESTED_SGLANG)]
     if untested:
@@ -66,19 +66,19 @@ def _versions(pool: ServerPool | None) -> dict[str, tuple[str, str | None]]:
     """Return {URL: (version of SGLang, of NCCL)}; "unknown" and None if the server does not report it."""
     answers = pool.everywhere(lambda server: server.info()) if pool is not None else {}
     return {
-        url: ("unknown", None) if isinstance(answer, ServerError) else (answer.sglang or "unknown", answer.nccl)
+        url: ("unknown", None) if isinstance(answer, ServerError) else (answer.sglang or "unknown", answer.transport)
         for url, answer in answers.items()
     }
 
 
-def _nccl(settings: Settings, versions: Mapping[str, tuple[str, str | None]]) -> str:
+def _transport(settings: Settings, versions: Mapping[str, tuple[str, str | None]]) -> str:
     """Return what is known of the servers' NCCL, which `connect` has compared; empty if weights take another way."""
     if settings.sync.method != "distributed" or not accelerator.has_gpu():
         return ""
     silent = [url for url, (_, reported) in versions.items() if reported is None]
     if not silent:
-        return f" and the trainer's NCCL {nccl.version()}"
-    return f", NCCL not reported by {first_few(silent)} (`rlvr serve` makes servers report it)"
+        return f" and the trainer's {transport.NAME} {transport.version()}"
+    return f", {transport.NAME} not reported by {first_few(silent)} (`rlvr serve` makes servers report it)"
 
 
 def weight_versions(context: PreflightContext, pool: ServerPool | None) -> dict[str, str]:

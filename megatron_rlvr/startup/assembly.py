@@ -179,7 +179,7 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
         resolved.hf_config,
         max_sequence_tokens=longest,
         dtype=settings.model.dtype,
-        same_nccl=settings.sync.method == "distributed",
+        same_transport=settings.sync.method == "distributed",
     )
     engine = SglangEngine(
         pool,

@@ -128,9 +128,9 @@ def test_another_version_of_nccl_is_detected_before_a_group_is_formed(servers, o
     rollout = RolloutSettings(engine="sglang", servers=[servers[0].url])
     monkeypatch.setattr(module.accelerator, "has_gpu", lambda: True)
     for version, refusal in (("2.29.7", r"the server has NCCL 2\.30\.7 and the trainer 2\.29\.7"), ("2.30.7", None)):
-        monkeypatch.setattr(module.nccl, "version", lambda version=version: version)
+        monkeypatch.setattr(module.transport, "version", lambda version=version: version)
         with pytest.raises(SettingsError, match=refusal) if refusal else contextlib.nullcontext():
-            module.connect(rollout, one_rank, read_config(model), max_sequence_tokens=64, same_nccl=True).close()
+            module.connect(rollout, one_rank, read_config(model), max_sequence_tokens=64, same_transport=True).close()
 
 
 def test_an_aborted_response_is_returned_at_once_and_resumes_at_the_exact_token(servers, engine_on, reference):

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_rlvr.distributed import nccl
+from megatron_rlvr.distributed import transport
 from megatron_rlvr.engines.sglang.answers import AnswerError, AnswerLimit, is_int, parse_object, read_body, shown
 from megatron_rlvr.errors import FaultError
 
@@ -59,7 +59,7 @@ class ServerInfo:
         weights: Name of the weights that it holds; None if it does not report it.
         dtype: Its option `--dtype`, which may be "auto"; None if it does not report it.
         sglang: Version of SGLang; None if it does not report it.
-        nccl: Version of its NCCL; None if it does not report it (`rlvr serve` makes servers report it).
+        transport: Version of its NCCL; None if it does not report it (`rlvr serve` makes servers report it).
     """
 
     model_type: str | None
@@ -71,7 +71,7 @@ class ServerInfo:
     weights: str | None = None
     dtype: str | None = None
     sglang: str | None = None
-    nccl: str | None = None
+    transport: str | None = None
 
 
 def new_session(connector: aiohttp.BaseConnector, api_key: str | None = None) -> aiohttp.ClientSession:
@@ -168,7 +168,7 @@ class Server:
             weights=_text(model.get("weight_version")),
             dtype=_text(options.get("dtype")),
             sglang=_text(options.get("version")),
-            nccl=_text(labels.get(nccl.LABEL)) if isinstance(labels, dict) else None,
+            transport=_text(labels.get(transport.LABEL)) if isinstance(labels, dict) else None,
         )
 
     async def _options(self) -> dict[str, Any]:

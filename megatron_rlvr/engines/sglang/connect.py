@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rlvr.config import RolloutSettings, SettingsError
-from megatron_rlvr.distributed import accelerator, nccl
+from megatron_rlvr.distributed import accelerator, transport
 from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang import colocation
@@ -33,7 +33,7 @@ def connect(
     *,
     max_sequence_tokens: int,
     dtype: str | None = None,
-    same_nccl: bool = False,
+    same_transport: bool = False,
     evaluation_servers: Sequence[str] = (),
     key: str | None = None,
     model: str = "model.path",
@@ -46,7 +46,7 @@ def connect(
         hf_config: config.json of the model.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
         dtype: Precision in which the trainer computes, and servers must as well; None for any.
-        same_nccl: The trainer will form process groups with the servers (`sync.method: distributed`). On GPUs, both
+        same_transport: The trainer will form process groups with the servers (`sync.method: distributed`). On GPUs, both
             sides then need the same NCCL; servers that do not report theirs are not refused.
         evaluation_servers: URLs to connect to instead, those of `evaluate.servers`, which the main rank alone uses.
         key: Setting or flag that names the servers, for messages; None for that of the settings.
@@ -86,7 +86,7 @@ def connect(
             hf_config,
             max_sequence_tokens,
             dtype,
-            nccl=nccl.version() if same_nccl and accelerator.has_gpu() else None,
+            transport=transport.version() if same_transport and accelerator.has_gpu() else None,
             model=model,
         )
         problems += _problems(pool, wanted, colocated=colocated, key=key)
@@ -142,17 +142,17 @@ def expand(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a run needs of every server.
+    """Properties that a run needs of every server.
 
     Attributes:
         hf_config, max_sequence_tokens, dtype, model: As for `connect`.
-        nccl: Version of NCCL; None for any.
+        transport: Version of NCCL; None for any.
     """
 
     hf_config: Mapping[str, Any]
     max_sequence_tokens: int
     dtype: str | None = None
-    nccl: str | None = None
+    transport: str | None = None
     model: str = "model.path"
 
 
@@ -200,10 +200,10 @@ def _mismatch(info: ServerInfo, wanted: _Wanted) -> str | None:
         return (
             f"the server computes in {shown(served)}{option}, and model.dtype is {dtype}; start it with --dtype {dtype}"
         )
-    if wanted.nccl is not None and info.nccl is not None and info.nccl != wanted.nccl:
+    if wanted.transport is not None and info.transport is not None and info.transport != wanted.transport:
         return (
-            f"the server has NCCL {shown(info.nccl)} and the trainer {wanted.nccl}, which do not connect; install the "
-            "same nvidia-nccl-cu13 in both environments, or choose sync.method=disk"
+            f"the server has {transport.NAME} {shown(info.transport)} and the trainer {wanted.transport}, which do not "
+            f"connect; install the same {transport.PACKAGE} in both environments, or choose sync.method=disk"
         )
     if info.preferred_sampling_params:
         return (

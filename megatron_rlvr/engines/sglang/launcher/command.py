@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_rlvr.command_line import Parser, path, small_int
-from megatron_rlvr.distributed import nccl
+from megatron_rlvr.distributed import transport
 from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_config
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
@@ -221,11 +221,11 @@ def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> st
 
     Returns the servers' version of NCCL; None if it is unknown.
     """
-    ours, theirs = nccl.versions(trainer, server)
+    ours, theirs = transport.versions(trainer, server)
     if ours and theirs and ours != theirs:
         say(
             f"the servers have NCCL {theirs} and this environment has {ours}, which do not connect: for sync.method "
-            f"distributed, give the trainer's environment the same (pip install nvidia-nccl-cu13=={theirs}, or the "
+            f"distributed, give the trainer's environment the same (pip install {transport.PACKAGE}=={theirs}, or the "
             "torch that needs it)"
         )
     return theirs
@@ -234,7 +234,7 @@ def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> st
 def _report_of_nccl(version: str | None) -> list[str]:
     """Return flags with which a server reports its version of NCCL to trainers on other machines."""
     # SGLang has no field for it, and lists labels of metrics among its options even if it reports no metrics.
-    return [] if version is None else ["--extra-metric-labels", json.dumps({nccl.LABEL: version})]
+    return [] if version is None else ["--extra-metric-labels", json.dumps({transport.LABEL: version})]
 
 
 _MAX_PORT = 2**16 - 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.distributed import nccl
+from megatron_rlvr.distributed import transport
 from megatron_rlvr.engines.sglang.client import ServerInfo
 from megatron_rlvr.engines.sglang.connect import _mismatch, _Wanted
 from megatron_rlvr.engines.sglang.launcher import command
@@ -29,7 +29,7 @@ def python(tmp_path):
 
 def test_versions_are_those_that_the_pythons_print_and_none_without_a_gpu_build(python):
     pythons = [python("a", "echo warning; echo 2.30.7"), python("b", "exit 1"), python("c", "true")]
-    assert nccl.versions(*pythons) == ["2.30.7", None, None]
+    assert transport.versions(*pythons) == ["2.30.7", None, None]
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_the_version_is_that_of_the_library_which_is_loaded(monkeypatch, tmp_pat
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    assert nccl.version() == "2.30.7"
+    assert transport.version() == "2.30.7"
     monkeypatch.setattr(ctypes, "CDLL", missing)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(nccl=SimpleNamespace())))
     sys.modules["torch"].cuda.nccl.version = lambda: (2, 29, 7, "suffix")
-    assert nccl.version() == "2.29.7"
+    assert transport.version() == "2.29.7"
 
 
 def test_another_python_prints_its_version_without_this_package(tmp_path):
@@ -69,17 +69,17 @@ def test_another_python_prints_its_version_without_this_package(tmp_path):
     other.chmod(0o755)
     hidden = subprocess.run([other, "-c", "import megatron_rlvr"], capture_output=True)
     assert hidden.returncode, "the package is not there"
-    assert nccl.versions(other) == ["2.28.3"]
+    assert transport.versions(other) == ["2.28.3"]
 
 
 def test_a_server_of_another_version_is_refused_before_the_first_sync():
-    info = ServerInfo("qwen3", [], 100, 9, None, nccl="2.30.7")
+    info = ServerInfo("qwen3", [], 100, 9, None, transport="2.30.7")
     config = {"model_type": "qwen3", "vocab_size": 9}
-    assert _mismatch(info, _Wanted(config, 50, nccl="2.30.7")) is None
+    assert _mismatch(info, _Wanted(config, 50, transport="2.30.7")) is None
     assert _mismatch(info, _Wanted(config, 50)) is None, "no process group is formed, or not by NCCL"
     unknown = ServerInfo("qwen3", [], 100, 9, None)
-    assert _mismatch(unknown, _Wanted(config, 50, nccl="2.29.7")) is None
-    assert _mismatch(info, _Wanted(config, 50, nccl="2.29.7")) == (
+    assert _mismatch(unknown, _Wanted(config, 50, transport="2.29.7")) is None
+    assert _mismatch(info, _Wanted(config, 50, transport="2.29.7")) == (
         "the server has NCCL 2.30.7 and the trainer 2.29.7, which do not connect; install the same nvidia-nccl-cu13 in "
         "both environments, or choose sync.method=disk"
     )

@@ -1,4 +1,6 @@
-"""NCCL's version, in this process and in other environments. NCCL connects only processes that have the same one.
+"""Version of NCCL, by which process groups send tensors of GPUs, in this process and in other environments.
+
+NCCL connects only processes that have the same version.
 
 As a program, which the Python of another environment runs, it prints the version there.
 """
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+NAME, PACKAGE = "NCCL", "nvidia-nccl-cu13"
 LABEL = "nccl"
 """Name of the label under which a server reports its version, beside its options."""
 
