@@ -46,8 +46,8 @@ def connect(
         hf_config: config.json of the model.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
         dtype: Precision in which the trainer computes, and servers must as well; None for any.
-        same_transport: The trainer will form process groups with the servers (`sync.method: distributed`). On GPUs, both
-            sides then need the same NCCL; servers that do not report theirs are not refused.
+        same_transport: The trainer will form process groups with the servers (`sync.method: distributed`). On GPUs,
+            both sides then need the same NCCL; servers that do not report theirs are not refused.
         evaluation_servers: URLs to connect to instead, those of `evaluate.servers`, which the main rank alone uses.
         key: Setting or flag that names the servers, for messages; None for that of the settings.
         model: Setting or argument that names the model, for messages.
