@@ -68,7 +68,7 @@ def config(place: Path, name: str, **sections: Any) -> Path:
         place / "problems.jsonl",
         place / name,
         **{
-            "run": {"steps": STEPS, "save_every": 0} | sections.pop("run", {}),
+            "run": {"steps": STEPS, "save_every": STEPS} | sections.pop("run", {}),
             "rollout": {"group_size": 2, "max_rounds": 4} | sections.pop("rollout", {}),
             "batch": {"prompts": 2, "mini_batch_prompts": 1} | sections.pop("batch", {}),
             "reward": {"function": "rewards:even"},

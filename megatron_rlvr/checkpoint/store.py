@@ -219,9 +219,9 @@ class Checkpoints:
         self._in_progress: tuple[Checkpoint, Callable[[], None]] | None = None
 
     def due(self, step: int) -> bool:
-        """Return whether to save after a step: every `run.save_every` steps and at the end."""
+        """Return whether to save after a step: every `run.save_every` steps and at the end, or never if that is 0."""
         every = self._run.save_every
-        return step == self._run.steps or bool(every and step % every == 0)
+        return bool(every) and (step == self._run.steps or step % every == 0)
 
     def save(self, step: int, state: Mapping[str, Any], save_policy: SavePolicy) -> None:
         """Write a checkpoint; with `run.async_save`, start to write it. A collective over the world.

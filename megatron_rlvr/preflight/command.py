@@ -25,6 +25,7 @@ from megatron_rlvr.startup.process import (
     print_error,
     quiet_libraries,
 )
+from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.resolve import Resolved, resolve
 
 DESCRIPTION = """\
@@ -120,7 +121,7 @@ def parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, l
 
 
 def _resolve(config: str, flags: list[str]) -> Resolved:
-    settings = load_settings(config, flags)
+    settings = with_model_folder(load_settings(config, flags))
     command = f"torchrun --nproc-per-node {{ranks}} {sys.argv[0]} {config}, or by the run's launcher with PREFLIGHT=1"
     check_launch(settings.parallel, command)
     environment.set_defaults(settings.megatron)
