@@ -64,15 +64,20 @@ def make_model(folder: Path) -> None:
 
 
 def write_held_out(path: Path, problems: int) -> None:
-    """Write problems of the kind that is trained on, none of which is trained on and none of which occurs twice."""
+    """Write problems of the kind that is trained on, none of which is trained on and none of which occurs twice.
+
+    Each number of terms has the same share: there are only 200 sums of two digits, and training sees most of them.
+    """
     train = load_settings(CONFIG).data.train[0]
     seen = {row["question"] for *_, row in gym_rows(train.path, train.options)}
-    rows = []
-    for *_, row in gym_rows(train.path, {**train.options, "seed": HELD_OUT_SEED, "size": 10 * problems}):
-        if row["question"] not in seen and len(rows) < problems:
-            seen.add(row["question"])
-            rows.append(json.dumps({key: row[key] for key in ("question", "answer", "source")}) + "\n")
-    path.write_text("".join(rows), encoding="utf-8")
+    kinds = range(train.options["min_terms"], train.options["max_terms"] + 1)
+    chosen: list[dict[str, Any]] = []
+    for terms in kinds:
+        options = {**train.options, "min_terms": terms, "max_terms": terms, "seed": HELD_OUT_SEED, "size": 2000}
+        drawn = {row["question"]: row for *_, row in gym_rows(train.path, options)}
+        chosen += [row for question, row in drawn.items() if question not in seen][: problems // len(kinds)]
+    lines = [json.dumps({key: row[key] for key in ("question", "answer", "source")}) for row in chosen]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def shares_of(run: Path, step: int) -> np.ndarray:

@@ -69,8 +69,8 @@ def checkpoint_to_resume(settings: Settings, earlier: list[str]) -> Checkpoint |
     _check_settings(started_with, settings)
     if latest is None and _SUMMARY in earlier:
         raise SettingsError(
-            f"run.dir={run.dir}: the folder holds a finished run without a checkpoint (run.save_every=0); choose another "
-            "folder, or set run.overwrite to true to replace it"
+            f"run.dir={run.dir}: the folder holds a finished run without a checkpoint (run.save_every=0); choose "
+            "another folder, or set run.overwrite to true to replace it"
         )
     if latest is not None and not (root / LATEST).exists():
         logger.warning("%s does not exist; the newest complete checkpoint is %s", root / LATEST, latest.folder.name)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rlvr.command_line import Parser, path, small_int
+from megatron_rlvr.distributed import environment
 
 DESCRIPTION = """\
 Converts a model between a Hugging Face folder and a megatron-core checkpoint (torch_dist), or a GGUF file to a folder.
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     if options.direction == "to-hf" and not 0 < options.shard_size <= 1e6:
         parser.error(f"--shard-size {options.shard_size}: not between 0 and 1e6; give the size in GB")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tolerance of --verify is for fp32 on the CPU
+    environment.quiet_libraries()
     from rich.console import Console
     from rich.progress import track
 

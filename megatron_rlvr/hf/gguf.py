@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp, as Hugging Face folders: configuration, weights and tokenizer are in the one file.
+"""GGUF files, the format of llama.cpp, as Hugging Face folders: one file has configuration, weights and tokenizer.
 
     llama.cpp's metadata   -- `_config`     -->  config.json
     tensors, quantised     -- `_tensors`    -->  model.safetensors, one tensor in memory at a time
@@ -34,7 +34,7 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FLOATS = ("F32", "F16", "BF16")
 _REMEDY = "give the model's own Hugging Face folder"
 
-# How a vocabulary of byte-level BPE splits text before it merges, by `tokenizer.ggml.pre`. None: digits apart, then GPT-2's.
+# How text is split before merges, by `tokenizer.ggml.pre` of byte-level BPE. None: digits apart, the rest as in GPT-2.
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS: dict[str, str | None] = {
@@ -190,7 +190,7 @@ def _shortest(value: float) -> float:
 
 
 def _sources(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
-    """Return {Hugging Face tensor: (tensor of the file, index of the expert in it)}, complete and of the right shapes."""
+    """Return {Hugging Face tensor: (tensor of the file, index of the expert in it)}. Raises ModelError."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     (kind,) = (name for name, model_type in _MODEL_TYPES.items() if model_type == config["model_type"])

@@ -17,6 +17,7 @@ from megatron_rlvr.preflight.results import CheckResult, Report
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.layout_checks import check_megatron
+from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.process import (
     check_launch,
     end_with_launcher,
@@ -25,7 +26,6 @@ from megatron_rlvr.startup.process import (
     print_error,
     quiet_libraries,
 )
-from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.resolve import Resolved, resolve
 
 DESCRIPTION = """\

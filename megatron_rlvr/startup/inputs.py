@@ -17,7 +17,6 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint

@@ -129,7 +129,10 @@ def test_generated_sets_are_told_apart_by_the_options_in_which_they_differ() -> 
     assert names_of(settings.evaluate.sets) == [path]
     named = validate(REQUIRED | {"data": {"train": [one, one | {"name": "again"}]}})
     assert names_of(named.data.train) == [path, "again"]
-    for key, section in (("data.train", {"data": {"train": [one, one]}}), ("evaluate.sets", {"evaluate": {"sets": [one, one]}})):
+    for key, section in (
+        ("data.train", {"data": {"train": [one, one]}}),
+        ("evaluate.sets", {"evaluate": {"sets": [one, one]}}),
+    ):
         with pytest.raises(SettingsError, match=rf"^{key}: two sets have the name '{path}'; set name beside the path"):
             validate(REQUIRED | section)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from safetensors.torch import load_file
 
 gguf = pytest.importorskip("gguf")
 
+from megatron_rlvr.config.loading import validate  # noqa: E402
+from megatron_rlvr.evaluation.command.target import find_target  # noqa: E402
 from megatron_rlvr.hf.families import ModelError  # noqa: E402
-from megatron_rlvr.hf.files import read_config  # noqa: E402
+from megatron_rlvr.hf.files import read_config, weight_files  # noqa: E402
 from megatron_rlvr.hf.gguf import unpack, unpacked  # noqa: E402
+from megatron_rlvr.startup.model_file import with_model_folder  # noqa: E402
 
 CONTROL, NORMAL = 3, 1
 TEXTS = [
     "Natalia sold 48/2 = 24 clips in May.\n\nIt's 1,234.50 dollars!",
     "na\u00efve caf\u00e9 \u2014 she's   fine!\tI'LL go\r\n  now",
     "<|start|>user\nWhat is 7 + 8 + 905?<|end|>\n",
-    "e\u0301 \u4f60\u597d 3.14e-5",
+    "\u00e9t\u00e9 \u4f60\u597d 3.14e-5",
 ]
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -171,6 +175,16 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def read_by_transformers(path: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file as transformers reads them, for a model of the ``config.json`` in ``folder``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    read: dict[str, torch.Tensor] = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    return read
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_folder_written_as_gguf_and_unpacked_is_the_same_model(family: str, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", family)
@@ -194,13 +208,10 @@ def test_a_folder_written_as_gguf_and_unpacked_is_the_same_model(family: str, tm
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16", "BF16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_tensors_are_those_of_the_reader_of_transformers_bit_for_bit(family: str, kind: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     source = write_model(tmp_path / "source", family)
     write_gguf(tmp_path / "model.gguf", source, family, kind)
     unpack(tmp_path / "model.gguf", tmp_path / "target")
-    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    wanted, found = theirs.state_dict(), tensors(tmp_path / "target")
+    wanted, found = read_by_transformers(tmp_path / "model.gguf", tmp_path / "target"), tensors(tmp_path / "target")
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor.float(), wanted[name]), name
@@ -221,10 +232,19 @@ def test_token_ids_are_those_of_the_reader_of_transformers(pre: str, family: str
     ours = AutoTokenizer.from_pretrained(tmp_path / "target")
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXTS:
+        if pre == "smollm":  # transformers does not know that its digits stand apart: numbers have merges here
+            text = re.sub(r"[0-9]", "", text)
         ids = ours(text, add_special_tokens=False)["input_ids"]
         assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
-        assert pre == "qwen2" or ours.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert ours.decode(ids, clean_up_tokenization_spaces=False) == text
+    if pre == "smollm":
+        as_written = AutoTokenizer.from_pretrained(source)
+        for tokenizer, apart in ((ours, True), (as_written, False)):  # which has merges of a space and a digit
+            tokens = tokenizer.tokenize("has 12 more")
+            assert ({"1", "2"} <= set(tokens)) == apart, tokens
     assert ours("a")["input_ids"][:-1] == ([1] if pre == "llama-bpe" else [])
+    composed, decomposed = (ours(text, add_special_tokens=False)["input_ids"] for text in ("\u00e9", "e\u0301"))
+    assert (composed == decomposed) == (pre == "qwen2")  # as the tokenizer.json of Qwen's models has it
     chat = ours.apply_chat_template([{"role": "user", "content": "2 + 2"}], add_generation_prompt=True, tokenize=False)
     assert chat == "<|start|>user\n2 + 2<|end|>\n<|start|>assistant\n"
     assert (ours.eos_token, ours.pad_token) == ("<|end|>", "<|pad|>")
@@ -266,13 +286,13 @@ def test_a_file_that_cannot_be_used_is_one_line(file: Path, tmp_path: Path) -> N
     for size in (0, 3, 40, 2000, len(content) - 10_000):
         (tmp_path / "short.gguf").write_bytes(content[:size])
         assert "short.gguf cannot be read as a GGUF file" in refusal(tmp_path / "short.gguf")
-    (tmp_path / "other.gguf").write_bytes(content.replace(b"\x14\x00\x00\x00\x00\x00\x00\x00general.architecture", b"x" * 28))
+    (tmp_path / "other.gguf").write_bytes(
+        content.replace(b"\x14\x00\x00\x00\x00\x00\x00\x00general.architecture", b"x" * 28)
+    )
     assert "other.gguf" in refusal(tmp_path / "other.gguf")
     source = file.parent / "source"
-    stretched = {"llama__rope__scaling__type": "yarn"}
-    assert "rope scaling 'yarn' is not supported" in refusal(
-        write_gguf(tmp_path / "yarn.gguf", source, "llama", **stretched)
-    )
+    stretched = write_gguf(tmp_path / "yarn.gguf", source, "llama", llama__rope__scaling__type="yarn")
+    assert "rope scaling 'yarn' is not supported" in refusal(stretched)
     unknown = refusal(write_gguf(tmp_path / "pre.gguf", source, "llama", pre="tekken"))
     assert "a tokenizer 'gpt2' of 'tekken'; known is gpt2 of smollm, llama-bpe, qwen2" in unknown
     missing = tmp_path / "missing"
@@ -281,9 +301,7 @@ def test_a_file_that_cannot_be_used_is_one_line(file: Path, tmp_path: Path) -> N
 
     left = {name: tensor for name, tensor in tensors(source).items() if "layers.1.mlp.up" not in name}
     save_file(left, missing / "model.safetensors")
-    assert "lacks model.layers.1.mlp.up_proj.weight" in refusal(
-        write_gguf(tmp_path / "missing.gguf", missing, "llama")
-    )
+    assert "lacks model.layers.1.mlp.up_proj.weight" in refusal(write_gguf(tmp_path / "missing.gguf", missing, "llama"))
     extra = left | {name: tensor for name, tensor in tensors(source).items() if "layers.1.mlp.up" in name}
     save_file(extra | {"model.layers.1.self_attn.q_norm.weight": torch.ones(16)}, missing / "model.safetensors")
     assert "holds blk.1.attn_q_norm.weight, which llama models have no place for" in refusal(
@@ -291,3 +309,15 @@ def test_a_file_that_cannot_be_used_is_one_line(file: Path, tmp_path: Path) -> N
     )
     with pytest.raises(ModelError, match=r"none.gguf is not a file on this machine"):
         unpacked(tmp_path / "none.gguf")
+
+
+def test_commands_take_the_file_as_a_model(file: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(file, tmp_path / "model.gguf"))
+    values = {"run": {"dir": "run", "steps": 1}, "model": {"path": str(path)}, "data": {"train": "a.jsonl"}}
+    settings = validate(values)
+    assert with_model_folder(settings).model.path == str(tmp_path / "model")
+    assert with_model_folder(settings).run == settings.run
+    assert find_target(path, None).folder == tmp_path / "model"
+    assert with_model_folder(with_model_folder(settings)) == with_model_folder(settings)
+    with pytest.raises(ModelError, match=r"holds no weights .* but model.gguf, ; give the path of that"):
+        weight_files(tmp_path)
