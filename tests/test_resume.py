@@ -406,7 +406,7 @@ def test_settings_that_may_change_are_accepted(place: Path, tmp_path: Path) -> N
 
 def test_checkpoint_settings_without_effect_are_refused(place: Path) -> None:
     with pytest.raises(SettingsError, match=r"^run.keep_every=4: has no effect with run.save_every=0 .*; remove it$"):
-        load_settings(config(place, "keep", run={"keep_every": 4}))
+        load_settings(config(place, "keep", run={"keep_every": 4, "save_every": 0}))
     with pytest.raises(SettingsError, match=r"^run.keep_every=4: not a multiple of run.save_every=3; choose one$"):
         load_settings(config(place, "keep", run={"keep_every": 4, "save_every": 3}))
 

@@ -319,5 +319,5 @@ def test_commands_take_the_file_as_a_model(file: Path, tmp_path: Path) -> None:
     assert with_model_folder(settings).run == settings.run
     assert find_target(path, None).folder == tmp_path / "model"
     assert with_model_folder(with_model_folder(settings)) == with_model_folder(settings)
-    with pytest.raises(ModelError, match=r"holds no weights .* but model.gguf, ; give the path of that"):
+    with pytest.raises(ModelError, match=r"holds no weights .* but model.gguf; give the path of that"):
         weight_files(tmp_path)
