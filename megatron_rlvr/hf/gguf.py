@@ -225,7 +225,12 @@ def _tensors(
         stored = tensors[own]
         shape = tuple(int(size) for size in stored.shape[::-1])
         data = stored.data if expert is None else stored.data[expert]
-        values = torch.from_numpy(dequantize(data, stored.tensor_type).copy())
+        try:
+            values = torch.from_numpy(dequantize(data, stored.tensor_type).copy())
+        except NotImplementedError:
+            raise ModelError(
+                f"{own} is quantised as {stored.tensor_type.name}, which the package gguf cannot decode; {_REMEDY}"
+            ) from None
         values = values.reshape(shape if expert is None else shape[1:])
         if config["model_type"] == "llama" and ".self_attn.q_proj." in name:
             values = _in_halves(values, heads)
@@ -248,13 +253,22 @@ def _stop_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokenizer(path: Path, fields: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
     """Return the tokenizer as transformers has it. Raises ModelError if it is none that is known."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in _SPLITS:
         known = ", ".join(_SPLITS)
         raise ModelError(f"{path} has a tokenizer {kind!r:.60} of {split!r:.60}; known is gpt2 of {known}: {_REMEDY}")
+    try:
+        return _byte_level_bpe(fields, split, config["max_position_embeddings"])
+    except Exception as error:  # of a damaged file: KeyError, IndexError, ..., and tokenizers' own bare Exception
+        reason = f"{type(error).__name__} {error}"[:120]
+        raise ModelError(f"{path} has a tokenizer that cannot be read ({reason}); {_REMEDY}") from None
+
+
+def _byte_level_bpe(fields: Mapping[str, Any], split: str, max_length: int) -> Any:
+    """Return a tokenizer of byte-level BPE, given how it splits text."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -288,7 +302,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], config: Mapping[str, Any])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=whole,
         clean_up_tokenization_spaces=False,
-        model_max_length=config["max_position_embeddings"],
+        model_max_length=max_length,
         **named,
     )
     fast.chat_template = fields.get("tokenizer.chat_template")

@@ -295,6 +295,8 @@ def test_a_file_that_cannot_be_used_is_one_line(file: Path, tmp_path: Path) -> N
     assert "rope scaling 'yarn' is not supported" in refusal(stretched)
     unknown = refusal(write_gguf(tmp_path / "pre.gguf", source, "llama", pre="tekken"))
     assert "a tokenizer 'gpt2' of 'tekken'; known is gpt2 of smollm, llama-bpe, qwen2" in unknown
+    (tmp_path / "tokens.gguf").write_bytes(content.replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.marges", 1))
+    assert "has a tokenizer that cannot be read (KeyError 'tokenizer.ggml.merges')" in refusal(tmp_path / "tokens.gguf")
     missing = tmp_path / "missing"
     shutil.copytree(source, missing)
     from safetensors.torch import save_file
