@@ -29,6 +29,7 @@ from megatron_rlvr.evaluation.folder import evaluation_folder
 from megatron_rlvr.evaluation.records import by_problem, read_records
 from megatron_rlvr.evaluation.statistics import bootstrap_interval
 from megatron_rlvr.hf.gguf import unpack
+from megatron_rlvr.preflight.host_memory import host_memory
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "config.yaml"
@@ -36,6 +37,9 @@ WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SGLANG = Path("build/sglang")
 HELD_OUT_SEED = 1_000_000
 """reasoning-gym draws problem i of a data set with seed + i: seeds that are close to each other share problems."""
+CORES = 2
+TWO_RANKS_BYTES = 12 * 10**9
+"""Available memory from which on two ranks are started; each takes up to 5.5 GB."""
 BATCH_PROBLEMS = 8
 console = Console(highlight=False)
 
@@ -43,10 +47,10 @@ RLVR = (sys.executable, "-m", "megatron_rlvr.cli")
 """The command ``rlvr`` of this environment."""
 
 
-def rlvr(*arguments: str) -> None:
-    """Run a verb of ``rlvr``, and exit if it fails. Each rank has one thread: two ranks take two cores."""
+def rlvr(*arguments: str, threads: int) -> None:
+    """Run a verb of ``rlvr``, and exit if it fails; each of its processes has this number of threads."""
     console.print(f"[bold]rlvr {' '.join(arguments)}[/bold]", soft_wrap=True, markup=True)
-    finished = subprocess.run([*RLVR, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    finished = subprocess.run([*RLVR, *arguments], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
 
@@ -147,7 +151,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="training steps")
     parser.add_argument("--problems", type=int, default=64, help="held-out problems for evaluation")
     parser.add_argument("--completions", type=int, default=8, help="completions of each of them")
-    parser.add_argument("--ranks", type=int, help="training processes (default: 2; 1 beside an SGLang server)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="training processes (default: 2; 1 with less than 12 GB of free memory, and beside an SGLang server)",
+    )
     parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="what samples")
     options, flags = parser.parse_known_args()
 
@@ -156,7 +164,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "model")
     write_held_out(folder / "held_out.jsonl", options.problems)
-    ranks = options.ranks or (1 if options.engine == "sglang" else 2)
+    alone = options.engine == "sglang" or host_memory().available < TWO_RANKS_BYTES
+    ranks = options.ranks or (1 if alone else 2)
+    threads = CORES if ranks == 1 and options.engine == "embedded" else 1
     train = [
         *("train", str(CONFIG), "--ranks", str(ranks)),
         *("--run.dir", str(folder), "--run.steps", str(options.steps), "--model.path", str(folder / "model")),
@@ -166,9 +176,19 @@ def main() -> None:
         subprocess.run([HERE.parents[1] / "tools" / "install_sglang_cpu.sh", SGLANG], check=True)
         serve = ["serve", str(folder / "model"), "--device", "cpu", "--dtype", "bfloat16", "--run-dir", str(folder)]
         with_servers = ["--rollout.engine", "sglang", "--rollout.servers", "{servers}", "--sync.method", "tensor"]
-        rlvr(*serve, "--python", str(SGLANG / "bin/python"), "--then", *RLVR, *train, *with_servers, *flags)
+        rlvr(
+            *serve,
+            "--python",
+            str(SGLANG / "bin/python"),
+            "--then",
+            *RLVR,
+            *train,
+            *with_servers,
+            *flags,
+            threads=threads,
+        )
     else:
-        rlvr(*train, *flags)
+        rlvr(*train, *flags, threads=threads)
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console.print("evaluating the exported model with transformers")
