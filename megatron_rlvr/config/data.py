@@ -178,7 +178,7 @@ class EvaluateSettings(Section):
 def names_of(files: Sequence[FileSettings]) -> list[str]:
     """Return the name of each file of `data.train` or `evaluate.sets`, which `_check_names` has found to be unique.
 
-    Generated sets of the same path are told apart by the options that not all of them share.
+    Generated sets of the same path have different names, by the options that not all of them share.
     """
     alike: dict[str, list[FileSettings]] = {}
     for file in files:
