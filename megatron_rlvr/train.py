@@ -20,6 +20,7 @@ from megatron_rlvr.startup.describe import describe_first_prompt, describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.lease import take_lease
+from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.process import (
     check_launch,
     end_with_launcher,
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         config, *flags = [argument for argument in arguments if argument != "--check"] or [""]
         if not config or config.startswith("--"):
             raise SettingsError("the first argument is not a settings file; give CONFIG.yaml, or --help for its keys")
-        settings = load_settings(config, flags)
+        settings = with_model_folder(load_settings(config, flags))
         if not check:
             check_launch(settings.parallel, "torchrun --nproc-per-node {ranks} -m megatron_rlvr.train")
             environment.set_defaults(settings.megatron)

@@ -153,10 +153,12 @@ class Trainer:
                     self.checkpoints.start(step, self._save_policy)
             with self._timed("sync"):
                 self.sync(version=step)
+            accelerator.trim_host_memory()
         self.totals.skipped += metrics.pop("train/skipped", 0.0)
         metrics |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self.totals.skipped}
         metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        metrics["memory/peak_gb"] = self._peak_memory() / 1e9
+        metrics["memory/held_gb"] = self._most(accelerator.held_memory()) / 1e9
+        metrics["memory/peak_gb"] = self._most(accelerator.device_info().peak) / 1e9
         metrics["rollout/tokens_per_second"] = metrics["rollout/response_tokens"] / metrics["time/rollout"]
         return metrics
 
@@ -269,11 +271,10 @@ class Trainer:
             self.signals.accept()
         return wanted
 
-    def _peak_memory(self) -> float:
-        """Return the most bytes that any rank has held since it started. A collective over the world."""
+    def _most(self, size: int) -> int:
+        """Return the largest ``size`` of any rank. A collective over the world."""
         ranks = self.policy.ranks
-        in_data_group = max(gather(accelerator.device_info().peak, ranks.data_objects))
-        return float(max(gather(in_data_group, ranks.replica_objects)))
+        return max(gather(max(gather(size, ranks.data_objects)), ranks.replica_objects))
 
     def _learn(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Train on a rollout; a SkippedStepsError names the prompts and the file that holds the mini-batch."""

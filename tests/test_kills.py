@@ -133,7 +133,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
 )
 def test_kills_lose_nothing_but_time(kills: int, total: int, place: Path) -> None:
     whole, killed = f"uninterrupted_{kills}", f"killed_{kills}"
-    config(place, whole, steps=total, save_every=0)
+    config(place, whole, steps=total, save_every=total)
     config(place, killed, steps=total)
     (ending,) = run_with_kills(place, whole, 0)
     assert ending[0] == 0, (place / f"{whole}.yaml.out").read_text()

@@ -68,7 +68,7 @@ def config(place: Path, name: str, **sections: Any) -> Path:
         place / "problems.jsonl",
         place / name,
         **{
-            "run": {"steps": STEPS, "save_every": 0} | sections.pop("run", {}),
+            "run": {"steps": STEPS, "save_every": STEPS} | sections.pop("run", {}),
             "rollout": {"group_size": 2, "max_rounds": 4} | sections.pop("rollout", {}),
             "batch": {"prompts": 2, "mini_batch_prompts": 1} | sections.pop("batch", {}),
             "reward": {"function": "rewards:even"},
@@ -406,7 +406,7 @@ def test_settings_that_may_change_are_accepted(place: Path, tmp_path: Path) -> N
 
 def test_checkpoint_settings_without_effect_are_refused(place: Path) -> None:
     with pytest.raises(SettingsError, match=r"^run.keep_every=4: has no effect with run.save_every=0 .*; remove it$"):
-        load_settings(config(place, "keep", run={"keep_every": 4}))
+        load_settings(config(place, "keep", run={"keep_every": 4, "save_every": 0}))
     with pytest.raises(SettingsError, match=r"^run.keep_every=4: not a multiple of run.save_every=3; choose one$"):
         load_settings(config(place, "keep", run={"keep_every": 4, "save_every": 3}))
 

@@ -235,9 +235,9 @@ class Checkpoints:
         self._in_progress: _Started | None = None
 
     def due(self, step: int) -> bool:
-        """Return whether to save after a step: every `run.save_every` steps and at the end."""
+        """Return whether to save after a step: every `run.save_every` steps and at the end, or never if that is 0."""
         every = self._run.save_every
-        return step == self._run.steps or bool(every and step % every == 0)
+        return bool(every) and (step == self._run.steps or step % every == 0)
 
     def start(self, step: int, save_policy: SavePolicy) -> None:
         """Copy the policy's part of a checkpoint to host memory, for `save` of the same step. A collective.

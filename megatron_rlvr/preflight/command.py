@@ -17,6 +17,7 @@ from megatron_rlvr.preflight.results import CheckResult, Report
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.layout_checks import check_megatron
+from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.process import (
     check_launch,
     end_with_launcher,
@@ -120,7 +121,7 @@ def parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, l
 
 
 def _resolve(config: str, flags: list[str]) -> Resolved:
-    settings = load_settings(config, flags)
+    settings = with_model_folder(load_settings(config, flags))
     command = f"torchrun --nproc-per-node {{ranks}} {sys.argv[0]} {config}, or by the run's launcher with PREFLIGHT=1"
     check_launch(settings.parallel, command)
     environment.set_defaults(settings.megatron)

@@ -190,7 +190,7 @@ IMPOSSIBLE_TOGETHER = [
         "--optimizer.schedule=cosine --optimizer.decay_steps=20 --optimizer.min_learning_rate=1",
         "optimizer.min_learning_rate=1.0", "optimizer.learning_rate=1e-06", "lower it",
     ),
-    ("--evaluate.sets=[a/x.jsonl, b/x.jsonl]", "evaluate.sets: ", "two sets have the name 'x'", "another name"),
+    ("--evaluate.sets=[a/x.jsonl, b/x.jsonl]", "evaluate.sets: ", "two sets have the name 'x'", "set name beside"),
     ("--evaluate.sets=a.jsonl --evaluate.temperature=0", "evaluate.group_size=32", "temperature=0", "set 1"),
     ("--rollout.max_batch_tokens=20000", "rollout.max_batch_tokens=20000", "20480", "raise it"),
 ]  # fmt: skip

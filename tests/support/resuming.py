@@ -25,8 +25,8 @@ class StopAfter:
     def counted(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``train_step``, whose ends are counted."""
 
-        def step(*arguments: Any) -> Any:
-            metrics = train_step(*arguments)
+        def step(*arguments: Any, **named: Any) -> Any:
+            metrics = train_step(*arguments, **named)
             self.left -= 1
             return metrics
 

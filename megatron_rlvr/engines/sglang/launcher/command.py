@@ -20,6 +20,7 @@ from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_conf
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.hf.gguf import model_folder
 from megatron_rlvr.process_table import start_time
 
 DESCRIPTION = """\
@@ -157,7 +158,7 @@ def _split(words: Sequence[str], mark: str) -> tuple[list[str], list[str] | None
 
 def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerProgram]:
     """Return the servers to start. Raises ValueError or OSError with a message of one line if the input is wrong."""
-    model = options.model.absolute()
+    model = model_folder(options.model.absolute())
     if not (model / "config.json").is_file():
         raise ValueError(f"{options.model} is no model (it has no config.json); give a Hugging Face folder")
     if options.tensor < 1 or (options.servers is not None and options.servers < 1):
