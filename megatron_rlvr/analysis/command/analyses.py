@@ -185,7 +185,7 @@ def _axis(steps: Sequence[int | None]) -> tuple[list[float], str]:
     """Return places of models on the axis of a plot, and its label; the first model without step is that of step 0."""
     known = [0 if number == 0 and step is None else step for number, step in enumerate(steps)]
     numbers = [float(step) for step in known if step is not None]
-    if len(numbers) == len(steps) and len(set(numbers)) == len(steps):
+    if len(numbers) == len(steps) and numbers == sorted(set(numbers)):
         return numbers, "training step"
     return [float(number) for number in range(len(steps))], "number of the model"
 

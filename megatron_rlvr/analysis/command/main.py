@@ -19,6 +19,7 @@ from megatron_rlvr.command_line import Parser, path, positive_int, small_int
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.evaluation.command.target import Target
 from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.input_files import is_file
 from megatron_rlvr.launch import launched, start_ranks
 
 DESCRIPTION = """\
@@ -59,13 +60,13 @@ def main(arguments: Sequence[str], prog: str) -> int:
     options = parser.parse_args(words)
     _check(options, evaluate, parser)
     check_plots()
-    out: Path = options.out or (options.source / ANALYSES if options.analysis in _SCORING else Path(ANALYSES))
+    out: Path = options.out or _place(options) / ANALYSES
     if options.analysis == "parameters":
         (base,), (model,) = find_models([options.base], None), find_models(options.model, options.step)
         results: list[Result] | None = [parameters(base, model, out)]
     elif options.analysis == "temperatures":
         (model,) = find_models(options.model, options.step)
-        grid = temperatures.Grid(options.threshold, options.high, options.low)
+        grid = temperatures.Grid(options.threshold, sorted(set(options.high)), sorted(set(options.low)))
         if status := temperatures.sample_grid(options.model[0], _first(options.step), out, grid, evaluate or []):
             return status
         results = temperatures.temperatures(str(model.weights), out, grid)
@@ -83,6 +84,13 @@ def main(arguments: Sequence[str], prog: str) -> int:
         for file in write_result(out, result):
             sys.stdout.write(f"{file}\n")
     return 0
+
+
+def _place(options: argparse.Namespace) -> Path:
+    """Return the folder in which the folder of the results is by default."""
+    if options.analysis not in _SCORING:
+        return Path()
+    return options.source.parent if is_file(options.source) else options.source
 
 
 def _scored(options: argparse.Namespace, out: Path) -> list[Result] | None:
