@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/analysis.py [--rounds 5] [--tokens 1000000] [--json FILE]
 
-recording   the training step of benchmarks/step.py on 64 prompts x 8 responses of 64 tokens (4 layers of 128, vocabulary
-            512), alternately without and with recording of 16 responses: choosing them, the alternatives of their
-            selected tokens, the pass under the updated weights, and the Parquet file
+recording   the training step of benchmarks/step.py on 64 prompts x 8 responses of 64 tokens (4 layers of 128,
+            vocabulary 512), alternately without and with recording of 16 responses: choosing them, the alternatives of
+            their selected tokens, the pass under the updated weights, and the Parquet file
 analysis    `rlvr analyze tokens` of so many tokens in responses of 1,000 under the same model: scoring, histogram,
             percentiles, and mean entropies by token; beside it transformers' forward pass over the same sequences with
             its logits and nothing else. Both take turns, a block of responses each.
