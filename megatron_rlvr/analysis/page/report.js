@@ -125,7 +125,8 @@
   }
 
   function axisStyle() {
-    return { stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(6)))));
+    return { values, stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
   }
 
   function plot(panel, into) {
