@@ -1,4 +1,4 @@
-"""What a model makes of given responses, in any layout: entropies, a block of tokens at a time, and gradients."""
+"""Entropies of given responses under a model, a block of tokens at a time, and gradients by bin; in any layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
