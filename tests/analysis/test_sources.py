@@ -19,7 +19,7 @@ def write_evaluation(folder: Path, model: Path, train: Path, texts: list[list[st
     """
     description = {
         "target": {"path": str(model)},
-        "prompts": {"template": "none", "system": None, "suffix": " Think.", "tokenizer": None, "template_kwargs": {}},
+        "prompts": {"template": "plain", "system": None, "suffix": " Think.", "tokenizer": None, "template_kwargs": {}},
         "sampling": {"group_size": len(texts[0]), "temperature": 0.5, **sampling},
         "reward": {"function": "math", "correct": 1.0, "incorrect": 0.0, "answer_after": None},
         "sets": {"held": {"path": str(train), "prompt_key": None, "answer_key": None, "id_key": None, "problems": 2}},

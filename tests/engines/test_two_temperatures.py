@@ -59,6 +59,12 @@ def model() -> Qwen2ForCausalLM:
     ).eval()
 
 
+@torch.no_grad()
+def logits_of(model: Qwen2ForCausalLM, tokens: list[int]) -> np.ndarray:
+    """[T, V] logits of a response to the prompt of `sampled`."""
+    return model(input_ids=torch.tensor([[1, 2, 3, 4, 5, *tokens]])).logits[0, 4:-1].double().numpy()
+
+
 def sampled(model: Qwen2ForCausalLM, temperature: float, two: TwoTemperatures | None) -> dict[int, tuple]:
     engine = EmbeddedEngine(
         model.config, device=torch.device("cpu"), stop_token_ids=[7], pad_token_id=0, process_logits=two
@@ -74,16 +80,14 @@ def test_the_embedded_engine_samples_with_both_temperatures(model: Qwen2ForCausa
     for temperature in (1.0, 0.7):
         plain, same = sampled(model, temperature, None), sampled(model, 1.0, TwoTemperatures(1.0, *[temperature] * 2))
         assert {i: tokens for i, (tokens, _) in plain.items()} == {i: tokens for i, (tokens, _) in same.items()}
-    two = TwoTemperatures(2.0, 1.3, 0.5)
+    rows = np.concatenate([logits_of(model, tokens) for tokens, _ in sampled(model, 1.0, None).values()])
+    threshold = float(np.median(entropy_of(np.exp(log_softmax(rows, axis=-1)), axis=-1)))
     used = set()
-    for tokens, logprobs in sampled(model, 1.0, two).values():
-        ids = torch.tensor([1, 2, 3, 4, 5, *tokens])
-        with torch.no_grad():
-            logits = model.double()(input_ids=ids[None]).logits[0, 4:-1].numpy()
-        model.float()
-        log_p = expected(logits, 2.0, 1.3, 0.5)
+    for tokens, logprobs in sampled(model, 1.0, TwoTemperatures(threshold, 1.3, 0.5)).values():
+        logits = logits_of(model, tokens)
+        log_p = expected(logits, threshold, 1.3, 0.5)
         np.testing.assert_allclose(logprobs, log_p[np.arange(len(tokens)), tokens], atol=1e-4)
-        used |= {entropy_of(np.exp(log_softmax(row))) > 2.0 for row in logits}
+        used |= {bool(entropy_of(np.exp(log_softmax(row))) > threshold) for row in logits}
     assert used == {True, False}
 
 

@@ -21,6 +21,7 @@ from megatron_rlvr.evaluation.command.target import Target
 from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.input_files import is_file
 from megatron_rlvr.launch import launched, start_ranks
+from megatron_rlvr.startup.process import quiet_libraries
 
 DESCRIPTION = """\
 The token analyses of "Beyond the 80/20 rule" on a model of your own. Each writes JSON, CSV, PNG and SVG, into
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
         if options.model and not launched() and (ranks := options.ranks or _parallel(options).replica) > 1:
             _models(options)  # raises an error that says what a model lacks, before ranks start
             return start_ranks("analyze", words, ranks)
+        quiet_libraries()
         results = _scored(options, out)
     for result in results or []:  # None: another rank writes
         for file in write_result(out, result):
