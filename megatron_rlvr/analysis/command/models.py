@@ -54,7 +54,6 @@ def hugging_face_folder(
         write_folder(folder, model.folder, checkpoint_tensors(model.weights), fsync=False)
 
     write(convert)
-    try:
-        yield folder
-    finally:
-        write(lambda: shutil.rmtree(folder, ignore_errors=True))
+    yield folder
+    # After a failure of one rank the others would wait here; then the folder stays, and the next command replaces it.
+    write(lambda: shutil.rmtree(folder, ignore_errors=True))
