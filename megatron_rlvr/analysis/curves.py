@@ -37,7 +37,7 @@ PANELS = (
         "share",
         {"reward/accuracy": "correct"},
         {"reward/accuracy": _GROUP_ERROR},
-        "Bars are an upper bound of the standard error, as if the responses of a group were all alike.",
+        "Bands are an upper bound of the standard error, as if the responses of a group were all alike.",
     ),
     Panel("Reward", "reward", {"reward/mean": "mean"}),
     Panel(
@@ -117,7 +117,7 @@ def _evaluation_panel(runs: Sequence[RunFolder]) -> Panel:
         "accuracy",
         names,
         {key: f"{key}_standard_error" for key in keys},
-        "Bars are standard errors over problems.",
+        "Bands are standard errors over problems.",
     )
 
 

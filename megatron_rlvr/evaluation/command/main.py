@@ -70,6 +70,8 @@ def _evaluate(options: Namespace, arguments: list[str]) -> int:
     resolved = resolve_evaluation(settings, _recorded_clock(options.out), show_progress=is_main())
     description = describe_evaluation(resolved)
     description["target"] = target.describe() | {"dtype": settings.model.dtype}
+    if options.two_temperatures is not None:
+        description["sampling"]["two_temperatures"] = options.two_temperatures
     check_folder(options.out, description)
     if _is_complete(options.out, resolved):
         return _report_again(options, resolved)
@@ -90,7 +92,12 @@ def _sample(options: Namespace, resolved: ResolvedEvaluation, target: Target, de
         if is_main():  # a second command would sample the same completions
             resources.enter_context(lease_of(resolved.settings.run))
         graders = resources.enter_context(_graders(resolved))
-        run_session(resolved, target, description, options.out, graders, served=served, as_json=options.json)
+        run_session(
+            *(resolved, target, description, options.out, graders),
+            two_temperatures=options.two_temperatures,
+            served=served,
+            as_json=options.json,
+        )
     return 0
 
 
