@@ -9,6 +9,7 @@ starts. Wrong input ends with status 2 and one line on stderr.
 import sys
 from typing import NoReturn
 
+from megatron_rlvr import open_files
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.help import help_text
 from megatron_rlvr.config.loading import load_settings, to_yaml
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check = "--check" in arguments
     end_with_launcher()
+    open_files.raise_limit()
     survive_closed_output()
     quiet_libraries()
     signals = Signals()

@@ -75,7 +75,7 @@ class ServerPool:
         # the same port: a request on a connection that is found closed looks like one to a server that died.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
         self._session = new_session(connector, self._api_key)
-        return [Server(url, self._session) for url in urls]
+        return [Server(url, self._session, self._loop.late) for url in urls]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the pool's thread and return its result."""
@@ -172,6 +172,7 @@ class ServerPool:
 
         async def begin() -> "asyncio.Task[None]":
             dispatcher.streams.append(stream)
+            dispatcher.fit_open_files()
             if not self._watchers:
                 self._watchers = [self._loop.start(self.membership.watch(m)) for m in self.membership.members]
             return self._loop.start(self._fail_without_servers(stream))
