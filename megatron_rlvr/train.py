@@ -24,6 +24,7 @@ from megatron_rlvr.startup.lease import take_lease
 from megatron_rlvr.startup.process import (
     check_launch,
     end_with_launcher,
+    is_leader,
     is_main,
     leave,
     logger,
@@ -71,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
             workers=1 if check else settings.reward.workers,
             timeout_seconds=settings.reward.timeout_seconds,
             answer_after=resolved.answer_after,
+            # With servers, only leaders have responses.
+            at_once=settings.rollout.engine == "embedded" or is_leader(settings.parallel),
         )
         golds = describe_golds(resolved) if is_main() else ""
     except (RlvrError, Stopped) as error:
