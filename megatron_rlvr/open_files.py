@@ -13,8 +13,8 @@ _HIGHEST = 2**20
 # Logs, checkpoints, health checks and orders to servers, besides what is open when the room is computed.
 _RESERVE = 48
 
-# By benchmarks/host_groups.py. Each process group has some files of its own, and connects ranks that exchange something:
-# neighbours, ranks at distances of powers of two, and in exchanges and gathers all ranks of the group.
+# By benchmarks/host_groups.py, and twice what it finds. Each process group has some files of its own, and connects
+# ranks that exchange something: neighbours, distances of powers of two, and in exchanges and gathers all of the group.
 _WITHOUT_RANKS, _EACH_RANK = 160, 2
 _STORE_CLIENTS = 4  # connections of a rank to the store: its own, the heartbeat's, the engine's and the collector's
 

@@ -115,8 +115,8 @@ class GraderProcess:
     def grade(self, task: bytes) -> Graded | str:
         """Send one task, a pickled (Prompt, response), and return the result of the function, or why there is none.
 
-        The time for which the process was ready to run, and others had the CPU, does not count towards the deadline; ten
-        times the deadline ends a task in any case.
+        The time for which the process was ready to run, and others had the CPU, does not count towards the deadline;
+        ten times the deadline ends a task in any case.
 
         Raises:
             GraderTimeout: If the process misses the deadline.

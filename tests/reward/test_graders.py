@@ -510,7 +510,8 @@ def test_the_time_for_which_a_process_waits_for_a_cpu_is_known() -> None:
     spinning = [subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) for _ in range(2)]
     try:
         for each in spinning:
-            assert each.stdout is not None and each.stdout.readline()
+            assert each.stdout is not None
+            assert each.stdout.readline()
         before = [process.seconds_without_cpu(each.pid) for each in spinning]
         time.sleep(1.0)
         after = [process.seconds_without_cpu(each.pid) for each in spinning]
