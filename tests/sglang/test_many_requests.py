@@ -40,13 +40,6 @@ def apart() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    server = FakeServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def few_files() -> Iterator[int]:
     """A limit of 300 open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -144,23 +137,33 @@ def test_an_abort_takes_as_long_as_answers_arrive_and_logs_what_it_gives_up(
     )
 
 
+class SlowToReport(FakeServer):
+    """A server whose health checks take half a second, so that one is nearly always under way."""
+
+    async def _health(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(0.5)
+        return await super()._health(request)
+
+
 def test_a_health_check_counts_only_if_this_process_was_on_time(
-    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("megatron_rlvr.engines.sglang.client._HEALTH_SECONDS", 0.3)
-    pool = pool_of([fake.url], health_check_seconds=0.05)
-    loop = pool._loop
+    monkeypatch.setattr("megatron_rlvr.engines.sglang.client._HEALTH_SECONDS", 1.5)
+    server = SlowToReport()
+    pool = pool_of([server.url], health_check_seconds=0.01)
     try:
         with pool.open():
             for _ in range(3):
-                loop.call_soon(lambda: time.sleep(1.5))  # the check, which is under way, times out meanwhile
-                time.sleep(1.7)
-            assert loop.late() > 3.0
+                time.sleep(0.3)
+                pool._loop.call_soon(lambda: time.sleep(2.0))
+                time.sleep(2.0)
+            assert pool._loop.late() > 4.0
             assert removals(caplog) == []
-            fake.healthy = None
+            server.healthy = None
             wait_for(lambda: removals(caplog))
     finally:
         pool.close()
+        server.close()
 
 
 class _Unanswered:
