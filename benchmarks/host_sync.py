@@ -32,7 +32,7 @@ from megatron_rlvr.engines.sglang.connect import connect
 from megatron_rlvr.engines.sglang.weight_sync.distributed import DistributedSync
 
 SERVERS, BYTES, BUCKET = 4, 4e9, 2**26
-_CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 50}
+_CONFIG: dict[str, Any] = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 50}
 _MODEL_BYTES, _MODEL_BUCKET, _FILL, _LOAD, _BYTES_A_SECOND = 65.5e9, 268e6, 0.012, 0.006, 50e9
 
 
