@@ -76,7 +76,7 @@ def test_512_requests_under_a_limit_of_300_files_remove_no_healthy_server(
     try:
         with pool.open() as stream:
             stream.submit(requests(512))
-            found = []
+            found: list[Any] = []
             while len(found) < 512:
                 found.append(stream.get(60.0))
                 with suppress(OSError):  # there is none left to count them
