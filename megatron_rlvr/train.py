@@ -9,6 +9,7 @@ starts. Wrong input ends with status 2 and one line on stderr.
 import sys
 from typing import NoReturn
 
+from megatron_rlvr import open_files
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.help import help_text
 from megatron_rlvr.config.loading import load_settings, to_yaml
@@ -24,6 +25,7 @@ from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.process import (
     check_launch,
     end_with_launcher,
+    is_leader,
     is_main,
     leave,
     logger,
@@ -47,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check = "--check" in arguments
     end_with_launcher()
+    open_files.raise_limit()
     survive_closed_output()
     quiet_libraries()
     signals = Signals()
@@ -70,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
             workers=1 if check else settings.reward.workers,
             timeout_seconds=settings.reward.timeout_seconds,
             answer_after=resolved.answer_after,
+            # With servers, only leaders have responses.
+            at_once=settings.rollout.engine == "embedded" or is_leader(settings.parallel),
         )
         golds = describe_golds(resolved) if is_main() else ""
     except (RlvrError, Stopped) as error:

@@ -228,7 +228,7 @@ def build_optimizer(
         "params_dtype": DTYPES[model.dtype],
     }
     config = build_config(OptimizerConfig, default_fields() | read_fields(megatron), own)
-    optimizer = get_megatron_optimizer(config, chunks)
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
     cosine = settings.schedule == "cosine"
     schedule = OptimizerParamScheduler(
         optimizer,

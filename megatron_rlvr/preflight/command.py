@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_rlvr import open_files
 from megatron_rlvr.command_line import Parser, path
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.distributed import environment
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
         program: Name of the command in messages.
     """
     end_with_launcher()
+    open_files.raise_limit()
     options, flags = parse(arguments, program)
     quiet_libraries()
     signals = Signals()

@@ -29,6 +29,12 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_leader(parallel: ParallelSettings) -> bool:
+    """Return whether this process is the first rank of its data-parallel replica, before the ranks have joined."""
+    rank = int(os.environ.get("RANK", "0"))
+    return rank % (parallel.tensor * parallel.context) == 0 and rank < world_size(parallel) // parallel.pipeline
+
+
 def is_first_of_host() -> bool:
     """Return whether this process is the first rank of its host, by the launcher's LOCAL_RANK."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -2,15 +2,17 @@
 
 ServerError               the request failed on this server; another server may answer it
   UnhealthyServerError    the server exited, hangs or gives impossible answers: use it again after a health check
+  NoConnectionError       this machine had no file or port left for the connection, for the whole time of the request
 RequestRefusedError       the request is invalid; every server would refuse it
 """
 
 import asyncio
 import io
 import logging
+import random
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ import aiohttp
 from megatron_rlvr.distributed import transport
 from megatron_rlvr.engines.sglang.answers import AnswerError, AnswerLimit, is_int, parse_object, read_body, shown
 from megatron_rlvr.errors import FaultError
+from megatron_rlvr.open_files import EXHAUSTED
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ _POLL_SECONDS = 1.0
 # /health itself answers 503 after 20 s without a token.
 _HEALTH_SECONDS = 30.0
 _MAX_RANKS, _MAX_TOKENS = 1024, 2**31
+# Pause before this machine is asked for a connection again, of which it had none.
+_NO_CONNECTION_SECONDS = 0.5
 _ANY_ANSWER = AnswerLimit()
 
 
@@ -39,6 +44,10 @@ class ServerError(FaultError):
 
 class UnhealthyServerError(ServerError):
     """A server exited, hangs or gives an impossible answer; it must pass a health check before it is used again."""
+
+
+class NoConnectionError(ServerError):
+    """This machine had no file or port left for a connection, which says nothing about the server."""
 
 
 class RequestRefusedError(FaultError):
@@ -90,6 +99,7 @@ class Server:
     Args:
         url: URL of the server.
         session: HTTP session for all requests.
+        late: Returns by how many seconds, in all, the event loop has been behind (`EventLoopThread.late`).
 
     Attributes:
         url: URL of the server, without a slash at the end.
@@ -97,8 +107,9 @@ class Server:
             (see colocation.py).
     """
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, late: Callable[[], float] = lambda: 0.0) -> None:
         self.url = url
+        self.late = late
         self.keep_paused = False
         self._session = session
 
@@ -116,9 +127,12 @@ class Server:
 
         Raises:
             UnhealthyServerError: The server answered with an error, or not in time.
+            NoConnectionError: The server could not be asked.
         """
         try:
             await self.send("GET", "/health", _HEALTH_SECONDS)
+        except NoConnectionError:
+            raise
         except (ServerError, RequestRefusedError) as error:
             raise UnhealthyServerError(str(error)) from None
 
@@ -135,7 +149,7 @@ class Server:
         while True:
             try:
                 return await self.check_health()
-            except UnhealthyServerError as error:
+            except (UnhealthyServerError, NoConnectionError) as error:
                 if time.monotonic() - start > patience_seconds:
                     raise
                 if not logged:
@@ -309,16 +323,29 @@ class Server:
     ) -> bytes:
         """Return the body that an endpoint answers.
 
+        While this machine has no file or port left for a connection, the request waits for one.
+
         Args:
             body: An object to send as JSON, or bytes that already are JSON.
             limit: Largest answer to the request.
 
         Raises:
+            NoConnectionError: The request was still waiting for a connection after ``timeout_seconds``.
             UnhealthyServerError: The server does not answer in time, the connection fails, or the answer is too large,
                 compressed, or a redirect, which is not followed.
             ServerError: The answer has an HTTP status of 500 or above.
             RequestRefusedError: The answer has an HTTP status of 400 to 499.
         """
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                return await self._send_once(method, path, timeout_seconds, body, limit)
+            except NoConnectionError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_NO_CONNECTION_SECONDS * random.uniform(0.5, 1.5))
+
+    async def _send_once(self, method: str, path: str, timeout_seconds: float, body: Any, limit: AnswerLimit) -> bytes:
         content: dict[str, Any] = {"json": body}
         if isinstance(body, bytes):
             content = {"data": io.BytesIO(body), "headers": {"Content-Type": "application/json"}}
@@ -331,6 +358,8 @@ class Server:
         except TimeoutError:
             raise UnhealthyServerError(f"no answer to {path} in {timeout_seconds:.0f} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that aiohttp cannot parse
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                raise NoConnectionError(f"{path}: this machine has no connection left ({error.strerror})") from None
             raise UnhealthyServerError(f"{path}: {type(error).__name__} {shown(str(error))}") from None
         if status >= 500:
             raise ServerError(f"{path} answered {status} {shown(answer)}")
@@ -345,7 +374,7 @@ class Server:
         try:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise AnswerError(f"answered with encoding {shown(response.headers['Content-Encoding'])}")
-            return await read_body(response.content, limit)
+            return await read_body(response.content, limit, self.late)
         except AnswerError as error:
             response.close()
             raise UnhealthyServerError(f"{path} {error}") from None

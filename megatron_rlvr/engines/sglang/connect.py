@@ -79,7 +79,7 @@ def connect(
             urls, problems = expand(pool_of_settings.everywhere(find_workers), key)
     found: list[list[str]] = [urls]
     dist.broadcast_object_list(found, src=0)
-    pool = pool_of(found[0]) if ranks.replica_rank == 0 else None
+    pool = pool_of(in_turn(found[0], ranks.data_rank, ranks.data_size)) if ranks.replica_rank == 0 else None
     if ranks.is_main and pool is not None:
         colocated = settings.colocated and not evaluation_servers
         wanted = _Wanted(
@@ -99,6 +99,16 @@ def connect(
             pool.close()
         raise
     return pool
+
+
+def in_turn(urls: Sequence[str], leader: int, leaders: int) -> list[str]:
+    """Return the servers in the order in which a leader uses them: each leader begins at another place.
+
+    Of servers with as few requests, a leader takes the first. If all leaders began with the same one, many leaders with
+    few requests would leave the last servers idle.
+    """
+    first = leader * len(urls) // leaders
+    return [*urls[first:], *urls[:first]]
 
 
 def served_folder(urls: Sequence[str], api_key: str | None) -> str | None:

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr import open_files
 from megatron_rlvr.config import ParallelSettings, SettingsError
 from megatron_rlvr.config.urls import check_urls, without_slash
 from megatron_rlvr.errors import RlvrError
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def _evaluate(options: Namespace, arguments: list[str]) -> int:
     end_with_launcher()
+    open_files.raise_limit()
     servers = _servers(options.servers) if options.servers else []
     target = find_target(_served_folder(options, servers) if options.target is None else options.target, options.step)
     # The settings are those of servers also before any is started.

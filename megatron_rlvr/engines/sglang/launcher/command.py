@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from megatron_rlvr import open_files
 from megatron_rlvr.command_line import Parser, path, small_int
 from megatron_rlvr.distributed import transport
 from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_config
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str], program: str, output: TextIO | None = None) -
         program: Name of the command in messages.
         output: Where progress is printed; None for standard output.
     """
+    open_files.raise_limit()  # servers inherit it: each request that they work on has a connection
     say = partial(_say, output or sys.stdout)
     words, then = _split(arguments, "--then")
     words, flags = _split(words, "--")
