@@ -7,6 +7,7 @@
     rlvr evaluate MODEL --sets ...  accuracy on problem sets, and how sure it is; compare models
     rlvr report RUN_DIR ...         one page about runs: curves, rollouts, forking tokens
     rlvr analyze tokens | change | parameters   what training did to entropies and weights
+    rlvr ablate SPEC.yaml           arms of a recipe over seeds, and what they differ in
     rlvr data prepare | overlap     published problem sets; problems in training and evaluation
     rlvr serve MODEL                start SGLang servers on this machine
     rlvr convert to-megatron ...    Hugging Face folder to megatron-core checkpoint
@@ -105,6 +106,12 @@ def _analyze(arguments: list[str]) -> int:
     return command(arguments, "rlvr analyze")
 
 
+def _ablate(arguments: list[str]) -> int:
+    from megatron_rlvr.ablation import command
+
+    return command.main(arguments, "rlvr ablate")
+
+
 def _data(arguments: list[str]) -> int:
     from megatron_rlvr.data import command
 
@@ -125,6 +132,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "report": _report,
     "analyze": _analyze,
+    "ablate": _ablate,
     "data": _data,
     "serve": _serve,
     "convert": _convert,

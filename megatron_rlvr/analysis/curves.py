@@ -1,7 +1,7 @@
 """Curves of the report: which metrics share a panel, with their units, their words and their standard errors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,16 @@ PANELS = (
     ),
     Panel("Entropy threshold", "nats", {"selection/threshold": "threshold"}),
     Panel("Response length", "tokens", {"rollout/response_tokens_mean": "mean"}),
+    Panel(
+        "Dynamic sampling",
+        "groups",
+        {"rollout/groups_sampled": "sampled", "rollout/groups_dropped": "dropped"},
+    ),
+    Panel(
+        "Prompts by difficulty",
+        "prompts",
+        {"data/prompts_retired": "retired", "data/prompts_resting": "resting", "data/prompts_new": "not yet sampled"},
+    ),
     Panel("Truncated responses", "share", {"rollout/truncated_fraction": "truncated"}),
     Panel("Clipping", "share", {"train/clip_fraction": "clipped tokens"}),
     Panel("KL divergence", "nats", {"train/kl": "old to new policy"}),
@@ -71,12 +81,19 @@ PANELS = (
 
 
 def curves(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Return panels and values of runs for the page; see `panel_curves`."""
+    by_run = [{step: values | _group_error(run, values) for step, values in run.metrics.items()} for run in runs]
+    return panel_curves([evaluation_panel(by_run), *PANELS], by_run)
+
+
+def panel_curves(panels: Sequence[Panel], by_run: Sequence[Mapping[int, Mapping[str, float]]]) -> dict[str, Any]:
     """Return panels and values for the page; panels that no run has values for are left out.
+
+    Args:
+        by_run: {step: {metric: value}} of each run.
 
     Returns: {"panels": [...], "runs": [{"steps": [...], "values": {metric: [value or null for each step]}}]}.
     """
-    panels = [_evaluation_panel(runs), *PANELS]
-    by_run = [{step: values | _group_error(run, values) for step, values in run.metrics.items()} for run in runs]
     present = {key for steps in by_run for values in steps.values() for key in values}
     shown = [panel for panel in panels if present & set(panel.keys)]
     wanted = {key for panel in shown for key in (*panel.keys, *panel.errors.values()) if key in present}
@@ -105,10 +122,11 @@ def curves(runs: Sequence[RunFolder]) -> dict[str, Any]:
     }
 
 
-def _evaluation_panel(runs: Sequence[RunFolder]) -> Panel:
+def evaluation_panel(by_run: Sequence[Mapping[int, Mapping[str, float]]]) -> Panel:
+    """Return the panel of the accuracies on problem sets that any run has."""
     keys = sorted(
         key
-        for key in {key for run in runs for values in run.metrics.values() for key in values}
+        for key in {key for run in by_run for values in run.values() for key in values}
         if key.startswith("eval/") and key.endswith("/accuracy")
     )
     names = {key: key.removeprefix("eval/").removesuffix("/accuracy") for key in keys}

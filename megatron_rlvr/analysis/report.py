@@ -51,6 +51,7 @@ def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, 
     rollouts = show_rollouts(runs, most_tokens)
     data = {
         "version": __version__,
+        "parts": ["runs", "curves", "rollouts", "tokens", "analyses"],
         "curves": curves(runs),
         "runs": [
             {
@@ -73,15 +74,21 @@ def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, 
     atomic.write_text(output, page(", ".join(run.name for run in runs), data))
 
 
-def page(title: str, data: dict[str, Any]) -> str:
-    """Return the HTML of a report."""
+def page(title: str, data: dict[str, Any], command: str = "rlvr report") -> str:
+    """Return the HTML of a report.
+
+    Args:
+        data: Data of the parts that ``data["parts"]`` names, in the order of the tabs.
+        command: Command that writes it, for its heading.
+    """
     scripts = [_asset("uPlot.iife.min.js"), _asset("report.js")]
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     # A block of JSON ends at the first `</script`, whatever surrounds it.
     content = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return _asset("report.html").format(
         policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'",
-        title=html.escape(title),
+        title=html.escape(f"{command}: {title}"),
+        heading=html.escape(command),
         styles=_asset("uPlot.min.css") + _asset("report.css"),
         data=content.encode("utf-8", "replace").decode("utf-8"),
         plots=scripts[0],

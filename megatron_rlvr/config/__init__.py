@@ -14,6 +14,7 @@ another (`layers.py`). Defaults follow the paper (arXiv 2506.01939).
 from pydantic import Field, PrivateAttr, model_validator
 
 from megatron_rlvr.config.data import DataSettings as DataSettings
+from megatron_rlvr.config.data import DifficultySettings as DifficultySettings
 from megatron_rlvr.config.data import EvaluateSettings as EvaluateSettings
 from megatron_rlvr.config.data import EvaluationFileSettings as EvaluationFileSettings
 from megatron_rlvr.config.data import FileSettings as FileSettings

@@ -76,6 +76,31 @@ class PromptFileSettings(FileSettings):
     """Share of the prompts drawn from this file, relative to the other files; null: its number of prompts."""
 
 
+class DifficultySettings(Section):
+    """Prompts that are drawn less often, by the share of correct completions in their last group."""
+
+    retire_above: float | None = Field(default=None, ge=0, lt=1)
+    """Do not draw a prompt again once its pass rate is above this, such as 0.9; null: none is retired."""
+    rest_below: float | None = Field(default=None, gt=0, le=1)
+    """Let a prompt rest if its pass rate is below this, such as 0.05; null: none rests."""
+    rest_steps: int | None = Field(default=None, ge=1, le=10**9)
+    """Training steps for which it rests."""
+
+    @model_validator(mode="after")
+    def _combination(self) -> "DifficultySettings":
+        if self.retire_above is None and self.rest_below is None:
+            raise ValueError("data.difficulty: has no effect without retire_above or rest_below; set one, or remove it")
+        if (self.rest_below is None) != (self.rest_steps is None):
+            there, missing = ("rest_below", "rest_steps")[:: 1 if self.rest_steps is None else -1]
+            raise ValueError(f"data.difficulty.{there}={getattr(self, there)}: needs data.difficulty.{missing}; set it")
+        if self.retire_above is not None and self.rest_below is not None and self.rest_below > self.retire_above:
+            raise ValueError(
+                f"data.difficulty.rest_below={self.rest_below}: above data.difficulty.retire_above="
+                f"{self.retire_above}; lower it"
+            )
+        return self
+
+
 class DataSettings(Section):
     """Problems to train on, and how they become prompts."""
 
@@ -93,6 +118,9 @@ class DataSettings(Section):
     """Longest prompt in tokens; longer ones are left out, and their number is reported."""
     shuffle: bool = True
     """Shuffle each file again in every epoch; false: keep the file's order."""
+    difficulty: DifficultySettings | None = None
+    """{retire_above, rest_below, rest_steps}: retire prompts with a pass rate above the first in their last group, let
+    those below the second rest for that many training steps; null: draw all alike."""
     prompt_key: str | None = None
     """Column of the problem in the files of `data.train`; null: one of the known names."""
     answer_key: str | None = None

@@ -18,6 +18,7 @@ from megatron_rlvr.distributed.counters import Counters
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.protocols import EngineError, WeightsMissingError
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Rollout, finish_step
+from megatron_rlvr.rollout.difficulty import remember
 from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer
 from megatron_rlvr.rollout.group_sampler import GroupSampler, SampledGroups, StepDemand
 from megatron_rlvr.rollout.sampler import Sampler
@@ -99,7 +100,7 @@ class AsynchronousCollector:
             self._take_in_or_raise(on_finished)
         if self._stopped and buffer.missing:
             raise CollectionStoppedError(f"sampling for step {step} was stopped")
-        return finish_step(
+        rollout = finish_step(
             step,
             buffer,
             self._ranks,
@@ -108,6 +109,7 @@ class AsynchronousCollector:
             rounds=self._drawn_in_step / buffer.groups_per_batch,
             set_used_up=self._drawn_in_step == self._cursor.prompts,
         )
+        return remember(self._cursor, step, rollout, self._ranks)
 
     def state(self) -> dict[str, Any]:
         """See `Collector`. Sampling in the background is stopped for it, and restarted for what is still missing.

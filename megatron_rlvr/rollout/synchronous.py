@@ -16,6 +16,7 @@ from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.rollout.collector import CollectionStoppedError, Rollout, finish_step
+from megatron_rlvr.rollout.difficulty import remember
 from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer, GroupInProgress, GroupState
 from megatron_rlvr.rollout.sampler import Generate, Sampler, requests_for
 
@@ -85,7 +86,7 @@ class SynchronousCollector:
             finished, informative = finished + new_finished, informative + new_informative
             if self._stop_is_wanted():
                 raise CollectionStoppedError(f"sampling for step {step} was stopped")
-        return finish_step(
+        rollout = finish_step(
             step,
             buffer,
             self._ranks,
@@ -94,6 +95,7 @@ class SynchronousCollector:
             rounds=float(rounds),
             set_used_up=drawn == self._cursor.prompts,
         )
+        return remember(self._cursor, step, rollout, self._ranks)
 
     def state(self) -> dict[str, Any]:
         return self._buffer.state() | {"cursor": self._cursor.state()}

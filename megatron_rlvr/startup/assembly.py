@@ -12,6 +12,7 @@ from megatron_rlvr.checkpoint.megatron.policy import export_policy
 from megatron_rlvr.checkpoint.store import Checkpoints
 from megatron_rlvr.config import LossSettings, Settings
 from megatron_rlvr.data.cursor import PromptCursor
+from megatron_rlvr.data.difficulty import DifficultyCursor
 from megatron_rlvr.data.tokenizer import TOKENIZER_FILES
 from megatron_rlvr.distributed import accelerator, process_group
 from megatron_rlvr.distributed.collectives import raise_on_all_ranks
@@ -250,9 +251,7 @@ def _weight_sync(resolved: Resolved, pool: ServerPool | None, ranks: Ranks) -> W
 def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Policy, signals: Signals) -> Collector:
     """Make the collector: synchronous for the embedded engine, asynchronous for servers."""
     settings, engine = resolved.settings, sampler.engine
-    cursor = PromptCursor(
-        resolved.train, settings.run.seed, settings.data.shuffle, accept_changes=settings.run.accept_changed_inputs
-    )
+    cursor = _cursor(resolved)
     groups_per_batch, seed = settings.batch.prompts, settings.run.seed
 
     def stop_wanted() -> bool:
@@ -284,6 +283,23 @@ def _collector(resolved: Resolved, sampler: Sampler, ranks: Ranks, policy: Polic
         store=process_group.store(),
         sync=sync,
         stop_wanted=stop_wanted,
+    )
+
+
+def _cursor(resolved: Resolved) -> PromptCursor:
+    """Return the cursor over the prompts to train on."""
+    settings = resolved.settings
+    seed, shuffle, changes = settings.run.seed, settings.data.shuffle, settings.run.accept_changed_inputs
+    if settings.data.difficulty is None:
+        return PromptCursor(resolved.train, seed, shuffle, accept_changes=changes)
+    return DifficultyCursor(
+        resolved.train,
+        seed,
+        shuffle,
+        accept_changes=changes,
+        retire_above=settings.data.difficulty.retire_above,
+        rest_below=settings.data.difficulty.rest_below,
+        rest_steps=settings.data.difficulty.rest_steps or 0,
     )
 
 

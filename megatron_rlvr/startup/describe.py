@@ -141,7 +141,20 @@ def _memory(resolved: Resolved) -> str:
 
 def _prompts(resolved: Resolved) -> str:
     train = resolved.train
-    return f"{len(train)} from {len(train.files)} file(s){_remarks(train)}"
+    return f"{len(train)} from {len(train.files)} file(s){_remarks(train)}{_difficulty(resolved)}"
+
+
+def _difficulty(resolved: Resolved) -> str:
+    """Return how prompts are left out by their pass rates."""
+    difficulty = resolved.settings.data.difficulty
+    if difficulty is None:
+        return ""
+    words = ""
+    if difficulty.retire_above is not None:
+        words += f", retired above a pass rate of {difficulty.retire_above:g}"
+    if difficulty.rest_below is not None:
+        words += f", resting for {difficulty.rest_steps} steps below {difficulty.rest_below:g}"
+    return words
 
 
 def _remarks(prompts: PromptSet) -> str:

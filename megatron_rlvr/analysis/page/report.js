@@ -46,7 +46,10 @@
 
   // Tabs -------------------------------------------------------------------------------------------------------------
 
-  const tabs = [...document.querySelectorAll("[role=tab]")];
+  const tabs = [...document.querySelectorAll("[role=tab]")].filter((tab) => {
+    tab.hidden = !data.parts.includes(tab.getAttribute("aria-controls"));
+    return !tab.hidden;
+  });
   function open(tab) {
     for (const each of tabs) {
       const chosen = each === tab;
@@ -434,7 +437,7 @@
     }));
   }
 
-  for (const run of data.runs) {
+  for (const run of data.parts.includes("tokens") ? data.runs : []) {
     const forks = run.forks;
     at("tokens").append(
       element("h2", {}, run.name),
@@ -488,6 +491,13 @@
     return typeof value === "number" && !Number.isInteger(value) ? Number(value.toPrecision(5)).toString() : String(value);
   }
 
+  function tableOfResult(result) {
+    return element("table", {}, element("thead", {}, element("tr", {}, ...result.columns.map((name) => element("th", {}, name)))),
+      element("tbody", {}, ...result.rows.map((row) => element("tr", {}, ...row.map((value) =>
+        element("td", { class: typeof value === "number" ? "number" : "" },
+          typeof value === "number" ? written(value) : quoted(written(value))))))));
+  }
+
   let analysesShown = false;
   function showAnalyses() {
     if (analysesShown) return;
@@ -503,11 +513,16 @@
           element("tr", {}, element("th", {}, name), element("td", {}, ...readable(written(value)))))));
         if (result.plot) plotOf(result, into);
         into.append(element("details", {}, element("summary", {}, `Table: ${result.rows.length} of ${result.allRows} rows`),
-          element("table", {}, element("thead", {}, element("tr", {}, ...result.columns.map((name) => element("th", {}, name)))),
-            element("tbody", {}, ...result.rows.map((row) => element("tr", {}, ...row.map((value) =>
-              element("td", { class: typeof value === "number" ? "number" : "" },
-                typeof value === "number" ? written(value) : quoted(written(value))))))))));
+          tableOfResult(result)));
       }
     }
+  }
+
+  // Result of an ablation ----------------------------------------------------------------------------------------------
+
+  if (data.parts.includes("result")) {
+    at("result").append(element("h2", {}, "Conclusion"), element("p", {}, ...readable(data.conclusion)),
+      ...data.result.flatMap((result) => [element("h2", {}, result.title), tableOfResult(result)]));
+    open(tabs[0]);
   }
 })();
