@@ -62,6 +62,7 @@ def initialize(timeout_minutes: float) -> None:
                 world_size=world_size,
                 timeout=timeout,
             )
+        torch.distributed.all_reduce(torch.zeros(1))  # connects neighbours: fail here if they cannot reach each other
     except RuntimeError as error:  # of torch, also if it cannot use the interface
         interface = os.environ.get(network.INTERFACE_VARIABLE)
         raise JoinError(
