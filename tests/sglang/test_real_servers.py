@@ -130,7 +130,9 @@ def test_another_version_of_nccl_is_detected_before_a_group_is_formed(servers, o
     for version, refusal in (("2.29.7", r"the server has NCCL 2\.30\.7 and the trainer 2\.29\.7"), ("2.30.7", None)):
         monkeypatch.setattr(module.transport, "version", lambda version=version: version)
         with pytest.raises(SettingsError, match=refusal) if refusal else contextlib.nullcontext():
-            module.connect(rollout, one_rank, read_config(model), max_sequence_tokens=64, same_transport=True).close()
+            pool = module.connect(rollout, one_rank, read_config(model), max_sequence_tokens=64, same_transport=True)
+            assert pool is not None
+            pool.close()
 
 
 def test_an_aborted_response_is_returned_at_once_and_resumes_at_the_exact_token(servers, engine_on, reference):
