@@ -25,6 +25,7 @@ from rich.table import Table
 from megatron_rlvr.analysis.report import REPORT, write_report
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.data.gym import gym_rows
+from megatron_rlvr.distributed import environment
 from megatron_rlvr.evaluation.folder import evaluation_folder
 from megatron_rlvr.evaluation.records import by_problem, read_records
 from megatron_rlvr.evaluation.statistics import bootstrap_interval
@@ -160,6 +161,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
 
     started = time.perf_counter()
+    environment.quiet_libraries()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "model")
