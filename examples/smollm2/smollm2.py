@@ -40,7 +40,7 @@ HELD_OUT_SEED = 1_000_000
 """reasoning-gym draws problem i of a data set with seed + i: seeds that are close to each other share problems."""
 CORES = 2
 TWO_RANKS_BYTES = 12 * 10**9
-"""Available memory from which on two ranks are started; each takes up to 5.5 GB."""
+"""Available memory from which on two ranks are started; each takes up to 6 GB."""
 BATCH_PROBLEMS = 8
 console = Console(highlight=False)
 
