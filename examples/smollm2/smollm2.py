@@ -176,17 +176,8 @@ def main() -> None:
         subprocess.run([HERE.parents[1] / "tools" / "install_sglang_cpu.sh", SGLANG], check=True)
         serve = ["serve", str(folder / "model"), "--device", "cpu", "--dtype", "bfloat16", "--run-dir", str(folder)]
         with_servers = ["--rollout.engine", "sglang", "--rollout.servers", "{servers}", "--sync.method", "tensor"]
-        rlvr(
-            *serve,
-            "--python",
-            str(SGLANG / "bin/python"),
-            "--then",
-            *RLVR,
-            *train,
-            *with_servers,
-            *flags,
-            threads=threads,
-        )
+        program = ["--python", str(SGLANG / "bin/python"), "--then", *RLVR]
+        rlvr(*serve, *program, *train, *with_servers, *flags)
     else:
         rlvr(*train, *flags)
 
