@@ -25,6 +25,7 @@ from rich.table import Table
 from megatron_rlvr.analysis.report import REPORT, write_report
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.data.gym import gym_rows
+from megatron_rlvr.distributed import environment
 from megatron_rlvr.evaluation.folder import evaluation_folder
 from megatron_rlvr.evaluation.records import by_problem, read_records
 from megatron_rlvr.evaluation.statistics import bootstrap_interval
@@ -37,9 +38,8 @@ WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SGLANG = Path("build/sglang")
 HELD_OUT_SEED = 1_000_000
 """reasoning-gym draws problem i of a data set with seed + i: seeds that are close to each other share problems."""
-CORES = 2
 TWO_RANKS_BYTES = 12 * 10**9
-"""Available memory from which on two ranks are started; each takes up to 5.5 GB."""
+"""Available memory from which on two ranks are started; each takes up to 6 GB."""
 BATCH_PROBLEMS = 8
 console = Console(highlight=False)
 
@@ -47,10 +47,10 @@ RLVR = (sys.executable, "-m", "megatron_rlvr.cli")
 """The command ``rlvr`` of this environment."""
 
 
-def rlvr(*arguments: str, threads: int) -> None:
-    """Run a verb of ``rlvr``, and exit if it fails; each of its processes has this number of threads."""
+def rlvr(*arguments: str) -> None:
+    """Run a verb of ``rlvr``, and exit if it fails. Each rank has one thread: two ranks take two cores."""
     console.print(f"[bold]rlvr {' '.join(arguments)}[/bold]", soft_wrap=True, markup=True)
-    finished = subprocess.run([*RLVR, *arguments], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False)
+    finished = subprocess.run([*RLVR, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
 
@@ -160,13 +160,13 @@ def main() -> None:
     options, flags = parser.parse_known_args()
 
     started = time.perf_counter()
+    environment.quiet_libraries()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "model")
     write_held_out(folder / "held_out.jsonl", options.problems)
     alone = options.engine == "sglang" or host_memory().available < TWO_RANKS_BYTES
     ranks = options.ranks or (1 if alone else 2)
-    threads = CORES if ranks == 1 and options.engine == "embedded" else 1
     train = [
         *("train", str(CONFIG), "--ranks", str(ranks)),
         *("--run.dir", str(folder), "--run.steps", str(options.steps), "--model.path", str(folder / "model")),
@@ -176,19 +176,10 @@ def main() -> None:
         subprocess.run([HERE.parents[1] / "tools" / "install_sglang_cpu.sh", SGLANG], check=True)
         serve = ["serve", str(folder / "model"), "--device", "cpu", "--dtype", "bfloat16", "--run-dir", str(folder)]
         with_servers = ["--rollout.engine", "sglang", "--rollout.servers", "{servers}", "--sync.method", "tensor"]
-        rlvr(
-            *serve,
-            "--python",
-            str(SGLANG / "bin/python"),
-            "--then",
-            *RLVR,
-            *train,
-            *with_servers,
-            *flags,
-            threads=threads,
-        )
+        program = ["--python", str(SGLANG / "bin/python"), "--then", *RLVR]
+        rlvr(*serve, *program, *train, *with_servers, *flags)
     else:
-        rlvr(*train, *flags, threads=threads)
+        rlvr(*train, *flags)
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console.print("evaluating the exported model with transformers")

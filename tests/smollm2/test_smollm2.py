@@ -68,7 +68,7 @@ def test_two_steps_of_a_real_model_end_with_an_export_that_transformers_samples_
     assert all(math.isfinite(step["train/grad_norm"]) for step in steps[1:] if "train/grad_norm" in step)
     assert not list(folder.glob("checkpoints/step_*")), "no checkpoint is written where none was asked for"
     config = json.loads((folder / "hf" / "config.json").read_text())
-    assert (config["dtype"], config["model_type"]) == ("bfloat16", "llama")
+    assert (config.get("dtype", config.get("torch_dtype")), config["model_type"]) == ("bfloat16", "llama")
     assert (folder / "report.html").is_file()
 
 
