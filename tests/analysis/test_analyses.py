@@ -129,7 +129,7 @@ def test_a_grid_of_temperatures_is_read_from_its_evaluations(tmp_path: Path):
         assert (accuracy, error) == (high / (2 + low), 0.01 * high)
     assert result.plot is not None
     assert result.plot.curves[1].y == [0.6 / 3, 1.4 / 3]
-    assert result.plot.curves[1].errors == [0.006, 0.014]
+    assert result.plot.curves[1].errors == [0.01 * 0.6, 0.01 * 1.4]
 
 
 @pytest.mark.parametrize(

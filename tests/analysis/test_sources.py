@@ -32,7 +32,7 @@ def write_evaluation(folder: Path, model: Path, train: Path, texts: list[list[st
             for index, text in enumerate(group):
                 truncated = index == len(group) - 1
                 record = {
-                    "problem": f"held/{number}",
+                    "problem": f"held/{number + 1}",
                     "index": index,
                     "seed": 1,
                     "tokens": len(tokenizer.encode(text)) + (not truncated),
@@ -111,7 +111,7 @@ def test_folders_without_responses_and_models_that_are_missing_are_one_line(tmp_
     with pytest.raises(SourceError, match="give --model"):
         read_source(evaluation, None, None)
     train.write_text("\n".join(train.read_text(encoding="utf-8").splitlines()[1:]) + "\n", encoding="utf-8")
-    with pytest.raises(SourceError, match=r"held/0 is not in the file of its set any more"):
+    with pytest.raises(SourceError, match=r"held/1 is not in the file of its set any more"):
         read_source(evaluation, model, None)
 
 
