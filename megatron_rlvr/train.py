@@ -9,6 +9,7 @@ starts. Wrong input ends with status 2 and one line on stderr.
 import sys
 from typing import NoReturn
 
+from megatron_rlvr import open_files
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.help import help_text
 from megatron_rlvr.config.loading import load_settings, to_yaml
@@ -20,9 +21,11 @@ from megatron_rlvr.startup.describe import describe_first_prompt, describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.lease import take_lease
+from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.process import (
     check_launch,
     end_with_launcher,
+    is_leader,
     is_main,
     leave,
     logger,
@@ -46,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check = "--check" in arguments
     end_with_launcher()
+    open_files.raise_limit()
     survive_closed_output()
     quiet_libraries()
     signals = Signals()
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         config, *flags = [argument for argument in arguments if argument != "--check"] or [""]
         if not config or config.startswith("--"):
             raise SettingsError("the first argument is not a settings file; give CONFIG.yaml, or --help for its keys")
-        settings = load_settings(config, flags)
+        settings = with_model_folder(load_settings(config, flags))
         if not check:
             check_launch(settings.parallel, "torchrun --nproc-per-node {ranks} -m megatron_rlvr.train")
             environment.set_defaults(settings.megatron)
@@ -69,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
             workers=1 if check else settings.reward.workers,
             timeout_seconds=settings.reward.timeout_seconds,
             answer_after=resolved.answer_after,
+            # With servers, only leaders have responses.
+            at_once=settings.rollout.engine == "embedded" or is_leader(settings.parallel),
         )
         golds = describe_golds(resolved) if is_main() else ""
     except (RlvrError, Stopped) as error:

@@ -3,7 +3,8 @@
 Each step:
     1. collect: sample groups from the rollout engine and grade them (rollout/)
     2. learn: advantages, packed mini-batches, scores, selection, one optimizer step per mini-batch (learner.py)
-    3. sync: push the new weights to the rollout engine (engines/)
+    3. sync: push the new weights to the rollout engine (engines/); servers that share the GPUs take their memory back
+       here, so that what a checkpoint needs of the policy is copied to host memory before
     4. every so many steps: evaluate, save a checkpoint, export the model
 """
 
@@ -81,6 +82,7 @@ class Trainer:
         self.report = report
         self.export = export
         self.totals = RunTotals()
+        self._save_policy = partial(save_policy, policy)
         self._start_time = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -94,7 +96,7 @@ class Trainer:
             self._resume_evaluation(self.background)
         for step in range(totals.step + 1, run.steps + 1):
             try:
-                metrics = self.train_step(step)
+                metrics = self.train_step(step, saves=self.checkpoints.due(step))
             except CollectionStoppedError:
                 self.signals.accept()
                 self.save()
@@ -124,8 +126,12 @@ class Trainer:
         totals.seconds += time.perf_counter() - self._start_time
         return totals
 
-    def train_step(self, step: int) -> dict[str, float]:
-        """Run one training step: a rollout, one optimizer step per mini-batch, a weight sync. Return its metrics."""
+    def train_step(self, step: int, *, saves: bool = False) -> dict[str, float]:
+        """Run one training step: a rollout, one optimizer step per mini-batch, a weight sync. Return its metrics.
+
+        Args:
+            saves: True if `save` follows: it then starts before servers that share the GPUs take their memory back.
+        """
         self._seconds = dict.fromkeys(("rollout", "score", "train", "sync"), 0.0)
         with self._timed("step"):
             with self._timed("rollout"):
@@ -142,12 +148,17 @@ class Trainer:
             self.engine.release_memory()
             self.policy.start_step()
             metrics = rollout.metrics | (self._learn(step, rollout) if rollout.size else {})
+            if saves and self.settings.rollout.colocated:
+                with self._timed("save"):
+                    self.checkpoints.start(step, self._save_policy)
             with self._timed("sync"):
                 self.sync(version=step)
+            accelerator.trim_host_memory()
         self.totals.skipped += metrics.pop("train/skipped", 0.0)
         metrics |= {"train/learning_rate": self.policy.learning_rate, "train/skipped_steps": self.totals.skipped}
         metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        metrics["memory/peak_gb"] = self._peak_memory() / 1e9
+        metrics["memory/held_gb"] = self._most(accelerator.held_memory()) / 1e9
+        metrics["memory/peak_gb"] = self._most(accelerator.device_info().peak) / 1e9
         metrics["rollout/tokens_per_second"] = metrics["rollout/response_tokens"] / metrics["time/rollout"]
         return metrics
 
@@ -162,7 +173,7 @@ class Trainer:
             "entropy_coefficient": self.learner.entropy_coefficient,
         }
         with self.signals.saving():
-            self.checkpoints.save(totals.step, state, partial(save_policy, self.policy))
+            self.checkpoints.save(totals.step, state, self._save_policy)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore the state that `save` saved; the checkpoint has been verified."""
@@ -260,11 +271,10 @@ class Trainer:
             self.signals.accept()
         return wanted
 
-    def _peak_memory(self) -> float:
-        """Return the most bytes that any rank has held since it started. A collective over the world."""
+    def _most(self, size: int) -> int:
+        """Return the largest ``size`` of any rank. A collective over the world."""
         ranks = self.policy.ranks
-        in_data_group = max(gather(accelerator.device_info().peak, ranks.data_objects))
-        return float(max(gather(in_data_group, ranks.replica_objects)))
+        return max(gather(max(gather(size, ranks.data_objects)), ranks.replica_objects))
 
     def _learn(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Train on a rollout; a SkippedStepsError names the prompts and the file that holds the mini-batch."""

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import zygote
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 head = importlib.import_module("head")
+host_sync = importlib.import_module("host_sync")
 numerics = importlib.import_module("numerics")
 peers = importlib.import_module("head_methods.peers")
 step = importlib.import_module("step")
@@ -192,6 +194,24 @@ def test_the_step_on_long_responses_grows_by_less_than_its_logits(tmp_path):
     assert long["logits_gib"] == pytest.approx(4096 * 151_936 * 4 / 2**30)
     assert long["peak_gib"] - long["before_gib"] < long["logits_gib"] / 5
     assert "memory grows by" in finished.stdout
+
+
+def test_open_files_of_a_rank_do_not_grow_with_the_number_of_ranks(tmp_path):
+    done = run_program(
+        "benchmarks/host.py", "--share", "0.01", "--only", "groups", "--json", str(tmp_path / "rows.json")
+    )
+    assert done.returncode == 0, done.stderr
+    store, rank = json.loads((tmp_path / "rows.json").read_text())
+    ranks, files = (int(number) for number in re.findall(r"\d+", store["size"]))
+    assert (ranks, rank["name"]) == (16, "start of ranks: the slowest rank")
+    # If each were connected to each, five of the groups would take 15 files each, and the others 57: 220 in all.
+    assert files < 120
+    assert set(store["seconds_at"]) == {"32", "256", "1024"}
+
+
+def test_the_model_of_a_weight_sync_is_that_of_its_page():
+    seconds = [round(host_sync.model_seconds(servers, leaders), 1) for servers in (4, 16, 64) for leaders in (1, 4)]
+    assert seconds == [6.7, 2.9, 22.4, 6.7, 85.3, 22.4]
 
 
 @pytest.mark.soak

@@ -53,7 +53,7 @@ HEAVY = {"torch", "transformers", "megatron", "safetensors"}
 
 DEVICE_WORDS = re.compile(r"cuda|nccl|gloo", re.IGNORECASE)
 # Names of Megatron and torch for things that work on any device, and keys of a table by device type.
-DEVICE_NAMES = {"model_parallel_cuda_manual_seed", "get_data_parallel_group_gloo"}
+DEVICE_NAMES = {"model_parallel_cuda_manual_seed", "use_gloo_process_groups"}
 # The last two set CUDA_VISIBLE_DEVICES of other processes.
 NAMES_DEVICES = {
     "distributed",

@@ -60,7 +60,7 @@ def test_a_whole_run_is_the_same_in_every_layout(tmp_path, write_config):
         assert finished.returncode == 0, finished.stderr
         lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         runs[name] = [json.loads(line) for line in lines]
-    compared = [key for key in runs["one rank"][0] if not key.startswith("time/") and "per_second" not in key]
+    compared = [key for key in runs["one rank"][0] if not key.startswith(tiny.MEASURED)]
     assert {"selection/threshold", "train/loss", "train/grad_norm", "reward/mean"} <= set(compared)
     compared = [key for key in compared if "logprob_gap" not in key]  # consists of rounding errors
     for name, steps in runs.items():

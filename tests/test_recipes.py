@@ -19,7 +19,7 @@ from megatron_rlvr.config.loading import load_settings, to_yaml
 from megatron_rlvr.data.prompts import PromptFile, load_prompts
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.reward.math import math_reward
-from megatron_rlvr.startup.describe import describe_plan
+from megatron_rlvr.startup.describe import describe_first_prompt, describe_plan
 from megatron_rlvr.startup.golds import describe_golds
 from megatron_rlvr.startup.layout_checks import check_megatron
 from megatron_rlvr.startup.resolve import Resolved, resolve
@@ -212,6 +212,27 @@ def test_the_published_configs_have_the_published_numbers_of_parameters(
     assert (sum(sizes.values()) - embeddings) / 1e9 == pytest.approx(without_embeddings, abs=0.05)
 
 
+def test_the_configuration_for_one_gpu_fits_into_16_and_24_gb_as_the_readme_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_rlvr.hf.families import parameter_count
+    from megatron_rlvr.planner.command import main
+
+    recipe, config = EXAMPLES / "qwen3_0_6b" / "one_gpu_24gb.yaml", PUBLISHED / "qwen3_0_6b.json"
+    model, settings = json.loads(config.read_text()), load_settings(recipe)
+    parameters = parameter_count(model)
+    assert round(parameters / 1e9, 1) == 0.6  # the model card
+    flags = ["--model", str(config), "--gpus", "1", "--gpu", "rtx4090", "--layout", "tensor=1,pipeline=1", "--json"]
+    assert main([str(recipe), *flags], "plan") == 0
+    training = json.loads(capsys.readouterr().out)["best"]["memory"]["peak"]
+    cached = model["num_hidden_layers"] * 2 * model["num_key_value_heads"] * model["head_dim"] * 2
+    engine = 2 * parameters
+    assert [round(size / 2**30, 1) for size in (training, engine, 16384 * cached)] == [11.0, 1.1, 1.8]
+    assert training + engine + 16384 * cached < 15 * 2**30
+    assert settings.rollout.max_batch_tokens == 32768
+    assert training + engine + 32768 * cached < 22 * 2**30
+
+
 # The check -----------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +307,8 @@ def test_the_launch_script_prints_the_plan(checkout: Callable[[str], Path]) -> N
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     resolved = checked("qwen3_32b/forking_20k", "--run.seed", "3")
-    assert done.stdout == f"{to_yaml(resolved.settings)}\n{describe_plan(resolved)}\n{describe_golds(resolved)}\n"
+    settings, plan, prompt = to_yaml(resolved.settings), describe_plan(resolved), describe_first_prompt(resolved)
+    assert done.stdout == f"{settings}\n{plan}\n{describe_golds(resolved)}\n\n{prompt}\n"
 
 
 @pytest.mark.parametrize("model", MODELS)

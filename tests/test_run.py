@@ -6,9 +6,11 @@ All runs start in the background, two at a time, when the first test needs one.
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,6 +141,7 @@ def _start_all(pool: ThreadPoolExecutor, place: Path, model: Path) -> dict[str, 
         "weighted": {
             "train": [{"path": str(gsm8k), "weight": 3}, {"path": str(aime), "weight": 1}],
             "rollout": {"dynamic_sampling": False, "max_rounds": 10},
+            "log": {"rollouts": 16},
         },
     }
     runs |= {name: alone(name, **({"reward": even} | sections)) for name, sections in variants.items()}
@@ -233,7 +236,7 @@ def test_prompts_reach_the_model_with_the_template_applied(finished: Callable[[s
     answers = {text: str(answer) for text, answer in tiny.PROBLEMS}
     for name, before, after in (
         ("gsm8k", "", ""),
-        ("verl", "user\n", " Box it.\nassistant\n"),  # decoding leaves the special tokens out
+        ("verl", "<|start|>user\n", " Box it.<|end|>\n<|start|>assistant\n"),
         ("aime", "", ""),
     ):
         sampled = finished(name).sampled(1)
@@ -311,7 +314,8 @@ def test_the_fraction_is_exact_in_each_mini_batch(name: str, finished: Callable[
 
 def test_the_reward_is_the_value_of_the_function(finished: Callable[[str], Run]) -> None:
     sampled = [line for step in (1, 2) for line in finished("even").sampled(step)]
-    assert [line["correct"] for line in sampled] == [len(line["response"]) % 2 == 0 for line in sampled]
+    graded = [re.sub("|".join(map(re.escape, tiny.SPECIAL_TOKENS)), "", line["response"]) for line in sampled]
+    assert [line["correct"] for line in sampled] == [len(text) % 2 == 0 for text in graded]
     assert [line["reward"] for line in sampled] == [1.0 if line["correct"] else -1.0 for line in sampled]
     assert {line["failure"] for line in sampled} == {None}
 
@@ -425,8 +429,8 @@ def test_normalizers_differ_by_the_fraction_of_selected_tokens(finished: Callabl
 def test_files_are_drawn_by_their_weights(finished: Callable[[str], Run]) -> None:
     run = finished("weighted")
     assert first_step(run)["rollout/groups_sampled"] == PROMPTS
-    names = [line["prompt_id"].partition("/")[0] for step in (1, 2) for line in run.sampled(step)]
-    assert sorted(names) == ["aime"] * 2 + ["gsm8k"] * 6
+    prompts = {line["prompt_id"] for step in (1, 2) for line in run.sampled(step)}
+    assert Counter(prompt.partition("/")[0] for prompt in prompts) == {"aime": 2, "gsm8k": 6}
 
 
 # Signals ------------------------------------------------------------------------------------------------------------

@@ -106,6 +106,10 @@ class Arm:
 
     def mini_batches(self, completions: Sequence[Completion]) -> list[MiniBatch]:
         """Decode (as TRL does, though the reward needs no text), grade, and pack."""
+        return self.packed(self.graded(completions))
+
+    def graded(self, completions: Sequence[Completion]) -> list[tuple[int, Group]]:
+        """Decode and grade; return (place in the batch, group) of each prompt."""
         by_prompt: dict[str, list[Completion]] = {}
         for completion in sorted(completions, key=lambda c: c.index):
             by_prompt.setdefault(completion.prompt_id, []).append(completion)
@@ -115,6 +119,10 @@ class Arm:
             members = by_prompt[prompt.id]
             rewards = workload.half_right([completion.token_ids.tolist() for completion in members])
             groups.append((order, Group(prompt, members, [Grade(reward, reward > 0) for reward in rewards])))
+        return groups
+
+    def packed(self, groups: Sequence[tuple[int, Group]]) -> list[MiniBatch]:
+        """Pack the groups into two mini-batches."""
         return _halves(
             build_mini_batches(
                 groups,

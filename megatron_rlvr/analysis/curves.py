@@ -37,7 +37,7 @@ PANELS = (
         "share",
         {"reward/accuracy": "correct"},
         {"reward/accuracy": _GROUP_ERROR},
-        "Bars are an upper bound of the standard error, as if the responses of a group were all alike.",
+        "Bands are an upper bound of the standard error, as if the responses of a group were all alike.",
     ),
     Panel("Reward", "reward", {"reward/mean": "mean"}),
     Panel(
@@ -73,6 +73,7 @@ PANELS = (
             "time/train": "train",
             "time/sync": "sync",
             "time/record": "record",
+            "time/save": "save",
         },
         stacked=True,
     ),
@@ -134,7 +135,7 @@ def evaluation_panel(by_run: Sequence[Mapping[int, Mapping[str, float]]]) -> Pan
         "accuracy",
         names,
         {key: f"{key}_standard_error" for key in keys},
-        "Bars are standard errors over problems.",
+        "Bands are standard errors over problems.",
     )
 
 

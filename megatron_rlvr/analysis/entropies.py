@@ -11,7 +11,7 @@ import numpy as np
 PAPER_THRESHOLD = 0.672
 """80th percentile of the paper's Qwen3-8B on AIME'24 and AIME'25, in nats."""
 
-_PERCENTILES = (1, 5, 10, 20, 25, 50, 75, 80, 90, 95, 99)
+PERCENTILES = (1, 5, 10, 20, 25, 50, 75, 80, 90, 95, 99)
 _NEAR_ZERO = 0.01
 
 
@@ -44,7 +44,7 @@ def distribution(entropy: np.ndarray, width: float = 0.05) -> Distribution:
     return Distribution(
         tokens=len(values),
         mean=float(values.mean()),
-        percentiles=dict(zip(_PERCENTILES, np.percentile(values, _PERCENTILES).tolist(), strict=True)),
+        percentiles=dict(zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True)),
         near_zero=float((values < _NEAR_ZERO).mean()),
         edges=edges,
         counts=counts,
@@ -73,22 +73,28 @@ class BinChange:
         return self.other - self.base
 
 
-def change_by_bin(base: np.ndarray, other: np.ndarray, bins: int = 20) -> list[BinChange]:
-    """Return the mean change of entropies in ``bins`` bins of equally many tokens, by rising base entropy.
+def equal_bins(base: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Return the places of the tokens of ``bins`` bins of equally many tokens, by rising entropy ``base`` [n].
 
-    Equal base entropies are in the order of the tokens, so that every bin has its share of them.
+    Equal entropies are in the order of the tokens, so that every bin has its share of them. Fewer bins if there are
+    fewer tokens.
+    """
+    return np.array_split(np.argsort(base, kind="stable"), min(bins, len(base)))
+
+
+def change_by_bin(base: np.ndarray, other: np.ndarray, bins: int = 20) -> list[BinChange]:
+    """Return the mean change of entropies in each of `equal_bins`.
 
     Args:
         base: [n] entropies under the base model.
         other: [n] entropies of the same tokens under the other model.
-        bins: Number of bins; fewer if there are fewer tokens.
+        bins: Number of bins.
     """
-    order = np.argsort(base, kind="stable")
-    parts = np.array_split(order, min(bins, len(order)))
-    ends = np.cumsum([len(part) for part in parts]) / len(order) * 100
+    parts = equal_bins(base, bins)
+    ends = np.cumsum([len(part) for part in parts]) / len(base) * 100
     return [
         BinChange(
-            low=float(end - len(part) / len(order) * 100),
+            low=float(end - len(part) / len(base) * 100),
             high=float(end),
             tokens=len(part),
             base=float(base[part].mean(dtype=np.float64)),

@@ -1,6 +1,7 @@
 """Results of an analysis: metrics, a table and a plot, written as JSON, CSV, PNG and SVG from the same numbers."""
 
 import csv
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ class MissingPlotsError(InputError):
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve of a plot: points [n] each."""
+    """A curve of a plot: points [n] each, and their standard errors."""
 
     label: str
     x: list[float]
     y: list[float]
+    errors: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,16 @@ def write_result(folder: Path, result: Result) -> list[Path]:
     return files
 
 
+def check_plots() -> None:
+    """Raise MissingPlotsError if there is no matplotlib, before an analysis takes its time."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPlotsError("matplotlib, which draws the plots, is missing; pip install matplotlib")
+
+
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise MissingPlotsError("matplotlib, which draws the plots, is missing; pip install matplotlib") from None
+    check_plots()
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "rlvr"  # the same numbers give the same bytes
     from matplotlib import pyplot
@@ -105,7 +112,10 @@ def _draw(pyplot: Any, title: str, plot: Plot, path: Path) -> None:
     drawing, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     for curve in plot.curves:
         style = {"drawstyle": "steps-post"} if plot.steps else {"marker": "."}
-        axes.plot(curve.x, curve.y, label=curve.label, **style)
+        if curve.errors is None:
+            axes.plot(curve.x, curve.y, label=curve.label, **style)
+        else:
+            axes.errorbar(curve.x, curve.y, curve.errors, label=curve.label, capsize=3, **style)
     for number, (label, x) in enumerate(plot.marks.items()):
         axes.axvline(x, color="0.4", linestyle=("--", ":")[number % 2], label=f"{label} {x:.3g}")
     if plot.log_y:

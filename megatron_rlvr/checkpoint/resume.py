@@ -26,6 +26,7 @@ from megatron_rlvr.config import Settings, SettingsError
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
+_SUMMARY = "summary.json"
 
 # Settings that may differ when a run resumes: how long it lasts, what it writes, and where and how fast it runs.
 _MAY_CHANGE = {
@@ -66,6 +67,11 @@ def checkpoint_to_resume(settings: Settings, earlier: list[str]) -> Checkpoint |
             "folder, or set run.overwrite to true to replace it"
         )
     _check_settings(started_with, settings)
+    if latest is None and _SUMMARY in earlier:
+        raise SettingsError(
+            f"run.dir={run.dir}: the folder holds a finished run without a checkpoint (run.save_every=0); choose "
+            "another folder, or set run.overwrite to true to replace it"
+        )
     if latest is not None and not (root / LATEST).exists():
         logger.warning("%s does not exist; the newest complete checkpoint is %s", root / LATEST, latest.folder.name)
     return latest  # None: the earlier run ended before its first checkpoint, and starts again

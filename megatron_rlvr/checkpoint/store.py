@@ -181,6 +181,21 @@ class SavePolicy(Protocol):
     def __call__(self, folder: Path, finish: Finish, same: Path | None, *, background: bool) -> Callable[[], None]: ...
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A checkpoint whose policy has been copied.
+
+    Attributes:
+        checkpoint: The checkpoint that it will be.
+        content: {name: content} of the files of the state, on the main rank, once it is known.
+        complete: Waits until the folder is complete.
+    """
+
+    checkpoint: Checkpoint
+    content: dict[str, bytes]
+    complete: Callable[[], None]
+
+
 def _raise_alone(failure: Exception | None) -> None:
     if failure is not None:
         raise failure
@@ -216,20 +231,19 @@ class Checkpoints:
         self._inputs = dict(inputs or {})
         self.last = start
         """Checkpoint from which the run would resume now."""
-        self._in_progress: tuple[Checkpoint, Callable[[], None]] | None = None
+        self._started: _Started | None = None
+        self._in_progress: _Started | None = None
 
     def due(self, step: int) -> bool:
-        """Return whether to save after a step: every `run.save_every` steps and at the end."""
+        """Return whether to save after a step: every `run.save_every` steps and at the end, or never if that is 0."""
         every = self._run.save_every
-        return step == self._run.steps or bool(every and step % every == 0)
+        return bool(every) and (step == self._run.steps or step % every == 0)
 
-    def save(self, step: int, state: Mapping[str, Any], save_policy: SavePolicy) -> None:
-        """Write a checkpoint; with `run.async_save`, start to write it. A collective over the world.
+    def start(self, step: int, save_policy: SavePolicy) -> None:
+        """Copy the policy's part of a checkpoint to host memory, for `save` of the same step. A collective.
 
-        Args:
-            step: Last finished training step.
-            state: Values for `state.encode_state`; those of the main rank are saved.
-            save_policy: Writes the policy's part.
+        `save` does so itself where it need not be done earlier. A checkpoint that is started and not saved is never
+        completed.
 
         Raises:
             CheckpointError: On every rank. Earlier checkpoints are unchanged.
@@ -238,7 +252,7 @@ class Checkpoints:
         same = self.last if self.last is not None and self.last.step == step else None
         number = same.number + 1 if same else 0
         saved = Checkpoint(self._root / (f"step_{step:06d}" + (f".{number}" if number else "")), step, number)
-        content = encode_state(state) if self._is_main else {}
+        content: dict[str, bytes] = {}
         about = {_CHECKPOINT: saved.folder.name, _INPUTS: self._inputs}
 
         def finish(building: Path, digests: Mapping[str, FileDigest]) -> None:
@@ -252,7 +266,25 @@ class Checkpoints:
 
         with self.explaining_errors(f"the checkpoint of step {step}", self._root):
             complete = save_policy(saved.folder, finish, same.folder if same else None, background=self._run.async_save)
-        self._in_progress = saved, complete
+        self._started = _Started(saved, content, complete)
+
+    def save(self, step: int, state: Mapping[str, Any], save_policy: SavePolicy) -> None:
+        """Write a checkpoint; with `run.async_save`, start to write it. A collective over the world.
+
+        Args:
+            step: Last finished training step.
+            state: Values for `state.encode_state`; those of the main rank are saved.
+            save_policy: Writes the policy's part, unless `start` was called for this step.
+
+        Raises:
+            CheckpointError: On every rank. Earlier checkpoints are unchanged.
+        """
+        if self._started is None or self._started.checkpoint.step != step:
+            self.start(step, save_policy)
+        assert self._started is not None
+        self._in_progress, self._started = self._started, None
+        if self._is_main:
+            self._in_progress.content.update(encode_state(state))
         if not self._run.async_save:
             self.complete()
 
@@ -260,9 +292,10 @@ class Checkpoints:
         """Wait for the checkpoint that `save` has started, if any. Collective and errors as for `save`."""
         if self._in_progress is None:
             return
-        (saved, complete), self._in_progress = self._in_progress, None
+        started, self._in_progress = self._in_progress, None
+        saved = started.checkpoint
         with self.explaining_errors(f"the checkpoint of step {saved.step}", self._root):
-            complete()
+            started.complete()
             self._raise_on_all_ranks(self._write_latest(saved))
         self.last = saved
         if self._is_main:

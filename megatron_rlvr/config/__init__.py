@@ -19,7 +19,7 @@ from megatron_rlvr.config.data import EvaluateSettings as EvaluateSettings
 from megatron_rlvr.config.data import EvaluationFileSettings as EvaluationFileSettings
 from megatron_rlvr.config.data import FileSettings as FileSettings
 from megatron_rlvr.config.data import PromptFileSettings as PromptFileSettings
-from megatron_rlvr.config.data import evaluation_name as evaluation_name
+from megatron_rlvr.config.data import names_of as names_of
 from megatron_rlvr.config.model import ModelSettings as ModelSettings
 from megatron_rlvr.config.model import ParallelSettings as ParallelSettings
 from megatron_rlvr.config.no_effect import check_no_effect

@@ -1,5 +1,6 @@
 """Settings of prompts: those to train on, and those to evaluate on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ class FileSettings(Section):
 
     path: PathText
     """A .jsonl or .parquet file of problems, or reasoning_gym:NAME for problems that reasoning-gym generates."""
+    name: str | None = None
+    """Name of the file, with which the ids of its problems begin; null: the file's name without its ending, or that of
+    the data set of reasoning-gym, with the options in which sets of the same name differ."""
     prompt_key: str | None = None
     """Column of the problem; null: one of the known names."""
     answer_key: str | None = None
@@ -101,7 +105,7 @@ class DataSettings(Section):
     """Problems to train on, and how they become prompts."""
 
     train: list[PromptFileSettings] = Field(min_length=1)
-    """Files of problems: paths, or {path, weight, prompt_key, answer_key, id_key}."""
+    """Files of problems: paths, or {path, name, weight, prompt_key, answer_key, id_key}."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: the text itself; auto: chat if the tokenizer has a template."""
     template_kwargs: FreeForm = Field(default_factory=dict)
@@ -131,6 +135,7 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _combination(self) -> "DataSettings":
+        _check_names("data.train", self.train)
         for name, value in self.template_kwargs.items():
             if name in _OWN_VARIABLES:
                 raise ValueError(f"data.template_kwargs.{name}={shown(value)}: is set by the trainer; remove it")
@@ -144,10 +149,10 @@ class DataSettings(Section):
 
 
 class EvaluationFileSettings(FileSettings):
-    """One file of `evaluate.sets`, which is read by its own columns, whatever those of `data.train` are."""
+    """One file of `evaluate.sets`, which is read by its own columns, whatever those of `data.train` are.
 
-    name: str | None = None
-    """Name of the set in the metrics, `eval/NAME/accuracy`; null: the file's name without its ending."""
+    Its name is that of the set in the metrics, `eval/NAME/accuracy`.
+    """
 
 
 class EvaluateSettings(Section):
@@ -178,16 +183,7 @@ class EvaluateSettings(Section):
 
     @model_validator(mode="after")
     def _combination(self) -> "EvaluateSettings":
-        names = [evaluation_name(file) for file in self.sets]
-        for name in names:
-            if not name or "/" in name or not name.isprintable():
-                raise ValueError(
-                    f"evaluate.sets: {shown(name)} is no name of a set, which needs printable characters other than "
-                    "a slash; set name beside its path"
-                )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"evaluate.sets: two sets have the name {twice[0]!r}; give one of them another name")
+        _check_names("evaluate.sets", self.sets)
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise ValueError(
                 f"evaluate.temperature={self.temperature}: neither 0 nor at least {MIN_TEMPERATURE}; give 0 for greedy "
@@ -207,6 +203,41 @@ class EvaluateSettings(Section):
         return self
 
 
-def evaluation_name(file: EvaluationFileSettings) -> str:
-    """Name of a problem set in the metrics."""
-    return Path(file.path).stem if file.name is None else file.name
+def names_of(files: Sequence[FileSettings]) -> list[str]:
+    """Return the name of each file of `data.train` or `evaluate.sets`, which `_check_names` has found to be unique.
+
+    Generated sets of the same path have different names, by the options that not all of them share.
+    """
+    alike: dict[str, list[FileSettings]] = {}
+    for file in files:
+        if file.name is None and file.path.startswith(GYM_PREFIX):
+            alike.setdefault(file.path, []).append(file)
+    return [_name(file, alike.get(file.path, [])) for file in files]
+
+
+def _name(file: FileSettings, alike: Sequence[FileSettings]) -> str:
+    if file.name is not None:
+        return file.name
+    if not alike:
+        return Path(file.path).stem
+    keys = sorted({key for each in alike for key in each.options})
+    own = [
+        f"{key}={file.options[key]}"
+        for key in keys
+        if key in file.options and any(each.options.get(key) != file.options[key] for each in alike)
+    ]
+    return file.path + (f"({','.join(own)})" if own else "")
+
+
+def _check_names(key: str, files: Sequence[FileSettings]) -> None:
+    """Raise ValueError if a file has no name that can be part of a metric and of an id, or two have the same."""
+    names = names_of(files)
+    for name in names:
+        if not name or "/" in name or not name.isprintable():
+            raise ValueError(
+                f"{key}: {shown(name)} is no name of a set, which needs printable characters other than a slash; set "
+                "name beside its path"
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{key}: two sets have the name {twice[0]!r}; set name beside the path of one of them")

@@ -14,7 +14,8 @@ class ModelSettings(Section):
     """Model to train."""
 
     path: PathText = Field(min_length=1)
-    """Hugging Face folder of the model to start from: config.json, safetensors, tokenizer."""
+    """Hugging Face folder of the model to start from: config.json, safetensors, tokenizer. Or a GGUF file, which is
+    unpacked to such a folder beside it."""
     tokenizer: OptionalPath = None
     """Tokenizer folder, or a sentencepiece .model file; null: the model's folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -23,7 +23,8 @@ class RunSettings(Section):
     export_every: int = Field(default=0, ge=0)
     """Number of steps between exports in Hugging Face format to `DIR/exports/step_N`; 0: no exports during training."""
     save_every: int = Field(default=10, ge=0)
-    """Number of steps between checkpoints; 0: save only after the last step, and when SIGTERM stops the run."""
+    """Number of steps between checkpoints, of which the last step has one too; 0: save only when a signal or a fault of
+    servers stops the run."""
     async_save: bool = False
     """Write checkpoints in the background of the next step; the host's memory must hold a copy of the checkpoint."""
     keep_last: int = Field(default=2, ge=1)
@@ -69,7 +70,7 @@ class LogSettings(Section):
     wandb_project: str | None = None
     """Weights & Biases project; null: megatron_rlvr."""
     rollouts: int = Field(default=16, ge=0)
-    """Number of responses to record in `DIR/rollouts` in each step, whole groups while they fit: as text when they have
-    been sampled, and after the step with entropies, log-probabilities and alternatives of the tokens trained on."""
+    """Number of responses to record in `DIR/rollouts` in each step, whole groups while they fit: as text when they are
+    sampled, and after the step with entropies, log-probabilities and alternatives of the tokens trained on."""
     report_every: int = Field(default=0, ge=0)
     """Number of steps after which `DIR/report.html` is written again; 0: only by `rlvr report`."""

@@ -5,15 +5,22 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rlvr.command_line import Parser, path, small_int
+from megatron_rlvr.distributed import environment
 
 DESCRIPTION = """\
-Converts a model between a Hugging Face folder and a megatron-core checkpoint (torch_dist).
+Converts a model between a Hugging Face folder and a megatron-core checkpoint (torch_dist), or a GGUF file to a folder.
 
+    rlvr convert from-gguf FILE OUT
     rlvr convert to-megatron HF_DIR OUT [--tensor 8 --pipeline 4 --expert 2] [--verify]
     rlvr convert to-hf CKPT OUT [--shard-size 5] [--verify]
 
 Runs in one process on the CPU, with one parameter in memory at a time. In case of an error, one line is printed, the
 exit status is 2, and nothing is left at OUT.
+"""
+
+_FROM_GGUF = """\
+Write the model of a GGUF file (llama.cpp's format) as a Hugging Face folder, as `model.path: FILE.gguf` does beside the
+file. Quantised weights become float32 numbers, floats keep their type. Needs the package gguf.
 """
 
 _TO_MEGATRON = """\
@@ -45,15 +52,27 @@ def main(arguments: Sequence[str], program: str) -> int:
     if options.direction == "to-hf" and not 0 < options.shard_size <= 1e6:
         parser.error(f"--shard-size {options.shard_size}: not between 0 and 1e6; give the size in GB")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tolerance of --verify is for fp32 on the CPU
+    environment.quiet_libraries()
     from rich.console import Console
     from rich.progress import track
 
-    from megatron_rlvr.convert.conversion import check_layout, errors_in_one_line, to_hugging_face, to_megatron
+    from megatron_rlvr.convert.conversion import (
+        check_layout,
+        check_new_folder,
+        errors_in_one_line,
+        to_hugging_face,
+        to_megatron,
+    )
     from megatron_rlvr.convert.verification import verify
+    from megatron_rlvr.hf.gguf import unpack
     from megatron_rlvr.hf.headers import list_names
 
     console = Console(stderr=True)
     with errors_in_one_line(options.out):
+        if options.direction == "from-gguf":
+            check_new_folder(options.out)
+            unpack(options.source, options.out)
+            return 0
         if options.direction == "to-megatron":
             check_layout(options.source, options.tensor, options.pipeline, options.expert)
             skipped = to_megatron(options.source, options.out, lambda rows: track(rows, "converting", console=console))
@@ -71,7 +90,10 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def _parser(program: str) -> Parser:
     parser = Parser(program, description=DESCRIPTION)
-    directions = parser.add_subparsers(dest="direction", required=True, metavar="to-megatron | to-hf")
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="from-gguf | to-megatron | to-hf")
+    unpacking = directions.add_parser("from-gguf", description=_FROM_GGUF, help="GGUF file to a Hugging Face folder")
+    unpacking.add_argument("source", type=path, metavar="FILE", help="file of llama.cpp's format")
+    unpacking.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist")
     forth = directions.add_parser("to-megatron", description=_TO_MEGATRON, help="to a megatron-core checkpoint")
     back = directions.add_parser("to-hf", description=_TO_HF, help="make a Hugging Face folder")
     forth.add_argument("source", type=path, metavar="HF_DIR", help="folder with config.json and safetensors")

@@ -125,8 +125,8 @@ def checkpoint_tensors(source: Path, track: Track = iter) -> Iterator[tuple[str,
         yield from zip(row.hugging_face, unmerge(row.layout, reader.read(row), geometry), strict=True)
 
 
-def _check_target(target: Path, size: int) -> None:
-    """Raise ModelError if ``target`` exists, or its disk has less than ``size`` bytes free."""
+def check_new_folder(target: Path) -> None:
+    """Raise ModelError if ``target`` exists and is not an empty folder, or is being written."""
     if not target.name:
         raise ModelError(f"{target}: not a new folder; give its name")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -136,6 +136,11 @@ def _check_target(target: Path, size: int) -> None:
             f"{temporary_path(target)} exists: another conversion is writing it, or was killed; choose another folder, "
             "or remove it"
         )
+
+
+def _check_target(target: Path, size: int) -> None:
+    """Raise ModelError if ``target`` exists, or its disk has less than ``size`` bytes free."""
+    check_new_folder(target)
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < size:

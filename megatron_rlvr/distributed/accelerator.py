@@ -1,5 +1,6 @@
 """The device of this process (a GPU, or the CPU if there is none), its memory, and the libraries available for it."""
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -8,6 +9,11 @@ from dataclasses import dataclass, field
 
 import psutil
 import torch
+
+from megatron_rlvr.distributed import transport
+
+_MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Function of glibc; None with another C library."""
 
 
 def has_gpu() -> bool:
@@ -60,7 +66,7 @@ def device_info() -> DeviceInfo:
         total=total,
         peak=peak,
         free_at_peak=free + torch.cuda.memory_reserved() - peak,
-        libraries={"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))},
+        libraries={"CUDA": str(torch.version.cuda), transport.NAME: transport.version()},
     )
 
 
@@ -68,6 +74,20 @@ def release_cached_memory() -> None:
     """Return the GPU memory that this process has cached and does not use, so that other processes can allocate it."""
     if has_gpu():
         torch.cuda.empty_cache()
+
+
+def trim_host_memory() -> None:
+    """Return to the system the memory of this process that is free, which the C library keeps for later allocations.
+
+    Without it, holes between tensors that live long and others would grow from step to step.
+    """
+    if _MALLOC_TRIM is not None:
+        _MALLOC_TRIM(0)
+
+
+def held_memory() -> int:
+    """Return the bytes that this process holds now: on a GPU of its memory, else of the host's."""
+    return torch.cuda.memory_reserved() if has_gpu() else psutil.Process().memory_info().rss
 
 
 def reset_peak_memory() -> None:

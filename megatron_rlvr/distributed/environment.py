@@ -5,6 +5,7 @@ starts no servers, so the variables may be set in its own process. Imports no to
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,3 +49,13 @@ def set_defaults(megatron: Mapping[str, Any]) -> None:
             f"{_NONDETERMINISTIC}={os.environ[_NONDETERMINISTIC]}: contradicts megatron.deterministic_mode=true; unset "
             "one of the two"
         )
+
+
+def quiet_libraries() -> None:
+    """Have libraries that this process and its children import from now on warn of nothing and show no progress."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,11 +1,13 @@
 """The default process group: joining and leaving it, its key-value store, and groups for Python objects.
 
-GPU tensors are sent by NCCL. Python objects and CPU tensors are always sent by gloo.
+GPU tensors are sent by NCCL. Python objects and CPU tensors are always sent by gloo, which connects two ranks when one
+has something for the other: connecting each to each would take the store ranks^3 bytes, and every rank a file for each
+other rank.
 """
 
 import os
 import socket
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -52,13 +54,14 @@ def initialize(timeout_minutes: float) -> None:
         megatron_on_cpu.patch_cuda_calls()
     store, rank, world_size = _join_store(timeout)
     try:
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_gpu() else "gloo",
-            store=torch.distributed.PrefixStore("default_pg", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
+        with connecting_later():
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if has_gpu() else "gloo",
+                store=torch.distributed.PrefixStore("default_pg", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
     except RuntimeError as error:  # of torch, also if it cannot use the interface
         interface = os.environ.get(network.INTERFACE_VARIABLE)
         raise JoinError(
@@ -131,4 +134,10 @@ def store() -> torch.distributed.Store:
 
 def object_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
     """Create a group for CPU tensors and Python objects. Every rank of the world must call it with the same ranks."""
-    return torch.distributed.new_group(ranks, backend="gloo")
+    with connecting_later():
+        return torch.distributed.new_group(ranks, backend="gloo")
+
+
+def connecting_later() -> AbstractContextManager[None]:
+    """Context in which the ranks of new gloo groups are connected only when they send something to each other."""
+    return server_group.connect_later.set_to("1")

@@ -120,22 +120,26 @@ def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Rank
     from megatron.core import parallel_state
 
     process_group.initialize(timeout_minutes)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
-    )
+    with process_group.connecting_later():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            create_gloo_process_groups=False,  # the two that are needed are made here
+        )
     data_rank = parallel_state.get_data_parallel_rank()
     data_size = parallel_state.get_data_parallel_world_size()
-    data_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(data_ranks, data_rank)
-    replicas = [[r for r, place in enumerate(data_ranks) if place == d] for d in range(data_size)]
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, data_rank)
+    replicas = [[rank for rank, place in enumerate(places) if place == d] for d in range(data_size)]
     # Creating a group is collective over the world: every rank creates every group, and keeps its own.
     groups = [process_group.object_group(ranks) for ranks in replicas]
+    own = replicas[data_rank].index(dist.get_rank())
+    across = [process_group.object_group(list(ranks)) for ranks in zip(*replicas, strict=True)]
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -155,6 +159,6 @@ def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Rank
         expert_group=parallel_state.get_expert_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        data_objects=parallel_state.get_data_parallel_group_gloo(),
+        data_objects=across[own],
         replica_objects=groups[data_rank],
     )

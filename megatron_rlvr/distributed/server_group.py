@@ -18,6 +18,9 @@ from megatron_rlvr.distributed.accelerator import has_gpu
 WATCHDOG_OFF = "TORCH_NCCL_BLOCKING_WAIT"
 """Environment variable that, set to 1 while an NCCL group is created, leaves it without a watchdog."""
 
+CONNECT_LATER = "TORCH_GLOO_LAZY_INIT"
+"""Environment variable that, set to 1 while a gloo group is created, leaves its ranks unconnected until they send."""
+
 _CLOSE_SECONDS = 10.0
 _POLL_SECONDS = 0.001
 _OTHER_VERSION = "Mismatched NCCL version"
@@ -73,6 +76,7 @@ class _Variable:
 # its error.
 _watchdog_off = _Variable(WATCHDOG_OFF)
 _interface = _Variable(network.INTERFACE_VARIABLE)
+connect_later = _Variable(CONNECT_LATER)
 
 
 class ServerGroup:
@@ -124,6 +128,7 @@ class ServerGroup:
         self._store.set_timeout(timeout)
         with contextlib.ExitStack() as variables:
             variables.enter_context(_watchdog_off.set_to("1"))
+            variables.enter_context(connect_later.set_to("0"))  # as on the server, which would not understand it
             if interface := network.interface_toward(self._host):
                 variables.enter_context(_interface.set_to(interface))
             group, _ = c10d._new_process_group_helper(

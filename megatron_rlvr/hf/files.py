@@ -66,4 +66,6 @@ def _no_weights(folder: Path) -> str:
     elif others := [name for name in names if name.endswith(OTHER_FORMATS)]:
         problem = f" but {others[0]}, which is not read"
         remedy = "load it with transformers' from_pretrained and give the folder that its save_pretrained writes"
+        if others[0].endswith(".gguf"):
+            problem, remedy = f" but {others[0]}", f"give the path of that file, {folder / others[0]}"
     return f"{folder} holds no weights ({SINGLE} or {INDEX}){problem}; {remedy}"

@@ -13,6 +13,7 @@ from megatron_rlvr.config import ParallelSettings, Settings, SettingsError
 from megatron_rlvr.config.loading import load_settings, validate
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.hf.gguf import model_folder
 from megatron_rlvr.input_files import is_file, read_json_object
 from megatron_rlvr.planner import report
 from megatron_rlvr.planner.devices import DEVICES
@@ -217,7 +218,8 @@ def _gpus_per_listed_server(own: Settings | None, options: argparse.Namespace) -
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Read config.json from a model's folder, or from the path of the file itself."""
+    """Read config.json from a model's folder, or from the path of the file itself; a GGUF file is unpacked."""
+    path = model_folder(path)
     if not is_file(path):
         return read_config(path)
     return read_json_object(path, SettingsError, "give the config.json of a model")

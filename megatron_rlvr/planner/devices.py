@@ -44,4 +44,6 @@ DEVICES = {
     "b200": Device("B200 180GB", 179.0 * GIB, 2250e12, 8000e9, 900e9, 50e9),
     # NVIDIA L40S data sheet: 362 TFLOP/s, 48 GB at 864 GB/s, PCIe 4 x16 instead of NVLink; 4 x 400 Gb/s for 8 GPUs.
     "l40s": Device("L40S 48GB", 45.0 * GIB, 362e12, 864e9, 32e9, 25e9),
+    # NVIDIA Ada white paper, RTX 4090: 165 TFLOP/s with fp32 sums, 24 GB at 1,008 GB/s, PCIe 4 x16; 10 Gb/s Ethernet.
+    "rtx4090": Device("RTX 4090 24GB", 24.0 * GIB, 165e12, 1008e9, 32e9, 1.25e9),
 }

@@ -179,20 +179,18 @@ def saved_by_layer(
     width, tensor = options.weight_bytes, parallel.tensor
     sequence_ranks = tensor if parallel.sequence else 1
     hidden, query, key = shape.hidden, shape.query_width / tensor, shape.key_width / tensor
-    # Cosine and sine of the angles, for queries and for keys; every rank has all of them.
-    angles = 4 * width * shape.head_size
     log_sums = 4 * shape.heads / tensor
     if options.transformer_engine:
         norms = 2 * (2 * width * hidden / sequence_ranks + 4)
-        # All of linear_qkv's output, queries separately (the input of their norm), both after rotation, values
-        # separately.
-        attention = width * (query + 2 * key + (query if shape.qk_norm else 0) + query + 2 * key) + angles
+        # Queries and keys after rotation (whose angles are not saved), values; before, the inputs of their norms.
+        attention = width * (query + 2 * key + (query + key if shape.qk_norm else 0))
     else:
         # For a norm: the input in fp32, the inverse root, the result before and after multiplying by the weight.
         norms = 2 * ((4 + 2 * width) * hidden / sequence_ranks + 4)
-        # Rotated queries and keys, values with all of linear_qkv's output, and the attention output.
+        # Rotated queries and keys, values with all of linear_qkv's output, and the attention output. Cosine and sine
+        # of the angles, for queries and for keys; every rank has all of them.
         keys = 2 * key * parallel.context if parallel.context > 1 else key + (query + 2 * key)
-        attention = width * (query + keys + query) + angles
+        attention = width * (query + keys + query) + 4 * width * shape.head_size
         if shape.qk_norm:
             attention += (4 + width) * (query + key) - (4 * key if width == 4 and parallel.context == 1 else 0)
     return {
@@ -265,29 +263,55 @@ def in_flight(parallel: ParallelSettings, micro_batches: int, stage: int) -> flo
 def layer_workspace(
     shape: ModelShape, layer: int, parallel: ParallelSettings, options: TrainingOptions, tokens: float
 ) -> float:
-    """Return the temporary bytes of a layer's backward pass.
+    """Return the temporary bytes of a layer's backward pass, with the activations that it recomputes.
 
-    They are the recomputed activations, the gradients of the feed-forward network's halves, the tokens gathered from
-    the tensor-parallel ranks with their gradient, and the gradient of the largest weight.
+    With h, the bytes of one half of the feed-forward network's first product, s halves saved, and whole, the hidden
+    states of all tensor-parallel ranks' tokens, the fullest moment is one of
+
+        second linear layer   s h + gathered gradient (whole) + gradient of its input (h) + gradient of its weight
+        activation            s h + gradients of both halves (2 h)
+        first linear layer    2 h + gathered input (whole) + its gradient (whole, and this rank's part) + of its weight
+
+    An MoE layer is fullest in its forward pass, when the outputs of the experts are put together: there are four more
+    copies of the tokens of the top-k experts, of before and after the exchange, and of the outputs one by one and
+    together.
 
     Args:
         tokens: Tokens of a micro-batch on this rank.
     """
-    recomputed = 0.0
-    if options.recompute != "none":
-        saved = sum(saved_by_layer(shape, layer, parallel, options).values())
-        full = options.recompute == "full"
-        recomputed = options.unit_layers * saved if full else saved - retained_by_layer(shape, layer, parallel, options)
-        chunks = [chunk for stage in parallel.stages(shape.layers) for chunk in stage]
-        if options.block_layers and options.block_layers < min(map(len, chunks)):
-            recomputed = 0.0  # the layers that are not recomputed have freed their activations by then
-    columns = weight_columns = shape.ffn / parallel.tensor
+    recomputed = _recomputed_by_layer(shape, layer, parallel, options)
+    sequence_ranks = parallel.tensor if parallel.sequence else 1
+    whole = float(options.weight_bytes * shape.hidden)
+    part = whole / sequence_ranks
+    # The gradient of the layer's output and, if it is recomputed, that output.
+    beside = part * (2 if recomputed else 1)
+    # Megatron keeps the buffer in which its own layers gather tokens.
+    kept = whole if sequence_ranks > 1 and not options.transformer_engine else 0.0
     if shape.moe_layers[layer]:
-        weight_columns = shape.expert_ffn
-        columns = shape.top_k * weight_columns / (parallel.tensor if parallel.sequence else 1)
-    gathered = (2 if parallel.sequence else 1) * shape.hidden
-    temporary = options.weight_bytes * (tokens * (2 * columns + gathered) + 2 * shape.hidden * weight_columns)
-    return recomputed * tokens + temporary
+        return tokens * (recomputed + beside + kept + 4 * shape.top_k * part)
+    gathered = whole if sequence_ranks > 1 else 0.0
+    half = options.weight_bytes * shape.ffn / parallel.tensor
+    weight = options.weight_bytes * shape.hidden * shape.ffn / parallel.tensor
+    saved = (3 if options.fused_activation else 5) * half
+    fullest = max(
+        tokens * (saved + gathered + half) + weight,
+        tokens * (saved + 2 * half),
+        tokens * (2 * half + 2 * gathered - kept + part) + 2 * weight,
+    )
+    return tokens * (recomputed - saved + beside + kept) + fullest
+
+
+def _recomputed_by_layer(shape: ModelShape, layer: int, parallel: ParallelSettings, options: TrainingOptions) -> float:
+    """Return the bytes per token of the rank that a layer's backward pass recomputes before it begins."""
+    if options.recompute == "none":
+        return 0.0
+    chunks = [chunk for stage in parallel.stages(shape.layers) for chunk in stage]
+    if options.block_layers and options.block_layers < min(map(len, chunks)):
+        return 0.0  # the layers that are not recomputed have freed their activations by then
+    saved = sum(saved_by_layer(shape, layer, parallel, options).values())
+    if options.recompute == "full":
+        return options.unit_layers * saved
+    return saved - retained_by_layer(shape, layer, parallel, options)
 
 
 def head_workspace(

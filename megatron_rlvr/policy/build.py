@@ -113,6 +113,9 @@ _REFUSED = {
     "cross_entropy_fusion_impl": "the loss is not cross entropy and holds no logits",
     "overlap_param_gather": "weights are pushed to the rollout engine before a forward pass would wait for the gather",
     "optimizer_cpu_offload": "its state cannot be saved yet",
+    # Megatron calls Transformer Engine's initialize_state without its second argument, so that a run which resumes has
+    # nothing to load into; and of a master weight the state has the lower 16 bits, which alone are no number.
+    "use_precision_aware_optimizer": "its state can be neither saved nor created before the first step",
     "fp16": "training is in model.dtype float32 or bfloat16",
 }
 # Fields about experts that a user may set; the others change what the model computes, or have no effect here.
@@ -139,7 +142,7 @@ def check_passthrough(
 
 def check_kernels(megatron: Mapping[str, Any]) -> None:
     """Raise SettingsError for a ``megatron:`` key whose kernels this machine lacks. Not called by ``--check``."""
-    keys = ("use_precision_aware_optimizer", "fp8", "apply_rope_fusion", "moe_grouped_gemm")
+    keys = ("fp8", "apply_rope_fusion", "moe_grouped_gemm")
     lacking = {}
     if not accelerator.has_fused_weight_gradients():
         lacking["gradient_accumulation_fusion"] = "a GPU and apex's fused weight gradients, which this machine lacks"
@@ -225,7 +228,7 @@ def build_optimizer(
         "params_dtype": DTYPES[model.dtype],
     }
     config = build_config(OptimizerConfig, default_fields() | read_fields(megatron), own)
-    optimizer = get_megatron_optimizer(config, chunks)
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
     cosine = settings.schedule == "cosine"
     schedule = OptimizerParamScheduler(
         optimizer,

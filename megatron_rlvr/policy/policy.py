@@ -32,6 +32,7 @@ from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.policy.attention import packed_stream
 from megatron_rlvr.policy.build import PolicyModel, build_chunks, build_optimizer
 from megatron_rlvr.policy.context import ContextShard, context_shard
+from megatron_rlvr.policy.gradient import Gradient
 from megatron_rlvr.policy.weights import WeightMap, global_parameters
 from megatron_rlvr.protocols import PolicyLoss
 
@@ -184,21 +185,22 @@ class Policy:
         Returns: metrics over all ranks: loss, grad_norm, skipped (1.0 if one of these is not finite; the weights are
         then unchanged), and the metrics of ``loss`` as means over the selected tokens.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        one = partial(
-            self._train_one,
-            masks=masks,
-            inputs=inputs,
-            loss=loss,
-            count=count,
-            entropy_coefficient=entropy_coefficient,
-        )
-        metrics = self._reduce(self._run(batches, one, forward_only=False))
+        metrics = self._backward(batches, masks, inputs, loss, count, entropy_coefficient)
         if not math.isfinite(metrics["loss"]):
             return metrics | {"grad_norm": math.nan, "skipped": 1.0}
         return metrics | self._update()
+
+    def gradient(
+        self,
+        batches: Sequence[MicroBatch],
+        masks: Sequence[Tensor],
+        inputs: Sequence[LossInputs],
+        loss: PolicyLoss,
+        count: int,
+    ) -> Gradient:
+        """Return the gradient of the loss, valid until the next pass; the arguments are those of `train_step`."""
+        self._backward(batches, masks, inputs, loss, count, 0.0)
+        return Gradient.of(self.optimizer)
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         """All weights as (Hugging Face name, whole tensor), gathered when the result is iterated.
@@ -221,6 +223,29 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _backward(
+        self,
+        batches: Sequence[MicroBatch],
+        masks: Sequence[Tensor] | MaskOfEntropy,
+        inputs: Sequence[LossInputs],
+        loss: PolicyLoss,
+        count: int,
+        entropy_coefficient: float,
+    ) -> dict[str, float]:
+        """Leave the gradient in the gradient buffers; return the metrics of the loss."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        one = partial(
+            self._train_one,
+            masks=masks,
+            inputs=inputs,
+            loss=loss,
+            count=count,
+            entropy_coefficient=entropy_coefficient,
+        )
+        return self._reduce(self._run(batches, one, forward_only=False))
 
     def _forward_one(
         self, data: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module, loss_of: Callable[..., Any]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_rlvr import open_files
 from megatron_rlvr.command_line import Parser, path
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.distributed import environment
@@ -17,6 +18,7 @@ from megatron_rlvr.preflight.results import CheckResult, Report
 from megatron_rlvr.signals import Signals, Stopped
 from megatron_rlvr.startup.describe import describe_plan
 from megatron_rlvr.startup.layout_checks import check_megatron
+from megatron_rlvr.startup.model_file import with_model_folder
 from megatron_rlvr.startup.process import (
     check_launch,
     end_with_launcher,
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
         program: Name of the command in messages.
     """
     end_with_launcher()
+    open_files.raise_limit()
     options, flags = parse(arguments, program)
     quiet_libraries()
     signals = Signals()
@@ -120,7 +123,7 @@ def parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, l
 
 
 def _resolve(config: str, flags: list[str]) -> Resolved:
-    settings = load_settings(config, flags)
+    settings = with_model_folder(load_settings(config, flags))
     command = f"torchrun --nproc-per-node {{ranks}} {sys.argv[0]} {config}, or by the run's launcher with PREFLIGHT=1"
     check_launch(settings.parallel, command)
     environment.set_defaults(settings.megatron)

@@ -12,12 +12,13 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_rlvr import open_files
 from megatron_rlvr.config import Settings, SettingsError
 from megatron_rlvr.distributed import accelerator
 from megatron_rlvr.distributed.ranks import Ranks, initialize_ranks
 from megatron_rlvr.number_ranges import format_ranges
 from megatron_rlvr.preflight.context import PreflightContext
-from megatron_rlvr.preflight.results import CheckResult, first_few, format_bytes
+from megatron_rlvr.preflight.results import CheckResult, failure, first_few, format_bytes
 
 T = TypeVar("T")
 
@@ -61,7 +62,10 @@ def join_ranks(settings: Settings, *, max_minutes: float = math.inf) -> Ranks:
 
 
 def check_ranks(context: PreflightContext) -> CheckResult:
-    """List the hosts, and compare their clocks."""
+    """List the hosts, compare their clocks, and check the limits on open files."""
+    too_low = [each for each in context.gather(_too_few_files(context)) if each is not None]
+    if too_low:
+        return failure("ranks", too_low[0])
     skews = context.gather(_clock_skew(context))
     hosts = _ranks_by_value(context.gather(socket.gethostname()))
     message = f"{context.ranks.world_size} rank(s) on {len(hosts)} host(s): " + first_few(
@@ -75,6 +79,15 @@ def check_ranks(context: PreflightContext) -> CheckResult:
         remedy = f"synchronize the clock of {host} by chrony or ntpd, since times in logs differ"
         return CheckResult("ranks", "warned", message, remedy)
     return CheckResult("ranks", "passed", message)
+
+
+def _too_few_files(context: PreflightContext) -> str | None:
+    """Return what is wrong with this rank's limit on open files, or None."""
+    ranks, rollout = context.ranks, context.resolved.settings.rollout
+    requests = math.ceil(rollout.max_inflight / ranks.data_size) * len(rollout.servers)
+    has_store = ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    wanted = open_files.needed(ranks.world_size, requests if ranks.replica_rank == 0 else 0, has_store=has_store)
+    return open_files.too_low(wanted, f"rank {ranks.rank} on {socket.gethostname()}", "rollout.max_inflight")
 
 
 def _clock_skew(context: PreflightContext) -> float:

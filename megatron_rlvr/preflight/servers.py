@@ -1,6 +1,9 @@
 """Check of `rollout.servers`: running, with the run's model, and reachable from every rank that sends requests."""
 
-from megatron_rlvr.config import SettingsError
+from collections.abc import Mapping
+
+from megatron_rlvr.config import Settings, SettingsError
+from megatron_rlvr.distributed import accelerator, transport
 from megatron_rlvr.engines.sglang.client import Server, ServerError
 from megatron_rlvr.engines.sglang.connect import connect
 from megatron_rlvr.engines.sglang.pool import ServerPool, failures_in
@@ -10,7 +13,6 @@ from megatron_rlvr.preflight.results import CheckResult, failure, first_few
 
 # A run waits for servers that are starting; the preflight expects them to be up.
 _MAX_PATIENCE_SECONDS = 60.0
-_INFO_TIMEOUT_SECONDS = 20.0
 # Oldest and newest version of SGLang; docs/rollouts.md. Tests run against the newest (tools/sglang.txt).
 TESTED_SGLANG = (0, 5, 21), (0, 5, 23)
 
@@ -32,6 +34,7 @@ def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | 
             context.resolved.hf_config,
             max_sequence_tokens=longest,
             dtype=settings.model.dtype,
+            same_transport=settings.sync.method == "distributed",
         )
     except SettingsError as error:  # raised on every rank
         return failure("servers", str(error)), None
@@ -44,10 +47,10 @@ def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | 
             remedy = "give the server an address and a port that every host of the trainer reaches (--host 0.0.0.0)"
             return CheckResult("servers", "failed", problem, remedy), pool
     versions = context.gather(_versions(pool) if context.ranks.is_main else {})[0]
-    distinct = sorted(set(versions.values()))
+    distinct = sorted({sglang for sglang, _ in versions.values()})
     message = (
         f"{len(versions)} with the run's model and at least {longest} tokens of context, SGLang "
-        f"{', '.join(distinct)}: {first_few(list(versions))}"
+        f"{', '.join(distinct)}{_transport(settings, versions)}: {first_few(list(versions))}"
     )
     untested = [version for version in distinct if not version_in_range(version, *TESTED_SGLANG)]
     if untested:
@@ -59,14 +62,23 @@ def check_servers(context: PreflightContext) -> tuple[CheckResult, ServerPool | 
     return CheckResult("servers", "passed", message), pool
 
 
-def _versions(pool: ServerPool | None) -> dict[str, str]:
-    """Return {URL: version of SGLang}, "unknown" if the server does not report it."""
+def _versions(pool: ServerPool | None) -> dict[str, tuple[str, str | None]]:
+    """Return {URL: (version of SGLang, of NCCL)}; "unknown" and None if the server does not report it."""
+    answers = pool.everywhere(lambda server: server.info()) if pool is not None else {}
+    return {
+        url: ("unknown", None) if isinstance(answer, ServerError) else (answer.sglang or "unknown", answer.transport)
+        for url, answer in answers.items()
+    }
 
-    async def version(server: Server) -> str:
-        return str((await server.call("GET", "/server_info", _INFO_TIMEOUT_SECONDS)).get("version", "unknown"))
 
-    answers = pool.everywhere(version) if pool is not None else {}
-    return {url: "unknown" if isinstance(answer, ServerError) else answer for url, answer in answers.items()}
+def _transport(settings: Settings, versions: Mapping[str, tuple[str, str | None]]) -> str:
+    """Return what is known of the servers' NCCL, which `connect` has compared; empty if weights take another way."""
+    if settings.sync.method != "distributed" or not accelerator.has_gpu():
+        return ""
+    silent = [url for url, (_, reported) in versions.items() if reported is None]
+    if not silent:
+        return f" and the trainer's {transport.NAME} {transport.version()}"
+    return f", {transport.NAME} not reported by {first_few(silent)} (`rlvr serve` makes servers report it)"
 
 
 def weight_versions(context: PreflightContext, pool: ServerPool | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.hf.families import transformer_fields
 from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.hf.gguf import model_folder
 from megatron_rlvr.planner.devices import DEVICES, Device
 from megatron_rlvr.rehearsal.driver import build
 from megatron_rlvr.rehearsal.report import Outcome, Summary, as_json, as_text
@@ -44,12 +45,11 @@ It does not show results of kernels, what NCCL does, fragmentation of memory, or
 Exit status: 0; 1 if a phase fails or the peak does not fit the GPU; 2 and one line on stderr if the input is wrong.
 """
 _CUDA_TORCH = "2.14.1"
-# Compiled functions and several threads have nothing to gain on tensors without values.
+# Several threads have nothing to gain on tensors without values.
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
@@ -126,7 +126,7 @@ def _parser(program: str) -> Parser:
 
 def _model_config(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """Return the contents of config.json, with the requested number of layers."""
-    path = options.model or Path(settings.model.path)
+    path = model_folder(options.model or settings.model.path)
     config = read_config(path.parent if path.name == "config.json" else path)
     return config | ({"num_hidden_layers": options.layers} if options.layers else {})
 

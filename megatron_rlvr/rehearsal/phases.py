@@ -16,6 +16,7 @@ from megatron_rlvr.batching.batch import MicroBatch
 from megatron_rlvr.checkpoint.megatron import sharded_state
 from megatron_rlvr.checkpoint.megatron.pending import copied_to_host
 from megatron_rlvr.checkpoint.megatron.sharded_state import ShardedOptimizer, ShardedWeights, load_replicated
+from megatron_rlvr.checkpoint.megatron.shares import BOX_BYTES, boxes
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.loading import validate
 from megatron_rlvr.distributed import accelerator
@@ -37,10 +38,13 @@ _MIN_MICRO_BATCHES = 2  # the second adds to the gradients of the first
 
 
 def _read(shards: Sequence[ShardedTensor], folder: Path) -> dict[str, Any]:
-    """Fill tensors as a reader of files does, which holds one of them in memory at a time."""
+    """Fill tensors as torch's reader does, which reads box by box, each while it still holds the one before."""
     for shard in shards:
-        assert shard.data is not None
-        shard.data.copy_(torch.empty_like(shard.data, device="cpu"))
+        data = shard.data
+        assert data is not None
+        for offset, size in boxes(data.shape, 0, data.numel(), BOX_BYTES // data.element_size()):
+            box = torch.empty(size, dtype=data.dtype, device="cpu")
+            data[tuple(slice(start, start + n) for start, n in zip(offset, size, strict=True))].copy_(box)
     return {}
 
 

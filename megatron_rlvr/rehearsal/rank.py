@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _prepare_packages(job: Job) -> None:
-    """Hide or replace the packages with kernels, before Megatron is imported."""
+    """Hide or replace the packages with kernels and the compiler, before Megatron is imported."""
+    torch: Any = importlib.import_module("torch")
+    torch.compile = importlib.import_module("megatron_rlvr.rehearsal.recorder").compiled
     for name in (*_HIDDEN, *(() if job.transformer_engine else ("transformer_engine",))):
         sys.modules[name] = None  # type: ignore[assignment]
     if job.transformer_engine:

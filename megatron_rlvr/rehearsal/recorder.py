@@ -5,9 +5,10 @@ different devices; the recorder adds the values that shapes depend on (`values`)
 records, by source line, where the CPU would wait for the GPU, and the collectives with their bytes.
 """
 
+import functools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 from torch.utils._pytree import tree_map_only
 
 from megatron_rlvr.rehearsal.storages import StorageCounter
@@ -196,6 +201,26 @@ class Recorder(TorchDispatchMode):
             copies = value.repeat(size, *[1] * (value.dim() - 1)) if name == "allgather_base" else value.clone()
             copies = copies.view(output.shape)
         self.values.set(output, copies)
+
+
+def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Run a function as it is, and count its memory as if it were compiled; a replacement for ``torch.compile``.
+
+    Functions that Megatron and Transformer Engine compile become one kernel, whose intermediate results are in
+    registers: only results, and what autograd saves, take memory.
+    """
+    if function is None:
+        return functools.partial(compiled, **options)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mode = _get_current_dispatch_mode()
+        if not isinstance(mode, Recorder):
+            return function(*args, **kwargs)
+        with mode.device.only_survivors():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _received(name: str, args: Sequence[Any], tensors: list[Tensor]) -> list[Tensor]:

@@ -26,6 +26,7 @@ from torch.optim import optimizer
 from megatron_rlvr.algo import head
 from megatron_rlvr.hf.families import rows_of, tensor_shapes
 from megatron_rlvr.policy import weights
+from megatron_rlvr.rehearsal.head_kernels import HeadKernels
 from megatron_rlvr.rehearsal.world import replaced
 
 
@@ -43,27 +44,6 @@ class ShapeReader:
     def read(self, name: str) -> Tensor:
         """Return a tensor of the right shape."""
         return torch.empty(self._shapes[name], dtype=self._dtype)
-
-
-class HeadKernels:
-    """Replaces `algo.tiles_triton`, whose kernels take no fake tensors."""
-
-    @staticmethod
-    def fold_statistics_(stats: Tensor, z: Tensor, targets: Tensor) -> None:
-        """Change nothing: values are not computed."""
-
-    @staticmethod
-    def logits_gradient_(
-        z: Tensor,
-        targets: Tensor,
-        log_sum_exp: Tensor,
-        entropy: Tensor,
-        grad_logp: Tensor,
-        grad_entropy: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Return a tensor of the shape of ``z``: itself, or a new one in another type."""
-        return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
 
 
 class _Separately:

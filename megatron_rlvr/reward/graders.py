@@ -123,14 +123,17 @@ class GraderPool:
         workers: int,
         timeout_seconds: float = 2.0,
         answer_after: str | None = None,
+        at_once: bool = True,
     ) -> None:
         """Start all processes at the same time and wait until each has imported the function.
 
         Args:
             function: Value of `reward.function`; the user's own functions are ``protocols.Reward``.
             workers: Number of processes, >= 1.
-            timeout_seconds: Deadline for grading one response, wall-clock seconds, > 0.
+            timeout_seconds: Deadline for grading one response, in seconds, > 0, without those for which other processes
+                had the CPU (`GraderProcess.grade`).
             answer_after: Text after which the answer begins, for built-in functions; None for the whole response.
+            at_once: False to start a process only when there is a response for it, on a rank that expects none.
 
         Raises:
             RewardError: If the function cannot be imported or an argument is invalid.
@@ -150,13 +153,10 @@ class GraderPool:
         self._lock = threading.Lock()  # guards the counters, _closed and _processes
         self._closed = False
         self._processes: dict[threading.Thread, GraderProcess] = {}
-        try:
-            self._guard = ProcessGuard()
-        except OSError as error:
-            raise RewardError(f"reward.workers: cannot start a process ({error}); set fewer") from error
+        self._guard: ProcessGuard | None = None
         started: list[Future[None]] = [Future() for _ in range(workers)]
         self._threads = [
-            threading.Thread(target=self._serve, args=(future,), name=f"grader-{number}", daemon=True)
+            threading.Thread(target=self._serve, args=(future, at_once), name=f"grader-{number}", daemon=True)
             for number, future in enumerate(started)
         ]
         atexit.register(self.close)
@@ -215,12 +215,13 @@ class GraderPool:
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():  # a callback may close the pool
                 thread.join(_JOIN_SECONDS)
-        self._guard.close()
+        if self._guard is not None:
+            self._guard.close()
 
-    def _serve(self, started: "Future[None]") -> None:
+    def _serve(self, started: "Future[None]", at_once: bool) -> None:
         """Body of one thread: start a process, then grade one task after another until the queue yields None."""
         try:
-            process: GraderProcess | None = self._start()
+            process = self._start() if at_once else None
         except RewardError as error:
             started.set_exception(error)
             return
@@ -278,6 +279,11 @@ class GraderPool:
             if self._closed:
                 raise RewardError("the grader pool is closed")
             replaces = threading.current_thread() in self._processes
+            if self._guard is None:
+                try:
+                    self._guard = ProcessGuard()
+                except OSError as error:
+                    raise RewardError(f"reward.workers: cannot start a process ({error}); set fewer") from error
             process = GraderProcess(self._guard, self._function, self._timeout_seconds, self._answer_after)
             self._processes[threading.current_thread()] = process
         process.wait_until_ready()

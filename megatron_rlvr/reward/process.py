@@ -14,7 +14,9 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.process_guard import ProcessGuard
@@ -25,6 +27,9 @@ START_LIMIT_SECONDS = 60.0
 
 Importing numpy takes a second; on a cold network file system, or for 16 processes at once on two cores, much longer.
 """
+
+# A deadline is extended by the time for which other processes had the CPU, at most to this multiple of it.
+_LONGEST_DEADLINE = 10.0
 
 
 class RewardError(InputError):
@@ -110,15 +115,23 @@ class GraderProcess:
     def grade(self, task: bytes) -> Graded | str:
         """Send one task, a pickled (Prompt, response), and return the result of the function, or why there is none.
 
+        The time for which the process was ready to run, and others had the CPU, does not count towards the deadline;
+        ten times the deadline ends a task in any case.
+
         Raises:
             GraderTimeout: If the process misses the deadline.
             GraderDied: If the process exits first. In both cases it has been reaped and must be replaced.
         """
-        deadline = time.monotonic() + self._timeout_seconds
+        start, waited = time.monotonic(), seconds_without_cpu(self.pid)
         try:
             self._connection.send_bytes(task)
-            if self._connection.poll(max(0.0, deadline - time.monotonic())):
-                return self._connection.recv()
+            while True:
+                limit = self._timeout_seconds + max(0.0, seconds_without_cpu(self.pid) - waited)
+                remaining = start + min(limit, _LONGEST_DEADLINE * self._timeout_seconds) - time.monotonic()
+                if self._connection.poll(max(0.0, remaining)):
+                    return self._connection.recv()
+                if remaining <= 0.0:
+                    break
         except BlockingIOError:
             pass  # sending missed the deadline
         except (EOFError, OSError):
@@ -147,6 +160,13 @@ class GraderProcess:
         except subprocess.TimeoutExpired:
             return "grader died: it closed its socket"
         return f"grader died of {signal.Signals(-code).name}" if code < 0 else f"grader died with exit code {code}"
+
+
+def seconds_without_cpu(pid: int) -> float:
+    """Return for how long the main thread of a process has been ready to run without a CPU; 0 if that is not known."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    return 0.0
 
 
 def _timeval(seconds: float) -> bytes:

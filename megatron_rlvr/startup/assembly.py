@@ -174,8 +174,14 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
         )
 
     longest = settings.max_sequence_tokens
-    dtype = settings.model.dtype
-    pool = connect(settings.rollout, ranks, resolved.hf_config, max_sequence_tokens=longest, dtype=dtype)
+    pool = connect(
+        settings.rollout,
+        ranks,
+        resolved.hf_config,
+        max_sequence_tokens=longest,
+        dtype=settings.model.dtype,
+        same_transport=settings.sync.method == "distributed",
+    )
     engine = SglangEngine(
         pool,
         _weight_sync(resolved, pool, ranks),

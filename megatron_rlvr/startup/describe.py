@@ -1,5 +1,7 @@
 """The plan in words: a few lines that say what a run is going to do, for a person to read before it does."""
 
+from collections.abc import Set
+
 from megatron_rlvr.checkpoint.size import WEIGHT_BYTES, optimizer_bytes
 from megatron_rlvr.config.describe import (
     describe_loss,
@@ -196,8 +198,21 @@ def _evaluation(resolved: Resolved) -> str:
     s = resolved.settings
     if not resolved.evaluation:
         return "none"
+    trained_on = _token_ids(resolved.train)
     sets = ", ".join(
-        f"{name} ({len(prompts)} problems{_remarks(prompts)})" for name, prompts in resolved.evaluation.items()
+        f"{name} ({len(prompts)} problems{_remarks(prompts)}{_overlap(prompts, trained_on)})"
+        for name, prompts in resolved.evaluation.items()
     )
     every = f", every {s.run.eval_every} steps" if s.run.eval_every else ""
     return f"{sets} x {s.evaluate.group_size} completions, before and after{every}"
+
+
+def _overlap(prompts: PromptSet, trained_on: Set[bytes]) -> str:
+    """Return how many prompts of a set are trained on too: an accuracy on these measures memory."""
+    found = sum(prompt.token_ids.tobytes() in trained_on for prompt in prompts.prompts)
+    return f", {found} OF THEM TRAINED ON" if found else ""
+
+
+def _token_ids(prompts: PromptSet) -> set[bytes]:
+    arrays = {id(prompt.token_ids): prompt.token_ids for prompt in prompts.prompts}  # equal prompts share one
+    return {array.tobytes() for array in arrays.values()}

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.config import EvaluationFileSettings, Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import EvaluationFileSettings, Settings, SettingsError, names_of
 from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.data.template import PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
@@ -96,8 +96,8 @@ def describe_evaluation(resolved: Resolved | ResolvedEvaluation) -> dict[str, An
             "answer_after": resolved.answer_after,
         },
         "sets": {
-            evaluation_name(file): _describe_set(file, resolved.evaluation[evaluation_name(file)], s.reward.function)
-            for file in s.evaluate.sets
+            name: _describe_set(file, resolved.evaluation[name], s.reward.function)
+            for file, name in zip(s.evaluate.sets, names_of(s.evaluate.sets), strict=True)
         },
     }
 

@@ -17,11 +17,10 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import Settings, SettingsError, names_of
 from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.data.tokenizer import Tokenizer, tokenizer_digest
 
@@ -86,8 +85,11 @@ def _differences(settings: Settings, before: Mapping[str, Any], now: Mapping[str
     for part, words in ((_TOKENIZER, "tokenizer"), (_TEMPLATE, "chat template")):
         if before.get(part, now[part]) != now[part]:
             yield f"{named}: the {words} has changed"
-    paths = {f"data.train/{Path(f.path).stem}": f"data.train={f.path}" for f in settings.data.train}
-    paths |= {f"evaluate.sets/{evaluation_name(f)}": f"evaluate.sets={f.path}" for f in settings.evaluate.sets}
+    paths = {
+        f"{key}/{name}": f"{key}={file.path}"
+        for key, files in (("data.train", settings.data.train), ("evaluate.sets", settings.evaluate.sets))
+        for file, name in zip(files, names_of(files), strict=True)
+    }
     for key, file in paths.items():
         then, found = before.get(key, {}), now.get(key, {})
         # Only a user's own reward function reads other columns.

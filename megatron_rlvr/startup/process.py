@@ -5,13 +5,13 @@ import os
 import re
 import sys
 import time
-import warnings
 from contextlib import suppress
 from typing import Any, NoReturn
 
 from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.config import ParallelSettings, SettingsError
 from megatron_rlvr.config.yaml_format import shown
+from megatron_rlvr.distributed import environment
 from megatron_rlvr.errors import one_line
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.signals import Stopped
@@ -27,6 +27,12 @@ _FIRST_FAILURE_SECONDS = 2.0
 def is_main() -> bool:
     """Return whether this process is rank 0, by the launcher's RANK; True without a launcher."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_leader(parallel: ParallelSettings) -> bool:
+    """Return whether this process is the first rank of its data-parallel replica, before the ranks have joined."""
+    rank = int(os.environ.get("RANK", "0"))
+    return rank % (parallel.tensor * parallel.context) == 0 and rank < world_size(parallel) // parallel.pipeline
 
 
 def is_first_of_host() -> bool:
@@ -144,9 +150,4 @@ def quiet_libraries() -> None:
     """Log the package's messages on the main rank; of libraries, and on other ranks, log errors only."""
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    environment.quiet_libraries()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checkpoint.store import Checkpoint
-from megatron_rlvr.config import DataSettings, FileSettings, RewardSettings, Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import DataSettings, FileSettings, RewardSettings, Settings, SettingsError, names_of
 from megatron_rlvr.config.yaml_format import shown
 from megatron_rlvr.data.prompts import PromptFile, PromptSet, load_prompts
 from megatron_rlvr.data.template import EndOfTurn, PromptTemplate
@@ -133,9 +133,9 @@ def _prompt_sets(
     """Read the prompts to train on, and those of each evaluation set by its name."""
     data = settings.data
     train = []
-    for file in data.train:
+    for file, name in zip(data.train, names_of(data.train), strict=True):
         keys = {key: value or getattr(data, key) for key, value in _own_keys(file).items()}
-        train.append(PromptFile(file.path, file.weight, None, **keys, options=file.options))
+        train.append(PromptFile(file.path, file.weight, name, **keys, options=file.options))
     evaluation = evaluation_sets(settings, tokenizer, now, show_progress=show_progress)
     return _load(train, data, tokenizer, now, show_progress), evaluation
 
@@ -144,16 +144,17 @@ def evaluation_sets(
     settings: Settings, tokenizer: Tokenizer, now: datetime | None, *, show_progress: bool
 ) -> dict[str, PromptSet]:
     """Return {name: prompts} of `evaluate.sets`. Raises DataError."""
+    sets = settings.evaluate.sets
     files = [
         PromptFile(
             file.path,
             None,
-            evaluation_name(file),
+            name,
             **_own_keys(file),
             settings=f"evaluate.sets.{number}",
             options=file.options,
         )
-        for number, file in enumerate(settings.evaluate.sets)
+        for number, (file, name) in enumerate(zip(sets, names_of(sets), strict=True))
     ]
     return {str(file.name): _load([file], settings.data, tokenizer, now, show_progress) for file in files}
 

@@ -11,8 +11,12 @@ from recorded_runs import WORDS, response, write_run
 from safetensors.torch import save_file
 from tiny import model_config
 
-from megatron_rlvr.analysis.command.analyses import NothingRecordedError, Scored, UnlikeModelsError, change, parameters
+from megatron_rlvr.analysis.command.analyses import Scored, change
 from megatron_rlvr.analysis.command.main import main
+from megatron_rlvr.analysis.command.models import find_models
+from megatron_rlvr.analysis.command.sources import Response, Source, SourceError
+from megatron_rlvr.analysis.command.temperatures import Grid, temperatures
+from megatron_rlvr.analysis.command.weights import UnlikeModelsError, parameters
 from megatron_rlvr.analysis.parameters import by, changes
 from megatron_rlvr.errors import InputError
 
@@ -36,13 +40,20 @@ def test_tokens_of_a_run_are_written_as_json_csv_png_and_svg_with_the_same_numbe
 
 
 def test_changes_of_several_models_are_one_table():
-    responses = [response(1, 0, 0, tokens=400)]
-    base = responses[0].entropy
-    by_bin, top = change(Scored(responses, ["base", "half", "same"], [base, base / 2, base]))
+    recorded = response(1, 0, 0, tokens=400)
+    base = recorded.entropy
+    source = Source([Response(recorded.prompt_ids, recorded.token_ids)], 1.0, str)
+    by_bin, top, by_step = change(
+        source, Scored(["base", "step 5", "step 10"], [None, 5, 10], [base, base / 2, base]), 20
+    )
     assert len(by_bin.rows) == 40
     assert all(row[6] == pytest.approx(-float(row[4] or 0) / 2, rel=1e-5) for row in by_bin.rows[:20])
     assert all(row[6] == 0 for row in by_bin.rows[20:])
     assert [row[1] for row in top.rows] == [1.0, 1.0]
+    assert top.plot is not None
+    assert (top.plot.x, top.plot.curves[0].x, top.plot.curves[0].y) == ("training step", [0, 5, 10], [1, 1, 1])
+    assert [row[0] for row in by_step.rows] == ["base", "step 5", "step 10"]
+    assert [row[-1] for row in by_step.rows] == pytest.approx([np.percentile(e, 99) for e in (base, base / 2, base)])
 
 
 def test_a_parameter_has_changed_if_its_bfloat16_differs():
@@ -79,14 +90,15 @@ def models(model: Path, tmp_path: Path) -> tuple[Path, Path]:
     return model, other
 
 
-def test_changed_parameters_of_two_folders_are_counted_by_layer_and_kind(models: tuple[Path, Path]):
-    result = parameters(*models)
+def test_changed_parameters_of_two_folders_are_counted_by_layer_and_kind(models: tuple[Path, Path], tmp_path: Path):
+    base, other = find_models(models, None)
+    result = parameters(base, other, tmp_path)
     layers = model_config()["num_hidden_layers"]
     tensors = sum(row[0] == "name" for row in result.rows)
     assert result.metrics["changed"] == tensors
     shares = {row[1]: row[3] for row in result.rows if row[0] == "layer"}
     assert set(shares) == {"none", *(str(layer) for layer in range(layers))}
-    assert parameters(models[0], models[0]).metrics["changed"] == 0
+    assert parameters(base, base, tmp_path).metrics["changed"] == 0
 
 
 def test_models_that_do_not_fit_and_runs_without_records_are_one_line(models: tuple[Path, Path], tmp_path: Path):
@@ -94,7 +106,48 @@ def test_models_that_do_not_fit_and_runs_without_records_are_one_line(models: tu
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), encoding="utf-8")
     with pytest.raises((UnlikeModelsError, InputError), match=r"layers\.1"):
-        parameters(base, other)
+        parameters(*find_models([base, other], None), tmp_path)
     run = write_run(tmp_path / "run", 3, recorded={})
-    with pytest.raises(NothingRecordedError, match=r"has no recorded responses .* set log.rollouts above 0"):
+    with pytest.raises(SourceError, match=r"has no recorded responses .* set log.rollouts above 0"):
         main(["tokens", str(run)], "rlvr analyze")
+
+
+def test_a_grid_of_temperatures_is_read_from_its_evaluations(tmp_path: Path):
+    grid = Grid(0.672, [0.6, 1.4], [0.5, 1.0])
+    for high in grid.high:
+        for low in grid.low:
+            folder = grid.folder(tmp_path, high, low)
+            folder.mkdir()
+            accuracy = {"value": high / (2 + low), "standard_error": 0.01 * high, "problems": 5}
+            found = {"problems": 5, "completions": 20, "accuracy": accuracy, "response_tokens": {"mean": 12.5}}
+            (folder / "summary.json").write_text(json.dumps({"sets": {"held": found}}), encoding="utf-8")
+    (result,) = temperatures("model", tmp_path, grid)
+    assert result.name == "temperatures_held"
+    assert [row[:2] for row in result.rows] == [(0.6, 0.5), (1.4, 0.5), (0.6, 1.0), (1.4, 1.0)]
+    for high, low, problems, completions, accuracy, error, tokens in result.rows:
+        assert (problems, completions, tokens) == (5, 20, 12.5)
+        assert (accuracy, error) == (high / (2 + low), 0.01 * high)
+    assert result.plot is not None
+    assert result.plot.curves[1].y == [0.6 / 3, 1.4 / 3]
+    assert result.plot.curves[1].errors == [0.006, 0.014]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("temperatures --model m --high 1 --low 1", "the words of rlvr evaluate are missing"),
+        ("temperatures --model m --high 1 --low -1 -- --sets f", "not finite or below 0"),
+        ("tokens run --step 3", "no effect without --model"),
+        ("tokens run --temperature 2", "no effect without --model"),
+        ("tokens run --temperature 0 --model m", "is no temperature"),
+        ("gradient run --model m --step 3 4", "gradient looks into one model"),
+        ("parameters --base a --model b -- --sets f", "samples no responses"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(capsys, words: str, problem: str):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split(), "rlvr analyze")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1

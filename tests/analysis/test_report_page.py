@@ -14,6 +14,7 @@ import pytest
 from recorded_runs import HOSTILE, WORDS, response, write_run
 
 from megatron_rlvr.analysis.command.analyses import Scored, tokens
+from megatron_rlvr.analysis.command.sources import Response, Source
 from megatron_rlvr.analysis.report import write_report
 from megatron_rlvr.analysis.results import write_result
 from megatron_rlvr.recording.files import RecordedResponse
@@ -66,7 +67,9 @@ def browser() -> Iterator[Any]:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     one = write_run(place / "one <b>&amp;", recorded={1: STEP_1, 4: STEP_4, 9: STEP_9})
-    entropy, *_ = tokens(Scored(STEP_1, ["<b>model"], [np.concatenate([r.entropy for r in STEP_1])]), least=1)
+    responses = [Response(r.prompt_ids, r.token_ids, r.step, r.entropy) for r in STEP_1]
+    scored = Scored(["<b>model"], [None], [np.concatenate([r.entropy for r in STEP_1])])
+    entropy, *_ = tokens(Source(responses, 1.0, lambda token: WORDS[token]), scored, least=1)
     write_result(one / "analysis", entropy)
     write_report([one, write_run(place / "two")], place / "report.html", least=1)
     return place / "report.html"

@@ -209,3 +209,22 @@ def test_finish_changes_files_of_a_new_checkpoint_but_not_linked_ones(root: Path
     for step in (1, 1, 2):
         checkpoints.save(step, {}, write)
     assert finished == [root / "step_000001", root / "step_000002"]
+
+
+# No checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_without_save_every_nothing_is_saved_and_a_finished_run_is_not_started_again(root: Path) -> None:
+    assert [step for step in range(1, 10) if Checkpoints(run(root, save_every=0), is_main=True).due(step)] == []
+    assert [step for step in range(1, 10) if Checkpoints(run(root, save_every=4), is_main=True).due(step)] == [4, 8, 9]
+    folder = root.parent
+    values = tiny.settings_for(folder / "model", folder / "a.jsonl", folder, run={"save_every": 0})
+    settings = load_settings(tiny.write_settings(folder / "settings.yaml", values))
+    prepare_checkpoints(settings, None)
+    stopped, finished = ["metrics.jsonl", "checkpoints"], ["metrics.jsonl", "summary.json", "checkpoints"]
+    assert checkpoint_to_resume(settings, stopped) is None
+    with pytest.raises(SettingsError, match=r"holds a finished run without a checkpoint \(run.save_every=0\); choose"):
+        checkpoint_to_resume(settings, finished)
+    values["run"]["overwrite"] = True
+    again = load_settings(tiny.write_settings(folder / "settings.yaml", values))
+    assert checkpoint_to_resume(again, finished) is None

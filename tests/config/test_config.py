@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from megatron_rlvr.config import LossSettings, Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import LossSettings, Settings, SettingsError, names_of
 from megatron_rlvr.config.loading import fields, load_settings, to_yaml, validate
 
 # Seeded, and without a deadline: the machine may be busy.
@@ -117,7 +117,24 @@ def test_a_path_is_a_file_with_default_options() -> None:
         REQUIRED | {"data": {"train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}]}, "evaluate": {"sets": "x/c.jsonl"}}
     )
     assert [(f.path, f.weight) for f in settings.data.train] == [("a.jsonl", None), ("b.jsonl", 2)]
-    assert [evaluation_name(f) for f in settings.evaluate.sets] == ["c"]
+    assert names_of(settings.evaluate.sets) == ["c"]
+
+
+def test_generated_sets_are_told_apart_by_the_options_in_which_they_differ() -> None:
+    path = "reasoning_gym:chain_sum"
+    one, two = {"path": path, "seed": 1, "size": 9, "min_terms": 2}, {"path": path, "seed": 2, "size": 9}
+    other = {"path": "reasoning_gym:gcd", "seed": 1}
+    settings = validate(REQUIRED | {"data": {"train": [one, two, other]}, "evaluate": {"sets": [one]}})
+    assert names_of(settings.data.train) == [f"{path}(min_terms=2,seed=1)", f"{path}(seed=2)", "reasoning_gym:gcd"]
+    assert names_of(settings.evaluate.sets) == [path]
+    named = validate(REQUIRED | {"data": {"train": [one, one | {"name": "again"}]}})
+    assert names_of(named.data.train) == [path, "again"]
+    for key, section in (
+        ("data.train", {"data": {"train": [one, one]}}),
+        ("evaluate.sets", {"evaluate": {"sets": [one, one]}}),
+    ):
+        with pytest.raises(SettingsError, match=rf"^{key}: two sets have the name '{path}'; set name beside the path"):
+            validate(REQUIRED | section)
 
 
 def test_the_longest_sequence_is_a_prompt_and_a_response() -> None:

@@ -91,6 +91,8 @@ def test_a_round_trip_keeps_weights_and_other_files_and_verifies_logits(model, t
         assert float(difference[1]) < 1e-4
         assert "converting" in done.stderr
         assert "100%" in done.stderr
+        others = [line for line in done.stderr.splitlines() if "converting" not in line]
+        assert others == [], "nothing is printed but the progress of the conversion"
     wanted, found = weights_of(model), weights_of(tmp_path / "back")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.engines.sglang.client import ServerInfo
-from megatron_rlvr.engines.sglang.connect import _mismatch
+from megatron_rlvr.engines.sglang.connect import _mismatch, _Wanted
 from megatron_rlvr.engines.sglang.launcher.command import _dtype_of
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 
@@ -14,7 +14,7 @@ from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 def problem(option: str | None, weights: str | None, wanted: str | None) -> str | None:
     config = {"model_type": "qwen3", "vocab_size": 9} | ({} if weights is None else {"dtype": weights})
     info = ServerInfo("qwen3", [], 100, 9, None, dtype=option)
-    return _mismatch(info, config, 50, wanted, "model.path")
+    return _mismatch(info, _Wanted(config, 50, wanted))
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "sets of one name": (
         ["MODEL", "--sets", "a.jsonl", "b/a.jsonl", "--out", "out"],
-        "two sets have the name 'a'; give",
+        "two sets have the name 'a'; set name",
     ),
     "no tokenizer": (
         ["bare", "--sets", "a.jsonl", "--out", "out"],

@@ -174,6 +174,7 @@ def test_accuracy_and_pass_at_k_are_a_direct_count(name: str, outcomes: dict[str
         count = len(prompts) * SAMPLES
         expected = {
             "accuracy": correct.total() / count,
+            "score": correct.total() / count - 2.0,  # the mean of -1 for a correct answer and -2 for others
             "accuracy_standard_error": standard_error([correct[prompt.id] / SAMPLES for prompt in prompts]),
             "pass_at_2": mean(
                 mean(any(pair) for pair in combinations([i < correct[prompt.id] for i in range(SAMPLES)], 2))

@@ -13,8 +13,10 @@ from policy_runs import (
     SHAPE,
     Layout,
     Run,
+    analysed,
     assert_same_training,
     entropies_by_analysis,
+    gradients_by_analysis,
     kept_over,
     largest_tensors,
     likeliest,
@@ -153,6 +155,29 @@ def test_entropies_of_the_analyses_are_those_of_transformers_on_every_rank(ranks
             assert len(found) == len(scores)
             for entropy, expected in zip(found, scores, strict=True):
                 torch.testing.assert_close(torch.tensor(entropy).double(), expected[:, 1], rtol=0, atol=1e-4)
+
+
+def test_gradients_of_the_analyses_are_those_of_autograd_in_float64(ranks: Ranks, folders):
+    bins = 3
+    given = analysed(GROUPS)
+    model = load(folders["tied"]).double()
+    scores = token_scores(model, [(r.prompt_ids.tolist(), r.token_ids.tolist()) for r in given], 1.0)
+    losses = torch.cat([-(r.advantage or 0.0) * pair[:, 0] for r, pair in zip(given, scores, strict=True)])
+    bin_of = torch.arange(len(losses)) % bins
+    parts = []
+    for number in range(bins):
+        grads = torch.autograd.grad(
+            losses[bin_of == number].sum() / len(losses), list(model.parameters()), retain_graph=True
+        )
+        parts.append(torch.cat([grad.flatten() for grad in grads]))
+    whole = torch.stack(parts).sum(0)
+    for layout in (SEVERAL_MICRO_BATCHES, SEQUENCE_PIPELINE, Layout(data=2, context=2, budget=150)):
+        for found in ranks.run(gradients_by_analysis, layout.size, folders["tied"], GROUPS, layout, bins):
+            assert found.norm == pytest.approx(float(whole.norm()), rel=1e-4), layout
+            assert found.norms.tolist() == pytest.approx([float(part.norm()) for part in parts], rel=1e-4)
+            expected = [float(part @ whole / (whole @ whole)) for part in parts]
+            assert found.shares.tolist() == pytest.approx(expected, abs=1e-4)
+            assert found.shares.sum() == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, SEQUENCE_PIPELINE])

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_rlvr.algo import tiles
 from megatron_rlvr.batching.batch import MicroBatch
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.policy.context import context_shard, zigzag
 from megatron_rlvr.rehearsal import driver
-from megatron_rlvr.rehearsal.recorder import Recorder
+from megatron_rlvr.rehearsal.head_kernels import HeadKernels
+from megatron_rlvr.rehearsal.recorder import Recorder, compiled
 from megatron_rlvr.rehearsal.storages import StorageCounter
 from megatron_rlvr.rehearsal.values import KnownValues
 from megatron_rlvr.rehearsal.world import FakeWorld
@@ -74,6 +76,30 @@ def test_tensors_that_autograd_saves_are_alive_until_the_backward_pass():
         assert mode.host.now == 2 * size, "the weight and its gradient"
         assert mode.host.peak >= 4 * size
         assert weight.grad is not None
+
+
+def test_of_a_compiled_function_results_and_what_autograd_saves_take_memory():
+    mode = recorder()
+    inner = compiled(lambda x: x.exp().sin())  # sin saves the result of exp
+
+    @compiled
+    def function(x: Tensor) -> Tensor:
+        return inner(x.neg().neg())
+
+    with mode.fake, mode:
+        x = torch.empty(256, 256, requires_grad=True)
+        mode.device = mode.host  # as if the tensors were on a GPU
+        size = x.nbytes
+        with torch.no_grad():
+            result = function(x)
+        assert (mode.host.now, mode.host.peak) == (2 * size, 2 * size)
+        del result
+        result = function(x)
+        assert (mode.host.now, mode.host.peak) == (3 * size, 3 * size)
+        temporary = torch.empty(256, 256)
+        assert mode.host.now == 4 * size, "outside of it everything counts"
+        del result, temporary
+        assert mode.host.now == size
 
 
 # Values --------------------------------------------------------------------------------------------------------------
@@ -183,9 +209,6 @@ def test_values_of_ordinary_tensors_are_theirs():
 
 
 def test_the_stand_in_of_the_head_s_kernels_takes_their_arguments():
-    from megatron_rlvr.algo import tiles
-    from megatron_rlvr.rehearsal.stand_ins import HeadKernels
-
     for name in ("fold_statistics_", "logits_gradient_"):
         assert list(inspect.signature(getattr(HeadKernels, name)).parameters) == list(
             inspect.signature(getattr(tiles, name)).parameters

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from waiting import wait_for
 
+from megatron_rlvr.reward import process
 from megatron_rlvr.reward.graders import GraderPool, RewardError, Verdict, check_function, grade
 from megatron_rlvr.types import LEFT_OUT, Grade, Prompt
 
@@ -42,6 +43,7 @@ def scripted(prompt, response):
         case "raise": raise LookupError("no such \\ud800 key")
         case "quit": sys.exit("enough")
         case "sleep": time.sleep(60)
+        case "nap": return time.sleep(2.0) is None
         case "spin": sum(itertools.repeat(0))  # in C, with the interpreter lock held
         case "exit": os._exit(3)
         case "segfault": ctypes.string_at(0)
@@ -490,6 +492,45 @@ def test_a_function_may_state_reward_correctness_and_parts_or_leave_a_response_o
         failure = ask(pool, response).failure
         assert failure is not None
         assert complaint in failure
+
+
+def test_time_for_which_others_had_the_cpu_does_not_count(rewards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
+    with GraderPool("grader_rewards:scripted", workers=1, timeout_seconds=1.0) as pool:
+        assert pool.submit(prompt(), "nap").result(timeout=30).failure == "timeout after 1.0 s"
+        monkeypatch.setattr(process, "seconds_without_cpu", lambda pid: 0.9 * (time.monotonic() - start))
+        assert pool.submit(prompt(), "nap").result(timeout=30).failure is None
+        monkeypatch.setattr(process, "_LONGEST_DEADLINE", 1.5)
+        assert pool.submit(prompt(), "nap").result(timeout=30).failure == "timeout after 1.0 s"
+
+
+def test_the_time_for_which_a_process_waits_for_a_cpu_is_known() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    spin = f"import os; os.sched_setaffinity(0, [{cpu}])\nprint(flush=True)\nwhile True: pass"
+    spinning = [subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for each in spinning:
+            assert each.stdout is not None
+            assert each.stdout.readline()
+        before = [process.seconds_without_cpu(each.pid) for each in spinning]
+        time.sleep(1.0)
+        after = [process.seconds_without_cpu(each.pid) for each in spinning]
+    finally:
+        for each in spinning:
+            each.kill()
+            each.wait()
+    assert sum(after) - sum(before) > 0.5
+    assert process.seconds_without_cpu(spinning[0].pid) == 0.0
+
+
+def test_a_pool_without_responses_starts_no_process(rewards: Path) -> None:
+    own = psutil.Process()
+    before = own.children()
+    with GraderPool("grader_rewards:scripted", workers=2, at_once=False) as pool:
+        assert own.children() == before
+        assert pool.submit(prompt(), "true").result(timeout=30).value is True
+        assert (pool.graded, pool.restarts) == (1, 0)
+        assert len(own.children()) == len(before) + 2  # the grader, and the guard
 
 
 def test_the_first_error_and_the_first_timeout_are_logged_once(rewards: Path, caplog: pytest.LogCaptureFixture) -> None:

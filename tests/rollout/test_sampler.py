@@ -65,12 +65,14 @@ def test_completions_are_in_the_order_of_the_requests_each_with_its_own_grade(gr
     assert finished == [1] * 60
 
 
-def test_rewards_are_those_of_the_settings_and_a_float_is_the_reward_itself(graders: GraderPool):
+def test_rewards_are_those_of_the_settings_and_a_float_below_correct_is_a_reward_without_being_correct(
+    graders: GraderPool,
+):
     (prompt,) = prompts_of([0.5])
     requests = requests_for(prompt, 3, 0, "test")
     engine = ScriptedEngine(lambda request: ((CORRECT, INCORRECT, SHARE)[request.index], 6, False))
     graded = sampler_of(engine, graders, correct=3.0, incorrect=0.5).run(requests, SAMPLING)
-    assert [(grade.reward, grade.correct) for _, grade in graded] == [(3.0, True), (0.5, False), (0.25, True)]
+    assert [(grade.reward, grade.correct) for _, grade in graded] == [(3.0, True), (0.5, False), (0.25, False)]
 
 
 def test_the_overlong_penalty_enters_the_reward_but_not_the_verdict(graders: GraderPool):

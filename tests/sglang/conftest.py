@@ -91,6 +91,7 @@ def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[.
     ) -> SglangEngine:
         config = read_config(model) | settings.pop("config", {})
         sync_options = {"method": settings.pop("method", "disk"), "bucket_bytes": settings.pop("bucket_bytes", 2**20)}
+        two_temperatures = settings.pop("two_temperatures", None)
         rollout = RolloutSettings(engine="sglang", servers=urls, **settings)
         pool = connect(rollout, one_rank, config, max_sequence_tokens=max_sequence_tokens)
         sync = sync_by(**sync_options, folder=tmp_path / "sync", source=model, pool=pool, ranks=one_rank)
@@ -101,6 +102,7 @@ def engine_on(one_rank: Any, model: Path, tmp_path: Path) -> Iterator[Callable[.
             vocab_size=config["vocab_size"],
             max_sequence_tokens=max_sequence_tokens,
             colocated=rollout.colocated,
+            two_temperatures=two_temperatures,
         )
         engines.append(engine)
         return engine

@@ -1,5 +1,6 @@
 """Tests of sampling on real SGLang servers, against transformers, the embedded engine and in whole runs."""
 
+import contextlib
 import itertools
 import json
 import time
@@ -117,6 +118,19 @@ def test_another_vocabulary_is_detected_before_weights_are_pushed(servers, engin
         engine_on([servers[0].url], config={"vocab_size": 352})
     with pytest.raises(SettingsError, match="context length of 512 tokens is below"):
         engine_on([servers[0].url], max_sequence_tokens=513)
+
+
+def test_another_version_of_nccl_is_detected_before_a_group_is_formed(servers, one_rank, model, monkeypatch):
+    from megatron_rlvr.config import RolloutSettings, SettingsError
+    from megatron_rlvr.engines.sglang import connect as module
+    from megatron_rlvr.hf.files import read_config
+
+    rollout = RolloutSettings(engine="sglang", servers=[servers[0].url])
+    monkeypatch.setattr(module.accelerator, "has_gpu", lambda: True)
+    for version, refusal in (("2.29.7", r"the server has NCCL 2\.30\.7 and the trainer 2\.29\.7"), ("2.30.7", None)):
+        monkeypatch.setattr(module.transport, "version", lambda version=version: version)
+        with pytest.raises(SettingsError, match=refusal) if refusal else contextlib.nullcontext():
+            module.connect(rollout, one_rank, read_config(model), max_sequence_tokens=64, same_transport=True).close()
 
 
 def test_an_aborted_response_is_returned_at_once_and_resumes_at_the_exact_token(servers, engine_on, reference):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_server import VOCABULARY, FakeServer, aborted, cut_in_half, good_answer
+from fake_server import VOCABULARY, FakeColocatedServer, FakeServer, aborted, cut_in_half, good_answer
 from pool_runs import CONFIG, LENGTH, SAMPLING, check, no_weights, removals, requests
 from scripted import Layout, joined_process_group, on_ranks, ranks_of
 from waiting import wait_for
@@ -610,3 +610,51 @@ def test_an_answer_of_the_stand_in_has_tokens_and_their_log_probabilities():
     answer = good_answer({"input_ids": [7], "sampling_params": {"max_new_tokens": 2}}, "x")
     assert answer["output_ids"] == [8, 9]
     assert [entry[1] for entry in answer["meta_info"]["output_token_logprobs"]] == [8, 9]
+
+
+def push_on_ranks(layout: Layout, urls: list[str], missing: str) -> tuple[list[str], dict[str, str], list[str]]:
+    """Push weights in buckets. Returns the servers to which this rank sent any, the failures, and those in rotation."""
+    from megatron_rlvr.config import RolloutSettings
+    from megatron_rlvr.engines.sglang.connect import connect
+    from megatron_rlvr.engines.sglang.weight_sync.tensor import TensorSync
+
+    sent: list[str] = []
+
+    class Recorded(TensorSync):
+        async def _send(self, server: Any, packed: Any, timeout_seconds: float) -> None:
+            sent.append(server.url)
+            await super()._send(server, packed, timeout_seconds)
+
+    with joined_process_group():
+        ranks = ranks_of(layout)
+        settings = RolloutSettings(engine="sglang", servers=urls)
+        pool = connect(settings, ranks, CONFIG | {"model_type": "qwen3"}, max_sequence_tokens=64)
+        sync = Recorded(pool, ranks, 2**20)
+        tensors = [(str(number), torch.full((4, 4), float(number))) for number in range(3)]
+        if pool is None:
+            return sent, sync.push(iter(tensors), 1)[1], []
+        with pool.pushing_weights():
+            weights, failures = sync.push(iter(tensors), 1, {missing: "no memory"} if ranks.is_main else None)
+            pool.weights_pushed(weights, failures)
+        healthy = sorted(pool.in_rotation)
+        pool.close()
+        return sorted(sent), failures, healthy
+
+
+@pytest.mark.parametrize("replicas", [((0,), (1,)), ((0, 1),)])
+def test_each_leader_pushes_weights_to_its_share_of_the_servers(replicas: Any):
+    servers = [FakeColocatedServer() for _ in range(5)]
+    urls = sorted(server.url for server in servers)
+    try:
+        found = on_ranks(push_on_ranks, 2, Layout(replicas), urls, urls[1])
+    finally:
+        for server in servers:
+            server.close()
+    shares = [[urls[0], urls[2], urls[4]], [urls[3]]] if len(replicas) == 2 else [[urls[0], *urls[2:]], []]
+    assert [sent for sent, _, _ in found] == shares
+    leaders = found[: len(replicas)]
+    assert [failures for _, failures, _ in leaders] == [{urls[1]: "no memory"}] * len(replicas)
+    assert [healthy for _, _, healthy in leaders] == [[urls[0], *urls[2:]]] * len(replicas)
+    labels = {server.version for server in servers if server.url != urls[1]}
+    assert len(labels) == 1
+    assert labels.pop().endswith("-1")

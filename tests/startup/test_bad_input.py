@@ -85,14 +85,16 @@ NOT_A_CHOICE = [
     ("--optimizer.schedule=linear", "optimizer.schedule=linear: not one of constant, cosine; "),
     ("--data.template=Chat", "data.template=Chat: not one of auto, chat, plain; did you mean chat?"),
     ("--reward.function=maths", "reward.function=maths: maths is neither math, exact, "),
-    ("--reward.function=a.b:", "reward.function='a.b:': a.b: is neither math, "),
+    ("--reward.function='a.b:'", "reward.function='a.b:': a.b: is neither math, "),
+    (
+        "--reward.function=a.b:",
+        "reward.function={a.b: null}: neither a str nor a mapping of str to str; write a function",
+    ),
     ("--reward.function=a:b:c", "reward.function=a:b:c: a:b:c is neither math, "),
     ("--reward.function=number(digits=3)", "number() has no option digits; its options are tolerance, last"),
     ("--reward.function={gsm8k: maths}", "source 'gsm8k': maths is neither math, "),
     ("--reward.function={gsm8k: 3}", "reward.function"),
     ("--reward.function={}", "reward.function={}: empty; give a function, or one for each source"),
-    ("--reward.function={elsewhere: math, '*': math}", "reward.function.elsewhere: has no effect"),
-    ("--reward.function={elsewhere: math}", "reward.function: none for source"),
     ("--reward.function=code(seconds=3000)", "not above the 3000 s that code() gives each test"),
 ]
 
@@ -188,7 +190,7 @@ IMPOSSIBLE_TOGETHER = [
         "--optimizer.schedule=cosine --optimizer.decay_steps=20 --optimizer.min_learning_rate=1",
         "optimizer.min_learning_rate=1.0", "optimizer.learning_rate=1e-06", "lower it",
     ),
-    ("--evaluate.sets=[a/x.jsonl, b/x.jsonl]", "evaluate.sets: ", "two sets have the name 'x'", "another name"),
+    ("--evaluate.sets=[a/x.jsonl, b/x.jsonl]", "evaluate.sets: ", "two sets have the name 'x'", "set name beside"),
     ("--evaluate.sets=a.jsonl --evaluate.temperature=0", "evaluate.group_size=32", "temperature=0", "set 1"),
     ("--rollout.max_batch_tokens=20000", "rollout.max_batch_tokens=20000", "20480", "raise it"),
 ]  # fmt: skip

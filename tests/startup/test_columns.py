@@ -71,3 +71,15 @@ def test_repeated_and_dropped_rows_are_counted_in_the_plan(resolve_with: Resolve
     remarks = ", 1 left out as too long, 20 of them distinct, 1 with more than one gold answer"
     assert f"60 from 1 file(s){remarks}\n" in plan
     assert f"repeats (60 problems{remarks})" in plan
+
+
+def test_every_source_needs_a_reward_function_and_every_function_a_source(resolve_with: Resolve) -> None:
+    def with_functions(**functions: str) -> str:
+        return refusal(resolve_with, reward={"function": functions})
+
+    assert with_functions(elsewhere="math").startswith(
+        "reward.function: none for source additions of prompt additions/"
+    )
+    assert with_functions(elsewhere="math", additions="math").startswith(
+        "reward.function.elsewhere: has no effect, as no"
+    )

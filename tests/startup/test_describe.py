@@ -1,5 +1,6 @@
 """The plan in words: as ``--check`` prints it before a run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,19 @@ def test_the_plan_names_what_differs_from_the_paper(resolve_with: Resolve, probl
     )
     assert "/ the number of selected tokens of the mini-batch" in plan
     assert "no dynamic sampling" in plan
-    assert "adds (20 problems) x 3 completions, before and after, every 5 steps" in plan
+    assert "adds (20 problems, 20 OF THEM TRAINED ON) x 3 completions, before and after, every 5 steps" in plan
+
+
+def test_the_plan_counts_problems_that_are_evaluated_and_trained_on(
+    resolve_with: Resolve, problems: Path, tmp_path: Path
+) -> None:
+    rows = problems.read_text(encoding="utf-8").splitlines()[:3]
+    rows[1] = json.dumps({"question": "What is 1 + 1?", "answer": "#### 2"})
+    for number, (kept, words) in enumerate(((rows, "3 problems, 2 OF THEM TRAINED ON"), (rows[1:2], "1 problems"))):
+        held_out = tmp_path / f"held_out_{number}.jsonl"
+        held_out.write_text("\n".join(kept), encoding="utf-8")
+        plan = describe_plan(resolve_with(evaluate={"sets": str(held_out), "group_size": 3}))
+        assert f"held_out_{number} ({words}) x 3" in plan
 
 
 def test_the_plan_says_how_much_memory_a_rank_holds(resolve_with: Resolve) -> None:

@@ -142,7 +142,7 @@ def test_a_micro_batch_that_context_parallelism_cannot_shard_is_refused(resolve_
         ({"gradient_accumulation_fusion": True}, "megatron.gradient_accumulation_fusion=true: needs a GPU and apex's"),
         (
             {"use_precision_aware_optimizer": True},
-            "megatron.use_precision_aware_optimizer=true: needs a GPU and Transf",
+            "megatron.use_precision_aware_optimizer=true: cannot be used, its state can be neither saved nor created",
         ),
         ({"attention_backend": "flashy"}, "megatron.attention_backend=flashy: not one of auto, flash, fused, lo"),
         ({"exp_avg_dtype": "half"}, "megatron.exp_avg_dtype=half: not one of bfloat16, float16, float32, u"),
@@ -165,7 +165,7 @@ def test_megatron_keys_are_checked_against_its_dataclasses(
 
 
 def test_kernels_are_not_checked_where_the_run_may_be_on_another_machine(resolve_with: Resolve) -> None:
-    elsewhere = resolve_with(megatron={"use_precision_aware_optimizer": True})
+    elsewhere = resolve_with(megatron={"fp8": "hybrid"})
     check_megatron(elsewhere.settings, elsewhere.hf_config, kernels=False)
     assert "needs a GPU" in refusal(partial(check_megatron, kernels=True), elsewhere.settings, elsewhere.hf_config)
 

@@ -142,7 +142,7 @@ def test_bad_prompt_files_are_named_with_their_lines(resolve_with: Resolve, prob
     assert "additions.txt" in refusal(resolve_with, **data(str(shutil.copy(problems, tmp_path / "additions.txt"))))
     message = refusal(resolve_with, **data(str(problems), max_prompt_tokens=2))
     assert f"data.max_prompt_tokens=2: all 20 prompts of {problems} are longer" in message
-    assert "both named 'additions'" in refusal(resolve_with, **data([str(problems), str(problems)]))
+    assert "two sets have the name 'additions'" in refusal(resolve_with, **data([str(problems), str(problems)]))
     assert "no chat template" in refusal(resolve_with, **data(str(problems), template="chat"))
     assert "line 1: no column task" in refusal(resolve_with, **data(str(problems), prompt_key="task"))
 

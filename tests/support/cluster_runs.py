@@ -57,9 +57,10 @@ class Run:
         return [json.loads(line) for line in text if line.endswith("\n")]
 
     def metrics(self) -> list[dict[str, float]]:
-        """The lines without metrics that measure time."""
-        measured = ("time/", "rollout/tokens_per_second")
-        return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in self.lines()]
+        """The lines without metrics that measure the machine."""
+        return [
+            {key: value for key, value in line.items() if not key.startswith(tiny.MEASURED)} for line in self.lines()
+        ]
 
     def saved(self) -> int:
         """The step of the last checkpoint; 0 without one."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,3 +304,10 @@ class FakeColocatedServer(FakeServer):
         while self.paused:
             await asyncio.sleep(0.01)
         return await super()._generate(request)
+
+
+if __name__ == "__main__":  # a server in a process of its own, whose connections are not files of the test
+    own = FakeServer()
+    own.delay = float(sys.argv[1])
+    print(own.url, flush=True)
+    threading.Event().wait()

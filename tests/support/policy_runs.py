@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,11 @@ import torch
 from reference_training import Group, Recipe, Trace, make_groups
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_rlvr.analysis.command.sources import Response
+
+if TYPE_CHECKING:
+    from megatron_rlvr.analysis.command.scoring import BinGradients
 
 VOCAB = 150  # Megatron pads it to 256, or 512
 GROUPS = make_groups(8, VOCAB, seed=0)
@@ -289,7 +294,7 @@ def likeliest(folder: str, groups: list[Group], layout: Layout) -> dict[int, tup
     with policy_of(folder, layout, Recipe()) as policy:
         batches = [m for mini in mini_batches_of(policy, groups, layout.budget, 4) for m in mini.micro_batches]
         wanted = [batch.token_ids % 3 == 0 for batch in batches]
-        scores = policy.score(batches, 5, wanted)
+        scores = policy.score(batches, likeliest=5, wanted=wanted)
         return {
             token: (ids.tolist(), logp.tolist())
             for batch, rows, top in zip(batches, wanted, scores.likeliest, strict=True)
@@ -297,20 +302,32 @@ def likeliest(folder: str, groups: list[Group], layout: Layout) -> dict[int, tup
         }
 
 
-def entropies_by_analysis(folder: str, groups: list[Group], layout: Layout) -> list[list[float]]:
-    """Entropies of the tokens of every response, as the analyses compute them, in blocks of a few responses."""
-    from recorded_runs import response
-
-    from megatron_rlvr.analysis.command import scoring
-
-    given = [
-        response(1, g, i, tokens=len(ids), prompt_ids=np.array(prompt, np.int32), token_ids=np.array(ids, np.int32))
-        for g, (prompt, responses, _) in enumerate(groups)
+def analysed(groups: list[Group]) -> list[Response]:
+    """Responses as analyses read them; the advantage of completion i of a group is i / 2 - 0.4."""
+    return [
+        Response(np.array(prompt, np.int32), np.array(ids, np.int32), advantage=0.5 * i - 0.4)
+        for prompt, responses, _ in groups
         for i, ids in enumerate(responses)
     ]
+
+
+def entropies_by_analysis(folder: str, groups: list[Group], layout: Layout) -> list[list[float]]:
+    """Entropies of the tokens of every response, as the analyses compute them, in blocks of a few responses."""
+    from megatron_rlvr.analysis.command import scoring
+
     with policy_of(folder, layout) as policy, pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "_BLOCK", 100)
-        return [entropy.tolist() for entropy in scoring.entropies(policy, given, layout.budget)]
+        return [entropy.tolist() for entropy in scoring.entropies(policy, analysed(groups), layout.budget)]
+
+
+def gradients_by_analysis(folder: str, groups: list[Group], layout: Layout, bins: int) -> "BinGradients":
+    """Norm of the policy gradient, and norms and shares of bins: token number n of all is in bin n mod ``bins``."""
+    from megatron_rlvr.analysis.command import scoring
+
+    given = analysed(groups)
+    bin_of = np.arange(sum(len(response.token_ids) for response in given)) % bins
+    with policy_of(folder, layout, Recipe()) as policy:
+        return scoring.gradients_by_bin(policy, given, bin_of, bins, layout.budget)
 
 
 class LargestTensor(TorchDispatchMode):

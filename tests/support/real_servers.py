@@ -32,10 +32,12 @@ from megatron_rlvr.types import Completion, CompletionRequest, Prompt
 _START_SECONDS = 480
 _INSTALL_SECONDS = 900
 _IMPORTS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
-# Colocation needs --enable-metrics.
+# Colocation needs --enable-metrics, and two temperatures the logit processor.
 _FLAGS = (
     *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "32"),
     *("--skip-server-warmup", "--log-level", "warning", "--enable-metrics"),
+    *("--extra-metric-labels", '{"nccl": "2.30.7"}'),  # as `rlvr serve` adds it on GPUs
+    "--enable-custom-logit-processor",
 )
 
 

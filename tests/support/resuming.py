@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_rlvr.config.loading import load_settings
 
 
 class StopAfter:
-    """Stand-in for signals: SIGTERM arrives in the given step of this process."""
+    """Stand-in for signals: SIGTERM arrives at the end of the given step of this process."""
 
     stop_signal = "SIGTERM"
 
@@ -20,8 +20,17 @@ class StopAfter:
 
     @property
     def stop_wanted(self) -> bool:
-        self.left -= 1
         return self.left <= 0
+
+    def counted(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``train_step``, whose ends are counted."""
+
+        def step(*arguments: Any, **named: Any) -> Any:
+            metrics = train_step(*arguments, **named)
+            self.left -= 1
+            return metrics
+
+        return step
 
     def deferring(self, *_: Any) -> Any:
         return nullcontext()
@@ -63,6 +72,7 @@ def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) ->
     from megatron_rlvr.reward.graders import GraderPool
     from megatron_rlvr.startup.resolve import resolve
     from megatron_rlvr.startup.run import train
+    from megatron_rlvr.trainer import Trainer
 
     write = BackgroundWriter._run
 
@@ -70,6 +80,7 @@ def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) ->
         time.sleep(writers_wait)
         write(self)
 
+    stop = StopAfter(steps)
     folder = str(Path(config).parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -81,8 +92,9 @@ def train_process(config: str, steps: int = 10**6, writers_wait: float = 0.0) ->
             GraderPool(settings.reward.function, workers=1, timeout_seconds=10.0) as graders,
             destroying_groups(),
             mock.patch.object(BackgroundWriter, "_run", late),
+            mock.patch.object(Trainer, "train_step", stop.counted(Trainer.train_step)),
         ):
-            train(resolved, graders, StopAfter(steps))  # type: ignore[arg-type]
+            train(resolved, graders, stop)  # type: ignore[arg-type]
     except (InputError, CheckpointError, SkippedStepsError) as error:
         return str(error)
     return ""

@@ -17,6 +17,8 @@ import zygote
 from zygote import CHECKOUT
 
 # Variables that torchrun and Slurm set, and that a user's own shell does not have.
+MEASURED = ("time/", "memory/", "rollout/tokens_per_second")
+"""Beginnings of the names of metrics that measure this machine, and differ between equal runs."""
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 TEMPLATE = (

@@ -128,7 +128,8 @@
   }
 
   function axisStyle() {
-    return { stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(6)))));
+    return { values, stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
   }
 
   function plot(panel, into) {
@@ -452,19 +453,35 @@
 
   function plotOf(result, into) {
     const given = result.plot;
-    const table = uPlot.join(given.curves.map((curve) => [curve.x, curve.y]));
+    const bounds = (curve, sign) => curve.y.map((value, i) => value + sign * curve.errors[i]);
+    const table = uPlot.join(given.curves.map((curve) =>
+      [curve.x, curve.y, ...(curve.errors ? [bounds(curve, 1), bounds(curve, -1)] : [])]));
+    const series = [{ label: given.x }];
+    const bands = [];
+    given.curves.forEach((curve, i) => {
+      const stroke = COLOURS[i % COLOURS.length];
+      series.push({
+        label: curve.label,
+        stroke,
+        dash: DASHES[i % DASHES.length],
+        width: 1.5,
+        spanGaps: true,
+        points: { show: !given.steps && curve.x.length <= 60, size: 5 },
+        paths: given.steps ? uPlot.paths.stepped({ align: 1 }) : undefined,
+      });
+      if (!curve.errors) return;
+      for (let end = 0; end < 2; end += 1) {
+        series.push({ label: "", stroke: `${stroke}55`, width: 1, points: { show: false }, spanGaps: true, class: "end" });
+      }
+      bands.push({ series: [series.length - 2, series.length - 1], fill: `${stroke}2b` });
+    });
     const axis = axisStyle();
     return new uPlot({
       width: Math.min(900, Math.max(320, into.clientWidth)),
       height: 260,
       scales: { x: { time: false }, y: given.log_y ? { distr: 3 } : {} },
-      series: [{ label: given.x }, ...given.curves.map((curve, i) => ({
-        label: curve.label,
-        stroke: COLOURS[i % COLOURS.length],
-        dash: DASHES[i % DASHES.length],
-        width: 1.5,
-        paths: given.steps ? uPlot.paths.stepped({ align: 1 }) : undefined,
-      }))],
+      series,
+      bands,
       axes: [{ ...axis, label: given.x, labelSize: 18, size: 36 }, { ...axis, label: given.y, labelSize: 18, size: 66 }],
     }, given.log_y ? table.map((column, i) => (i ? column.map((value) => value || null) : column)) : table, into);
   }

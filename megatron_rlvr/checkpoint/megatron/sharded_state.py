@@ -115,8 +115,6 @@ class ShardedOptimizer:
         _allocate_moments(optimizer)
         self._optimizer = optimizer
         self._weights = weights
-        self._copies: list[tuple[Any, Any, dict[str, torch.Tensor]]] = []
-        """(optimizer, parameter, copies of its state) where a load does not fill the state itself"""
         parts = _parts(optimizer)
         if len(parts) > 1:
             optimizer._synchronize_steps()
@@ -130,7 +128,7 @@ class ShardedOptimizer:
         self._local, self.common = extract_nonpersistent(state)
 
     def written(self) -> Iterator[ShardedTensor]:
-        """Yield what this rank writes. The precision-aware optimizer computes each tensor when its turn comes."""
+        """Yield what this rank writes."""
         yield from self.own(loading=False)
         yield from _shares(self._weights.groups(_written(nested_values(self._leaves))), loading=False)
 
@@ -146,21 +144,12 @@ class ShardedOptimizer:
                 continue
             for parameter in part.model_param_gbuf_map:
                 start = part._get_model_param_range_map(parameter)["param"].start
-                for name, values in self._state_of(part, parameter, loading).items():
-                    for shard in shards_of_range(leaves[parameter], values, start, loading=loading):
-                        data = shard.data if loading else shard.data.to(torch.float32)  # type: ignore[union-attr]
+                for name, values in part._get_main_param_and_optimizer_states(parameter).items():
+                    if name == "step":
+                        continue
+                    for shard in shards_of_range(leaves[parameter], values.detach().view(-1), start, loading=loading):
                         replica = (*shard.replica_id[:2], part.distributed_optimizer_instance_id)  # type: ignore[index]
-                        key = f"optimizer.state.{name}.{shard.key}"
-                        yield replace(shard, key=key, data=data, dtype=torch.float32, replica_id=replica)
-
-    def _state_of(self, part: DistributedOptimizer, parameter: Any, loading: bool) -> dict[str, torch.Tensor]:
-        """Return this rank's part of the state of a parameter, flat; copies in fp32 if a load cannot fill the state."""
-        state = part._get_main_param_and_optimizer_states(parameter)
-        state = {name: values.detach().view(-1) for name, values in state.items() if name != "step"}
-        if loading and part.config.use_precision_aware_optimizer:  # it computes these from what it stores
-            state = {name: values.to("cpu", torch.float32) for name, values in state.items()}
-            self._copies.append((part, parameter, state))
-        return state
+                        yield replace(shard, key=f"optimizer.state.{name}.{shard.key}", replica_id=replica)
 
     def restore(self, common: dict[str, Any]) -> None:
         """Complete a load: give the optimizer the common state beside its tensors, which are loaded.
@@ -171,8 +160,6 @@ class ShardedOptimizer:
         dict_list_map_inplace(lambda leaf: leaf.data, self._leaves)
         dict_list_map_inplace(lambda value: value.unwrap(), self._local)
         set_common_state(self._optimizer, merge(merge(common, self._leaves), self._local))
-        for part, parameter, state in self._copies:
-            part._set_main_param_and_optimizer_states(parameter, state)
 
 
 def _shares(replicated: Iterable[Replicated], *, loading: bool) -> Iterator[ShardedTensor]:

@@ -35,6 +35,7 @@ class EmbeddedEngine:
         max_batch_tokens: Capacity of the KV cache in tokens (rows x columns). Each row takes the length of the
             longest prompt plus the response cap.
         max_batch_rows: Maximum number of sequences decoded at the same time.
+        process_logits: Changes the logits [B, V] of each decode step, of which tokens are then sampled.
 
     Raises:
         ValueError: For a limit below 1, for a model with attention other than full attention (sliding window, linear,
@@ -51,6 +52,7 @@ class EmbeddedEngine:
         pad_token_id: int,
         max_batch_tokens: int = 65536,
         max_batch_rows: int = 256,
+        process_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         loaded = config if isinstance(config, PretrainedConfig) else AutoConfig.from_pretrained(config)
         self._config = copy.deepcopy(loaded)  # building the model writes its dtype and attention into the config
@@ -72,6 +74,7 @@ class EmbeddedEngine:
         self._device = device
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_rows = max_batch_rows
+        self._process_logits = process_logits
         self._model: Any = None
         self._views: dict[str, torch.Tensor] = {}
         self.weight_version: int | None = None
@@ -143,7 +146,10 @@ class EmbeddedEngine:
             return
         columns = max(len(request.prompt.token_ids) for request in waiting) + sampling.max_response_tokens
         rows = min(len(waiting), self._max_batch_rows, self._max_batch_tokens // columns)
-        batch = RunningBatch(self._model, rows, columns, sampling, self._is_stop, self._pad_token_id, version)
+        batch = RunningBatch(
+            *(self._model, rows, columns, sampling, self._is_stop, self._pad_token_id, version),
+            process_logits=self._process_logits,
+        )
         # Admitting rows one by one would cost a prefill forward each: wait until an eighth of the batch is free.
         refill_threshold = max(1, rows // 8)
         while (waiting or batch.size) and not stop_wanted():

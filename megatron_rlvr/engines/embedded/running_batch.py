@@ -10,7 +10,7 @@ The response to a request depends on its seed and on the weights, not on the oth
 Philox stream, whose uniform number j picks response token j.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class RunningBatch:
         is_stop: [V] bool, true for tokens that end a response.
         pad_token_id: Token that pads the prompts of one prefill to equal length.
         version: Version of the weights, recorded in the completions.
+        process_logits: Changes the logits [B, V] of a step before a token is sampled of each row.
 
     Attributes:
         size: Number of sequences in progress.
@@ -51,6 +52,7 @@ class RunningBatch:
         is_stop: np.ndarray,
         pad_token_id: int,
         version: int,
+        process_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.size = 0
         self._model = model
@@ -58,6 +60,7 @@ class RunningBatch:
         self._is_stop = is_stop
         self._pad_token_id = pad_token_id
         self._version = version
+        self._process_logits = process_logits
         self._device = model.device
         self._kv_cache = KVCache(model.config.num_hidden_layers, rows, columns, model.device)
         self._requests: list[CompletionRequest] = []
@@ -114,8 +117,11 @@ class RunningBatch:
         """
         rows = np.arange(self.size)
         produced = self._produced[: self.size]
+        logits = self._logits()
+        if self._process_logits is not None:
+            logits = self._process_logits(logits.double())
         tokens_on_device, logprobs_on_device = sample_tokens(
-            self._logits(),
+            logits,
             torch.from_numpy(self._uniforms[rows, produced]).to(self._device),
             self._sampling.temperature,
             self._sampling.top_p,

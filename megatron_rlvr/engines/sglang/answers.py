@@ -16,6 +16,7 @@ import json
 import re
 import reprlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ from typing import Any, Protocol
 _STRING = re.compile(rb'"(?:[^"\\]++|\\(?:.|\Z))*+(?:"|\Z)', re.DOTALL)
 _LONG_STRING = 1000
 STALL_SECONDS, BODY_SECONDS = 10.0, 30.0
+ON_TIME_SECONDS = 1.0
+"""A wait during which this process was behind by more says nothing about the server."""
+
 _SHOWN_CHARACTERS = 200
 _REPR = reprlib.Repr()  # of the first values of the first levels
 _REPR.maxstring = _SHOWN_CHARACTERS
@@ -66,27 +70,34 @@ class AnswerLimit:
         return 40_000 + 10 * self.tokens
 
 
-async def read_body(chunks: Chunks, limit: AnswerLimit) -> bytes:
+async def read_body(chunks: Chunks, limit: AnswerLimit, late: Callable[[], float] = lambda: 0.0) -> bytes:
     """Return the body of a response, which makes progress: a server has sampled all tokens before it sends the first.
+
+    Args:
+        late: Returns by how many seconds, in all, this thread has been behind (`EventLoopThread.late`); those do not
+            count.
 
     Raises:
         AnswerError: It is longer than the limit, nothing arrives for 10 s, or it is not complete after 30 s; the rest
             has not been read.
     """
     body = bytearray()
-    start = time.monotonic()
+    start = time.monotonic() - late()
     while True:
+        late_before = late()
         try:
             async with asyncio.timeout(STALL_SECONDS):
                 chunk = await chunks.read(2**16)
         except TimeoutError:
+            if late() - late_before > ON_TIME_SECONDS:
+                continue
             raise AnswerError(f"sent nothing more for {STALL_SECONDS:.0f} s after {len(body)} bytes") from None
         if not chunk:
             return bytes(body)
         body += chunk
         if len(body) > limit.body:
             raise AnswerError(f"answered more than {limit.body} bytes")
-        if time.monotonic() - start > BODY_SECONDS:
+        if time.monotonic() - late() - start > BODY_SECONDS:
             raise AnswerError(f"sent only {len(body)} bytes in {BODY_SECONDS:.0f} s")
 
 

@@ -2,23 +2,27 @@
 
 ServerError               the request failed on this server; another server may answer it
   UnhealthyServerError    the server exited, hangs or gives impossible answers: use it again after a health check
+  NoConnectionError       this machine had no file or port left for the connection, for the whole time of the request
 RequestRefusedError       the request is invalid; every server would refuse it
 """
 
 import asyncio
 import io
 import logging
+import random
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
+from megatron_rlvr.distributed import transport
 from megatron_rlvr.engines.sglang.answers import AnswerError, AnswerLimit, is_int, parse_object, read_body, shown
 from megatron_rlvr.errors import FaultError
+from megatron_rlvr.open_files import EXHAUSTED
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,8 @@ _POLL_SECONDS = 1.0
 # /health itself answers 503 after 20 s without a token.
 _HEALTH_SECONDS = 30.0
 _MAX_RANKS, _MAX_TOKENS = 1024, 2**31
+# Pause before this machine is asked for a connection again, of which it had none.
+_NO_CONNECTION_SECONDS = 0.5
 _ANY_ANSWER = AnswerLimit()
 
 
@@ -38,6 +44,10 @@ class ServerError(FaultError):
 
 class UnhealthyServerError(ServerError):
     """A server exited, hangs or gives an impossible answer; it must pass a health check before it is used again."""
+
+
+class NoConnectionError(ServerError):
+    """This machine had no file or port left for a connection, which says nothing about the server."""
 
 
 class RequestRefusedError(FaultError):
@@ -57,6 +67,8 @@ class ServerInfo:
         model_path: Folder from which the server has loaded the model; None if it does not report it.
         weights: Name of the weights that it holds; None if it does not report it.
         dtype: Its option `--dtype`, which may be "auto"; None if it does not report it.
+        sglang: Version of SGLang; None if it does not report it.
+        transport: Version of its NCCL; None if it does not report it (`rlvr serve` makes servers report it).
     """
 
     model_type: str | None
@@ -67,6 +79,8 @@ class ServerInfo:
     model_path: str | None = None
     weights: str | None = None
     dtype: str | None = None
+    sglang: str | None = None
+    transport: str | None = None
 
 
 def new_session(connector: aiohttp.BaseConnector, api_key: str | None = None) -> aiohttp.ClientSession:
@@ -85,6 +99,7 @@ class Server:
     Args:
         url: URL of the server.
         session: HTTP session for all requests.
+        late: Returns by how many seconds, in all, the event loop has been behind (`EventLoopThread.late`).
 
     Attributes:
         url: URL of the server, without a slash at the end.
@@ -92,8 +107,9 @@ class Server:
             (see colocation.py).
     """
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, late: Callable[[], float] = lambda: 0.0) -> None:
         self.url = url
+        self.late = late
         self.keep_paused = False
         self._session = session
 
@@ -111,9 +127,12 @@ class Server:
 
         Raises:
             UnhealthyServerError: The server answered with an error, or not in time.
+            NoConnectionError: The server could not be asked.
         """
         try:
             await self.send("GET", "/health", _HEALTH_SECONDS)
+        except NoConnectionError:
+            raise
         except (ServerError, RequestRefusedError) as error:
             raise UnhealthyServerError(str(error)) from None
 
@@ -130,7 +149,7 @@ class Server:
         while True:
             try:
                 return await self.check_health()
-            except UnhealthyServerError as error:
+            except (UnhealthyServerError, NoConnectionError) as error:
                 if time.monotonic() - start > patience_seconds:
                     raise
                 if not logged:
@@ -149,6 +168,8 @@ class Server:
         models = await self.call("GET", "/v1/models", QUICK_SECONDS)
         model_type, architectures = model.get("model_type"), model.get("architectures") or []
         context_length = _context_length(models)
+        options = await self._options()
+        labels = options.get("extra_metric_labels")
         if not (isinstance(model_type, str) and isinstance(architectures, list)) or context_length is None:
             raise UnhealthyServerError("/model_info and /v1/models do not describe a model; is this SGLang?")
         return ServerInfo(
@@ -159,13 +180,16 @@ class Server:
             preferred_sampling_params=model.get("preferred_sampling_params"),
             model_path=_text(model.get("model_path")),
             weights=_text(model.get("weight_version")),
-            dtype=await self._dtype(),
+            dtype=_text(options.get("dtype")),
+            sglang=_text(options.get("version")),
+            transport=_text(labels.get(transport.LABEL)) if isinstance(labels, dict) else None,
         )
 
-    async def _dtype(self) -> str | None:
+    async def _options(self) -> dict[str, Any]:
+        """Return the server's options; {} if it does not report them."""
         with suppress(RequestRefusedError):
-            return _text((await self.call("GET", "/server_info", QUICK_SECONDS)).get("dtype"))
-        return None
+            return await self.call("GET", "/server_info", QUICK_SECONDS)
+        return {}
 
     async def _vocab_size(self) -> int | None:
         """Return the vocabulary size that a refusal names.
@@ -299,16 +323,29 @@ class Server:
     ) -> bytes:
         """Return the body that an endpoint answers.
 
+        While this machine has no file or port left for a connection, the request waits for one.
+
         Args:
             body: An object to send as JSON, or bytes that already are JSON.
             limit: Largest answer to the request.
 
         Raises:
+            NoConnectionError: The request was still waiting for a connection after ``timeout_seconds``.
             UnhealthyServerError: The server does not answer in time, the connection fails, or the answer is too large,
                 compressed, or a redirect, which is not followed.
             ServerError: The answer has an HTTP status of 500 or above.
             RequestRefusedError: The answer has an HTTP status of 400 to 499.
         """
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                return await self._send_once(method, path, timeout_seconds, body, limit)
+            except NoConnectionError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_NO_CONNECTION_SECONDS * random.uniform(0.5, 1.5))
+
+    async def _send_once(self, method: str, path: str, timeout_seconds: float, body: Any, limit: AnswerLimit) -> bytes:
         content: dict[str, Any] = {"json": body}
         if isinstance(body, bytes):
             content = {"data": io.BytesIO(body), "headers": {"Content-Type": "application/json"}}
@@ -321,6 +358,8 @@ class Server:
         except TimeoutError:
             raise UnhealthyServerError(f"no answer to {path} in {timeout_seconds:.0f} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that aiohttp cannot parse
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                raise NoConnectionError(f"{path}: this machine has no connection left ({error.strerror})") from None
             raise UnhealthyServerError(f"{path}: {type(error).__name__} {shown(str(error))}") from None
         if status >= 500:
             raise ServerError(f"{path} answered {status} {shown(answer)}")
@@ -335,7 +374,7 @@ class Server:
         try:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise AnswerError(f"answered with encoding {shown(response.headers['Content-Encoding'])}")
-            return await read_body(response.content, limit)
+            return await read_body(response.content, limit, self.late)
         except AnswerError as error:
             response.close()
             raise UnhealthyServerError(f"{path} {error}") from None

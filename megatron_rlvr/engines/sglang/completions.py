@@ -14,7 +14,9 @@ import numpy as np
 
 from megatron_rlvr.engines.sglang.answers import is_int, shown
 from megatron_rlvr.engines.sglang.client import UnhealthyServerError
+from megatron_rlvr.engines.sglang.logit_processor import processor_fields
 from megatron_rlvr.engines.sglang.request import AbortedRequestError, ServerRequest
+from megatron_rlvr.engines.two_temperatures import TwoTemperatures
 from megatron_rlvr.protocols import EngineError, Sampling
 from megatron_rlvr.types import Completion, CompletionRequest, empty_completion
 
@@ -35,16 +37,25 @@ class CompletionCodec:
         stop_token_ids: Tokens that end a response, of which they stay the last token.
         vocab_size: Size of the vocabulary.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
+        two_temperatures: Temperatures by entropy; None for that of the sampling parameters.
 
     Attributes:
         versions: {name of the weights on servers: their version}, of all weights of this run.
     """
 
-    def __init__(self, *, stop_token_ids: Sequence[int], vocab_size: int, max_sequence_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        stop_token_ids: Sequence[int],
+        vocab_size: int,
+        max_sequence_tokens: int,
+        two_temperatures: TwoTemperatures | None = None,
+    ) -> None:
         self.versions: dict[str, int] = {}
         self._stop_token_ids = frozenset(stop_token_ids)
         self._vocab_size = vocab_size
         self._max_sequence_tokens = max_sequence_tokens
+        self._processor = None if two_temperatures is None else processor_fields(two_temperatures)
 
     def encode(
         self, request: CompletionRequest, resume_from: Completion | None, sampling: Sampling, oldest_version: int
@@ -76,13 +87,16 @@ class CompletionCodec:
             "stop_token_ids": sorted(self._stop_token_ids),
             "sampling_seed": request.seed,
         }
+        body = {
+            "input_ids": [*prompt.tolist(), *partial_response.token_ids.tolist()],
+            "return_logprob": True,
+            "sampling_params": parameters,
+        }
+        if self._processor is not None:
+            body["custom_logit_processor"], parameters["custom_params"] = self._processor
         return ServerRequest(
             name=name,
-            body={
-                "input_ids": [*prompt.tolist(), *partial_response.token_ids.tolist()],
-                "return_logprob": True,
-                "sampling_params": parameters,
-            },
+            body=body,
             read=partial(self._decode, request, partial_response, remaining, oldest_version),
             timeout_seconds=_SECONDS_PER_REQUEST + _SECONDS_PER_TOKEN * remaining,
         )

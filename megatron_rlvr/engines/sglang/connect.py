@@ -4,12 +4,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_rlvr.config import RolloutSettings, SettingsError
+from megatron_rlvr.distributed import accelerator, transport
 from megatron_rlvr.distributed.collectives import raise_on_all_ranks
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang import colocation
@@ -31,6 +33,7 @@ def connect(
     *,
     max_sequence_tokens: int,
     dtype: str | None = None,
+    same_transport: bool = False,
     evaluation_servers: Sequence[str] = (),
     key: str | None = None,
     model: str = "model.path",
@@ -43,6 +46,8 @@ def connect(
         hf_config: config.json of the model.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
         dtype: Precision in which the trainer computes, and servers must as well; None for any.
+        same_transport: The trainer will form process groups with the servers (`sync.method: distributed`). On GPUs,
+            both sides then need the same NCCL; servers that do not report theirs are not refused.
         evaluation_servers: URLs to connect to instead, those of `evaluate.servers`, which the main rank alone uses.
         key: Setting or flag that names the servers, for messages; None for that of the settings.
         model: Setting or argument that names the model, for messages.
@@ -51,7 +56,7 @@ def connect(
         The pool of a leader; None on other ranks.
 
     Raises:
-        SettingsError: On every rank, if a server does not answer or serves another model. The problem of each further
+        SettingsError: On every rank, if a server does not answer, or does not fit the run. The problem of each further
             server is logged.
     """
     key = key or ("evaluate.servers" if evaluation_servers else "rollout.servers")
@@ -74,10 +79,17 @@ def connect(
             urls, problems = expand(pool_of_settings.everywhere(find_workers), key)
     found: list[list[str]] = [urls]
     dist.broadcast_object_list(found, src=0)
-    pool = pool_of(found[0]) if ranks.replica_rank == 0 else None
+    pool = pool_of(in_turn(found[0], ranks.data_rank, ranks.data_size)) if ranks.replica_rank == 0 else None
     if ranks.is_main and pool is not None:
         colocated = settings.colocated and not evaluation_servers
-        problems += _problems(pool, hf_config, max_sequence_tokens, dtype, colocated=colocated, key=key, model=model)
+        wanted = _Wanted(
+            hf_config,
+            max_sequence_tokens,
+            dtype,
+            transport=transport.version() if same_transport and accelerator.has_gpu() else None,
+            model=model,
+        )
+        problems += _problems(pool, wanted, colocated=colocated, key=key)
         for problem in problems[1:]:
             logger.error(problem)
     try:
@@ -87,6 +99,16 @@ def connect(
             pool.close()
         raise
     return pool
+
+
+def in_turn(urls: Sequence[str], leader: int, leaders: int) -> list[str]:
+    """Return the servers in the order in which a leader uses them: each leader begins at another place.
+
+    Of servers with as few requests, a leader takes the first. If all leaders began with the same one, many leaders with
+    few requests would leave the last servers idle.
+    """
+    first = leader * len(urls) // leaders
+    return [*urls[first:], *urls[:first]]
 
 
 def served_folder(urls: Sequence[str], api_key: str | None) -> str | None:
@@ -128,16 +150,23 @@ def expand(
     return list(urls), problems
 
 
-def _problems(
-    pool: ServerPool,
-    hf_config: Mapping[str, Any],
-    max_sequence_tokens: int,
-    dtype: str | None,
-    *,
-    colocated: bool,
-    key: str,
-    model: str,
-) -> list[str]:
+@dataclass(frozen=True)
+class _Wanted:
+    """Properties that a run needs of every server.
+
+    Attributes:
+        hf_config, max_sequence_tokens, dtype, model: As for `connect`.
+        transport: Version of NCCL; None for any.
+    """
+
+    hf_config: Mapping[str, Any]
+    max_sequence_tokens: int
+    dtype: str | None = None
+    transport: str | None = None
+    model: str = "model.path"
+
+
+def _problems(pool: ServerPool, wanted: _Wanted, *, colocated: bool, key: str) -> list[str]:
     """Return one sentence for each server that cannot be used. Waits for servers that are starting."""
 
     async def ask(server: Server) -> ServerInfo:
@@ -150,7 +179,7 @@ def _problems(
     for url, answer in pool.everywhere(ask).items():
         if isinstance(answer, ServerError):
             problems.append(_unusable(url, answer, key))
-        elif problem := _mismatch(answer, hf_config, max_sequence_tokens, dtype, model):
+        elif problem := _mismatch(answer, wanted):
             problems.append(f"{key}={url}: {problem}")
     return problems
 
@@ -159,10 +188,9 @@ def _unusable(url: str, error: ServerError, key: str) -> str:
     return f"{key}={url}: the server cannot be used ({error}); start it, or remove it from the list"
 
 
-def _mismatch(
-    info: ServerInfo, hf_config: Mapping[str, Any], max_sequence_tokens: int, dtype: str | None, model: str
-) -> str | None:
+def _mismatch(info: ServerInfo, wanted: _Wanted) -> str | None:
     """Return why a server does not fit the run and what to do, or None."""
+    hf_config, longest, dtype = wanted.hf_config, wanted.max_sequence_tokens, wanted.dtype
     pairs = {
         "model_type": (info.model_type, hf_config["model_type"]),
         "architectures": (info.architectures, list(hf_config.get("architectures") or info.architectures)),
@@ -170,17 +198,22 @@ def _mismatch(
     }
     differing = [f"{name} {shown(theirs)}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if differing:
-        return f"the server serves another model ({', '.join(differing)}); start it on {model}"
-    if info.context_length < max_sequence_tokens:
+        return f"the server serves another model ({', '.join(differing)}); start it on {wanted.model}"
+    if info.context_length < longest:
         return (
             f"the server's context length of {info.context_length} tokens is below data.max_prompt_tokens + "
-            f"rollout.max_response_tokens = {max_sequence_tokens}; start it with --context-length {max_sequence_tokens}"
+            f"rollout.max_response_tokens = {longest}; start it with --context-length {longest}"
         )
     served = _served_dtype(info.dtype, hf_config)
     if dtype is not None and served is not None and served != dtype:
         option = f" (--dtype {info.dtype})" if info.dtype != served else ""
         return (
             f"the server computes in {shown(served)}{option}, and model.dtype is {dtype}; start it with --dtype {dtype}"
+        )
+    if wanted.transport is not None and info.transport is not None and info.transport != wanted.transport:
+        return (
+            f"the server has {transport.NAME} {shown(info.transport)} and the trainer {wanted.transport}, which do not "
+            f"connect; install the same {transport.PACKAGE} in both environments, or choose sync.method=disk"
         )
     if info.preferred_sampling_params:
         return (

@@ -7,22 +7,34 @@ requests are valid when they are sent, so that a server which refuses one may be
 """
 
 import asyncio
+import logging
+import math
 import random
 from collections import deque
 from collections.abc import Sequence
 
-from megatron_rlvr.engines.sglang.client import RequestRefusedError, ServerError, UnhealthyServerError
+from megatron_rlvr import open_files
+from megatron_rlvr.engines.sglang.client import (
+    NoConnectionError,
+    RequestRefusedError,
+    ServerError,
+    UnhealthyServerError,
+)
 from megatron_rlvr.engines.sglang.event_loop import EventLoopThread, cancel, this_task
 from megatron_rlvr.engines.sglang.membership import Member, Membership
 from megatron_rlvr.engines.sglang.request import AbortedRequestError, QueuedRequest, RequestStream, ServerRequest
 from megatron_rlvr.protocols import EngineError
+
+logger = logging.getLogger(__name__)
 
 # Consecutive failures of one server, each of which might have been the request's own fault.
 _MAX_CONSECUTIVE_FAILURES = 3
 _FIRST_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.25, 30.0
 _POLL_SECONDS, _AFTER_PUSH_SECONDS = 0.05, 0.5
 # The order to abort a request may reach the server before the request does, so it is repeated.
-_REPEAT_ABORT_SECONDS, _ABORT_ORDER_SECONDS, _ABORT_SECONDS = 1.0, 5.0, 20.0
+_REPEAT_ABORT_SECONDS, _ABORT_ORDER_SECONDS, _ABORT_ORDERS = 1.0, 5.0, 16
+# Requests are given up when none of them has been answered for this long after the order to abort them.
+_SILENT_SECONDS = 20.0
 
 
 class Dispatcher:
@@ -36,10 +48,12 @@ class Dispatcher:
 
     Attributes:
         streams: Open streams.
+        connections: Maximum number of requests that run at once, on all servers together; see `fit_open_files`.
     """
 
     def __init__(self, membership: Membership, loop: EventLoopThread, *, max_inflight: int, retries: int) -> None:
         self.streams: list[RequestStream] = []
+        self.connections = open_files.limit()
         self._membership = membership
         self._loop = loop
         self._max_inflight = max_inflight
@@ -51,6 +65,20 @@ class Dispatcher:
         membership.on_readmitted = self._dispatch
         loop.on_failure = self._fail_streams
 
+    def fit_open_files(self) -> None:
+        """Let no more requests run than this process may open connections for; the others wait in the queue."""
+        members = self._membership.members
+        self.connections = open_files.room() + sum(len(member.running) for member in members)
+        wanted = self._max_inflight * len(members)
+        if self.connections < wanted:
+            logger.warning(
+                "the limit of %d open files leaves %d connections for requests, of the %d that rollout.max_inflight "
+                "allows; raise it (ulimit -Hn)",
+                open_files.limit(),
+                self.connections,
+                wanted,
+            )
+
     def submit(self, stream: RequestStream, requests: Sequence[ServerRequest]) -> None:
         """Queue requests of a stream."""
         self._queue.extend(QueuedRequest(stream, request) for request in requests)
@@ -60,7 +88,8 @@ class Dispatcher:
         """End a stream's requests.
 
         Args:
-            wait: Give servers some time to answer the running requests with the tokens that they have.
+            wait: Wait for the servers' answers to the running requests, which have the tokens so far, as long as any
+                of them arrives every 20 s. What is given up is logged.
         """
         stream.aborting = True
         self._queue = deque(queued for queued in self._queue if queued.stream is not stream)
@@ -71,18 +100,24 @@ class Dispatcher:
             while self._membership.pushing:
                 await asyncio.sleep(_POLL_SECONDS)
             await asyncio.sleep(_AFTER_PUSH_SECONDS)
-        deadline = self._loop.time() + (_ABORT_SECONDS if wait else 0)
+        silent, left = 0.0, math.inf
         while running := [member for member in members if _tasks_of(stream, member)]:
-            # One order for each request: a server ignores an order for a mere prefix of its requests' ids.
-            orders = [_abort_in_time(m, rid) for m in running if m.healthy for rid in _ids_of(stream, m)]
-            await asyncio.gather(*orders, return_exceptions=True)
+            start = self._now()
+            await asyncio.gather(*(_abort(m, _ids_of(stream, m)) for m in running if m.healthy))
             tasks = [task for member in running for task in _tasks_of(stream, member)]
-            if self._loop.time() >= deadline:
+            if silent >= _SILENT_SECONDS or not wait:
+                if wait and tasks:
+                    _log_given_up([q for m in running for q in m.running.values() if q.stream is stream])
                 for member in running:
                     member.running = {t: queued for t, queued in member.running.items() if queued.stream is not stream}
                 return await cancel(tasks)
             if tasks:
                 await asyncio.wait(tasks, timeout=_REPEAT_ABORT_SECONDS)
+            silent, left = (0.0 if len(tasks) < left else silent + self._now() - start), len(tasks)
+
+    def _now(self) -> float:
+        """Return the seconds during which this thread has not been behind."""
+        return self._loop.time() - self._loop.late()
 
     # Sending ----------------------------------------------------------------------------------------------------------
 
@@ -103,7 +138,8 @@ class Dispatcher:
             in_rotation = self._membership.in_rotation
             untried = [member for member in in_rotation if member.server.url not in queued.request.tried]
             member = min(untried or in_rotation, key=lambda m: len(m.running), default=None)
-            if member is not None and len(member.running) < self._max_inflight:
+            running = sum(len(each.running) for each in self._membership.members)
+            if member is not None and len(member.running) < self._max_inflight and running < self.connections:
                 own = member is finished_on and not continues
                 continues |= own
                 task = this_task() if own else self._loop.start(self._send_requests(member))
@@ -143,6 +179,8 @@ class Dispatcher:
         if error is None:
             member.consecutive_failures = 0
             stream.results.put(result)
+        elif isinstance(error, NoConnectionError):
+            self._queue.append(queued)
         else:
             member.consecutive_failures += 1
             self._retry(queued, member, error)
@@ -187,9 +225,29 @@ class Dispatcher:
             stream.results.put(error)
 
 
-async def _abort_in_time(member: Member, rid: str) -> None:
-    async with asyncio.timeout(_ABORT_ORDER_SECONDS):
-        await member.server.abort(rid)
+async def _abort(member: Member, rids: Sequence[str]) -> None:
+    """Order a server to abort requests, as long as it takes the orders.
+
+    Each request has an order of its own: a server ignores one for a mere prefix of its requests' ids.
+    """
+    remaining = iter(rids)
+
+    async def order() -> None:
+        for rid in remaining:
+            async with asyncio.timeout(_ABORT_ORDER_SECONDS):
+                await member.server.abort(rid)
+
+    await asyncio.gather(*(order() for _ in range(_ABORT_ORDERS)), return_exceptions=True)
+
+
+def _log_given_up(lost: Sequence[QueuedRequest]) -> None:
+    tokens = sum(queued.request.body["sampling_params"]["max_new_tokens"] for queued in lost)
+    logger.warning(
+        "%d responses of at most %d new tokens are given up: no server has answered their abortion for %.0f s",
+        len(lost),
+        tokens,
+        _SILENT_SECONDS,
+    )
 
 
 def _ids_of(stream: RequestStream, member: Member) -> list[str]:

@@ -20,6 +20,7 @@ from megatron_rlvr.engines.sglang.completions import CompletionCodec
 from megatron_rlvr.engines.sglang.pool import ServerPool, failures_in
 from megatron_rlvr.engines.sglang.request import RequestStream
 from megatron_rlvr.engines.sglang.weight_sync.base import WeightSync
+from megatron_rlvr.engines.two_temperatures import TwoTemperatures
 from megatron_rlvr.protocols import EngineError, Sampling
 from megatron_rlvr.types import Completion, CompletionRequest
 
@@ -41,6 +42,7 @@ class SglangEngine:
         vocab_size: Size of the vocabulary.
         max_sequence_tokens: Maximum number of tokens of a prompt and its response together.
         colocated: The servers share the GPUs with training (`rollout.colocated`).
+        two_temperatures: Temperatures by entropy; None for that of the sampling parameters.
 
     Attributes:
         pool: Servers, on a leader.
@@ -57,11 +59,15 @@ class SglangEngine:
         vocab_size: int,
         max_sequence_tokens: int,
         colocated: bool = False,
+        two_temperatures: TwoTemperatures | None = None,
     ) -> None:
         self.pool = pool
         self.weight_sync = weight_sync
         self.codec = CompletionCodec(
-            stop_token_ids=stop_token_ids, vocab_size=vocab_size, max_sequence_tokens=max_sequence_tokens
+            stop_token_ids=stop_token_ids,
+            vocab_size=vocab_size,
+            max_sequence_tokens=max_sequence_tokens,
+            two_temperatures=two_temperatures,
         )
         self._colocated = colocated
         self._store = process_group.store()

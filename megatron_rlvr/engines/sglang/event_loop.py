@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _CANCEL_AGAIN_SECONDS = 1.0
+_TICK_SECONDS = 0.25
 
 
 class EventLoopThread:
@@ -23,6 +25,9 @@ class EventLoopThread:
     def __init__(self, name: str) -> None:
         self.on_failure: Callable[[asyncio.Task[None], BaseException], None] = lambda task, error: None
         self._loop = asyncio.new_event_loop()
+        self._late = 0.0
+        self._next_tick = time.monotonic() + _TICK_SECONDS
+        self._loop.call_later(_TICK_SECONDS, self._tick)
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
@@ -66,6 +71,15 @@ class EventLoopThread:
     def time(self) -> float:
         """Return the event loop's clock, in seconds."""
         return self._loop.time()
+
+    def late(self) -> float:
+        """Return by how many seconds, in all, the thread has been behind: what others did meanwhile was not seen."""
+        return self._late + max(0.0, time.monotonic() - self._next_tick)
+
+    def _tick(self) -> None:
+        self._late = self.late()
+        self._next_tick = time.monotonic() + _TICK_SECONDS
+        self._loop.call_later(_TICK_SECONDS, self._tick)
 
     def _report(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()):

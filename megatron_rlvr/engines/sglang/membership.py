@@ -31,7 +31,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megatron_rlvr.engines.sglang.client import RequestRefusedError, Server, ServerError
+from megatron_rlvr.engines.sglang.answers import ON_TIME_SECONDS
+from megatron_rlvr.engines.sglang.client import NoConnectionError, RequestRefusedError, Server, ServerError
 from megatron_rlvr.engines.sglang.request import QueuedRequest
 
 logger = logging.getLogger(__name__)
@@ -217,14 +218,18 @@ class Membership:
             if not member.healthy:
                 pause *= min(2 ** max(0, member.removals - 1), _MAX_BACKOFF)
             await asyncio.sleep(pause * self._random.uniform(0.8, 1.2))
-            pushes = self._pushes
+            pushes, late = self._pushes, member.server.late()
             if self.pushing:
                 continue  # a paused server fails its health check, which means nothing
             try:
                 await member.server.check_health()
                 if not member.healthy:
                     await self._readmit(member, pushes)
+            except NoConnectionError:
+                continue
             except (ServerError, RequestRefusedError) as error:
+                if member.server.late() - late > ON_TIME_SECONDS:
+                    continue  # the answer may have come in time
                 if pushes == self._pushes:  # otherwise the server may have been paused during the check
                     self.remove(member, str(error))
 

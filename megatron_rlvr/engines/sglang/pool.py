@@ -13,7 +13,7 @@ by dispatch.py; membership.py says which servers may be used.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -75,7 +75,7 @@ class ServerPool:
         # the same port: a request on a connection that is found closed looks like one to a server that died.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
         self._session = new_session(connector, self._api_key)
-        return [Server(url, self._session) for url in urls]
+        return [Server(url, self._session, self._loop.late) for url in urls]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the pool's thread and return its result."""
@@ -104,6 +104,7 @@ class ServerPool:
         *,
         check_health: bool = True,
         exclude: Mapping[str, str] | None = None,
+        among: Collection[str] | None = None,
     ) -> dict[str, T | ServerError]:
         """Run ``action`` on all servers at once.
 
@@ -112,6 +113,7 @@ class ServerPool:
                 more than that check. Servers that stay paused are never checked, since they would look unhealthy.
                 False for servers that others may have paused.
             exclude: {URL: reason} of servers on which the action is not run.
+            among: URLs of the servers that are meant; None for all.
 
         Returns:
             {URL: result, or the error of the server}; the error of an excluded server is its reason.
@@ -132,9 +134,10 @@ class ServerPool:
                 return UnhealthyServerError(str(refusal))
 
         async def all_of_them() -> list[T | ServerError]:
-            return await asyncio.gather(*map(one, self.membership.members))
+            return await asyncio.gather(*map(one, members))
 
-        urls = [member.server.url for member in self.membership.members]
+        members = [m for m in self.membership.members if among is None or m.server.url in among]
+        urls = [member.server.url for member in members]
         return dict(zip(urls, self.run(all_of_them()), strict=True))
 
     # Weights ----------------------------------------------------------------------------------------------------------
@@ -172,6 +175,7 @@ class ServerPool:
 
         async def begin() -> "asyncio.Task[None]":
             dispatcher.streams.append(stream)
+            dispatcher.fit_open_files()
             if not self._watchers:
                 self._watchers = [self._loop.start(self.membership.watch(m)) for m in self.membership.members]
             return self._loop.start(self._fail_without_servers(stream))

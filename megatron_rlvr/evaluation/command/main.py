@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr import open_files
 from megatron_rlvr.config import ParallelSettings, SettingsError
 from megatron_rlvr.config.urls import check_urls, without_slash
 from megatron_rlvr.errors import RlvrError
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def _evaluate(options: Namespace, arguments: list[str]) -> int:
     end_with_launcher()
+    open_files.raise_limit()
     servers = _servers(options.servers) if options.servers else []
     target = find_target(_served_folder(options, servers) if options.target is None else options.target, options.step)
     # The settings are those of servers also before any is started.
@@ -70,6 +72,8 @@ def _evaluate(options: Namespace, arguments: list[str]) -> int:
     resolved = resolve_evaluation(settings, _recorded_clock(options.out), show_progress=is_main())
     description = describe_evaluation(resolved)
     description["target"] = target.describe() | {"dtype": settings.model.dtype}
+    if options.two_temperatures is not None:
+        description["sampling"]["two_temperatures"] = options.two_temperatures
     check_folder(options.out, description)
     if _is_complete(options.out, resolved):
         return _report_again(options, resolved)
@@ -90,7 +94,12 @@ def _sample(options: Namespace, resolved: ResolvedEvaluation, target: Target, de
         if is_main():  # a second command would sample the same completions
             resources.enter_context(lease_of(resolved.settings.run))
         graders = resources.enter_context(_graders(resolved))
-        run_session(resolved, target, description, options.out, graders, served=served, as_json=options.json)
+        run_session(
+            *(resolved, target, description, options.out, graders),
+            two_temperatures=options.two_temperatures,
+            served=served,
+            as_json=options.json,
+        )
     return 0
 
 

@@ -5,6 +5,7 @@ same. ``--like RUN`` takes their values from a run, and flags win over it.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,6 +123,13 @@ def _parser(program: str) -> Parser:
         metavar="N",
         help="ranks of the embedded engine on this machine (default: one per GPU)",
     )
+    add(
+        "--two-temperatures",
+        nargs=3,
+        type=float,
+        metavar=("THRESHOLD", "HIGH", "LOW"),
+        help="temperature HIGH for tokens whose entropy is above THRESHOLD nats, LOW for the others",
+    )
     add("--compare", nargs="+", type=path, metavar="OUT", help="evaluations to compare, each with the first")
     add("--regrade", type=path, metavar="OUT", help="evaluation whose recorded responses are graded again")
     add("--json", action="store_true", help="print JSON instead of tables")
@@ -169,6 +177,11 @@ def _problem(options: argparse.Namespace) -> str | None:
     for one, other in (("serve", "servers"), ("ranks", "servers"), ("ranks", "serve")):
         if {one, other} <= given:
             return f"--{one} and --{other} exclude each other; remove one of them"
+    if options.two_temperatures is not None:
+        if "--evaluate.temperature" in keys:
+            return "--two-temperatures and --evaluate.temperature exclude each other; remove one of them"
+        if not all(0 <= value < math.inf for value in options.two_temperatures):
+            return "--two-temperatures: needs three finite values of at least 0: nats and two temperatures"
     if options.ranks is not None and options.ranks < 1:
         return f"--ranks {options.ranks}: not above 0; give the number of ranks on this machine"
     return None
@@ -203,6 +216,8 @@ def settings_of(options: argparse.Namespace, model: Path, run: Path | None, serv
         evaluate["sets"] = [_set_file(text) for text in options.sets]
     if options.samples is not None:
         evaluate["group_size"] = options.samples
+    if options.two_temperatures is not None:
+        evaluate["temperature"] = 1.0  # of what the engine makes of the logits
     for key, value in parse_flags(options.flags):
         section, _, name = key.partition(".")
         if name.partition(".")[0] not in _KEYS.get(section, ()):

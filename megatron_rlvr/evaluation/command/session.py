@@ -22,6 +22,7 @@ from megatron_rlvr.engines.embedded.engine import EmbeddedEngine
 from megatron_rlvr.engines.sglang.connect import connect
 from megatron_rlvr.engines.sglang.engine import SglangEngine
 from megatron_rlvr.engines.sglang.weight_sync.current import AT_START, CurrentWeights
+from megatron_rlvr.engines.two_temperatures import TwoTemperatures
 from megatron_rlvr.errors import FaultError, RlvrError
 from megatron_rlvr.evaluation.command.progress import EvaluationProgress
 from megatron_rlvr.evaluation.command.results import report
@@ -50,6 +51,7 @@ def run_session(
     out: Path,
     graders: GraderPool,
     *,
+    two_temperatures: Sequence[float] | None,
     served: Sequence[Path],
     as_json: bool,
 ) -> None:
@@ -61,6 +63,7 @@ def run_session(
         description: Description of the evaluation.
         out: Folder of the evaluation.
         graders: Grader processes of this rank.
+        two_temperatures: Values of `TwoTemperatures`; None for `evaluate.temperature`.
         served: Folders from which servers may have loaded the target.
         as_json: Print JSON instead of a table.
 
@@ -71,7 +74,8 @@ def run_session(
     ranks = initialize_replicas(_TIMEOUT_MINUTES)
     with ExitStack() as resources:
         on_main_rank(partial(_prepare, out, description))
-        engine = _engine(resolved, target, ranks, served, resources)
+        temperatures = None if two_temperatures is None else TwoTemperatures(*two_temperatures)
+        engine = _engine(resolved, target, ranks, temperatures, served, resources)
         evaluator = Evaluator(
             Sampler(engine, resolved.tokenizer, graders, settings.reward),
             settings.evaluate,
@@ -131,7 +135,12 @@ def _wait_for_records(store: dist.Store, ranks: Ranks) -> None:
 
 
 def _engine(
-    resolved: ResolvedEvaluation, target: Target, ranks: Ranks, served: Sequence[Path], resources: ExitStack
+    resolved: ResolvedEvaluation,
+    target: Target,
+    ranks: Ranks,
+    two_temperatures: TwoTemperatures | None,
+    served: Sequence[Path],
+    resources: ExitStack,
 ) -> RolloutEngine:
     """Make the engine, which ``resources`` closes."""
     settings = resolved.settings
@@ -144,6 +153,7 @@ def _engine(
             pad_token_id=resolved.tokenizer.pad_token_id,
             max_batch_tokens=settings.rollout.max_batch_tokens,
             max_batch_rows=settings.rollout.max_batch_rows,
+            process_logits=two_temperatures,
         )
     longest = settings.max_sequence_tokens
     pool = connect(
@@ -162,6 +172,7 @@ def _engine(
         stop_token_ids=resolved.stop_token_ids,
         vocab_size=resolved.hf_config["vocab_size"],
         max_sequence_tokens=longest,
+        two_temperatures=two_temperatures,
     )
     resources.callback(engine.close)
     return engine

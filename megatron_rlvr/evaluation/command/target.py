@@ -12,6 +12,7 @@ from megatron_rlvr.checkpoint.store import FOLDER as CHECKPOINTS
 from megatron_rlvr.checkpoint.store import latest_checkpoint
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.hf.files import weight_files
+from megatron_rlvr.hf.gguf import model_folder
 from megatron_rlvr.input_files import is_file, is_folder
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def find_target(path: Path, step: int | None) -> Target:
     """Return the model at a path.
 
     Args:
-        path: A Hugging Face folder, a checkpoint, or the folder of a run.
+        path: A Hugging Face folder, a GGUF file, a checkpoint, or the folder of a run.
         step: Step of the run; None for its export at the end, or else its latest checkpoint.
 
     Raises:
@@ -97,6 +98,7 @@ def find_target(path: Path, step: int | None) -> Target:
 
 
 def _model_at(path: Path) -> Target | None:
+    path = model_folder(path)
     if is_file(path / "config.json"):
         return Target(path, path)
     if is_file(path / "metadata.json") and is_folder(path / _HUGGING_FACE):

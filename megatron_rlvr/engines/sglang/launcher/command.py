@@ -2,22 +2,26 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from megatron_rlvr import open_files
 from megatron_rlvr.command_line import Parser, path, small_int
-from megatron_rlvr.distributed import nccl
+from megatron_rlvr.distributed import transport
 from megatron_rlvr.engines.sglang.api_key import read_api_key, write_server_config
 from megatron_rlvr.engines.sglang.launcher.launch import Launcher
 from megatron_rlvr.engines.sglang.launcher.process import ServerProgram
 from megatron_rlvr.hf.files import read_config
+from megatron_rlvr.hf.gguf import model_folder
 from megatron_rlvr.process_table import start_time
 
 DESCRIPTION = """\
@@ -55,6 +59,7 @@ def main(arguments: Sequence[str], program: str, output: TextIO | None = None) -
         program: Name of the command in messages.
         output: Where progress is printed; None for standard output.
     """
+    open_files.raise_limit()  # servers inherit it: each request that they work on has a connection
     say = partial(_say, output or sys.stdout)
     words, then = _split(arguments, "--then")
     words, flags = _split(words, "--")
@@ -71,7 +76,8 @@ def main(arguments: Sequence[str], program: str, output: TextIO | None = None) -
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.device == "gpu":
-        _compare_nccl(Path(sys.executable), programs[0].python, say)
+        version = _compare_nccl(Path(sys.executable), programs[0].python, say)
+        programs = [replace(each, flags=[*_report_of_nccl(version), *each.flags]) for each in programs]
     launcher = Launcher(
         programs,
         record=options.run_dir / "servers.json",
@@ -154,7 +160,7 @@ def _split(words: Sequence[str], mark: str) -> tuple[list[str], list[str] | None
 
 def _programs(options: argparse.Namespace, flags: Sequence[str]) -> list[ServerProgram]:
     """Return the servers to start. Raises ValueError or OSError with a message of one line if the input is wrong."""
-    model = options.model.absolute()
+    model = model_folder(options.model.absolute())
     if not (model / "config.json").is_file():
         raise ValueError(f"{options.model} is no model (it has no config.json); give a Hugging Face folder")
     if options.tensor < 1 or (options.servers is not None and options.servers < 1):
@@ -213,15 +219,25 @@ def _dtype_of(model: Path) -> str:
     return named if named in _DTYPES else "bfloat16"
 
 
-def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> None:
-    """Say it if trainers from this environment cannot push weights to the servers through NCCL."""
-    ours, theirs = nccl.versions(trainer, server)
+def _compare_nccl(trainer: Path, server: Path, say: Callable[[str], None]) -> str | None:
+    """Say it if trainers from this environment cannot push weights to the servers through NCCL.
+
+    Returns the servers' version of NCCL; None if it is unknown.
+    """
+    ours, theirs = transport.versions(trainer, server)
     if ours and theirs and ours != theirs:
         say(
             f"the servers have NCCL {theirs} and this environment has {ours}, which do not connect: for sync.method "
-            f"distributed, give the trainer's environment the same (pip install nvidia-nccl-cu13=={theirs}, or the "
+            f"distributed, give the trainer's environment the same (pip install {transport.PACKAGE}=={theirs}, or the "
             "torch that needs it)"
         )
+    return theirs
+
+
+def _report_of_nccl(version: str | None) -> list[str]:
+    """Return flags with which a server reports its version of NCCL to trainers on other machines."""
+    # SGLang has no field for it, and lists labels of metrics among its options even if it reports no metrics.
+    return [] if version is None else ["--extra-metric-labels", json.dumps({transport.LABEL: version})]
 
 
 _MAX_PORT = 2**16 - 1

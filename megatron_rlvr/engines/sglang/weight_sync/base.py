@@ -1,8 +1,8 @@
 """Weight sync: pushing the policy's weights to the servers; the part that all methods share.
 
 Every rank calls `push` and exhausts the tensors, since gathering each is a collective; only the main rank talks to the
-servers. The name of weights on servers has a part that is random for every run, so that weights of another run, or of
-an earlier step, are never mistaken for them.
+servers, or with buckets the leader of every data-parallel replica. The name of weights on servers has a part that is
+random for every run, so that weights of another run, or of an earlier step, are never mistaken for them.
 """
 
 import secrets
@@ -25,7 +25,7 @@ class WeightSync(ABC):
     """A method of pushing weights to servers.
 
     Args:
-        pool: Servers, on the main rank; other ranks pass their own pool or None.
+        pool: Servers, on the leader of a data-parallel replica; None on other ranks.
         ranks: Ranks of the run.
 
     Attributes:

@@ -1,5 +1,8 @@
 """Weight sync in buckets.
 
+The leaders of the data-parallel replicas share the servers (`share_of`): each sends the same buckets to its own
+servers, since every replica gathers all weights anyway.
+
 Each server is updated by itself, in step with the others: all get a bucket at once, and one that fails is left out from
 then on, while the others continue as if it had never been there. No server waits for another, because nothing can free
 a server that waits for one that hangs. Until its last bucket has arrived, a server's weights have a name that is never
@@ -9,7 +12,7 @@ expected, so that a server left half-updated cannot pass for current.
 import asyncio
 import time
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.engines.sglang.client import RequestRefusedError, Server, ServerError, UnhealthyServerError
 from megatron_rlvr.engines.sglang.membership import ExpectedWeights
@@ -38,7 +42,7 @@ class PushMetrics:
         bytes: Size of the weights.
         buckets: Number of buckets.
         largest_bucket: Size of the largest bucket in bytes; two of them are the extra memory of the push.
-        servers: Number of servers that took the weights.
+        servers: Number of this leader's servers that took the weights.
     """
 
     seconds: float
@@ -55,18 +59,19 @@ class BucketSync(WeightSync):
     of the weights to give to it.
 
     Args:
-        pool: Servers, on the main rank; other ranks pass their own pool or None.
+        pool: Servers, on the leader of a data-parallel replica; None on other ranks.
         ranks: Ranks of the run.
         bucket_bytes: Size of a bucket, of which one is filled while another is sent; a larger tensor is sent as a
             bucket of its own.
         device: Device on which buckets are filled.
 
     Attributes:
-        last_push: Metrics of the last push; None before the first, and on all ranks except the main rank.
+        last_push: Metrics of the last push; None before the first, and on all ranks except leaders.
     """
 
     def __init__(self, pool: ServerPool | None, ranks: Ranks, bucket_bytes: int, device: torch.device) -> None:
         super().__init__(pool, ranks)
+        self._pool = pool
         self._bucket_bytes = bucket_bytes
         self._device = device
         self.last_push: PushMetrics | None = None
@@ -79,13 +84,15 @@ class BucketSync(WeightSync):
     ) -> tuple[ExpectedWeights, dict[str, str]]:
         """Push weights to all servers in buckets; see `WeightSync.push`."""
         label = self._announce_label(version)
+        exclude = self._from_main(exclude)
         failures: dict[str, str] = {}
-        if self._main_pool is not None:
-            failures = self._push(self._main_pool, named_tensors, label, exclude)
+        if self._pool is not None:
+            failures = self._push(self._pool, named_tensors, label, exclude)
         else:
             for _ in named_tensors:
-                pass  # takes part in the collectives that gather each tensor for the main rank
-        return ExpectedWeights(label, by_sync_only=True), self._from_main(failures)
+                pass  # takes part in the collectives that gather each tensor for the leader
+        everywhere = {url: why for part in gather(failures, self._ranks.data_objects) for url, why in part.items()}
+        return ExpectedWeights(label, by_sync_only=True), everywhere
 
     def close(self) -> None:
         """Leave servers as they are."""
@@ -107,7 +114,7 @@ class BucketSync(WeightSync):
     def _drop(self, server: Server) -> None:
         """Drop the connection to a server that has failed."""
 
-    # The push, on the main rank ---------------------------------------------------------------------------------------
+    # The push, on a leader ------------------------------------------------------------------------------------------
 
     def _push(
         self,
@@ -116,11 +123,12 @@ class BucketSync(WeightSync):
         label: str,
         exclude: Mapping[str, str] | None,
     ) -> dict[str, str]:
-        """Push the weights. Returns {URL: reason} of the servers that do not hold them."""
+        """Push the weights to this leader's servers. Returns {URL: reason} of those that do not hold them."""
         start = time.perf_counter()
         failures: dict[str, str] = {}
         begin = partial(self._try, partial(self._begin, label))
-        servers = _split(pool.everywhere(begin, exclude=exclude), failures)
+        own = share_of([each.url for each in pool.status()], self._ranks.data_rank, self._ranks.data_size)
+        servers = _split(pool.everywhere(begin, exclude=exclude, among=own), failures)
         sizes = []
         try:
             sending: Future[dict[str, Server | ServerError]] | None = None
@@ -177,6 +185,11 @@ class BucketSync(WeightSync):
         self._drop(server)
         with suppress(ServerError, RequestRefusedError):
             await server.resume()
+
+
+def share_of(urls: Collection[str], leader: int, leaders: int) -> list[str]:
+    """Return the servers to which a leader sends weights; leaders may have the URLs in different orders."""
+    return sorted(urls)[leader::leaders]
 
 
 def _split(results: Mapping[str, Server | ServerError], failures: dict[str, str]) -> list[Server]:

@@ -1,9 +1,9 @@
 """Weight sync through process groups with the servers: buckets are broadcast from the trainer's memory to theirs.
 
-Each server has a process group of its own, of the main rank and the ranks of that server. One group of all servers
-would send less data if there are many, but a server that hangs would make others hang: a broadcast passes from rank to
-rank, and one that waits for a missing rank cannot be stopped before its own timeout (10 to 30 minutes in torch). So
-the main rank sends the weights once for each server, to all servers at the same time.
+Each server has a process group of its own, of the leader that sends to it and the ranks of that server. One group of
+all servers would send less data if there are many, but a server that hangs would make others hang: a broadcast passes
+from rank to rank, and one that waits for a missing rank cannot be stopped before its own timeout (10 to 30 minutes in
+torch). So a leader sends the weights once for each of its servers, to all of these at the same time.
 
 A group is kept as long as its server is known to be the process that joined it: only that process holds the weights of
 the last push, under a name that no other process knows. For any other process the group is created again.
@@ -41,7 +41,7 @@ class DistributedSync(BucketSync):
     """Pushes weights through process groups; see `BucketSync`.
 
     Attributes:
-        groups: {URL: process group with that server}, on the main rank.
+        groups: {URL: process group with that server}, of this leader's servers.
     """
 
     def __init__(self, pool: ServerPool | None, ranks: Ranks, bucket_bytes: int) -> None:
@@ -52,8 +52,8 @@ class DistributedSync(BucketSync):
     def close(self) -> None:
         """Have the servers leave their groups; the pool must still be open."""
         if self.groups:
-            assert self._main_pool is not None
-            self._main_pool.everywhere(self._leave)
+            assert self._pool is not None
+            self._pool.everywhere(self._leave)
         for group in self.groups.values():  # of servers that could not be reached
             group.close()
         self.groups = {}
@@ -67,8 +67,8 @@ class DistributedSync(BucketSync):
         """Make sure that there is a group with the process that now serves at the URL."""
         if server.url in self.groups and await server.weight_version() == self._labels.get(server.url):
             return
-        assert self._main_pool is not None
-        seconds = min(_JOIN_SECONDS, self._main_pool.patience_seconds)
+        assert self._pool is not None
+        seconds = min(_JOIN_SECONDS, self._pool.patience_seconds)
         self._drop(server)
         name = f"megatron_rlvr {urlsplit(server.url).netloc}"
         await server.leave_group(name)  # the server may have joined it for an earlier trainer

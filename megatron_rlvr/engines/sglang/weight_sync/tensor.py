@@ -1,7 +1,7 @@
 """Weight sync through the servers' HTTP ports: each bucket is the body of a request. Needs no network but HTTP.
 
 SGLang intends this for servers on the trainer's machine and for shared memory. Here a bucket is pickled as a whole, as
-text, which any server takes whose version of torch can read it. In addition to the bucket, the main rank's memory holds
+text, which any server takes whose version of torch can read it. In addition to the bucket, a leader's memory holds
 that text: 4/3 of the bucket's size for each of the server's tensor-parallel ranks.
 """
 

@@ -1,0 +1,125 @@
+"""Cost of recording responses in a training step, and of the token analyses over a forward pass; on one CPU core.
+
+    OMP_NUM_THREADS=1 python benchmarks/analysis.py [--rounds 5] [--tokens 1000000] [--json FILE]
+
+recording   the training step of benchmarks/step.py on 64 prompts x 8 responses of 64 tokens (4 layers of 128,
+            vocabulary 512), alternately without and with recording of 16 responses: choosing them, the alternatives of
+            their selected tokens, the pass under the updated weights, and the Parquet file
+analysis    `rlvr analyze tokens` of so many tokens in responses of 1,000 under the same model: scoring, histogram,
+            percentiles, and mean entropies by token; beside it transformers' forward pass over the same sequences with
+            its logits and nothing else. Both take turns, a block of responses each.
+
+Seconds are process time of this one process, which has one thread; a step's are the least of the rounds.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from step_arms.ours import Arm
+from step_arms.workload import Case, write_model
+
+from megatron_rlvr.analysis.command.analyses import Scored, tokens
+from megatron_rlvr.analysis.command.scoring import entropies, load
+from megatron_rlvr.analysis.command.sources import Response, Source
+from megatron_rlvr.config import ParallelSettings
+from megatron_rlvr.data.tokenizer import load_tokenizer
+from megatron_rlvr.distributed import process_group
+from megatron_rlvr.recording.recorder import RolloutRecorder
+
+CASE = Case(64, 8, 64, 128, 512)
+RECORDED = 16
+LENGTH = 1_000
+BLOCK = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to analyse")
+    parser.add_argument("--json", type=Path, help="file for the metrics")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        folder.mkdir()
+        write_model(CASE, folder)
+        arm = Arm(CASE, str(folder), 2 * options.rounds + 2)
+        found = {**recording(arm, folder, Path(place), options.rounds), **analysis(arm, folder, options.tokens)}
+        process_group.shut_down()
+    for name, value in found.items():
+        sys.stdout.write(f"{name:45} {value:,.4g}\n")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def recording(arm: Arm, folder: Path, place: Path, rounds: int) -> dict[str, float]:
+    """Seconds of a step with and without recording."""
+    ranks = arm.policy.ranks
+    recorder = RolloutRecorder(place, RECORDED, load_tokenizer(folder), ranks.data_objects, is_main=True)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(2 * rounds + 2):
+        step, recorded = number + 1, bool(number % 2)
+        start = time.process_time()
+        completions = arm.sample(step)
+        arm.policy.start_step()
+        groups = arm.graded(completions)
+        chosen = recorder.choose(groups) if recorded else None
+        arm.learner.learn(step, arm.packed(groups), arm.watch, chosen)
+        if chosen is not None:
+            recorder.write(step, groups, chosen)
+        arm.engine.update_weights(arm.policy.export_weights(), version=step)
+        if number > 1:  # the first of each kind warms up
+            seconds[recorded].append(time.process_time() - start)
+    plain, with_recording = min(seconds[False]), min(seconds[True])
+    return {
+        "seconds of a step": plain,
+        "seconds of a step with recording": with_recording,
+        "recording, share of a step": with_recording / plain - 1,
+    }
+
+
+def analysis(arm: Arm, folder: Path, count: int) -> dict[str, float]:
+    """Seconds of an analysis and of bare forward passes over the same tokens."""
+    from transformers import AutoModelForCausalLM
+
+    random = np.random.default_rng(0)
+    responses = [
+        Response(np.arange(1, 30, dtype=np.int32), random.integers(1, CASE.vocabulary, LENGTH).astype(np.int32))
+        for _ in range(max(BLOCK, count // LENGTH))
+    ]
+    policy = load(folder, ParallelSettings(), arm.policy.ranks, dtype="float32", temperature=1.0)
+    bare: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found: list[np.ndarray] = []
+    ours = theirs = 0.0
+    for first in range(0, len(responses), BLOCK):
+        block = responses[first : first + BLOCK]
+        start = time.process_time()
+        found += entropies(policy, block, 8192)
+        middle = time.process_time()
+        with torch.inference_mode():
+            for response in block:
+                ids = np.concatenate([response.prompt_ids, response.token_ids[:-1]])
+                bare(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+        ours += middle - start
+        theirs += time.process_time() - middle
+    start = time.process_time()
+    tokens(Source(responses, 1.0, str), Scored(["model"], [None], [np.concatenate(found)]), least=10)
+    statistics = time.process_time() - start
+    return {
+        "analysed tokens": sum(map(len, found)),
+        "seconds of scoring": ours,
+        "seconds of the statistics": statistics,
+        "seconds of transformers' forward passes": theirs,
+        "analysis over forward passes": (ours + statistics) / theirs,
+    }
+
+
+if __name__ == "__main__":
+    main()
