@@ -38,11 +38,11 @@ def test_one_value_has_no_interval_and_equal_values_have_one_of_width_0():
     assert crossed_mean(np.full((3, 4), 0.25)).interval() == (0.25, 0.25)
 
 
-@pytest.mark.parametrize(("by_seed", "by_problem"), [(0.1, 0.02), (0.03, 0.3), (0.0, 0.0)])
+@pytest.mark.parametrize(("by_seed", "by_problem"), [(0.3, 0.02), (0.03, 0.3), (0.0, 0.0)])
 def test_the_interval_holds_the_truth_at_its_level_where_a_bootstrap_over_five_seeds_may_not(by_seed, by_problem):
     random = np.random.default_rng(2)
     held = bootstrap_held = 0
-    repetitions, seeds, problems = 400, 5, 40
+    repetitions, seeds, problems = 300, 5, 40
     for _ in range(repetitions):
         values = (
             0.2
@@ -52,10 +52,10 @@ def test_the_interval_holds_the_truth_at_its_level_where_a_bootstrap_over_five_s
         )
         low, high = crossed_mean(values).interval()
         held += low <= 0.2 <= high
-        rows, columns = random.integers(seeds, size=(300, seeds)), random.integers(problems, size=(300, problems))
+        rows, columns = random.integers(seeds, size=(200, seeds)), random.integers(problems, size=(200, problems))
         means = np.array([values[np.ix_(r, c)].mean() for r, c in zip(rows, columns, strict=True)])
         low, high = np.quantile(means, [0.025, 0.975])
         bootstrap_held += low <= 0.2 <= high
     assert held / repetitions > 0.925
-    if by_seed > by_problem:
+    if by_seed > by_problem:  # seeds dominate
         assert bootstrap_held / repetitions < 0.92
