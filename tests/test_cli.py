@@ -49,7 +49,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
         (
             ["trian"],
             "rlvr: unknown verb 'trian'; choose from train, plan, rehearse, preflight, evaluate, report, analyze, "
-            "data, serve, convert",
+            "ablate, data, serve, convert",
         ),
         (
             ["train"],
@@ -68,6 +68,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
             ["evaluate", "none", "--sets", "a.jsonl", "--out", "out"],
             "megatron_rlvr: none is no model, checkpoint or run",
         ),
+        (["ablate", "none.yaml"], "megatron_rlvr: none.yaml does not exist; give the specification of an ablation"),
         (["evaluate", "--compare", "a"], "rlvr evaluate: --compare: needs two evaluations or more; name their folders"),
         (["evaluate", "--compare", "a", "b"], "megatron_rlvr: a is no evaluation (it has no evaluation.json); give"),
         (["data", "overlap", "none.jsonl", "--sets", "none.jsonl"], "rlvr data: none.jsonl is not a file; check"),

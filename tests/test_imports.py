@@ -46,7 +46,7 @@ WITHOUT_TORCH = {
     *("data", "reward", "hf.families", "hf.files", "checkpoint.store", "planner"),
     *("startup.resolve", "startup.describe", "startup.run_folder", "startup.lease", "preflight.command"),
     "rehearsal.command",
-    *("recording.files", "analysis.report", "analysis.report_command"),
+    *("recording.files", "analysis.report", "analysis.report_command", "ablation"),
     *("startup.evaluation", "evaluation.records", "evaluation.folder", "evaluation.compare", "evaluation.command.main"),
 }
 HEAVY = {"torch", "transformers", "megatron", "safetensors"}

@@ -21,7 +21,7 @@ from megatron_rlvr.analysis.curves import PANELS, evaluation_panel, panel_curves
 from megatron_rlvr.analysis.report import page
 from megatron_rlvr.analysis.results import Cell as Value
 from megatron_rlvr.analysis.results import Result, write_result
-from megatron_rlvr.config import evaluation_name
+from megatron_rlvr.config import names_of
 from megatron_rlvr.write_errors import explained
 
 PAGE = "ablation.html"
@@ -35,7 +35,7 @@ def make_results(ablation: Ablation, outcomes: Sequence[Outcome], missing: Mappi
     Args:
         missing: {index: reason} of cells without an outcome.
     """
-    sets = [evaluation_name(file) for file in ablation.cells[0].settings.evaluate.sets]
+    sets = names_of(ablation.cells[0].settings.evaluate.sets)
     return [
         _arms(ablation, outcomes, sets),
         _differences(ablation, outcomes, sets),

@@ -23,7 +23,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_rlvr import atomic
-from megatron_rlvr.config import Settings, SettingsError, evaluation_name
+from megatron_rlvr.config import Settings, SettingsError, names_of
 from megatron_rlvr.config.layers import EXTENDS
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.config.section import FreeForm, PathText, Section
@@ -204,7 +204,7 @@ def prepare(path: Path) -> Ablation:
 
 
 def _evaluation(path: Path, spec: Spec, settings: Settings) -> str:
-    names = [evaluation_name(file) for file in settings.evaluate.sets]
+    names = names_of(settings.evaluate.sets)
     if not names:
         raise SpecError(f"{path}: evaluate.sets is empty, so that nothing can be compared; set settings.evaluate.sets")
     if spec.evaluation not in (None, *names):

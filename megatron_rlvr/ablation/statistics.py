@@ -6,9 +6,9 @@ For values x[s, p] with S seeds and P problems, every seed being asked every pro
     V_E = variance of the residuals x[s, p] - row mean - column mean + mean / (S P)
     error^2 = V_S + V_P - V_E, which is unbiased, but at least V_S and V_P
 
-The interval is that of Student's t with Satterthwaite's degrees of freedom. A bootstrap over both, as it is used for a
-single model's problems, is too narrow for a few seeds: resampling five of them understates their variance by a fifth,
-and knows nothing of the heavy tails of t with four degrees of freedom.
+The interval is that of Student's t with Satterthwaite's degrees of freedom. A percentile bootstrap over both is too
+narrow where a few seeds make most of the variance: resampling five of them understates it by a fifth, and knows nothing
+of the heavy tails of t with four degrees of freedom.
 """
 
 import math

@@ -57,5 +57,5 @@ def _shown_type(annotation: Any) -> str:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     text = re.sub(r"typing\.Literal\[(.*?)\]", lambda m: m.group(1).replace("'", "").replace(", ", " | "), text)
     text = re.sub(r"(list)\[[\w.]*?\.?(\w+)Settings\]", "paths", text)
-    text = re.sub(r"dict\[.*\]", "mapping", text)
+    text = re.sub(r"dict\[.*\]|[\w.]*Settings\b", "mapping", text)
     return re.sub(r"\bbool\b", "true | false", text).replace("None", "null")

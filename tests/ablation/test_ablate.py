@@ -1,0 +1,197 @@
+"""The command `rlvr ablate`: cells that run, fail, resume; and results against the runs' own files."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from scipy import stats
+
+from megatron_rlvr.ablation import cells as cells_module
+from megatron_rlvr.ablation.command import main
+from megatron_rlvr.ablation.spec import Cell, SpecError, prepare
+from megatron_rlvr.config.loading import load_settings, to_yaml
+from megatron_rlvr.evaluation.folder import evaluation_folder
+
+SETS = 20
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "ablations").glob("*.yaml"))
+
+# Does what a run leaves behind: argument 1 is the settings file; fails once for the arm that is named in argument 2.
+RUN = """
+import json, pathlib, sys
+sys.path[:0] = {path!r}
+from test_ablate import write_run
+from megatron_rlvr.config.loading import load_settings
+file = pathlib.Path(sys.argv[1])
+if file.parent.name == sys.argv[2]:
+    sys.exit("megatron_rlvr: out of luck; try again")
+write_run(load_settings(file))
+"""
+
+
+def write_run(settings: Any) -> None:
+    """Write the folder of a finished run whose accuracies depend on arm, seed and problem."""
+    folder, seed = Path(settings.run.dir), settings.run.seed
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    share = accuracies(settings.selection.fraction, seed)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(settings.run.steps + 1):
+            line = {"step": step, "eval/held_out/accuracy": step / settings.run.steps}
+            if step:
+                line |= {"time/step": 2.0, "rollout/response_tokens": 100.0 * (1 + seed), "entropy/mean": 0.5 + seed}
+                line |= {"rollout/groups_sampled": 10.0, "rollout/groups_dropped": 4.0}
+            file.write(json.dumps(line) + "\n")
+    own = evaluation_folder(folder, settings.run.steps)
+    (own / "records").mkdir(parents=True, exist_ok=True)
+    a_set = {"path": "x", "prompt_key": None, "answer_key": None, "id_key": None, "problems": SETS}
+    reward = {"function": "math", "correct": 1.0, "incorrect": 0.0, "answer_after": None}
+    description = {"target": {}, "prompts": {}, "sampling": {"group_size": 4}, "reward": reward}
+    (own / "evaluation.json").write_text(json.dumps(description | {"sets": {"held_out": a_set}}))
+    with (own / "records" / "00000.jsonl").open("w") as file:
+        for problem, count in enumerate(share):
+            for index in range(4):
+                record = {"problem": f"held_out/{problem}", "index": index, "seed": 0, "tokens": 3, "gold": "1"}
+                record |= {"finish_reason": "stop", "answer": "1", "correct": bool(index < count), "reward": 1.0}
+                file.write(json.dumps(record | {"failure": None, "seconds": 1.0, "response": "1"}) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"steps": settings.run.steps}))
+
+
+def accuracies(fraction: float, seed: int) -> np.ndarray:
+    """Numbers of correct completions of four of each problem."""
+    return np.random.default_rng([round(100 * fraction), seed]).binomial(4, 0.3 + 0.6 * fraction, SETS)
+
+
+def write_spec(folder: Path, **changes: Any) -> Path:
+    values = tiny.settings_for(folder / "model", folder / "train.jsonl", folder / "unused")
+    values["evaluate"] = {"sets": "held_out.jsonl", "group_size": 4}
+    tiny.write_settings(folder / "base.yaml", values)
+    spec = {
+        "base": "base.yaml",
+        "dir": str(folder / "out"),
+        "seeds": [0, 1, 2],
+        "baseline": "all",
+        "arms": {"all": {"selection": {"keep": "all"}}, "few": {"selection": {"fraction": 0.1}}},
+        "target": 0.4,
+    } | changes
+    return tiny.write_settings(folder / "spec.yaml", {k: v for k, v in spec.items() if v is not None})
+
+
+@pytest.fixture
+def fake_runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Replace `rlvr train`; the arm under "fails" fails."""
+    chosen = {"fails": ""}
+    script = RUN.format(path=[str(Path(__file__).parent), str(Path(tiny.__file__).parent)])
+
+    def start(cell: Cell, ranks: int | None) -> "subprocess.Popen[bytes]":
+        with cell.log.open("ab") as log:
+            command = [sys.executable, "-c", script, str(cell.file), chosen["fails"]]
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    monkeypatch.setattr(cells_module, "_start", start)
+    return chosen
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_failed_arm_is_reported_and_the_same_command_runs_what_is_missing(tmp_path, fake_runs, capsys):
+    spec = write_spec(tmp_path)
+    fake_runs["fails"] = "few"
+    assert main([str(spec), "--jobs", "2"], "rlvr ablate") == 1
+    text = capsys.readouterr().out
+    assert "few, seed 1: failed, status 1: out of luck; try again; see" in text
+    assert "nothing can be compared yet" in text
+    states = [(row["arm"], row["seed"], row["state"]) for row in rows_of(tmp_path / "out" / "runs.csv")]
+    assert states[0] == ("all", "0", "finished")
+    assert states[1] == ("few", "0", "failed, status 1: out of luck; try again")
+    fake_runs["fails"] = "all"  # those are finished, and not run again
+    assert main([str(spec)], "rlvr ablate") == 0
+    text = capsys.readouterr().out
+    assert "3 of 6 runs are finished" in text
+    assert "all, seed" not in text
+    # The differences, against a direct computation.
+    d = np.array([(accuracies(0.1, s) - accuracies(1.0, s)) / 4 for s in range(3)])
+    (row,) = rows_of(tmp_path / "out" / "differences.csv")
+    assert float(row["difference"]) == pytest.approx(d.mean())
+    rows, columns = d.mean(1).var(ddof=1) / 3, d.mean(0).var(ddof=1) / SETS
+    rest = ((d - d.mean(1)[:, None] - d.mean(0) + d.mean()) ** 2).sum() / (2 * 19) / d.size
+    error = max(rows + columns - rest, rows, columns) ** 0.5
+    assert float(row["standard error"]) == pytest.approx(error)
+    freedom = max(2, int(error**4 / (rows**2 / 2 + columns**2 / 19 + rest**2 / 38)))
+    assert float(row["95 % to"]) == pytest.approx(d.mean() + stats.t.ppf(0.975, freedom) * error)
+    arms = rows_of(tmp_path / "out" / "arms.csv")
+    assert [row["arm"] for row in arms] == ["all", "few"]
+    # Two steps: 0.5 after the first, which is over the target, at 2 s and 100, 200, 300 tokens.
+    assert [float(arms[0][key]) for key in ("step", "seconds", "response tokens")] == [1.0, 2.0, 200.0]
+    assert float(arms[0]["share dropped"]) == pytest.approx(0.4)
+    page = (tmp_path / "out" / "ablation.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["conclusion"] in text.replace("\n", " ")
+    entropy = data["curves"]["runs"][0]["values"]
+    assert entropy["entropy/mean"] == [None, 1.5, 1.5]
+    assert entropy["entropy/mean/standard_error_over_seeds"][1] == pytest.approx(1 / 3**0.5, abs=1e-4)
+
+
+def test_one_cell_runs_by_its_index_and_slurm_gets_all_of_them(tmp_path, fake_runs, capsys):
+    spec = write_spec(tmp_path)
+    assert main([str(spec), "--index", "3"], "rlvr ablate") == 0
+    assert [c.index for c in prepare(spec).cells if (c.folder / "summary.json").exists()] == [3]
+    assert not (tmp_path / "out" / "runs.csv").exists()
+    capsys.readouterr()
+    assert main([str(spec), "--slurm", "--jobs", "4"], "rlvr ablate") == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-5%4\n" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert main([str(spec), "--list"], "rlvr ablate") == 0
+    assert capsys.readouterr().out.splitlines()[3] == "3\tfew\t1\tfinished"
+
+
+def test_a_run_of_other_settings_is_not_taken_for_an_arm(tmp_path, fake_runs):
+    assert main([str(write_spec(tmp_path)), "--index", "0"], "rlvr ablate") == 0
+    changed = write_spec(tmp_path, settings={"optimizer": {"learning_rate": 0.5}})
+    with pytest.raises(SpecError, match=r"all, seed 0: its run has optimizer.learning_rate=0.01, and .* 0.5; choose"):
+        main([str(changed)], "rlvr ablate")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "no.yaml"}, "base=no.yaml does not exist; correct the path"),
+        ({"seeds": [1, 1]}, "seeds=1: given twice; give each once"),
+        ({"seeds": []}, r"seeds=\[\]: .*; correct it"),
+        ({"baseline": "none"}, "baseline=.*none.*: none of the arms; choose from all, few"),
+        ({"baseline": None}, "baseline is missing; set it"),
+        ({"arms": {"all": {}}}, "arms: 1 given, and one alone compares nothing"),
+        ({"arms": {"all": {}, "a/b": {}}}, "arms.*a/b.*: no name of an arm"),
+        ({"arms": {"all": {}, "few": 3}}, "arms.few=3: not a mapping"),
+        ({"arms": {"all": {}, "few": {"run": {"steps": 3}}}}, "arms.few.run: all arms run and are evaluated alike"),
+        ({"arms": {"all": {}, "few": {"selection": {"fractoin": 1}}}}, "arm few: .*did you mean selection.fraction"),
+        ({"settings": {"run": {"seed": 1}}}, "settings.run.seed: is set for each run"),
+        ({"settings": {"evaluate": {"sets": []}}}, "evaluate.sets is empty"),
+        ({"evaluation": "other"}, "evaluation=.*other.*: no set; choose from held_out"),
+        ({"target": 2.0}, "target=2.0: .*; correct it"),
+        ({"armz": {}}, "unknown key armz; the keys are base"),
+    ],
+)
+def test_a_wrong_specification_is_one_line(tmp_path, changes, message):
+    with pytest.raises(SpecError, match=message) as found:
+        prepare(write_spec(tmp_path, **changes))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_has_settings_that_differ_between_its_arms(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ablation = prepare(example)
+    first = [cell.settings for cell in ablation.cells if cell.seed == ablation.spec.seeds[0]]
+    texts = [to_yaml(settings).split("data:", 1)[1] for settings in first]
+    assert len(set(texts)) == len(ablation.spec.arms)
+    assert load_settings(ablation.cells[0].file) == ablation.cells[0].settings
