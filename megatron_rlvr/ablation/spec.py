@@ -187,19 +187,20 @@ def prepare(path: Path) -> Ablation:
         raise SpecError(f"{path}: base={spec.base} does not exist; correct the path, which starts at {path.parent}")
     with explained("the settings files of the ablation", folder):
         common = _write(folder / "settings.yaml", base, spec.settings)
-        cells = []
+        cells: list[Cell] = []
         for seed in spec.seeds:
             for arm, changes in spec.arms.items():
                 own = folder / arm
                 file = own / f"seed_{seed}.yaml"
-                run = {"dir": str(own / f"seed_{seed}"), "seed": seed, "overwrite": False, "resume": "auto"}
+                place = own / f"seed_{seed}"
+                run = {"dir": str(place), "seed": seed, "overwrite": False, "resume": "auto"}
                 _write(file, _write(own / "arm.yaml", common, changes), {"run": run})
                 try:
                     settings = load_settings(file)
                 except SettingsError as error:
                     raise SpecError(f"{path}, arm {arm}: {error}") from None
                 log = own / f"seed_{seed}.log"
-                cells.append(Cell(len(cells), arm, seed, file, Path(run["dir"]), log, settings))
+                cells.append(Cell(len(cells), arm, seed, file, place, log, settings))
     return Ablation(path, spec, tuple(cells), _evaluation(path, spec, cells[0].settings))
 
 
