@@ -1,6 +1,7 @@
 """The cursor that leaves out prompts by their pass rates: what it draws, and that a resumed one draws the same."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from megatron_rlvr.data.difficulty import DifficultyCursor
 from megatron_rlvr.data.prompts import FilePrompts, PromptSet
 from megatron_rlvr.types import Prompt
 
-RULE = {"retire_above": 0.7, "rest_below": 0.3, "rest_steps": 3}
+RULE: dict[str, Any] = {"retire_above": 0.7, "rest_below": 0.3, "rest_steps": 3}
 
 
 def make_set(*counts: int) -> PromptSet:
