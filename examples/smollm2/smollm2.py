@@ -105,7 +105,7 @@ def shares_in_transformers(run: Path, problems: Sequence[dict[str, str]]) -> np.
     settings = load_settings(run / "config.yaml")
     completions, grade = settings.evaluate.group_size, cast(Any, load(str(settings.reward.function)))
     model: Any = AutoModelForCausalLM.from_pretrained(run / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(run / "hf", padding_side="left")
+    tokenizer: Any = AutoTokenizer.from_pretrained(run / "hf", padding_side="left")
     shares = []
     for start in range(0, len(problems), BATCH_PROBLEMS):
         part = problems[start : start + BATCH_PROBLEMS]

@@ -101,12 +101,17 @@ def test_changed_parameters_of_two_folders_are_counted_by_layer_and_kind(models:
     assert parameters(base, base, tmp_path).metrics["changed"] == 0
 
 
+def _changed(base: Path, other: Path, place: Path) -> None:
+    first, second = find_models([base, other], None)
+    parameters(first, second, place)
+
+
 def test_models_that_do_not_fit_and_runs_without_records_are_one_line(models: tuple[Path, Path], tmp_path: Path):
     base, other = models
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), encoding="utf-8")
     with pytest.raises((UnlikeModelsError, InputError), match=r"layers\.1"):
-        parameters(*find_models([base, other], None), tmp_path)
+        _changed(base, other, tmp_path)
     run = write_run(tmp_path / "run", 3, recorded={})
     with pytest.raises(SourceError, match=r"has no recorded responses .* set log.rollouts above 0"):
         main(["tokens", str(run)], "rlvr analyze")
@@ -124,9 +129,10 @@ def test_a_grid_of_temperatures_is_read_from_its_evaluations(tmp_path: Path):
     (result,) = temperatures("model", tmp_path, grid)
     assert result.name == "temperatures_held"
     assert [row[:2] for row in result.rows] == [(0.6, 0.5), (1.4, 0.5), (0.6, 1.0), (1.4, 1.0)]
-    for high, low, problems, completions, accuracy, error, tokens in result.rows:
-        assert (problems, completions, tokens) == (5, 20, 12.5)
-        assert (accuracy, error) == (high / (2 + low), 0.01 * high)
+    for row in result.rows:
+        high, low = float(row[0] or 0), float(row[1] or 0)
+        assert (row[2], row[3], row[6]) == (5, 20, 12.5)
+        assert (row[4], row[5]) == (high / (2 + low), 0.01 * high)
     assert result.plot is not None
     assert result.plot.curves[1].y == [0.6 / 3, 1.4 / 3]
     assert result.plot.curves[1].errors == [0.01 * 0.6, 0.01 * 1.4]

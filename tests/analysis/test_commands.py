@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rlvr.data.tokenizer import load_tokenizer
 
 TEMPERATURE = 0.8
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "prompt": f"Problem {i}: what is {i} + {3 * i}?",
         "response": f"so the answer {'is ' * (i % 4)}{4 * i}",
