@@ -24,6 +24,7 @@ def saved_form(state: Mapping[str, Any]) -> dict[str, Any]:
     rate: InformativeRate = state["rate"]
     return {
         "cursor": state["cursor"],
+        "so_far": state.get("so_far"),
         "rate": [float(rate.informative), float(rate.finished)],
         "finished": [_save_finished(group) for group in finished.values()],
         "ready": [number[id(group)] for group in state["ready"]],
@@ -50,6 +51,7 @@ def restored_form(saved: Mapping[str, Any], prompts: Iterable[Prompt]) -> dict[s
 
     return {
         "cursor": saved["cursor"],
+        "so_far": saved.get("so_far"),
         "rate": InformativeRate(*saved["rate"]),
         "ready": those(saved["ready"]),
         "unreported": those(saved["unreported"]),

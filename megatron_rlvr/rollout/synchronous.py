@@ -8,6 +8,7 @@ the run resumes.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_rlvr.config import RolloutSettings
@@ -19,6 +20,27 @@ from megatron_rlvr.rollout.collector import CollectionStoppedError, Rollout, fin
 from megatron_rlvr.rollout.difficulty import remember
 from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer, GroupInProgress, GroupState
 from megatron_rlvr.rollout.sampler import Generate, Sampler, requests_for
+
+
+@dataclass
+class _SoFar:
+    """Counts of a step over all replicas, which a checkpoint keeps if the step was stopped.
+
+    Attributes:
+        step: Training step.
+        carried: Groups that were ready when the step began.
+        rounds: Rounds in which prompts were drawn.
+        drawn: Prompts drawn.
+        finished: Groups finished.
+        informative: Informative groups among them.
+    """
+
+    step: int
+    carried: int
+    rounds: int = 0
+    drawn: int = 0
+    finished: int = 0
+    informative: int = 0
 
 
 class SynchronousCollector:
@@ -56,6 +78,8 @@ class SynchronousCollector:
         self._stop_wanted = stop_wanted
         self._buffer = GroupBuffer(ranks, settings, groups_per_batch)
         self._step = 0
+        self._so_far: _SoFar | None = None
+        """Counts of a step that was stopped."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -70,38 +94,46 @@ class SynchronousCollector:
         if self._step != step:
             self.begin(step)
         buffer = self._buffer
-        carried = buffer.total_ready
-        rounds = drawn = finished = informative = 0
-        while buffer.missing and rounds < self._settings.max_rounds:
+        if self._so_far is None or self._so_far.step != step:
+            self._so_far = _SoFar(step, carried=buffer.total_ready)
+        so_far = self._so_far
+        while buffer.missing:
             if buffer.count(len(buffer.in_progress)):
                 groups = self._take_distinct()
+            elif so_far.rounds == self._settings.max_rounds:
+                break
             else:
                 # A step never draws more prompts than there are: sampling one twice would not make it informative.
-                count = min(self._groups_to_draw(informative, finished), self._cursor.prompts - drawn)
+                wanted = self._groups_to_draw(so_far.informative, so_far.finished)
+                count = min(wanted, self._cursor.prompts - so_far.drawn)
                 if not count:
                     break
                 groups = self._draw(count)
-                rounds, drawn = rounds + 1, drawn + count
-            new_finished, new_informative = buffer.add(self._sample(groups, on_finished))
-            finished, informative = finished + new_finished, informative + new_informative
+                so_far.rounds, so_far.drawn = so_far.rounds + 1, so_far.drawn + count
+            finished, informative = buffer.add(self._sample(groups, on_finished))
+            so_far.finished, so_far.informative = so_far.finished + finished, so_far.informative + informative
             if self._stop_is_wanted():
                 raise CollectionStoppedError(f"sampling for step {step} was stopped")
+        self._so_far = None
         rollout = finish_step(
             step,
             buffer,
             self._ranks,
-            carried=carried,
+            carried=so_far.carried,
             in_progress=len(buffer.in_progress),
-            rounds=float(rounds),
-            set_used_up=drawn == self._cursor.prompts,
+            rounds=float(so_far.rounds),
+            set_used_up=so_far.drawn == self._cursor.prompts,
         )
         return remember(self._cursor, step, rollout, self._ranks)
 
     def state(self) -> dict[str, Any]:
-        return self._buffer.state() | {"cursor": self._cursor.state()}
+        so_far = None if self._so_far is None else asdict(self._so_far)
+        return self._buffer.state() | {"cursor": self._cursor.state(), "so_far": so_far}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._cursor.restore(state["cursor"])
+        so_far = state.get("so_far")
+        self._so_far = None if so_far is None else _SoFar(**so_far)
         self._buffer.restore(state)
 
     def close(self) -> None:

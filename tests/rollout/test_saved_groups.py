@@ -46,6 +46,7 @@ def state() -> dict[str, Any]:
     groups = [finished(order) for order in range(4)]
     return {
         "cursor": {"seed": 0, "files": []},
+        "so_far": {"step": 3, "carried": 1, "rounds": 1, "drawn": 4, "finished": 2, "informative": 1},
         "rate": InformativeRate(1.5, 1 / 3),
         "ready": [groups[2], groups[0]],
         "unreported": [groups[0], groups[3]],

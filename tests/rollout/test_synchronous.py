@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -501,7 +502,8 @@ def generate_until(engine: Any, stopping: Any, taken: list[Any], requests: Any, 
 
 
 def _content(rollout: Any) -> list[Any]:
-    return [
+    measured = {key: value for key, value in rollout.metrics.items() if not math.isnan(value)}
+    return [measured] + [
         (f.order, f.group.prompt.id, [c.token_ids.tolist() for c in f.group.completions], f.group.grades)
         for f in rollout.groups
     ]
@@ -511,7 +513,7 @@ def _content(rollout: Any) -> list[Any]:
 def test_a_stopped_step_resumes_without_sampling_anything_twice(layout: Layout, folder: Path):
     results = on_ranks(stop_and_resume, layout.world_size, layout, folder)
     for whole, resumed, _ in results:
-        assert whole
+        assert len(whole) > 1
         assert resumed == whole
     asked = [key for _, _, own in results for key in own]
     assert len(asked) == len(set(asked)) >= 24
