@@ -23,8 +23,8 @@ class RunSettings(Section):
     export_every: int = Field(default=0, ge=0)
     """Number of steps between exports in Hugging Face format to `DIR/exports/step_N`; 0: no exports during training."""
     save_every: int = Field(default=10, ge=0)
-    """Number of steps between checkpoints, of which the last step has one too; 0: save only when a signal or a fault of
-    servers stops the run."""
+    """Number of steps between checkpoints, of which the last step has one too; 0: save only when a signal, or a fault
+    of servers, stops the run."""
     async_save: bool = False
     """Write checkpoints in the background of the next step; the host's memory must hold a copy of the checkpoint."""
     keep_last: int = Field(default=2, ge=1)
