@@ -1,5 +1,5 @@
 # make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
-# make smollm2      install, then teach SmolLM2-135M-Instruct to add on two CPU cores (20 minutes)
+# make smollm2      install, then train SmolLM2-135M-Instruct on sums, on two CPU cores
 # make check        install, then lint, types, unit tests and one test of each promise (a minute and a half)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
@@ -14,8 +14,8 @@ export OMP_NUM_THREADS := 1
 # Processes of tests start many times: compiled modules are kept even where the environment forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart smollm2 smollm2-packages check promises test tests soak core-0.19 core-short rehearsals cluster container lint packages \
-	peers bench clean
+.PHONY: install quickstart smollm2 smollm2-packages check promises test tests soak core-0.19 core-short rehearsals cluster \
+	container lint packages peers bench clean
 
 install:
 	@tools/install.sh $(VENV)
