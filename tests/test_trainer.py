@@ -73,7 +73,7 @@ def run_of(
         recorder=MagicMock(),
         **parts,
     )
-    replacements = {"_learn": learn, "_peak_memory": lambda: 0.0, "_stop_is_wanted": lambda: False}
+    replacements = {"_learn": learn, "_most": lambda value: 0.0, "_stop_is_wanted": lambda: False}
     for name, replacement in replacements.items():
         monkeypatch.setattr(trainer, name, replacement)
     return trainer, happened

@@ -62,6 +62,10 @@ class PromptCursor:
         """Passes over the set so far: prompts drawn / prompts in the set."""
         return self.drawn / len(self._set)
 
+    def most_in_a_step(self, groups: int) -> int:
+        """Return how many prompts a step of ``groups`` groups may draw; more would repeat some of them."""
+        return self.prompts
+
     def take(self, n: int) -> list[Prompt]:
         """Return the next n prompts, with n distinct ids. Raises DataError if the set has fewer than n."""
         if n > len(self._set):

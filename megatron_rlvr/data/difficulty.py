@@ -9,7 +9,7 @@ The pass rate of a prompt is the share of correct completions in its last finish
 
 `DifficultyCursor` walks through the same sequence as `PromptCursor` and leaves out prompts that are retired or resting
 when their turn comes; their next turn is in the next epoch. Weights of files apply to the turns. If the whole set has
-fewer prompts than a call needs, the call is filled with prompts that would be left out, in the order of their turns.
+fewer prompts than a call needs, prompts that would be left out follow, in the order of their turns.
 
 Pass rates change only in `record`, once a training step and on every rank alike, so that what is drawn depends on
 finished steps only. They are a part of the state: a resumed run draws what an uninterrupted one does.
@@ -63,6 +63,10 @@ class DifficultyCursor(PromptCursor):
         """Passes over the set so far, with the prompts that were left out."""
         return super().drawn / self.prompts
 
+    def most_in_a_step(self, groups: int) -> int:
+        left_out = sum(self._is_retired(each) or self._is_resting(each) for each in self._last)
+        return min(self.prompts, max(self.prompts - left_out, groups))
+
     def take(self, n: int) -> list[Prompt]:
         """Return the next n prompts, with n distinct ids. Raises DataError if the set has fewer than n."""
         turns = n
@@ -74,7 +78,7 @@ class DifficultyCursor(PromptCursor):
         places = [place for place, prompt in enumerate(upcoming) if self._is_drawn(prompt)][:n]
         if len(places) < n:
             left_out = [place for place in range(turns) if place not in set(places)]
-            places = sorted([*places, *left_out[: n - len(places)]])
+            places += left_out[: n - len(places)]
             turns = self.prompts
         else:
             turns = places[-1] + 1 if places else 0

@@ -44,6 +44,8 @@ class RolloutRecorder:
         self._folder, self._count, self._tokenizer = folder, count, tokenizer
         self._data_objects, self._is_main = data_objects, is_main
         self._texts: TokenTexts | None = None
+        self._group_size = 0
+        """Completions of the largest group of the step, by which training sequences are numbered."""
 
     def choose(self, groups: Sequence[tuple[int, Group]]) -> TokenRecorder | None:
         """Choose responses of a step; None if none are recorded. A collective over the data-parallel ranks.
@@ -53,9 +55,11 @@ class RolloutRecorder:
         """
         if not self._count:
             return None
+        largest = max((len(group.completions) for _, group in groups), default=0)
+        self._group_size = max(gather(largest, self._data_objects))
         here = [
             Candidate(
-                number=order * len(group.completions) + i,
+                number=order * self._group_size + i,
                 group=order,
                 correct=grade.correct,
                 truncated=completion.finish_reason == "length",
@@ -76,10 +80,10 @@ class RolloutRecorder:
             tokens: The recorder that `choose` returned.
         """
         sampled = {
-            order * len(group.completions) + i: _Sampled(order, group.prompt, group.completions[i], group.grades[i])
+            order * self._group_size + i: _Sampled(order, group.prompt, group.completions[i], group.grades[i])
             for order, group in groups
             for i in range(len(group.completions))
-            if order * len(group.completions) + i in tokens.numbers
+            if order * self._group_size + i in tokens.numbers
         }
         parts = gather_on_first((sampled, tokens.values), self._data_objects)
         if not self._is_main:

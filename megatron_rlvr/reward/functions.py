@@ -2,12 +2,17 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_rlvr.protocols import Reward
 from megatron_rlvr.reward_spec import GYM, Call, Functions, from_text
 from megatron_rlvr.types import Graded, Prompt
+
+PART_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+RESERVED_PARTS = ("mean", "score", "accuracy", "failures", "left_out")
+"""Names that `reward/NAME` has in the metrics already."""
 
 
 def load(text: str, answer_after: str | None = None) -> Reward:
@@ -36,11 +41,19 @@ def _by_source(
     return rewards[call](prompt, response)
 
 
+def _part_names(parts: Sequence[Call]) -> list[str]:
+    """Return the names that functions have in the metrics: their own, with their place where these are not free."""
+    own = [re.sub(r"\W", "_", part.name.rpartition(":")[2], flags=re.ASCII)[:50] for part in parts]
+    return [
+        f"{name}_{place}" if own.count(name) > 1 or name in RESERVED_PARTS or not PART_NAME.fullmatch(name) else name
+        for place, name in enumerate(own, start=1)
+    ]
+
+
 def _reward(call: Call, answer_after: str | None) -> Reward:
     """Return one function."""
     if call.name == "all":
-        names = [part.name.rpartition(":")[2] for part in call.parts]
-        return functools.partial(_all, names, [_reward(part, answer_after) for part in call.parts])
+        return functools.partial(_all, _part_names(call.parts), [_reward(part, answer_after) for part in call.parts])
     if ":" in call.name:
         module, _, name = call.name.partition(":")
         own = getattr(importlib.import_module(module), name)

@@ -15,7 +15,6 @@ function may print.
 
 import os
 import pickle
-import re
 import resource
 import signal
 import sys
@@ -27,7 +26,7 @@ import numpy as np
 
 from megatron_rlvr.child_process import end_with_parent
 from megatron_rlvr.protocols import Reward
-from megatron_rlvr.reward.functions import load
+from megatron_rlvr.reward.functions import PART_NAME, RESERVED_PARTS, load
 from megatron_rlvr.types import Graded
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
@@ -39,9 +38,6 @@ A user's function may read a response of megabytes with a parser that takes hund
 MAX_FAILURE_CHARACTERS = 300
 MAX_REWARD = 1e12
 MAX_PARTS = 32
-PART_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-RESERVED_PARTS = ("mean", "score", "accuracy", "failures", "left_out")
-"""Names that `reward/NAME` has in the metrics already."""
 
 
 def main() -> None:

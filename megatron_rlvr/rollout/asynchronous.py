@@ -107,7 +107,7 @@ class AsynchronousCollector:
             carried=carried,
             in_progress=self._in_progress_here,
             rounds=self._drawn_in_step / buffer.groups_per_batch,
-            set_used_up=self._drawn_in_step == self._cursor.prompts,
+            set_used_up=self._drawn_in_step >= self._cursor.most_in_a_step(self._buffer.groups_per_batch),
         )
         return remember(self._cursor, step, rollout, self._ranks)
 
@@ -142,7 +142,8 @@ class AsynchronousCollector:
         self._counters = Counters(self._store, str(self._attempts))
         buffer = self._buffer
         # A step never draws more prompts than there are: sampling one twice would not make it informative.
-        most = min(self._settings.max_rounds * buffer.groups_per_batch, self._cursor.prompts) if buffer.missing else 0
+        most = self._cursor.most_in_a_step(buffer.groups_per_batch)
+        most = min(self._settings.max_rounds * buffer.groups_per_batch, most) if buffer.missing else 0
         demand = StepDemand(
             missing=buffer.missing,
             in_progress=buffer.count(len(buffer.in_progress)),

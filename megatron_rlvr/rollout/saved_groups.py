@@ -115,14 +115,20 @@ def _restore_completion(saved: Mapping[str, Any], prompt: Prompt) -> Completion:
 
 
 def _save_grade(grade: Grade) -> list[Any]:
-    return [float(grade.score), bool(grade.correct), grade.failure, float(grade.penalty), dict(grade.parts)]
+    answer = None if grade.answer is None else str(grade.answer)
+    return [float(grade.score), bool(grade.correct), grade.failure, float(grade.penalty), dict(grade.parts), answer]
 
 
 def _restore_grade(
-    score: float, correct: bool, failure: str | None, penalty: float = 0.0, parts: Mapping[str, float] | None = None
+    score: float,
+    correct: bool,
+    failure: str | None,
+    penalty: float = 0.0,
+    parts: Mapping[str, float] | None = None,
+    answer: str | None = None,
 ) -> Grade:
-    """Return a grade; checkpoints of earlier versions have no penalty, which was part of the score, and no parts."""
-    return Grade(score, correct, failure, None, penalty, parts or {})
+    """Return a grade; those of earlier versions have no penalty, which was part of the score, no parts, no answer."""
+    return Grade(score, correct, failure, answer, penalty, parts or {})
 
 
 def _save_prompt(prompt: Prompt) -> dict[str, str]:

@@ -96,7 +96,7 @@ class SynchronousCollector:
         buffer = self._buffer
         if self._so_far is None or self._so_far.step != step:
             self._so_far = _SoFar(step, carried=buffer.total_ready)
-        so_far = self._so_far
+        so_far, most = self._so_far, self._cursor.most_in_a_step(buffer.groups_per_batch)
         while buffer.missing:
             if buffer.count(len(buffer.in_progress)):
                 groups = self._take_distinct()
@@ -105,8 +105,8 @@ class SynchronousCollector:
             else:
                 # A step never draws more prompts than there are: sampling one twice would not make it informative.
                 wanted = self._groups_to_draw(so_far.informative, so_far.finished)
-                count = min(wanted, self._cursor.prompts - so_far.drawn)
-                if not count:
+                count = min(wanted, most - so_far.drawn)
+                if count < 1:  # below 0 if the files of a resumed run have changed
                     break
                 groups = self._draw(count)
                 so_far.rounds, so_far.drawn = so_far.rounds + 1, so_far.drawn + count
@@ -122,7 +122,7 @@ class SynchronousCollector:
             carried=so_far.carried,
             in_progress=len(buffer.in_progress),
             rounds=float(so_far.rounds),
-            set_used_up=so_far.drawn == self._cursor.prompts,
+            set_used_up=so_far.drawn >= most,
         )
         return remember(self._cursor, step, rollout, self._ranks)
 

@@ -154,7 +154,8 @@ def test_share_of_changed_parameters(given: Given):
 
 
 def test_two_temperatures_from_sampling_to_the_table(given: Given, problems: Path):
-    words = ("--sets", problems, "--samples", "2", "--rollout.max_response_tokens", "4", "--data.template", "plain")
+    words: tuple[Any, ...] = ("--sets", problems, "--samples", "2", "--rollout.max_response_tokens", "4")
+    words = (*words, "--data.template", "plain", "--data.max_prompt_tokens", "256")
     grid = ("--threshold", "1.0", "--high", "1.5", "--low", "0.5", "--out", "grid")
     command = ["analyze", "temperatures", "--model", given.base, *grid, "--", *words, "--reward.function", "math"]
     ended = zygote.run(

@@ -103,7 +103,15 @@ def test_the_others_are_drawn_in_the_order_that_they_have_without_difficulty():
     cursor.record(1, [(i, 3, 4) for i in retired])
     second = [prompt.id for prompt in plain.take(12)]
     assert [prompt.id for prompt in cursor.take(8)] == [i for i in second if i not in retired]
-    assert [prompt.id for prompt in cursor.take(12)] == [prompt.id for prompt in plain.take(12)]  # none is enough: all
+    third = [prompt.id for prompt in plain.take(12)]
+    drawn = [i for i in third if i not in retired]
+    assert [prompt.id for prompt in cursor.peek(5)] == drawn[:5]
+    assert [prompt.id for prompt in cursor.peek(12)] == drawn + [i for i in third if i in retired]
+    assert [prompt.id for prompt in cursor.take(12)] == [prompt.id for prompt in cursor.peek(0)] + drawn + [
+        i for i in third if i in retired
+    ]
+    assert cursor.most_in_a_step(2) == 8
+    assert cursor.most_in_a_step(10) == 10
 
 
 def test_a_pass_rate_at_the_bound_neither_retires_nor_rests():

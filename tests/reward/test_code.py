@@ -68,6 +68,7 @@ REFUSED = {
     "multiprocessing": "import multiprocessing as m; p = m.Process(target=print); p.start(); p.join()",
     "another program": "import os; os.execv('/bin/echo', ['echo', 'ran'])",
     "killing the grader": "import os; os.kill(os.getppid(), 9)",
+    "signal by a file": "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
     "limits": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))",
     "shared memory": "import ctypes; assert ctypes.CDLL(None).shmget(0, 10**9, 0o1600) != -1",
 }
@@ -76,6 +77,9 @@ WRITES = {
     "temporary file": "import tempfile; tempfile.TemporaryFile()",
     "removal": "import os; os.remove({victim!r})",
     "truncation": "open({victim!r}, 'w')",
+    "truncation by path": "import os; os.truncate({victim!r}, 0)",
+    "mode": "import os; os.chmod({victim!r}, 0)",
+    "time": "import os; os.utime({victim!r}, (0, 0))",
     "move": "import os; os.rename({victim!r}, {folder!r} + '/moved')",
     "reading others' files": "open({victim!r}).read()",
 }
@@ -129,6 +133,18 @@ def test_a_solution_sees_none_of_the_trainers_variables(monkeypatch: pytest.Monk
     assert "WANDB" not in (output_of("import os; print(sorted(os.environ))", "", SHORT) or "")
 
 
+def test_sets_have_the_same_order_in_each_run() -> None:
+    program = "print(hash('forks'), list({'a', 'b', 'c', 'd'}))"
+    first = output_of(program, "", SHORT)
+    assert first is not None
+    assert output_of(program, "", SHORT) == first
+
+
+def test_blocks_of_other_languages_are_left_out() -> None:
+    text = f"Install:\n```bash\npip install x\n```\nThen:\n```Python\n{CORRECT}\n```\nIt prints:\n```text\n3\n```\n"
+    assert code_grade(Prompt("p", np.zeros(0, np.int32), SUMS, "code"), text, seconds=30.0).value is True
+
+
 def test_an_assert_is_not_passed_by_printing_or_by_exiting() -> None:
     for program in ("print('a' * 32)", "import os; os._exit(0)", "import sys; sys.exit(0)", "while True: pass"):
         assert not asserts_hold(program, ["assert f(1) == 2"], Limits(5.0, 2**29))
@@ -139,9 +155,10 @@ def test_the_numbers_of_system_calls_are_those_of_the_kernels_headers() -> None:
     if not header.is_file() or os.uname().machine not in _MACHINES:
         pytest.skip("no headers of the kernel on this machine")
     numbers = dict(re.findall(r"#define __NR_(\w+)\s+(\d+)", header.read_text()))
+    assert len(numbers.keys() & _REFUSED.keys()) > len(_REFUSED) - 3  # older headers lack the newest calls
     for name, (number, _) in _REFUSED.items():
-        assert int(numbers[name]) == number, name
+        assert int(numbers.get(name, str(number))) == number, name
     generic = Path("/usr/include/asm-generic/unistd.h")
     numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", generic.read_text()))
     for name, (_, other) in _REFUSED.items():
-        assert other is None or int(numbers[name]) == other, name
+        assert other is None or int(numbers.get(name, str(other))) == other, name

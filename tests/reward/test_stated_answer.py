@@ -85,12 +85,14 @@ def test_functions_by_source_combined_and_the_users_own(tmp_path: Path, monkeypa
     (tmp_path / "own_rewards.py").write_text(
         "def words(prompt, response):\n    return len(response.split()) / 10, False, {'words': 1}\n"
         "def question(prompt, response):\n    return prompt.question == response\n"
+        "def score(prompt, response):\n    return True\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     setting = {
         "letters": "choice",
         "both": 'all(number(last=True), format("^So "))',
         "mixed": 'all(math, "own_rewards:words")',
+        "named": 'all("own_rewards:score", exact, exact(whole=True))',
         "*": "own_rewards:question",
     }
     grade = load(as_text(setting))
@@ -99,6 +101,8 @@ def test_functions_by_source_combined_and_the_users_own(tmp_path: Path, monkeypa
     assert grade(prompt("3", source="both"), "3") == Graded(False, "3", None, {"number": 1.0, "format": 0.0})
     mixed = grade(prompt("3", source="mixed"), "It is \\boxed{3}")
     assert mixed == Graded(0.3, "3", False, {"math": 1.0, "words": 0.3})
+    named = grade(prompt("3", source="named"), "\\boxed{3}")
+    assert named == Graded(True, "3", None, {"score_1": 1.0, "exact_2": 1.0, "exact_3": 1.0})
     assert grade(prompt("", "how?", source="else"), "how?") is True
 
 

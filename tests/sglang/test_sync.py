@@ -337,11 +337,15 @@ def test_the_next_bucket_is_filled_while_one_is_sent() -> None:
     class Pool(EventLoopThread):
         patience_seconds = 60.0
 
-        def everywhere(self, order: Any, exclude: Any) -> dict[str, Any]:
+        def everywhere(self, order: Any, exclude: Any, among: Any) -> dict[str, Any]:
+            assert among == ["http://server"]
             return {"http://server": self.run(order(Idle()))}
 
+        def status(self) -> list[Any]:
+            return [SimpleNamespace(url="http://server")]
+
     loop = Pool("servers")
-    sync = Sync(None, SimpleNamespace(is_main=False), 40, torch.device("cpu"))  # type: ignore[arg-type]
+    sync = Sync(None, SimpleNamespace(is_main=False, data_rank=0, data_size=1), 40, torch.device("cpu"))  # type: ignore[arg-type]
     assert sync._push(loop, tensors(), "label", None) == {}  # type: ignore[arg-type]
     loop.close()
     assert taken == [["0"], ["1"], ["2"]]

@@ -70,7 +70,7 @@ def test_repeated_and_dropped_rows_are_counted_in_the_plan(resolve_with: Resolve
     plan = describe_plan(resolve_with(data={"train": file}, evaluate={"sets": file}))
     remarks = ", 1 left out as too long, 20 of them distinct, 1 with more than one gold answer"
     assert f"60 from 1 file(s){remarks}\n" in plan
-    assert f"repeats (60 problems{remarks})" in plan
+    assert f"repeats (60 problems{remarks}, 60 OF THEM TRAINED ON)" in plan
 
 
 def test_every_source_needs_a_reward_function_and_every_function_a_source(resolve_with: Resolve) -> None:

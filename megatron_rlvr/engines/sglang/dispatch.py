@@ -180,7 +180,8 @@ class Dispatcher:
             member.consecutive_failures = 0
             stream.results.put(result)
         elif isinstance(error, NoConnectionError):
-            self._queue.append(queued)
+            if not stream.aborting:
+                self._queue.append(queued)
         else:
             member.consecutive_failures += 1
             self._retry(queued, member, error)

@@ -2,7 +2,8 @@
 
     limits         CPU seconds, memory, no bytes written to files, no core dump, few open files
     Landlock       no file is created, changed or deleted, and only Python's own and the system's libraries are read
-    seccomp        no socket, no process, no other program, no signal to another process, no change of the limits
+    seccomp        no socket, no process, no other program, no signal to another process, no change of the limits, nor
+                   of the modes, owners and times of files
     namespace      no network, where there is no seccomp
 
 Only the limits exist everywhere. Landlock needs Linux 5.13, the filter of system calls x86-64 or AArch64. What a kernel
@@ -40,10 +41,16 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280), "perf_event_open": (298, 241),
     "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "open_by_handle_at": (304, 265),
     "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104), "reboot": (169, 142),
-    "swapon": (167, 224),
+    "swapon": (167, 224), "sched_setattr": (314, 274), "sched_setparam": (142, 118), "ioprio_set": (251, 30),
+    "truncate": (76, 45), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None),
+    "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
 }  # fmt: skip
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_CLONE, _CLONE3, _PRLIMIT64, _TGKILL = (56, 220), (435, 435), (302, 261), (234, 131)
+_CLONE, _CLONE3, _PRLIMIT64, _TGKILL, _FCNTL = (56, 220), (435, 435), (302, 261), (234, 131), (72, 25)
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
 _X32_BIT = 0x40000000
 
 # Landlock: rights of files by the version that has brought them; numbers of its system calls are the same everywhere.
@@ -148,7 +155,13 @@ def call_filter(column: int, architecture: int, process: int) -> list[tuple[int,
         process: This process, which may send itself signals.
     """
     load, equal, masked, ret, at_least = 0x20, 0x15, 0x45, 0x06, 0x35
-    number, arch, argument_0, argument_2 = 0, 4, 16, 32  # offsets in struct seccomp_data; arguments have 8 bytes
+    number, arch, argument_0, argument_1, argument_2 = (
+        0,
+        4,
+        16,
+        24,
+        32,
+    )  # offsets in struct seccomp_data; arguments have 8 bytes
     refuse = (ret, 0, 0, _ERRNO | _EPERM)
     allow = (ret, 0, 0, _ALLOW)
     program = [
@@ -176,4 +189,7 @@ def call_filter(column: int, architecture: int, process: int) -> list[tuple[int,
         refuse,
     ]
     program += [(equal, 0, 4, _TGKILL[column]), (load, 0, 0, argument_0), (equal, 0, 1, process), allow, refuse]
+    # A file may have the kernel signal another process when it becomes readable.
+    program += [(equal, 0, 6, _FCNTL[column]), (load, 0, 0, argument_1), (equal, 2, 0, _F_SETOWN)]
+    program += [(equal, 1, 0, _F_SETSIG), (equal, 0, 1, _F_SETOWN_EX), refuse, allow]
     return [*program, allow]

@@ -18,9 +18,8 @@ from megatron_rlvr.reward.code.runner import Limits, asserts_hold, output_of
 from megatron_rlvr.reward.stated_answer import without_thoughts
 from megatron_rlvr.types import Graded, Prompt
 
-_BLOCK = re.compile(
-    r"^[ \t]*```[ \t]*(?:python|python3|py)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE
-)
+_BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\n`]*)\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_LANGUAGES = {"", "python", "python3", "py"}
 _MAX_CHARACTERS = 100_000
 
 
@@ -54,7 +53,8 @@ def code_grade(
     wanted = read_tests(prompt.answer if tests is None else prompt.extra.get(tests))
     if answer_after is not None and answer_after not in response:
         return Graded(False, None)
-    blocks = _BLOCK.findall(without_thoughts(response, answer_after))
+    found = _BLOCK.findall(without_thoughts(response, answer_after))
+    blocks = [block for language, block in found if language.strip().lower() in _LANGUAGES]
     if not blocks or len(blocks[-1]) > _MAX_CHARACTERS:
         return Graded(False, None)
     program, limits = blocks[-1], Limits(seconds, memory_mb * 2**20)
