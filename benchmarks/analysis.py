@@ -70,8 +70,9 @@ def recording(arm: Arm, folder: Path, place: Path, rounds: int) -> dict[str, flo
         completions = arm.sample(step)
         arm.policy.start_step()
         groups = arm.graded(completions)
-        chosen = recorder.choose(groups) if recorded else None
-        arm.learner.learn(step, arm.packed(groups), arm.watch, chosen)
+        mini_batches = arm.packed(groups)
+        chosen = recorder.choose(groups, mini_batches[0].group_size) if recorded else None
+        arm.learner.learn(step, mini_batches, arm.watch, chosen)
         if chosen is not None:
             recorder.write(step, groups, chosen)
         arm.engine.update_weights(arm.policy.export_weights(), version=step)

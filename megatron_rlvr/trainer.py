@@ -286,7 +286,7 @@ class Trainer:
             packing=self.policy.packing(settings.batch.tokens_per_micro_batch),
             data_group=self.policy.ranks.data_objects,
         )
-        recorder = self.recorder.choose(groups)
+        recorder = self.recorder.choose(groups, mini_batches[0].group_size)
         try:
             metrics = self.learner.learn(step, mini_batches, self._timed, recorder)
         except SkippedStepsError as error:

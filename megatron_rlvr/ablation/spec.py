@@ -25,14 +25,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from megatron_rlvr import atomic
 from megatron_rlvr.config import Settings, SettingsError, names_of
 from megatron_rlvr.config.layers import EXTENDS
-from megatron_rlvr.config.loading import load_settings
+from megatron_rlvr.config.loading import load_settings, read_yaml
 from megatron_rlvr.config.section import FreeForm, PathText, Section
-from megatron_rlvr.config.yaml_format import Dumper, load_yaml, shown
+from megatron_rlvr.config.yaml_format import Dumper, shown
 from megatron_rlvr.errors import InputError
-from megatron_rlvr.input_files import BadFileError, is_file, read_text
+from megatron_rlvr.input_files import is_file
 from megatron_rlvr.write_errors import explained
 
-_MAX_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # Set for each cell; `overwrite` and `resume` so that the same command resumes.
 _OWN = ("dir", "seed", "overwrite", "resume")
@@ -142,16 +141,7 @@ class Ablation:
 
 def read_spec(path: Path) -> Spec:
     """Read a specification. Raises: SpecError for the first error found."""
-    try:
-        values = load_yaml(read_text(path, _MAX_BYTES))
-    except FileNotFoundError:
-        raise SpecError(f"{path} does not exist; give the specification of an ablation") from None
-    except BadFileError as error:
-        raise SpecError(f"{path} cannot be read ({error}); give the specification of an ablation") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise SpecError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)}); correct it") from None
+    values = read_yaml(path, "the specification of an ablation", SpecError)
     if not isinstance(values, dict):
         raise SpecError(f"{path} holds no mapping; give the keys {', '.join(Spec.model_fields)}")
     try:

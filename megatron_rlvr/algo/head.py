@@ -106,12 +106,9 @@ def vocab_parallel_likeliest(
     stats = tiles.empty_statistics(len(hidden_n), shard.dtype, hidden_n.device)
     logits, ids = tiles.empty_likeliest(len(hidden_n), count, shard.dtype, hidden_n.device)
     kernels, no_targets = _kernels(hidden_n.device), torch.full((len(hidden_n),), -1, device=hidden_n.device)
-    for columns in shard.column_tiles(hidden_n.device):
-        weight_tile = shard.operand(weight[columns])
-        for tile in _row_tiles(len(hidden_n), hidden_n.device):
-            z = shard.logits(shard.operand(hidden_n[tile]), weight_tile)
-            tiles.fold_likeliest_(logits[tile], ids[tile], z, shard.first + columns.start)
-            kernels.fold_statistics_(stats[:, tile], z, no_targets[tile])
+    for tile, first, z in _logit_tiles(hidden_n, weight, shard):
+        tiles.fold_likeliest_(logits[tile], ids[tile], z, first)
+        kernels.fold_statistics_(stats[:, tile], z, no_targets[tile])
     if shard.group is not None:
         logits = torch.cat(_from_all_ranks(logits, shard.group), dim=1)
         ids = torch.cat(_from_all_ranks(ids, shard.group), dim=1)
@@ -216,6 +213,14 @@ def _row_tiles(rows: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 
+def _logit_tiles(hidden_n: Tensor, weight: Tensor, shard: _Shard) -> Iterator[tuple[slice, int, Tensor]]:
+    """Yield (rows, global token id of column 0, logits of these rows and columns, which may be overwritten)."""
+    for columns in shard.column_tiles(hidden_n.device):
+        weight_tile = shard.operand(weight[columns])
+        for tile in _row_tiles(len(hidden_n), hidden_n.device):
+            yield tile, shard.first + columns.start, shard.logits(shard.operand(hidden_n[tile]), weight_tile)
+
+
 def _kernels(device: torch.device) -> Any:
     """Module with the arithmetic of a tile: Triton's kernels on a device that has them, else plain torch."""
     if device.type == "cpu" or importlib.util.find_spec("triton") is None:
@@ -269,11 +274,8 @@ def _statistics(hidden_n: Tensor, weight: Tensor, targets_n: Tensor, shard: _Sha
     """Return maximum, s, u and the target's logit, and with ``squares`` q, each [n], over all columns of all ranks."""
     stats = tiles.empty_statistics(len(hidden_n), shard.dtype, hidden_n.device, squares=squares)
     kernels = _kernels(hidden_n.device)
-    for columns in shard.column_tiles(hidden_n.device):
-        weight_tile = shard.operand(weight[columns])
-        for tile in _row_tiles(len(hidden_n), hidden_n.device):
-            z = shard.logits(shard.operand(hidden_n[tile]), weight_tile)
-            kernels.fold_statistics_(stats[:, tile], z, targets_n[tile] - (shard.first + columns.start))
+    for tile, first, z in _logit_tiles(hidden_n, weight, shard):
+        kernels.fold_statistics_(stats[:, tile], z, targets_n[tile] - first)
     return _merged(stats, shard)
 
 

@@ -18,6 +18,7 @@ from megatron_rlvr.config.layers import Layers, read_layers
 from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.section import MAX_FLOAT, MAX_INT, MIN_FLOAT
 from megatron_rlvr.config.yaml_format import Dumper, load_yaml, shown
+from megatron_rlvr.errors import InputError
 from megatron_rlvr.input_files import BadFileError, read_text
 
 # A settings file is not larger, and a path is shown whole up to this length.
@@ -93,22 +94,31 @@ def fields() -> list[tuple[str, str, Any]]:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    name = shown(str(path)) if len(str(path)) > _LONG_PATH else path
+def read_yaml(path: Path, wanted: str = "a settings file", error_type: type[InputError] = SettingsError) -> Any:
+    """Return what a YAML file holds. Raises ``error_type``, with ``wanted`` as the remedy if there is no such file."""
+    name = _shown_path(path)
     try:
-        values = load_yaml(read_text(path, _MAX_BYTES))
+        return load_yaml(read_text(path, _MAX_BYTES))
     except FileNotFoundError:
-        raise SettingsError(f"{name} does not exist; give a settings file") from None
+        raise error_type(f"{name} does not exist; give {wanted}") from None
     except BadFileError as error:
-        raise SettingsError(f"{name} cannot be read ({error}); give a settings file") from None
+        raise error_type(f"{name} cannot be read ({error}); give {wanted}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise SettingsError(f"{name}, line {line}: not valid YAML ({error.problem}); correct it") from None
+        raise error_type(f"{name}, line {line}: not valid YAML ({error.problem}); correct it") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"{name} is not valid YAML ({' '.join(str(error).split())}); correct it") from None
+        raise error_type(f"{name} is not valid YAML ({' '.join(str(error).split())}); correct it") from None
+
+
+def _shown_path(path: Path) -> str:
+    return shown(str(path)) if len(str(path)) > _LONG_PATH else str(path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
     if not isinstance(values, dict):
         found = "is empty" if values is None else "holds no sections"
-        raise SettingsError(f"{name} {found}; write sections such as run: and model: with keys below them")
+        raise SettingsError(f"{_shown_path(path)} {found}; write sections such as run: and model: with keys below them")
     return values
 
 

@@ -45,18 +45,18 @@ class RolloutRecorder:
         self._data_objects, self._is_main = data_objects, is_main
         self._texts: TokenTexts | None = None
         self._group_size = 0
-        """Completions of the largest group of the step, by which training sequences are numbered."""
+        """That of the step."""
 
-    def choose(self, groups: Sequence[tuple[int, Group]]) -> TokenRecorder | None:
+    def choose(self, groups: Sequence[tuple[int, Group]], group_size: int) -> TokenRecorder | None:
         """Choose responses of a step; None if none are recorded. A collective over the data-parallel ranks.
 
         Args:
             groups: (index in the batch of all ranks, group) for each group of this rank.
+            group_size: `MiniBatch.group_size`, by which training sequences are numbered.
         """
         if not self._count:
             return None
-        largest = max((len(group.completions) for _, group in groups), default=0)
-        self._group_size = max(gather(largest, self._data_objects))
+        self._group_size = group_size
         here = [
             Candidate(
                 number=order * self._group_size + i,

@@ -4,6 +4,7 @@ import threading
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_rlvr.algo.loss import policy_loss
 from megatron_rlvr.analysis.report import REPORT, write_report
@@ -173,25 +174,30 @@ def _engine(resolved: Resolved, ranks: Ranks, resources: ExitStack) -> RolloutEn
             max_batch_rows=settings.rollout.max_batch_rows,
         )
 
-    longest = settings.max_sequence_tokens
-    pool = connect(
-        settings.rollout,
-        ranks,
-        resolved.hf_config,
-        max_sequence_tokens=longest,
-        dtype=settings.model.dtype,
-        same_transport=settings.sync.method == "distributed",
-    )
+    pool = _connect(resolved, ranks, same_transport=settings.sync.method == "distributed")
     engine = SglangEngine(
         pool,
         _weight_sync(resolved, pool, ranks),
         stop_token_ids=resolved.stop_token_ids,
         vocab_size=resolved.hf_config["vocab_size"],
-        max_sequence_tokens=longest,
+        max_sequence_tokens=settings.max_sequence_tokens,
         colocated=settings.rollout.colocated,
     )
     resources.callback(engine.close)
     return engine
+
+
+def _connect(resolved: Resolved, ranks: Ranks, **which: Any) -> ServerPool | None:
+    """Connect to servers that fit the run; ``which`` goes to `connect`."""
+    settings = resolved.settings
+    return connect(
+        settings.rollout,
+        ranks,
+        resolved.hf_config,
+        max_sequence_tokens=settings.max_sequence_tokens,
+        dtype=settings.model.dtype,
+        **which,
+    )
 
 
 def _background_evaluation(
@@ -201,22 +207,14 @@ def _background_evaluation(
     settings = resolved.settings
     if not settings.evaluate.servers:
         return None
-    longest = settings.max_sequence_tokens
-    pool = connect(
-        settings.rollout,
-        ranks,
-        resolved.hf_config,
-        max_sequence_tokens=longest,
-        dtype=settings.model.dtype,
-        evaluation_servers=settings.evaluate.servers,
-    )
+    pool = _connect(resolved, ranks, evaluation_servers=settings.evaluate.servers)
     folder = Path(settings.run.dir) / "sync_evaluation"
     engine = SglangEngine(
         pool,
         DiskSync(folder, Path(settings.model.path), pool, ranks, partial(_replace_tokenizer, resolved)),
         stop_token_ids=resolved.stop_token_ids,
         vocab_size=resolved.hf_config["vocab_size"],
-        max_sequence_tokens=longest,
+        max_sequence_tokens=settings.max_sequence_tokens,
     )
     resources.callback(engine.close)
     stop = threading.Event()

@@ -1,6 +1,6 @@
 """The plan in words: a few lines that say what a run is going to do, for a person to read before it does."""
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 
 from megatron_rlvr.checkpoint.size import WEIGHT_BYTES, optimizer_bytes
 from megatron_rlvr.config.describe import (
@@ -198,7 +198,8 @@ def _evaluation(resolved: Resolved) -> str:
     s = resolved.settings
     if not resolved.evaluation:
         return "none"
-    trained_on = _token_ids(resolved.train)
+    evaluated = set[bytes]().union(*map(_token_ids, resolved.evaluation.values()))
+    trained_on = evaluated.intersection(_token_ids(resolved.train))
     sets = ", ".join(
         f"{name} ({len(prompts)} problems{_remarks(prompts)}{_overlap(prompts, trained_on)})"
         for name, prompts in resolved.evaluation.items()
@@ -213,6 +214,6 @@ def _overlap(prompts: PromptSet, trained_on: Set[bytes]) -> str:
     return f", {found} OF THEM TRAINED ON" if found else ""
 
 
-def _token_ids(prompts: PromptSet) -> set[bytes]:
+def _token_ids(prompts: PromptSet) -> Iterator[bytes]:
     arrays = {id(prompt.token_ids): prompt.token_ids for prompt in prompts.prompts}  # equal prompts share one
-    return {array.tobytes() for array in arrays.values()}
+    return (array.tobytes() for array in arrays.values())
