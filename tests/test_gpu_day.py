@@ -3,13 +3,13 @@
 import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 CHECKOUT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def day() -> Any:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(CHECKOUT / "tools" / "gpu_day.sh"), *arguments],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env=tiny.environment(PYTHON=sys.executable),
         capture_output=True,
         text=True,
         timeout=900,

@@ -4,7 +4,6 @@ Each host has an address and a log folder of its own, so that hosts learn about 
 own name resolves to a loopback address, no network interface is set, and the environment names a proxy that is absent.
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -88,7 +87,7 @@ class TwoHosts:
         command = [sys.executable, str(tiny.CHECKOUT / "tools" / "serve.py"), str(self.run.place / "model")]
         command += ["--host", self.hosts.address(SERVERS), "--port", str(port), "--python", str(installed())]
         command += ["--run-dir", str(self.run.place / "servers"), *SERVER_FLAGS.split()]
-        environment = dict(os.environ) | PROXY
+        environment = tiny.environment(**PROXY)
         environment.pop("GLOO_SOCKET_IFNAME", None)
         return started(self.hosts.command(SERVERS, *command), self.log(SERVERS), cwd=self.run.home, env=environment)
 

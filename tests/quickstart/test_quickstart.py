@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from megatron_rlvr.startup.run_folder import RUN_FILES
 
@@ -18,7 +18,7 @@ def run_quickstart(folder: Path) -> str:
     command = [sys.executable, str(PROGRAM), "--folder", str(folder), "--sequences", "300", "--steps", "2"]
     finished = subprocess.run(
         [*command, "--problems", "6"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=tiny.environment(),
         cwd=PROGRAM.parents[2],
         capture_output=True,
         text=True,

@@ -95,9 +95,8 @@ class Launcher:
         self.output = folder / "output"
         self._model = model
         self._mark = uuid.uuid4().hex
-        search = [python_path] if python_path is not None else []
-        self._environment = dict(os.environ) | {"LAUNCH_MARK": self._mark}
-        self._environment["PYTHONPATH"] = os.pathsep.join([*search, str(tiny.CHECKOUT)])
+        search = [Path(python_path)] if python_path is not None else []
+        self._environment = tiny.environment(search, LAUNCH_MARK=self._mark)
         self.process: subprocess.Popen[str] | None = None
 
     @staticmethod

