@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "bfloat16": (1, {"model": {"dtype": "bfloat16"}}),
     "data 2": (2, {"megatron": {"use_distributed_optimizer": True}}),
     "bfloat16 data 2": (2, {"model": {"dtype": "bfloat16"}, "megatron": {"use_distributed_optimizer": True}}),
+    "difficulty, data 2": (2, {"data": {"difficulty": {"retire_above": 0.9, "rest_below": 0.1, "rest_steps": 2}}}),
 }
 """{name of a layout: (number of ranks, settings)}"""
 OTHER_SAMPLES = ("experts 2", "bfloat16", "bfloat16 data 2")
@@ -141,6 +142,10 @@ def test_a_resumed_run_equals_a_run_that_was_never_stopped(
     found, wanted = weights(folder), weights(uninterrupted[name])
     assert found.keys() == wanted.keys()
     assert [key for key in wanted if (found[key] != wanted[key]).any()] == []
+    if name.startswith("difficulty"):
+        counts = ("data/prompts_retired", "data/prompts_resting", "data/prompts_new", "data/prompts_active")
+        assert all(sum(line[key] for key in counts) == len(tiny.PROBLEMS) for line in metrics(folder))
+        assert all(metrics(folder)[-1][key] > 0 for key in ("data/prompts_retired", "data/prompts_resting"))
 
 
 @pytest.mark.parametrize("name", ["alone", "data 2"])
