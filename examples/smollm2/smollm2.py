@@ -69,7 +69,7 @@ def make_model(folder: Path) -> None:
 def write_held_out(path: Path, problems: int) -> None:
     """Write problems of the kind that is trained on, none of which is trained on and none of which occurs twice.
 
-    Each number of terms has the same share: there are only 200 sums of two digits, and training sees most of them.
+    Each number of terms has the same share: there are only 200 sums of two one-digit numbers, and training sees most of them.
     """
     train = load_settings(CONFIG).data.train[0]
     seen = {row["question"] for *_, row in gym_rows(train.path, train.options)}
@@ -137,7 +137,7 @@ def with_interval(shares: np.ndarray) -> str:
 
 
 def print_table(rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(title="SmolLM2-135M-Instruct on sums of two and three digits; 95 % intervals")
+    table = Table(title="SmolLM2-135M-Instruct on sums of two or three one-digit numbers; 95 % intervals")
     table.add_column("result", no_wrap=True)
     table.add_column("value", justify="right", overflow="fold")
     for row in rows:
