@@ -74,7 +74,7 @@ def run_cells(
         say: Prints a line.
 
     Returns: {index: why it failed} of cells that failed, and the signal that has ended all this, or 0. After a signal,
-        runs in progress save a checkpoint, and no further one is started.
+        runs in progress save a checkpoint, and no further one is started. A second SIGINT ends them at once.
     """
     waiting = [cell for cell in cells if not is_finished(cell)]
     total, failed = len(ablation.cells), dict[int, str]()
@@ -91,9 +91,13 @@ def run_cells(
             if received:
                 waiting = []
             for signum in received[forwarded:]:
+                if not forwarded:
+                    say("runs in progress save a checkpoint; a second Ctrl-C ends them without")
+                # SIGINT would end a run at once, with nothing saved.
+                sent = signal.SIGINT if forwarded and signum == signal.SIGINT else signal.SIGTERM
                 forwarded += 1
                 for _, process, _ in running.values():
-                    process.send_signal(signum)
+                    process.send_signal(sent)
             time.sleep(_POLL_SECONDS)
             for index, (cell, process, start) in list(running.items()):
                 status = process.poll()

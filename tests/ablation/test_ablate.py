@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +142,50 @@ def test_a_failed_arm_is_reported_and_the_same_command_runs_what_is_missing(tmp_
     entropy = data["curves"]["runs"][0]["values"]
     assert entropy["entropy/mean"] == [None, 1.5, 1.5]
     assert entropy["entropy/mean/standard_error_over_seeds"][1] == pytest.approx(1 / 3**0.5, abs=1e-4)
+
+
+# Writes the signals that it gets; ends with the first SIGINT.
+LISTENER = """
+import signal, sys, time
+def note(number, frame):
+    print(signal.Signals(number).name, flush=True)
+    if number == signal.SIGINT:
+        sys.exit(1)
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(each, note)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "sent"),
+    [(["SIGINT", "SIGINT"], "SIGTERM SIGINT"), (["SIGHUP", "SIGTERM", "SIGINT"], "SIGTERM SIGTERM SIGINT")],
+)
+def test_the_first_signal_has_runs_save_and_a_later_ctrl_c_ends_them(signals, sent, tmp_path, monkeypatch):
+    logs: list[Path] = []
+
+    def start(cell: Cell, ranks: int | None) -> "subprocess.Popen[bytes]":
+        logs.append(cell.log)
+        with cell.log.open("ab") as log:
+            return subprocess.Popen([sys.executable, "-c", LISTENER], stdout=log, stderr=log)
+
+    def send() -> None:
+        said, deadline = "ready", time.monotonic() + 30
+        for name, answer in zip(signals, sent.split(), strict=True):
+            while len(logs) < 2 or not all(said in log.read_text().splitlines()[-1:] for log in logs):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.Signals[name])
+            said = answer
+            time.sleep(0.5)  # equal answers cannot be told apart
+
+    monkeypatch.setattr(cells_module, "_start", start)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert main([str(write_spec(tmp_path)), "--jobs", "2"], "rlvr ablate") == 128 + signal.Signals[signals[0]]
+    sender.join()
+    assert [log.read_text().split() for log in logs] == [["ready", *sent.split()]] * 2
 
 
 def test_one_cell_runs_by_its_index_and_slurm_gets_all_of_them(tmp_path, fake_runs, capsys):
