@@ -3,6 +3,9 @@
 Used instead of Transformer Engine where that is not installed. It calls ``scaled_dot_product_attention``, whose kernels
 never hold the matrix of scores, so memory grows linearly with the length of a sequence.
 
+On a CPU the backward computes in fp32 for bf16 models as well: of bf16 it hands each small product to oneDNN, whose
+preparation takes four times as long as the product of the short sequences that one trains on a CPU.
+
 Under context parallelism a rank holds the queries of two chunks of each sequence (`context.zigzag`) and gathers all
 keys and values. A chunk attends to all earlier positions, and causally to itself. PyTorch's CPU kernel supports a
 causal mask only from the first key on, so the two parts are computed separately and combined by their log-sum-exp l:
@@ -106,11 +109,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attend causally from the last q of k positions: query [q, n, d], key and value [k, g, d] -> [q, n, d]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
-    if q.shape[2] == k.shape[2]:
+    if q.device.type == "cpu":
+        out = _AttentionOnCpu.apply(q, k, v, scale)
+    elif q.shape[2] == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    elif q.device.type == "cpu":
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        out = _SuffixAttention.apply(q, k, v, scale)
     else:
         from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes seconds
 
@@ -119,42 +121,46 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return out.squeeze(0).transpose(0, 1)
 
 
-class _SuffixAttention(torch.autograd.Function):
-    """Causal attention of the last q of k positions on a CPU: query [1, n, q, d], key and value [1, n, k, d]."""
+class _AttentionOnCpu(torch.autograd.Function):
+    """Causal attention of the last q of k positions on a CPU: query [1, n, q, d], key and value [1, g, k, d]."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        outs, logs = zip(
-            *(
-                attend(query, k, v, 0.0, causal, scale=scale)
-                for k, v, causal in _prefix_and_diagonal(query, key, value)
-            ),
-            strict=True,
-        )
-        log = torch.logaddexp(*logs)
-        out = sum(part * (part_log - log).exp().unsqueeze(-1) for part, part_log in zip(outs, logs, strict=True))
-        out = out.to(query.dtype)
+        parts = [
+            attend(query, k, v, 0.0, causal, scale=scale) for k, v, causal in _prefix_and_diagonal(query, key, value)
+        ]
+        out, log = parts[0]
+        if len(parts) > 1:
+            log = torch.logaddexp(*(part_log for _, part_log in parts))
+            out = sum(part * (part_log - log).exp().unsqueeze(-1) for part, part_log in parts).to(query.dtype)
         ctx.save_for_backward(query, key, value, out, log)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        query, key, value, out, log = ctx.saved_tensors
+        *saved, log = ctx.saved_tensors
+        query, key, value, out, grad = (x.to(log.dtype) for x in (*saved, grads[0]))
+        heads = (key.shape[1], query.shape[1] // key.shape[1])
+        # The kernel's forward shares a key-value head between queries' heads, its backward does not.
+        key, value = (x.repeat_interleave(heads[1], dim=1) for x in (key, value))
         attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         parts = [
-            attend_backward(grads[0].contiguous(), query, k, v, out, log, 0.0, causal, scale=ctx.scale)
+            attend_backward(grad.contiguous(), query, k, v, out, log, 0.0, causal, scale=ctx.scale)
             for k, v, causal in _prefix_and_diagonal(query, key, value)
         ]
         grad_query, grad_key, grad_value = zip(*parts, strict=True)
-        return sum(grad_query), torch.cat(grad_key, dim=2), torch.cat(grad_value, dim=2), None
+        grad_key, grad_value = (torch.cat(x, dim=2).unflatten(1, heads).sum(2) for x in (grad_key, grad_value))
+        dtype = saved[0].dtype
+        return sum(grad_query).to(dtype), grad_key.to(dtype), grad_value.to(dtype), None
 
 
 def _prefix_and_diagonal(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
-    """Split keys and values into those before the queries' positions (not causal) and those at them (causal)."""
+    """Split keys and values into those before the queries' positions (not causal), if any, and those at them."""
     before = key.shape[2] - query.shape[2]
-    return [(key[:, :, :before], value[:, :, :before], False), (key[:, :, before:], value[:, :, before:], True)]
+    diagonal = (key[:, :, before:], value[:, :, before:], True)
+    return [(key[:, :, :before], value[:, :, :before], False), diagonal] if before else [diagonal]
 
 
 def _gather_sequence(

@@ -229,6 +229,10 @@ def build_optimizer(
     }
     config = build_config(OptimizerConfig, default_fields() | read_fields(megatron), own)
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    if not accelerator.has_gpu():
+        # PyTorch's Adam is then one pass over weights, gradients and moments in place of eight.
+        for group in optimizer.param_groups:
+            group["fused"] = True
     cosine = settings.schedule == "cosine"
     schedule = OptimizerParamScheduler(
         optimizer,
