@@ -48,3 +48,10 @@ def load(state: Any, folder: Path, strategy: Any, read_common: Callable[[Path], 
         return serialization.load(state, str(folder), strategy)
     finally:
         serialization.load_common = own  # type: ignore[attr-defined]
+
+
+def gradients(optimizer: Any) -> list[Any]:
+    """Return this rank's gradients of a ``MegatronOptimizer``, of which every parameter is on one rank of its group."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return list(optimizer.get_grads_for_grad_norm())
+    return list(optimizer.get_main_grads_for_grad_norm())

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlvr.distributed import accelerator
+from megatron_rlvr.distributed import accelerator, megatron_versions
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Gradient:
         """Return the gradient that an optimizer of Megatron has; valid until the next backward pass."""
         optimizer.prepare_grads()
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
-        return cls([(part.get_main_grads_for_grad_norm(), part.get_grad_stats_parallel_group()) for part in parts])
+        return cls([(megatron_versions.gradients(part), part.get_grad_stats_parallel_group()) for part in parts])
 
     def copy(self) -> "Gradient":
         """Return a copy, which stays valid."""
