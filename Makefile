@@ -96,10 +96,13 @@ core-0.19: install
 core-short: install
 	$(call on_core,$(CORE_SHORT))
 
-# `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own.
+# `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own. The newest
+# megatron-core is what the GPU image has beside Transformer Engine.
 rehearsals:
 	@tools/install_rehearsal.sh build/rehearsal
 	build/rehearsal/bin/python -m pytest -q tests/rehearsal
+	@tools/install_core.sh build/rehearsal/bin/python $(CORE) build/core-$(CORE)
+	PYTHONPATH=$(CURDIR)/build/core-$(CORE) build/rehearsal/bin/python -m pytest -q tests/rehearsal -k transformer_engine
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

@@ -261,7 +261,8 @@ _KERNELS = (
 )
 _IN_PLACE = (
     *("multi_tensor_adam", "multi_tensor_adam_param_remainder", "multi_tensor_adam_fp8"),
-    *("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master", "multi_tensor_scale"),
+    *("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master"),
+    *("multi_tensor_scale", "multi_tensor_scale_tensor"),
     *("thd_second_half_lse_correction", "thd_out_correction", "thd_grad_correction"),
 )
 _ANSWERS: dict[str, Any] = {
