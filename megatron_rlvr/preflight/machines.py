@@ -28,7 +28,7 @@ _CLOCK_ROUNDS = 5
 
 # {package: ranges of (oldest, newest)}: from the oldest that setup.py allows to the newest that the tests have run
 # with; see docs/preflight.md.
-TESTED = {
+TESTED: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
     "python": [((3, 11), (3, 13))],
     "torch": [((2, 8), (2, 14))],
     "megatron-core": [((0, 16, 1), (0, 16)), ((0, 19, 2), (0, 19))],
