@@ -3,7 +3,8 @@
 # make check        install, then lint, types, unit tests and one test of each promise (a minute and a half)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)
-# make core-0.19    gradients, golden files and resumed runs on the megatron-core of newer Pythons (minutes)
+# make core-0.19    gradients, golden files, conversion and resumed runs on the megatron-core of newer Pythons (minutes);
+#                   with MARK=soak those of its tests that take patience (part of `make soak`)
 # make core-short   one test of each of these, as continuous integration runs them after `make test`
 # make rehearsals   a training step of every recipe at its real shapes, with a CUDA build of torch (part of `make soak`)
 # make cluster      the tests on Slurm (two loopback nodes) and on three network namespaces (`make test` leaves out the long ones)
@@ -70,12 +71,14 @@ promises:
 
 soak: lint packages peers rehearsals
 	$(PYTEST) -m soak
+	@$(MAKE) --no-print-directory core-0.19 MARK=soak
 	tests/container.sh
 
 # The newest megatron-core, which declares that it needs Python 3.12, in front of the installed one. Its Python runs on 3.11.
 CORE := 0.19.2
-CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/test_layout_checks.py tests/multi_rank \
-	tests/test_resume.py
+MARK := not soak
+CORE_TESTS := tests/distributed/test_megatron_on_cpu.py tests/hf tests/startup/test_layout_checks.py tests/convert \
+	tests/multi_rank tests/test_resume.py
 CORE_SHORT := tests/multi_rank/test_launcher.py::test_ranks_import_the_megatron_core_that_this_process_would \
 	"tests/multi_rank/test_policy.py::test_five_training_steps_are_those_of_plain_autograd_in_every_layout[untied]" \
 	"tests/multi_rank/test_invariance.py::test_eight_steps_are_those_of_the_golden_file[tensor 2, sequence]" \
@@ -84,7 +87,7 @@ CORE_SHORT := tests/multi_rank/test_launcher.py::test_ranks_import_the_megatron_
 
 define on_core
 @tools/install_core.sh $(RUN)/python $(CORE) build/core-$(CORE)
-PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "not soak" $(1)
+PYTHONPATH=$(CURDIR)/build/core-$(CORE) $(PYTEST) -m "$(MARK)" $(1)
 endef
 
 core-0.19: install
@@ -93,10 +96,13 @@ core-0.19: install
 core-short: install
 	$(call on_core,$(CORE_SHORT))
 
-# `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own.
+# `rlvr rehearse` needs a CUDA build of torch (gigabytes), though no GPU, and so an environment of its own. The newest
+# megatron-core is what the GPU image has beside Transformer Engine.
 rehearsals:
 	@tools/install_rehearsal.sh build/rehearsal
 	build/rehearsal/bin/python -m pytest -q tests/rehearsal
+	@tools/install_core.sh build/rehearsal/bin/python $(CORE) build/core-$(CORE)
+	PYTHONPATH=$(CURDIR)/build/core-$(CORE) build/rehearsal/bin/python -m pytest -q tests/rehearsal -k transformer_engine
 
 cluster: install packages
 	$(RUN)/python -m pytest -q tests/cluster

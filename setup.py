@@ -44,7 +44,8 @@ setup(
     install_requires=[
         # 0.16.1 is the last release for Python 3.11.
         "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
-        "megatron-core>=0.19.2; python_version >= '3.12'",
+        # Each release may move what this package overrides, and GPTModel is deprecated since 0.19.
+        "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
         "torch>=2.8",  # matrix products of bfloat16 with a result in float32
         "transformers>=4.57",
         "sentencepiece>=0.2",

@@ -93,18 +93,82 @@ def test_a_part_whose_packages_are_missing_names_them(day: Any, tmp_path: Path):
     assert part["error"] == "not installed: no_such.package"
 
 
-def test_each_test_of_pytest_is_a_row_also_one_that_cannot_be_imported(day: Any, tmp_path: Path):
-    (tmp_path / "results.xml").write_text(
-        '<testsuites><testsuite><testcase name="a" time="1.25"/><testcase name="b" time="0"><failure message="x\ny"/>'
-        '</testcase><testcase name="c" time="0"><skipped message="needs two GPUs"/></testcase>'
-        '<testcase name="d" time="0"><error message="collection failure"/></testcase></testsuite></testsuites>',
+def run_tests(folder: Path, *files: str) -> tuple[int, list[dict[str, Any]]]:
+    """Run pytest as the part `tests` does, in a process of its own; return its exit status and the rows."""
+    program = f"import sys; sys.path.insert(0, {str(DAY)!r}); import gpu_tests; from pathlib import Path; "
+    program += f"sys.exit(gpu_tests.run([*{files!r}, '--noconftest', '-c', '/dev/null'], Path('rows')))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, timeout=60, check=False)
+    rows = [json.loads(line) for line in (folder / "rows").read_text(encoding="utf-8").splitlines()]
+    return done.returncode, rows
+
+
+def test_each_test_is_a_row_also_one_that_cannot_be_imported(tmp_path: Path):
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'x' + chr(10) + 'y'\n"
+        "@pytest.mark.skip(reason='needs two GPUs')\n"
+        "def test_skipped(): pass\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no device')\n"
+        "def test_fixture(broken): pass\n",
         encoding="utf-8",
     )
-    total, *rows = day.rows_of_tests(tmp_path / "results.xml")
-    assert total["result"] == "1 passed, 2 failed, 1 skipped"
-    assert [row.get("error") for row in rows] == [None, "x y", None, "collection failure"]
-    assert rows[2]["note"] == "needs two GPUs"
-    assert day.rows_of_tests(tmp_path / "none.xml") == []
+    (tmp_path / "test_b.py").write_text("import no_such_module\n", encoding="utf-8")
+    status, (imported, right, wrong, skipped, fixture, total) = run_tests(tmp_path, "test_a.py", "test_b.py")
+    assert status == 1
+    assert imported == {"what": "test_b.py", "error": "ModuleNotFoundError: No module named 'no_such_module'"}
+    assert right["what"] == "test_right"
+    assert right["result"].startswith("passed, ")
+    assert wrong == {"what": "test_wrong", "error": "AssertionError: x y assert 1 == 2"}
+    assert (skipped["what"], skipped["note"]) == ("test_skipped", "Skipped: needs two GPUs")
+    assert fixture == {"what": "test_fixture", "error": "OSError: no device"}
+    assert total["numbers"] == {"passed": 1, "failed": 3, "skipped": 1}
+
+
+def test_tests_that_have_ended_are_rows_when_their_process_is_killed(tmp_path: Path):
+    (tmp_path / "test_a.py").write_text(
+        "import os\ndef test_right(): pass\ndef test_killed(): os.kill(os.getpid(), 9)\n", encoding="utf-8"
+    )
+    status, rows = run_tests(tmp_path, "test_a.py")
+    assert status == -9
+    assert [row["what"] for row in rows] == ["test_right"]
+
+
+def test_a_relative_folder_is_where_the_caller_stands(day: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(day, "PARTS", [day.Part("machine", 60, day.program("machine.py"))])
+    assert day.main(["--device", "cpu", "--small", "--only", "machine", "--out", "results"]) == 0
+    found = json.loads((tmp_path / "results" / "gpu_day.json").read_text(encoding="utf-8"))
+    assert found["parts"]["machine"]["rows"]
+
+
+@pytest.mark.parametrize("given", [{"device": "cuda", "small": True}, {"device": "cpu", "small": False}, {}])
+def test_rows_of_an_earlier_run_are_kept_only_if_its_device_and_sizes_are_those_of_this_one(
+    day: Any, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    part = {"seconds": 1.0, "error": "", "rows": [{"what": "speed", "result": "fast"}]}
+    same = {"device": "cpu", "small": True}
+    parts = {"nccl": part | same, "head": part | given}
+    (tmp_path / "gpu_day.json").write_text(json.dumps({"parts": parts}), encoding="utf-8")
+    monkeypatch.setattr(day, "run_part", lambda _, options: part | same)
+    assert day.main(["--device", "cpu", "--small", "--only", "machine", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu_day.json").read_text(encoding="utf-8"))
+    assert found["parts"] == {"machine": part | same, "nccl": part | same}
+    assert "head: its rows of an earlier run are dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['{"parts": {"head', "[]", "{}", '{"parts": {"head": 1}}', '{"parts": []}', "\udcff"])
+def test_a_damaged_file_of_an_earlier_run_is_one_line(
+    day: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "gpu_day.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SystemExit) as stopped:
+        day.main(["--device", "cpu", "--only", "machine", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "delete it or choose another --out" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,10 +10,11 @@
     tests      tests/gpu
 
 The limits of all parts add up to 25 minutes. A part that fails or takes too long is a row of the table with its error,
-and the others follow. Files are written after each part; parts of an earlier run in the same folder are kept unless
-they are run again, so a machine that is lent for minutes at a time can take the parts in turns.
+and the others follow. Files are written after each part; parts of an earlier run in the same folder, with the same
+--device and --small, are kept unless they are run again, so a machine that is lent for minutes at a time can take the
+parts in turns.
 
-Exit status: 0; 1 if a part has failed; 2 and one line on stderr if an option is wrong.
+Exit status: 0; 1 if a part has failed; 2 and one line on stderr if an option is wrong or gpu_day.json is damaged.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from rows import read_rows, table
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
+PROGRAM = "gpu_day.sh"
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,12 @@ class Part:
         seconds: Time limit.
         command: Returns the command, from the options and the file of its rows.
         needs: Modules without which it cannot run.
-        read: Returns the rows of the file, which may be missing or incomplete.
     """
 
     name: str
     seconds: float
     command: Callable[[argparse.Namespace, Path], Sequence[str]]
     needs: tuple[str, ...] = ("torch",)
-    read: Callable[[Path], list[dict[str, Any]]] = read_rows
 
 
 def program(name: str) -> Callable[[argparse.Namespace, Path], Sequence[str]]:
@@ -65,37 +64,6 @@ def program(name: str) -> Callable[[argparse.Namespace, Path], Sequence[str]]:
     return command
 
 
-def pytest_command(options: argparse.Namespace, rows: Path) -> Sequence[str]:
-    """Return the command of the tests. Without a GPU none is selected; collecting them still imports their files."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    if missing("hypothesis", "psutil"):  # which the fixtures of whole runs need
-        command += ["--noconftest"]
-    files = "tests/gpu/test_head_on_gpu.py" if options.small else "tests/gpu"
-    unselected = ["-m", "not gpu"] if options.device == "cpu" else []
-    return [*command, files, f"--junitxml={rows}", *unselected]
-
-
-def rows_of_tests(path: Path) -> list[dict[str, Any]]:
-    """Return a row for each test of pytest's XML file, and one for all of them together."""
-    if not path.is_file():
-        return []
-    rows, counts = [], {"passed": 0, "failed": 0, "skipped": 0}
-    for case in xml.etree.ElementTree.parse(path).iter("testcase"):
-        name = case.get("name", "")
-        problem = next((case.find(tag) for tag in ("failure", "error") if case.find(tag) is not None), None)
-        skipped = case.find("skipped")
-        outcome = "failed" if problem is not None else "skipped" if skipped is not None else "passed"
-        counts[outcome] += 1
-        row: dict[str, Any] = {"what": name, "result": f"{outcome}, {float(case.get('time', 0)):.1f} s"}
-        if problem is not None:
-            row["error"] = " ".join(problem.get("message", "").split())[:300]
-        if skipped is not None:
-            row["note"] = skipped.get("message", "")
-        rows.append(row)
-    total = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return [{"what": "all", "result": total, "numbers": counts}, *rows]
-
-
 OF_THE_POLICY = ("torch", "numpy", "megatron.core", "pydantic", "psutil", "yaml")
 PARTS = (
     Part("machine", 90, program("machine.py")),
@@ -103,9 +71,8 @@ PARTS = (
     Part("head", 360, program("head_speed.py")),
     Part("threshold", 120, program("threshold_speed.py")),
     Part("policy", 360, program("policy_step.py"), needs=OF_THE_POLICY),
-    Part("tests", 420, pytest_command, needs=("torch", "pytest"), read=rows_of_tests),
+    Part("tests", 420, program("gpu_tests.py"), needs=("torch", "pytest")),
 )
-_NO_TESTS = 5  # pytest's exit status if none was selected
 _PATIENCE_ON_A_CPU = 10  # a trial, on a machine that may have much else to do
 
 
@@ -122,9 +89,10 @@ def missing(*modules: str) -> list[str]:
 
 
 def run_part(part: Part, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a part; return its rows, its seconds, and its error, "" if there is none."""
+    """Run a part; return its rows, its seconds, its error, "" if there is none, and the options that rows depend on."""
+    given = {"device": options.device, "small": options.small}
     if absent := missing(*part.needs):
-        return {"seconds": 0.0, "error": f"not installed: {', '.join(absent)}", "rows": []}
+        return given | {"seconds": 0.0, "error": f"not installed: {', '.join(absent)}", "rows": []}
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     rows, log = logs / f"{part.name}.rows", logs / f"{part.name}.txt"
@@ -149,10 +117,31 @@ def run_part(part: Part, options: argparse.Namespace) -> dict[str, Any]:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    if status and not (part.read is rows_of_tests and status == _NO_TESTS):
+    if status:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         error = f"exit status {status}: {lines[-1].strip()[:300] if lines else 'no output'}"
-    return {"seconds": time.monotonic() - start, "error": error, "rows": part.read(rows)}
+    return given | {"seconds": time.monotonic() - start, "error": error, "rows": read_rows(rows)}
+
+
+def earlier_parts(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the parts of an earlier run in the same folder, and name those that ran with other options.
+
+    Raises:
+        SystemExit: If the file is damaged.
+    """
+    path = options.out / "gpu_day.json"
+    if not path.is_file():
+        return {}
+    given, kept = {"device": options.device, "small": options.small}, {}
+    try:
+        for name, part in json.loads(path.read_text(encoding="utf-8"))["parts"].items():
+            if given.items() <= part.items():
+                kept[name] = part
+            else:
+                print(f"{name}: its rows of an earlier run are dropped, with another --device or --small")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        _fail(f"{path}: cannot be read ({type(error).__name__}: {error}); delete it or choose another --out")
+    return kept
 
 
 def write(found: dict[str, Any], out: Path) -> None:
@@ -165,9 +154,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    before = options.out / "gpu_day.json"
-    found = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {"parts": {}}
-    found |= {"device": options.device, "small": options.small}
+    found = {"parts": earlier_parts(options)}
     for part in PARTS:
         if part.name in options.only:
             print(part.name, flush=True)
@@ -181,15 +168,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(part["error"] or any("error" in row for row in part["rows"]) for part in parts))
 
 
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"{PROGRAM}: {message}\n")
+    sys.exit(2)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        _fail(message)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exits with status 2 and one line if one is wrong, or if there is no GPU and one is wanted."""
     names = [part.name for part in PARTS]
-    parser = _Parser("gpu_day.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("build/gpu_day_results"), metavar="DIR", help="folder of the two files and of "
         "the logs (default %(default)s)")  # fmt: skip
@@ -197,6 +189,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try this program (default cuda)")
     add("--small", action="store_true", help="tiny sizes, for a trial on a CPU")
     options = parser.parse_args(arguments)
+    options.out = options.out.resolve()  # parts run in the checkout
     if absent := missing("torch"):
         parser.error(f"{sys.executable} has no {absent[0]}; set PYTHON to one that has")
     if options.device == "cuda":

@@ -35,8 +35,15 @@ class Rows:
         try:
             yield
         except Exception as error:  # of any library: what does not work here is a result
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-            self._write({"what": what, "result": f"did not run: {text}"} if peer else {"what": what, "error": text})
+            text = f"{type(error).__name__}: {error}"
+            if peer:
+                self.add(what, f"did not run: {_short(text)}")
+            else:
+                self.fail(what, text)
+
+    def fail(self, what: str, error: str) -> None:
+        """Add a row of something that failed."""
+        self._write({"what": what, "error": _short(error)})
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -64,6 +71,11 @@ def table(found: dict[str, Any]) -> str:
             result = f"FAILED: {row['error']}" if "error" in row else row["result"]
             lines.append(_line([name, row["what"], result, row.get("beside", ""), row.get("note", "")]))
     return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    """Return the beginning of a text, in one line."""
+    return " ".join(text.split())[:300]
 
 
 def _line(cells: Any) -> str:

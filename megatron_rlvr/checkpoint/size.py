@@ -1,4 +1,4 @@
-"""Bytes per parameter of a model's weights and of Adam's state, in memory and in a checkpoint.
+"""Bytes per parameter of a model's weights and of Adam's state, in memory and in a checkpoint, and of its parts.
 
 The optimizer holds two moments in fp32 and, for a bfloat16 model, the weights in fp32. A checkpoint stores these and
 the weights in `model.dtype`. With Megatron's distributed optimizer it also stores fp32 weights for a float32 model,
@@ -7,6 +7,8 @@ although in memory they are then the model's own.
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 """{`model.dtype`: bytes of one weight}"""
+BOX_BYTES = 2**28
+"""Maximum size of a part of a tensor that is written by itself; a reader holds one in memory at a time."""
 _MOMENTS_BYTES, _MAIN_WEIGHT_BYTES = 8, 4
 
 

@@ -4,6 +4,7 @@ They are for ranks and not for servers: a server cannot release memory that is i
 starts no servers, so the variables may be set in its own process. Imports no torch.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ def set_defaults(megatron: Mapping[str, Any]) -> None:
 
 def quiet_libraries() -> None:
     """Have libraries that this process and its children import from now on warn of nothing and show no progress."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,6 +1,7 @@
 """Differences between the supported releases of megatron-core: 0.16 on Python 3.11, 0.19 on newer versions.
 
-All other modules use only what is alike in both. A difference is found by looking at what Megatron has, not at its
+All other modules use only what is alike in both; two methods of checkpoint strategies that they override pass on
+whatever further arguments a release has. A difference is found by looking at what Megatron has, not at its
 version, so that later releases work as long as they change nothing else.
 """
 

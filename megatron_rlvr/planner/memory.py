@@ -42,7 +42,7 @@ class Memory:
         activations: Saved activations of all micro-batches in flight.
         rotary: Angles cached by Megatron's rotary embedding.
         head: Peak workspace of the loss; 0 if the stage has no head.
-        layer: Peak workspace of one layer's backward pass, including its recomputed activations.
+        layer: Peak workspace of one layer's backward pass, including its recomputed activations, or of the embedding's.
         save: Host memory of a save: a copy of the part of the checkpoint that the rank writes. A save takes none of the
             GPU's memory.
     """
@@ -109,20 +109,27 @@ def stage_memory(
     weights, gradients, optimizer = static_memory(shape, parallel, ranks, options, stage)
     tokens = batches.tokens / parallel.context
     sequence_ranks = parallel.tensor if parallel.sequence else 1
+    columns = padded_vocab_size(shape.vocab, parallel.tensor) // parallel.tensor
     head = 0.0
     if stage == parallel.pipeline - 1:
         head = head_workspace(
             rows=batches.rows / parallel.context,
             tokens=tokens,
             hidden=shape.hidden,
-            columns=padded_vocab_size(shape.vocab, parallel.tensor) // parallel.tensor,
+            columns=columns,
             weight_bytes=options.weight_bytes,
             sequence_ranks=sequence_ranks,
             fused=options.fused_gradient,
         )
         # The last norm and the input of the head.
         head += (4 + 2 * options.weight_bytes) * shape.hidden / sequence_ranks * tokens
-    layers = stage_layers(shape, parallel, stage)
+    layer = max(
+        layer_workspace(shape, number, parallel, options, tokens) for number in stage_layers(shape, parallel, stage)
+    )
+    if shape.tied and parallel.pipeline == 1:
+        # The weight gets its gradient once the embedding's part is there; autograd holds the head's until then.
+        part = float(options.weight_bytes) * columns * shape.hidden
+        layer = max(layer, part) + part
     return Memory(
         stage=stage,
         weights=weights,
@@ -131,7 +138,7 @@ def stage_memory(
         activations=activations(shape, parallel, options, batches, stage),
         rotary=4.0 * ROTARY_LENGTHS * shape.head_size * batches.longest_sequence,
         head=head,
-        layer=max(layer_workspace(shape, layer, parallel, options, tokens) for layer in layers),
+        layer=layer,
         save=bytes_of_save(shape, parallel, ranks, options, stage),
     )
 

@@ -26,13 +26,13 @@ T = TypeVar("T")
 _MAX_SKEW_SECONDS = 1.0
 _CLOCK_ROUNDS = 5
 
-# {package: (oldest, newest)}: from the oldest that setup.py allows to the newest that the tests have run with; see
-# docs/preflight.md.
-TESTED = {
-    "python": ((3, 11), (3, 13)),
-    "torch": ((2, 8), (2, 14)),
-    "megatron-core": ((0, 16, 1), (0, 19)),
-    "transformers": ((4, 57), (5, 19)),
+# {package: ranges of (oldest, newest)}: from the oldest that setup.py allows to the newest that the tests have run
+# with; see docs/preflight.md.
+TESTED: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    "python": [((3, 11), (3, 13))],
+    "torch": [((2, 8), (2, 14))],
+    "megatron-core": [((0, 16, 1), (0, 16)), ((0, 19, 2), (0, 19))],
+    "transformers": [((4, 57), (5, 19))],
 }
 _GPU_PACKAGES = ("transformer-engine", "apex", "triton")
 
@@ -127,12 +127,7 @@ def check_versions(context: PreflightContext) -> CheckResult:
             parts = [f"{version or 'none'} on ranks {format_ranges(there)}" for version, there in ranks.items()]
             problem = f"{name} differs: {', '.join(parts)}"
             return CheckResult("versions", "failed", problem, "install the same version on every host")
-    outside = [
-        f"{name} {versions[name]} (tested: {_dotted(oldest)} to {_dotted(newest)})"
-        for name, (oldest, newest) in TESTED.items()
-        if not version_in_range(versions[name] or "", oldest, newest)
-    ]
-    if outside:
+    if outside := untested(versions):
         remedy = f"not tested with {', '.join(outside)}: check the result of mismatch"
         return CheckResult("versions", "warned", message, remedy)
     without_engine = accelerator.transformer_engine_problem()
@@ -154,14 +149,25 @@ def _versions() -> dict[str, str | None]:
     return found | accelerator.device_info().libraries
 
 
+def untested(versions: Mapping[str, str | None]) -> list[str]:
+    """Return those packages of {package: version} that the tests have not run with, each with the tested versions."""
+    return [
+        f"{name} {versions[name]} (tested: {', '.join(_as_text(*each) for each in ranges)})"
+        for name, ranges in TESTED.items()
+        if not any(version_in_range(versions[name] or "", *each) for each in ranges)
+    ]
+
+
 def version_in_range(version: str, oldest: tuple[int, ...], newest: tuple[int, ...]) -> bool:
     """Return whether ``version`` is at least ``oldest``, and at most the last version that starts with ``newest``."""
     numbers = tuple(map(int, re.findall(r"\d+", re.split(r"[+a-z-]", version)[0])))
     return oldest <= numbers and numbers[: len(newest)] <= newest
 
 
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+def _as_text(oldest: tuple[int, ...], newest: tuple[int, ...]) -> str:
+    """Write a range as `2.8 to 2.14`, and one of a single release's patches by the oldest of them."""
+    ends = [oldest] if oldest[: len(newest)] == newest else [oldest, newest]
+    return " to ".join(".".join(map(str, version)) for version in ends)
 
 
 # Accelerators -------------------------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ It does not show results of kernels, what NCCL does, fragmentation of memory, or
 
 Exit status: 0; 1 if a phase fails or the peak does not fit the GPU; 2 and one line on stderr if the input is wrong.
 """
-_CUDA_TORCH = "2.14.1"
 # Several threads have nothing to gain on tensors without values.
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -138,7 +137,7 @@ def check_torch() -> None:
     if version.get("cuda") is None:
         raise SettingsError(
             f"torch {version.get('__version__', '(missing)')}: a rehearsal needs a CUDA build of torch, though no GPU; "
-            f"pip install torch=={_CUDA_TORCH} (about 6 GB) into an environment of its own"
+            "tools/install_rehearsal.sh FOLDER makes an environment with one (about 6 GB)"
         )
 
 

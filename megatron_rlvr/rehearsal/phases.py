@@ -16,7 +16,8 @@ from megatron_rlvr.batching.batch import MicroBatch
 from megatron_rlvr.checkpoint.megatron import sharded_state
 from megatron_rlvr.checkpoint.megatron.pending import copied_to_host
 from megatron_rlvr.checkpoint.megatron.sharded_state import ShardedOptimizer, ShardedWeights, load_replicated
-from megatron_rlvr.checkpoint.megatron.shares import BOX_BYTES, boxes
+from megatron_rlvr.checkpoint.megatron.shares import boxes
+from megatron_rlvr.checkpoint.size import BOX_BYTES
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.loading import validate
 from megatron_rlvr.distributed import accelerator

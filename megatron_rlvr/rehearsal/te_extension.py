@@ -3,7 +3,7 @@
 Its kernels check the shapes and devices of their arguments and return tensors of the right shape; everything above them
 is Transformer Engine's own code, as installed. So a rehearsal finds out whether megatron-core and this project still
 pass it arguments that it takes. Kernels that training in bfloat16 does not need raise NotImplementedError by name.
-Written for Transformer Engine 2.17.
+Written for Transformer Engine 2.17; training in bfloat16 gets through with 2.20 as well.
 """
 
 import builtins
@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,6 +66,11 @@ class NVTE_Fused_Attn_Backend(enum.IntEnum):
     NVTE_No_Backend = -1
     NVTE_F16_arbitrary_seqlen = 1
     NVTE_FP8 = 2
+
+    def __iter__(self) -> Iterator[Any]:
+        """Newer releases take a pair: the back end, and why another one was not chosen."""
+        yield self
+        yield ""
 
 
 class _AnyNames(type):
@@ -261,7 +266,8 @@ _KERNELS = (
 )
 _IN_PLACE = (
     *("multi_tensor_adam", "multi_tensor_adam_param_remainder", "multi_tensor_adam_fp8"),
-    *("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master", "multi_tensor_scale"),
+    *("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master"),
+    *("multi_tensor_scale", "multi_tensor_scale_tensor"),
     *("thd_second_half_lse_correction", "thd_out_correction", "thd_grad_correction"),
 )
 _ANSWERS: dict[str, Any] = {

@@ -59,6 +59,7 @@ SPARSE = DENSE | {
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
 }
+TIED = DENSE | {"tie_word_embeddings": True, "vocab_size": 8192}
 LENGTHS = [700, 324]
 FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
 MLP = (("recompute_granularity", "selective"), ("recompute_modules", ["mlp"]))
@@ -105,6 +106,7 @@ class Case:
 
 CASES = {
     "one rank": Case(Layout()),
+    "tied": Case(Layout(megatron=FULL), config=TIED),
     "recompute full": Case(Layout(megatron=FULL)),
     "recompute mlp": Case(Layout(megatron=MLP)),
     "tensor 2": Case(Layout(tensor=2, sequence=True)),
@@ -126,16 +128,16 @@ def policies(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """{case: measurements of each rank}"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folders = {}
-    for model_type, config in (("qwen3", DENSE), ("qwen3_moe", SPARSE)):
-        folders[model_type] = str(tmp_path_factory.mktemp("planned") / model_type)
+    parent, folders = tmp_path_factory.mktemp("planned"), {}
+    for name, config in (("dense", DENSE), ("tied", TIED), ("sparse", SPARSE)):
+        folders[id(config)] = str(parent / name)
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(folders[model_type])
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(parent / name)
     return {
         name: ranks.run(
             measured,
             case.layout.size,
-            folders[case.config["model_type"]],
+            folders[id(case.config)],
             case.layout,
             LENGTHS,
             case.micro_batches,

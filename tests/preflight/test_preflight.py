@@ -19,7 +19,7 @@ from megatron_rlvr.hf.families import parameter_count
 from megatron_rlvr.preflight import disk
 from megatron_rlvr.preflight.bandwidth import Bandwidth, judge
 from megatron_rlvr.preflight.checks import CHECKS, select_checks
-from megatron_rlvr.preflight.machines import version_in_range
+from megatron_rlvr.preflight.machines import untested, version_in_range
 from megatron_rlvr.preflight.results import CheckResult, Report, failure
 
 NAMES = [check.name for check in CHECKS]
@@ -328,6 +328,15 @@ def test_version_ranges_compare_leading_numbers() -> None:
     assert not version_in_range("0.17.0", (0, 16, 1), (0, 16))
     assert not version_in_range("2.14.0", (2, 6), (2, 13))
     assert not version_in_range("unknown", (2, 6), (2, 13))
+
+
+def test_releases_between_two_tested_ones_are_untested() -> None:
+    versions = {"python": "3.12.1", "torch": "2.14.1+cu130", "megatron-core": "0.19.2", "transformers": "5.1.0"}
+    assert untested(versions) == []
+    assert untested(versions | {"megatron-core": "0.16.1"}) == []
+    for release in ("0.17.0", "0.18.2", "0.20.0"):
+        assert untested(versions | {"megatron-core": release}) == [f"megatron-core {release} (tested: 0.16.1, 0.19.2)"]
+    assert untested(versions | {"torch": "2.7.1"}) == ["torch 2.7.1 (tested: 2.8 to 2.14)"]
 
 
 # The table ----------------------------------------------------------------------------------------------------------

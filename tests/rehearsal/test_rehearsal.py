@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from megatron_rlvr.checkpoint.megatron.shares import BOX_BYTES
+from megatron_rlvr.checkpoint.size import BOX_BYTES
 from megatron_rlvr.config import ParallelSettings
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.planner.devices import DEVICES
@@ -29,7 +32,8 @@ MIXTURE = {
     "norm_topk_prob": True,
 }
 PARALLEL_OF_8B = ParallelSettings(tensor=4, sequence=True)
-WORLDS = {"qwen3_8b": 8, "qwen3_14b": 16, "qwen3_32b": 32}
+WORLDS = {"qwen3_0_6b": 1, "qwen3_8b": 8, "qwen3_14b": 16, "qwen3_32b": 32}
+"""Ranks that train a recipe of the folder."""
 MOST_DIFFERENCE = 0.03
 SMALL_BYTES = 2**16
 """Host memory of small tensors beside the state, such as step counts."""
@@ -98,7 +102,7 @@ def test_a_torch_without_cuda_is_named_with_what_to_install(tmp_path: Path, caps
     with pytest.raises(SystemExit) as stopped:
         command.main([recipe, "--model", str(tmp_path), "--world", "8"], "rlvr rehearse")
     assert stopped.value.code == 2
-    assert "pip install torch==" in capsys.readouterr().err
+    assert "tools/install_rehearsal.sh FOLDER" in capsys.readouterr().err
 
 
 # Outcomes ------------------------------------------------------------------------------------------------------------
@@ -128,6 +132,20 @@ def test_a_rehearsal_fails_if_a_phase_does_or_the_peak_does_not_fit(outcome: Out
     assert text.splitlines()[-1].startswith(line)
     assert outcome.error in text
     assert as_json(summary)["passed"] is passed
+
+
+def test_this_file_is_collected_without_megatron():
+    # Which would try to import Transformer Engine, whose Python raises where its libraries are missing.
+    program = "import sys; sys.modules['megatron'] = None; import test_rehearsal"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=True)
+
+
+def test_every_recipe_is_rehearsed_in_a_world_that_its_layout_divides():
+    assert RECIPES
+    for recipe in RECIPES:
+        parallel = load_settings(recipe, []).parallel
+        assert WORLDS[recipe.parent.name] % (parallel.tensor * parallel.pipeline * parallel.context) == 0, recipe
 
 
 # Rehearsals ----------------------------------------------------------------------------------------------------------

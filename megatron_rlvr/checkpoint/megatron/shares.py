@@ -24,8 +24,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-BOX_BYTES = 2**28
-"""Maximum size of a box that is written: a reader holds one in memory at a time."""
+from megatron_rlvr.checkpoint.size import BOX_BYTES
 
 
 def boxes(shape: Sequence[int], start: int, stop: int, most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
