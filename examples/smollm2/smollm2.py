@@ -69,7 +69,7 @@ def make_model(folder: Path) -> None:
 def write_held_out(path: Path, problems: int) -> None:
     """Write problems of the kind that is trained on, none of which is trained on and none of which occurs twice.
 
-    Each number of terms has the same share: there are only 200 sums of two one-digit numbers, and training sees most of them.
+    Each number of terms has the same share: there are only 200 sums of two one-digit numbers, most of them trained on.
     """
     train = load_settings(CONFIG).data.train[0]
     seen = {row["question"] for *_, row in gym_rows(train.path, train.options)}

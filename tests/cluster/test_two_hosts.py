@@ -87,7 +87,7 @@ class TwoHosts:
         command = [sys.executable, str(tiny.CHECKOUT / "tools" / "serve.py"), str(self.run.place / "model")]
         command += ["--host", self.hosts.address(SERVERS), "--port", str(port), "--python", str(installed())]
         command += ["--run-dir", str(self.run.place / "servers"), *SERVER_FLAGS.split()]
-        environment = tiny.environment(**PROXY)
+        environment = tiny.environment([], **PROXY)
         environment.pop("GLOO_SOCKET_IFNAME", None)
         return started(self.hosts.command(SERVERS, *command), self.log(SERVERS), cwd=self.run.home, env=environment)
 
