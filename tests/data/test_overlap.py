@@ -76,7 +76,7 @@ def test_problems_that_differ_by_an_operator_a_sign_or_a_relation_are_different(
         ("Find \\(2 + 3\\)!", "Find $2+3$."),
         ("Well, a three-digit number -- on the x-axis!", "well a three digit number on the x axis"),
         ("The value is ____ (in \\_\\_\\_ units).", "The value is in units"),
-        ("Find 2 − 3.", "Find 2 - 3."),
+        ("Find 2 \N{MINUS SIGN} 3.", "Find 2 - 3."),
     ],
 )
 def test_spacing_punctuation_hyphens_and_dashes_do_not_count(one: str, other: str):
