@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from megatron_rlvr.evaluation.folder import Description, differences, read_description, records_of
+from megatron_rlvr.evaluation.folder import REGRADING, Description, differences, read_description, records_of
 from megatron_rlvr.evaluation.records import Record, RecordsError, by_problem, by_set
 from megatron_rlvr.evaluation.statistics import (
     FEWEST_CHANGES,
@@ -34,7 +34,7 @@ _SEED = 0
 _SHOWN = 12
 _ROUNDING = 1e-9
 # Differences that do not make two evaluations unlike: the weights, where files are, and what is only reported.
-_SAME_ENOUGH = ("target", "regraded_from")
+_SAME_ENOUGH = ("target", "regraded_from", REGRADING)
 _WHERE = ("path", "too_long", "prompt_key", "answer_key", "id_key")
 
 
