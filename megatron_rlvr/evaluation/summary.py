@@ -63,7 +63,7 @@ class SetSummary:
         estimates |= {f"pass_at_{k}": estimate for k, estimate in self.pass_at.items() if k > 1}
         if self.majority is not None:
             estimates[f"majority_at_{self.group_size}"] = self.majority
-        found = {}
+        found: dict[str, float] = {}
         for name, estimate in estimates.items():
             found |= {name: estimate.value, f"{name}_standard_error": estimate.error}
         found |= {"response_tokens_mean": self.tokens_mean, "truncated_fraction": self.truncated}
