@@ -43,7 +43,7 @@ class Comparison:
     """One problem set in two evaluations, A and B.
 
     Attributes:
-        problems: Ids of the problems that both have, in A's order.
+        problems: Ids of the problems that both have, in ascending order, the shortest first.
         first, second: Accuracy of A and of B on these problems.
         difference: Mean of d, with its standard error.
         interval: Its 95 % interval, by bootstrap over problems; None if d is the same for every problem.
@@ -106,7 +106,8 @@ def compare_sets(first: Sequence[Record], second: Sequence[Record]) -> Compariso
         RecordsError: If they have no problem in common.
     """
     a, b = by_problem(first), by_problem(second)
-    both = [problem for problem in a if problem in b]
+    # The order of the records is that of grading, on which the seeded resampling must not depend.
+    both = sorted(a.keys() & b.keys(), key=lambda problem: (len(problem), problem))
     if not both:
         raise RecordsError("no problem is in both evaluations; compare evaluations of the same sets")
     share_a, share_b = (np.array([_share(own[problem]) for problem in both]) for own in (a, b))
@@ -233,13 +234,15 @@ def _meaning(c: Comparison) -> str:
             f"least {FEWEST_CHANGES} that differ"
         )
     else:
-        noise = f"a difference below {_limit(test.smallest)} is noise"
-        limits = f"With these {problems} problems, {changed} of which differ, {noise}"
+        differing = f"these {problems} problems, {changed} of which differ"
         if test.significant:
-            better = "B is better than A" if c.difference.value > 0 else "B is worse than A"
-            words = f"{better}, at the level of 5 %. {limits}"
+            words = (
+                f"B is {'better' if c.difference.value > 0 else 'worse'} than A, at the level of 5 %. If the direction "
+                f"of each difference were chance, {differing}, would show {_limit(test.smallest)} or more in fewer "
+                "than 1 of 20 comparisons"
+            )
         else:
-            words = f"no difference is shown. {limits}"
+            words = f"no difference is shown. With {differing}, a difference below {_limit(test.smallest)} is noise"
             if math.isfinite(c.found):
                 words += f"; a true difference of {_limit(c.found)} would be found about four times out of five"
     if c.interval is not None and (c.interval[0] > 0 or c.interval[1] < 0) != test.significant:

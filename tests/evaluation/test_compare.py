@@ -74,6 +74,8 @@ def test_problems_that_only_one_evaluation_has_are_left_out():
     first, second = two_models(10)
     found = compare_sets(records_of(first), records_of(second[4:], start=4) + records_of(second[:3], start=10))
     assert found.problems == [f"aime24/{p}" for p in range(4, 10)]
+    again = compare_sets(records_of(first)[::-1], records_of(second[4:], start=4)[::-1])
+    assert again.interval == found.interval, "whatever the order in which responses were graded"
     assert (found.only_first, found.only_second) == (4, 3)
     assert found.difference.value == pytest.approx(second[4:].mean() - first[4:].mean())
     with pytest.raises(RecordsError, match="no problem is in both"):
@@ -106,8 +108,8 @@ def test_the_report_says_what_differs_how_sure_it_is_and_what_could_be_shown(
     assert f"solved      {len(found.flipped_up)}: aime24/" in text
     noise, changed = f"{100 * found.permutation.smallest:.1f}", found.up + found.down
     assert (
-        f"B is better than A, at the level of 5 %. With these 30 problems, {changed} of which differ, a difference "
-        f"below {noise} points is noise\n"
+        "B is better than A, at the level of 5 %. If the direction of each difference were chance, these 30 problems, "
+        f"{changed} of which differ, would show {noise} points or more in fewer than 1 of 20 comparisons\n"
     ) in text
     warning = "a difference may come from these settings, and not from the models"
     assert text.count(warning) == 1, "not for A with itself"
@@ -161,8 +163,8 @@ TAKES = "of 5 % it takes at least 6 that differ"
             [[0, 0]] * 8,
             [[1, 0]] * 8,
             "+50.0 points, no interval (the same for every problem)",
-            "B is better than A, at the level of 5 %. With these 8 problems, 8 of which differ, a difference below "
-            "50.0 points is noise",
+            "B is better than A, at the level of 5 %. If the direction of each difference were chance, these 8 "
+            "problems, 8 of which differ, would show 50.0 points or more in fewer than 1 of 20 comparisons",
         ),
         (  # 7 of 8 changes up: p = 2 x 9 / 2^8 = 0.070, which the interval does not show
             [[0]] * 7 + [[1]] + [[0]] * 22,
@@ -211,8 +213,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path):
     a = write(tmp_path / "a", records_of(first))
     other = describe()
     other["sets"] = {"math500": other["sets"]["aime24"]}
-    write_description(tmp_path / "other", other)
     write(tmp_path / "other", records_of(first, "math500"))
+    write_description(tmp_path / "other", other)
     with pytest.raises(RecordsError, match=r"have no set in common \(aime24; math500\)"):
         compare([a, tmp_path / "other"], as_json=False)
     empty = write(tmp_path / "empty", [])
