@@ -152,7 +152,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "sets of one name": (
         ["MODEL", "--sets", "a.jsonl", "b/a.jsonl", "--out", "out"],
-        "two sets have the name 'a'; set name",
+        "two sets have the name 'a'; set name beside the path of one of them (--sets NAME=FILE)",
     ),
     "no tokenizer": (
         ["bare", "--sets", "a.jsonl", "--out", "out"],
