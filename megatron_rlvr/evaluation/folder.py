@@ -71,7 +71,7 @@ class _Reward(_Read):
 
 
 class Regrading(_Read):
-    """What grading again needs to know of an evaluation.
+    """Facts of an evaluation that grading again needs.
 
     Attributes:
         pass_at: Values of k for pass@k; None for 1, 2, 4 and so on.
