@@ -240,4 +240,5 @@ def _check_names(key: str, files: Sequence[FileSettings]) -> None:
             )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{key}: two sets have the name {twice[0]!r}; set name beside the path of one of them")
+        flag = " (--sets NAME=FILE)" if key == "evaluate.sets" else ""
+        raise ValueError(f"{key}: two sets have the name {twice[0]!r}; set name beside the path of one of them{flag}")

@@ -31,7 +31,8 @@ The sets, and files that have them:
 
 _OVERLAP = """\
 Report the problems of sets that are in training files as well: with the same text, with the same text apart from case,
-LaTeX spacing, punctuation and white space, and with any 13 consecutive words in common.
+LaTeX spacing, punctuation, brackets and white space, and with any 13 consecutive words in common. Operators, signs and
+relations count: 12 + 3 and 12 - 3 are different.
 
     rlvr data overlap data/dapo_math_17k.jsonl --sets data/aime24.jsonl data/math500.jsonl
 """

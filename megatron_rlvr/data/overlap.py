@@ -3,8 +3,11 @@
 Three tests, of which the second finds all that the first finds, and the third all of these that have 13 words:
 
     exact        the same text
-    normalized   the same after leaving out case, LaTeX spacing, punctuation and white space
+    normalized   the same after leaving out case, LaTeX spacing, punctuation, brackets and white space
     13 words     any 13 consecutive words, normalized in this way, are in both
+
+Operators, signs and relations are no punctuation: they belong to the word that they stand before, so that 12 + 3 and
+12 - 3 differ, and a formula has no more words than it has names and numbers.
 
 Instructions that files put around each problem are left out first: those of DAPO and of the paper, and words with
 which all problems of a file begin or end.
@@ -12,6 +15,7 @@ which all problems of a file begin or end.
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +28,16 @@ WORDS = 13
 
 _FEWEST_FOR_A_FRAME = 8
 _SPACING = re.compile(r"\\(?:[,;:!\s]|quad\b|qquad\b|left\b|right\b|displaystyle\b)|[$~]")
-_WORD = re.compile(r"[^\W_]+")
+# The category of mathematical symbols (Sm) lacks those of ASCII that have other uses, too.
+_OPERATORS = re.escape("-*/^_%" + "".join(c for c in map(chr, range(0x2C00)) if unicodedata.category(c) == "Sm"))
+# A minus between letters or digits, without spaces, is a hyphen if one side is a word of three letters or more; several
+# are a dash. Patterns begin with a literal, which searches find fast.
+_HYPHEN = re.compile(r"-(?:(?<=[^\W_]-)(?=[^\W\d_]{3})|(?<=[^\W\d_]{3}-)(?=[^\W_])|-+)")
+_BLANK = re.compile(r"_(?:\\?_)+")
+_FACTORIAL = re.compile(r"!(?:(?<=[\d)\]}]!)(?<!\\[)\]]!)|(?<=\b\w!))")
+_BETWEEN = re.compile(rf"[^\w{_OPERATORS}]+")
+_NAME = r"(?:(?<=\\)[a-z]+|[^\W_]+)"
+_WORD = re.compile(rf"[{_OPERATORS}][\W_]*{_NAME}?|{_NAME}")
 
 
 @dataclass
@@ -80,8 +93,10 @@ def find_overlap(train: Sequence[Path], sets: Sequence[Path]) -> dict[str, Overl
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """Return the words and numbers of a text, in lower case."""
-    return tuple(_WORD.findall(_SPACING.sub(" ", text).lower()))
+    """Return the words and numbers of a text in lower case, each with the operators, signs and relations before it."""
+    text = _SPACING.sub(" ", text).lower().replace("\N{MINUS SIGN}", "-")
+    text = _FACTORIAL.sub(" factorial ", _BLANK.sub(" ", _HYPHEN.sub(" ", text)))
+    return tuple(word if word.isalnum() else _BETWEEN.sub("", word) for word in _WORD.findall(text))
 
 
 def describe(found: dict[str, Overlap], *, shown: int = 5) -> str:

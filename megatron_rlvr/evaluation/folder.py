@@ -28,8 +28,12 @@ DESCRIPTION, SUMMARY = "evaluation.json", "summary.json"
 EVALUATIONS = "evaluations"
 """Name in a run folder of the folder that holds the evaluations of its steps."""
 
+REGRADING = "regrading"
+"""Section of a description with what grading again needs to know. Records do not depend on it, and two evaluations that
+differ in it alone are the same."""
+
 Description = dict[str, Any]
-"""JSON-compatible description: sections target, prompts, sampling, reward, and sets by name."""
+"""JSON-compatible description: sections target, prompts, sampling, reward, regrading, and sets by name."""
 
 
 def _clock(text: str) -> str:
@@ -60,10 +64,22 @@ class _Sampling(_Read):
 
 
 class _Reward(_Read):
-    function: str
+    function: str | dict[str, str]
     correct: FiniteFloat
     incorrect: FiniteFloat
     answer_after: str | None
+
+
+class Regrading(_Read):
+    """Facts of an evaluation that grading again needs.
+
+    Attributes:
+        pass_at: Values of k for pass@k; None for 1, 2, 4 and so on.
+        opens_thinking: True if the prompts end in an open thinking section; None if that is not recorded.
+    """
+
+    pass_at: list[PositiveInt] | None = Field(default=None, min_length=1)
+    opens_thinking: bool | None = None
 
 
 class _Parts(_Read):
@@ -72,6 +88,7 @@ class _Parts(_Read):
     sampling: _Sampling
     reward: _Reward
     sets: dict[str, _Set] = Field(min_length=1)
+    regrading: Regrading = Regrading()
 
 
 _REMEDY = "restore it, or evaluate again"
@@ -147,8 +164,7 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
         if names:
             raise RecordsError(f"--out {folder}: holds {names[0]}, and no evaluation; choose another folder")
         return
-    before, now = read_description(folder), json.loads(json.dumps(description))
-    for key, then, value in differences(before, now):
+    for key, then, value in _unlike(read_description(folder), description):
         raise RecordsError(
             f"--out {folder}: holds records of another evaluation, with {key}={_short(then)}, not {_short(value)}; "
             "choose another folder, or set it back"
@@ -158,17 +174,17 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
 def holds(folder: Path, description: Mapping[str, Any]) -> bool:
     """Return whether a folder holds the evaluation that ``description`` describes."""
     try:
-        return read_description(folder) == json.loads(json.dumps(description))
+        return not any(_unlike(read_description(folder), description))
     except RecordsError:
         return False
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the description, unless it is there; `check_folder` has accepted the folder.
+    """Write the description, unless exactly this one is there; `check_folder` has accepted the folder.
 
     Raises: WriteError if that is not possible.
     """
-    if (folder / DESCRIPTION).exists():
+    if (folder / DESCRIPTION).exists() and read_description(folder) == _as_read(description):
         return
     with explained(DESCRIPTION, folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +205,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             yield from differences(then, value, f"{prefix}{key}.")
         elif then != value:
             yield f"{prefix}{key}", then, value
+
+
+def _unlike(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the differences that make two evaluations different ones."""
+    own, other = ({k: v for k, v in each.items() if k != REGRADING} for each in (before, _as_read(now)))
+    return differences(own, other)
+
+
+def _as_read(description: Mapping[str, Any]) -> Description:
+    return json.loads(json.dumps(description))
 
 
 def _names(folder: Path) -> list[str]:

@@ -12,13 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 LEVEL = 0.95
 """Confidence level of intervals; tests call a difference significant at 1 - LEVEL."""
 POWER = 0.8
-"""Probability with which `Detectable.found` would be found significant."""
+"""Probability with which `PermutationTest.found` would be found significant."""
+FEWEST_CHANGES = math.floor(1 - math.log2(1 - LEVEL)) + 1
+"""Number of problems that must differ: with c of them, no p-value of the sign or permutation test is below 2 / 2^c."""
 
 _CHUNK = 500
 _EXACT_FLIPS = 14
@@ -79,6 +82,9 @@ def powers_of_two(most: int) -> tuple[int, ...]:
 def bootstrap_interval(values_P: np.ndarray, *, seed: int, resamples: int = 10_000) -> tuple[float, float]:
     """Return the percentile interval at `LEVEL` of the mean over problems, by resampling the problems.
 
+    Values that are all equal, such as a single one, have an interval without width, which says nothing: resampling them
+    does not show how far they could be from those of other problems.
+
     Args:
         values_P: [P] one value per problem, at least one.
         seed: Seed of the resampling; the same seed gives the same interval.
@@ -103,8 +109,31 @@ def sign_test(up: int, down: int) -> float:
     return min(1.0, 2 * tail / 2**changes)
 
 
-def permutation_test(differences_P: np.ndarray, *, seed: int) -> float:
-    """Return the two-sided p-value of the paired permutation test of the mean difference.
+@dataclass(frozen=True)
+class PermutationTest:
+    """Result of `permutation_test`.
+
+    Attributes:
+        p: Two-sided p-value.
+        smallest: Smallest mean difference that this test would call significant at 1 - LEVEL, if the differences of
+            the problems had the same sizes and other signs; NaN if there is none (`FEWEST_CHANGES`).
+        found: True mean difference that would be found significant with probability `POWER`, if the problems'
+            differences deviate from it as far as these do from 0: an approximation, and an upper bound where the
+            observed mean is large. NaN if ``smallest`` is NaN, infinite if no difference would be found.
+    """
+
+    p: float
+    smallest: float
+    found: float
+
+    @property
+    def significant(self) -> bool:
+        """True if the test finds a difference."""
+        return self.p < 1 - LEVEL
+
+
+def permutation_test(differences_P: np.ndarray, *, seed: int) -> PermutationTest:
+    """Return the paired permutation test of the mean difference.
 
     If the two models were alike, each problem's difference would have either sign with equal probability. p is the
     share of sign patterns whose mean is at least as far from 0 as the observed one: of all patterns if there are at
@@ -115,45 +144,38 @@ def permutation_test(differences_P: np.ndarray, *, seed: int) -> float:
         seed: Seed of the random patterns.
     """
     changed = differences_P[differences_P != 0]
-    if not len(changed):
-        return 1.0
-    limit = abs(changed.sum()) - _ROUNDING
+    observed = abs(changed.sum())
+    sums = np.sort(_sums_by_chance(changed, seed))
+    p = float(_share_from(sums, observed))
+    significant = sums[_share_from(sums, sums) < 1 - LEVEL]
+    if not len(significant):
+        return PermutationTest(p, math.nan, math.nan)
+    problems = len(differences_P)
+    smallest = float(significant[0]) / problems
+    deviation = math.sqrt(float(np.sum(changed**2))) / problems  # of the mean, if signs are random
+    # A true difference makes the differences themselves larger, and with them the threshold of the test. Student's t =
+    # mean / error does not have this: of all differences with one sum of squares, it grows with the mean.
+    rest = problems - (smallest / deviation) ** 2
+    t = smallest / deviation * math.sqrt((problems - 1) / rest) if rest > _ROUNDING else math.inf
+    return PermutationTest(p, smallest, (t + NormalDist().inv_cdf(POWER)) * deviation)
+
+
+def _sums_by_chance(changed: np.ndarray, seed: int) -> np.ndarray:
+    """Return the absolute sums of some differences whose signs are drawn by chance."""
     if len(changed) <= _EXACT_FLIPS:
         patterns = (np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed))) & 1
-        return float(np.mean(np.abs((1 - 2 * patterns) @ changed) >= limit))
+        return np.abs((1 - 2 * patterns) @ changed)
     random = np.random.Generator(np.random.Philox(seed))
-    as_far = 1
+    sums = [np.abs(changed.sum(keepdims=True))]
     for _ in range(0, _RANDOM_FLIPS, _CHUNK):
         signs = 1 - 2 * random.integers(2, size=(_CHUNK, len(changed)), dtype=np.int8)
-        as_far += int(np.count_nonzero(np.abs(signs @ changed) >= limit))
-    return as_far / (_RANDOM_FLIPS + 1)
+        sums.append(np.abs(signs @ changed))
+    return np.concatenate(sums)
 
 
-@dataclass(frozen=True)
-class Detectable:
-    """Differences that a comparison of this size can show.
-
-    Attributes:
-        noise: Smallest observed difference that is significant at 1 - LEVEL: half the width of the t interval.
-        found: Smallest true difference that such a comparison would find significant with probability `POWER`.
-    """
-
-    noise: float
-    found: float
-
-
-def detectable(differences_P: np.ndarray) -> Detectable:
-    """Return the differences that a paired comparison can show, given how much the differences vary between problems.
-
-    Args:
-        differences_P: [P] difference of each problem; for fewer than two problems the result is NaN.
-    """
-    problems = len(differences_P)
-    if problems < 2:
-        return Detectable(math.nan, math.nan)
-    error = mean_over_problems(differences_P).error
-    needed = student_quantile((1 + LEVEL) / 2, problems - 1)
-    return Detectable(needed * error, (needed + NormalDist().inv_cdf(POWER)) * error)
+def _share_from(ascending: np.ndarray, least: Any) -> Any:
+    """Return the share of some values that are at least ``least``, a number or an array, apart from rounding."""
+    return 1 - np.searchsorted(ascending, least - _ROUNDING) / len(ascending)
 
 
 def student_quantile(probability: float, freedom: int) -> float:

@@ -57,13 +57,15 @@ class SetSummary:
     def metrics(self) -> dict[str, float]:
         """Return the metrics of a training step that are known, without the name of the set.
 
-        One problem has no standard error.
+        Means over problems have their standard error as `NAME_standard_error`; one problem has none.
         """
-        found = {"accuracy": self.accuracy.value, "accuracy_standard_error": self.accuracy.error}
-        found |= {"score": self.score.value}
-        found |= {f"pass_at_{k}": estimate.value for k, estimate in self.pass_at.items() if k > 1}
+        estimates = {"accuracy": self.accuracy, "score": self.score}
+        estimates |= {f"pass_at_{k}": estimate for k, estimate in self.pass_at.items() if k > 1}
         if self.majority is not None:
-            found[f"majority_at_{self.group_size}"] = self.majority.value
+            estimates[f"majority_at_{self.group_size}"] = self.majority
+        found: dict[str, float] = {}
+        for name, estimate in estimates.items():
+            found |= {name: estimate.value, f"{name}_standard_error": estimate.error}
         found |= {"response_tokens_mean": self.tokens_mean, "truncated_fraction": self.truncated}
         if self.no_answer is not None:
             found["no_answer_fraction"] = self.no_answer

@@ -15,10 +15,18 @@ from megatron_rlvr.data.prompts import PromptSet
 from megatron_rlvr.data.template import PromptTemplate
 from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlvr.engines.sglang.api_key import key_of
+from megatron_rlvr.evaluation.folder import REGRADING
 from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.reward_spec import GYM_PREFIX, FunctionSetting
 from megatron_rlvr.startup.layout_checks import check_lengths
-from megatron_rlvr.startup.resolve import Resolved, check_config, evaluation_sets, find_answer_after, holds_turns
+from megatron_rlvr.startup.resolve import (
+    Resolved,
+    check_config,
+    evaluation_sets,
+    find_answer_after,
+    holds_turns,
+    opens_thinking,
+)
 from megatron_rlvr.startup.stop_tokens import StopToken, find_stop_tokens
 
 
@@ -78,7 +86,7 @@ def resolve_evaluation(settings: Settings, clock: datetime | None, *, show_progr
 
 def describe_evaluation(resolved: Resolved | ResolvedEvaluation) -> dict[str, Any]:
     """Return the description of an evaluation (`evaluation/folder.py`), in which the target is the model's path."""
-    s = resolved.settings
+    s, sets = resolved.settings, list(resolved.evaluation.values())
     prompts = s.data.model_dump(include={"template", "template_kwargs", "system", "suffix", "max_prompt_tokens"})
     clock = {} if resolved.now is None else {"clock": resolved.now.isoformat()}
     return {
@@ -98,6 +106,10 @@ def describe_evaluation(resolved: Resolved | ResolvedEvaluation) -> dict[str, An
         "sets": {
             name: _describe_set(file, resolved.evaluation[name], s.reward.function)
             for file, name in zip(s.evaluate.sets, names_of(s.evaluate.sets), strict=True)
+        },
+        REGRADING: {
+            "pass_at": s.evaluate.pass_at,
+            "opens_thinking": bool(sets) and opens_thinking(resolved.tokenizer, sets[0]),
         },
     }
 

@@ -229,15 +229,14 @@ def _check_sources(reward: RewardSettings, sets: Mapping[str, PromptSet]) -> Non
 def find_answer_after(reward: RewardSettings, tokenizer: Tokenizer, prompts: PromptSet) -> str | None:
     """Return the text after which the answer of a response begins, by `reward.answer_after`.
 
-    With auto, the first prompt decides, as the template has rendered it: the response thinks first if the prompt ends
-    in an open thinking section. A template that leaves it to the model to open one decides nothing.
+    With auto, the first prompt decides (`opens_thinking`), as the template has rendered it. A template that leaves it
+    to the model to open a thinking section decides nothing.
     """
     if reward.answer_after == "none" or not any(call.reads_answers for call in reward.functions.all):
         return None
     marker = reward.answer_after
     if marker == "auto":
-        _, opened, thoughts = tokenizer.decode(prompts.prompts[0].token_ids.tolist()).rpartition(THINK_OPEN)
-        if not opened or THINK_CLOSE in thoughts:
+        if not opens_thinking(tokenizer, prompts):
             return None
         marker = THINK_CLOSE
     if marker not in tokenizer.decode(tokenizer.encode(marker)):
@@ -246,3 +245,9 @@ def find_answer_after(reward: RewardSettings, tokenizer: Tokenizer, prompts: Pro
             "never see, so that no response would have an answer; set it to none"
         )
     return marker
+
+
+def opens_thinking(tokenizer: Tokenizer, prompts: PromptSet) -> bool:
+    """Return whether the first prompt ends in an open thinking section."""
+    _, opened, thoughts = tokenizer.decode(prompts.prompts[0].token_ids.tolist()).rpartition(THINK_OPEN)
+    return bool(opened) and THINK_CLOSE not in thoughts

@@ -43,6 +43,56 @@ def test_each_test_finds_its_kind_of_copy(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Compute 12 + 3.", "Compute 12 - 3."),
+        ("Compute -5 + 2.", "Compute 5 + 2."),
+        ("Compute $a \\cdot b/c$.", "Compute $a \\cdot b c$."),
+        ("Find x_2 if x < 5.", "Find x^2 if x < 5."),
+        ("Find x if x < 5.", "Find x if x > 5."),
+        ("Find x if x = 5.", "Find x if x ≠ 5."),
+        ("Find x if x ≤ 5.", "Find x if x ≥ 5."),
+        ("Find 2(3 - x).", "Find 2 - (3x)."),
+        ("Find |x|.", "Find x."),
+        ("Find 5!", "Find 5"),
+        ("Find 5\\% of 7.", "Find 5 of 7."),
+    ],
+)
+def test_problems_that_differ_by_an_operator_a_sign_or_a_relation_are_different(one: str, other: str, tmp_path: Path):
+    sentence = "In this long sentence of more than thirteen words, nothing but the formula differs: {}"
+    for frame in ("{}", sentence.replace("more than", "at least")):  # alone, and as the last of 13 words
+        train = write(tmp_path / "train.jsonl", [frame.format(one)])
+        sets = write(tmp_path / "test.jsonl", [frame.format(other), frame.format(one)])
+        (found,) = find_overlap([train], [sets]).values()
+        assert found.normalized == found.exact == {"test/1": "train/0"}
+    number = len(words_of(one)) - len(words_of(other))
+    assert abs(number) <= 1, "an operator is no word of its own, so that 13 words are 13 words in formulas, too"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Find $x-3$, where $x\\ge2$.", "find x - 3 where $ x \\ge 2 $"),
+        ("Find \\(2 + 3\\)!", "Find $2+3$."),
+        ("Well, a three-digit number -- on the x-axis!", "well a three digit number on the x axis"),
+        ("The value is ____ (in \\_\\_\\_ units).", "The value is in units"),
+        ("Find 2 \N{MINUS SIGN} 3.", "Find 2 - 3."),
+    ],
+)
+def test_spacing_punctuation_hyphens_and_dashes_do_not_count(one: str, other: str):
+    assert words_of(one) == words_of(other)
+
+
+def test_thirteen_words_with_their_operators_are_an_overlap_and_with_others_are_not(tmp_path: Path):
+    train = "Let a + b - c = d be a sum of real numbers with d < e and so on."
+    copies = ["We " + train, "We " + train.replace("d be", "g be"), "We " + train.replace("<", ">").replace("+", "-")]
+    sets = write(tmp_path / "test.jsonl", copies)
+    (found,) = find_overlap([write(tmp_path / "train.jsonl", [train])], [sets]).values()
+    assert len(words_of(train)) == 17
+    assert found.words == {"test/0": "train/0"}
+
+
+@pytest.mark.parametrize(
     "frame", [FRAMES["paper"], "Q: think hard about this one, with all of your mind and heart.\n{problem}\nThe end."]
 )
 def test_instructions_around_every_problem_are_no_overlap(frame: str, tmp_path: Path):

@@ -73,8 +73,9 @@ def test_an_evaluation_resumes_reports_again_and_is_graded_with_another_reward(
     capsys: pytest.CaptureFixture[str],
 ):
     out, again, new = tmp_path / "out", tmp_path / "again", tmp_path / "new"
-    asked = (model, "--sets", sets[0], f"other={sets[1]}", "--samples", "2", *FAST)
-    assert evaluate(*asked, "--out", out) == 0
+    common = (model, "--sets", sets[0], f"other={sets[1]}", "--samples", "2", *FAST)
+    assert evaluate(*common, "--evaluate.pass_at", "[1]", "--out", out) == 0
+    asked = (*common, "--evaluate.pass_at", "[2]")  # of the same records
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["problems", "x", "completions", *("20", "x", "2") * 2] in table
     summary = json.loads((out / "summary.json").read_text())
@@ -89,19 +90,20 @@ def test_an_evaluation_resumes_reports_again_and_is_graded_with_another_reward(
     resumed = json.loads(capsys.readouterr().out)
     assert path.read_bytes().startswith(kept + b"\n")
     assert {record.key: (record.seed, text) for record, text in read_responses(out)} == records
-    assert resumed["sets"] == summary["sets"]
+    others = {name: {**own, "pass_at": resumed["sets"][name]["pass_at"]} for name, own in summary["sets"].items()}
+    assert resumed["sets"] == others
+    assert list(resumed["sets"]["other"]["pass_at"]) == ["2"]
 
     written = path.read_bytes()
     monkeypatch.setattr("megatron_rlvr.evaluation.command.session.run_session", None)  # nothing is left to sample
     assert evaluate(*asked, "--out", out, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["sets"] == summary["sets"]
+    assert json.loads(capsys.readouterr().out)["sets"] == resumed["sets"]
     assert path.read_bytes() == written
 
     assert evaluate("--regrade", out, "--out", again, "--reward.timeout_seconds", "60") == 0
     assert "hint: verdicts: 0 of 80 have changed" in capsys.readouterr().out
-    assert json.loads((again / "summary.json").read_text())["sets"]["other"]["accuracy"] == {
-        **summary["sets"]["other"]["accuracy"]
-    }
+    regraded = json.loads((again / "summary.json").read_text())["sets"]["other"]
+    assert regraded == {**resumed["sets"]["other"], "hints": []}, "with the same values of k"
     function = write_reward(tmp_path, monkeypatch)
     for _ in range(2):  # the second time all is graded
         assert evaluate("--regrade", out, "--out", new, "--reward.function", function) == 0
@@ -150,7 +152,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "sets of one name": (
         ["MODEL", "--sets", "a.jsonl", "b/a.jsonl", "--out", "out"],
-        "two sets have the name 'a'; set name",
+        "two sets have the name 'a'; set name beside the path of one of them (--sets NAME=FILE)",
     ),
     "no tokenizer": (
         ["bare", "--sets", "a.jsonl", "--out", "out"],

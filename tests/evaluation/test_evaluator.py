@@ -172,15 +172,18 @@ def test_accuracy_and_pass_at_k_are_a_direct_count(name: str, outcomes: dict[str
                 correct[request.prompt.id] += by_accuracy(request)[0] == CORRECT
         assert sorted(completions) == sorted((prompt.id, n) for prompt in prompts for n in range(SAMPLES))
         count = len(prompts) * SAMPLES
+        hits = [correct[prompt.id] for prompt in prompts]
+        by_problem: dict[str, list[float]] = {
+            "accuracy": [own / SAMPLES for own in hits],
+            "score": [own / SAMPLES - 2.0 for own in hits],  # the mean of -1 for a correct answer and -2 for others
+            "pass_at_2": [
+                mean(any(pair) for pair in combinations([i < own for i in range(SAMPLES)], 2)) for own in hits
+            ],
+            f"pass_at_{SAMPLES}": [own > 0 for own in hits],
+        }
         expected = {
-            "accuracy": correct.total() / count,
-            "score": correct.total() / count - 2.0,  # the mean of -1 for a correct answer and -2 for others
-            "accuracy_standard_error": standard_error([correct[prompt.id] / SAMPLES for prompt in prompts]),
-            "pass_at_2": mean(
-                mean(any(pair) for pair in combinations([i < correct[prompt.id] for i in range(SAMPLES)], 2))
-                for prompt in prompts
-            ),
-            f"pass_at_{SAMPLES}": sum(hits > 0 for hits in correct.values()) / len(prompts),
+            **{metric: mean(values) for metric, values in by_problem.items()},
+            **{f"{metric}_standard_error": standard_error(values) for metric, values in by_problem.items()},
             "failed_fraction": 0.0,
             "response_tokens_mean": sum(len(c.token_ids) for c in completions.values()) / count,
             "truncated_fraction": sum(c.finish_reason == "length" for c in completions.values()) / count,

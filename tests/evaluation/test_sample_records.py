@@ -11,6 +11,7 @@ import pytest
 from megatron_rlvr.evaluation.folder import (
     check_folder,
     evaluation_folder,
+    holds,
     read_description,
     remove_later_evaluations,
     write_description,
@@ -176,6 +177,12 @@ def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
     other = {**DESCRIPTION, "sampling": {"seed": 1, "group_size": 8}}
     with pytest.raises(RecordsError, match=r"another evaluation, with sampling\.seed=0, not 1; choose another folder"):
         check_folder(out, other)
+    metrics = {**DESCRIPTION, "regrading": {"pass_at": [2], "opens_thinking": True}}
+    check_folder(out, metrics)  # another summary of the same records
+    assert holds(out, metrics)
+    assert not holds(out, other)
+    write_description(out, metrics)
+    assert read_description(out) == metrics
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(RecordsError, match=r"holds thesis\.tex, and no evaluation; choose another folder"):
@@ -196,6 +203,7 @@ def test_a_folder_that_is_no_evaluation_is_refused_with_a_remedy(tmp_path: Path)
         *(json.dumps({**DESCRIPTION, "sets": {"a": {**SET, "problems": value}}}) for value in ("30", 0, 1.5, None)),
         json.dumps({**DESCRIPTION, "reward": {"function": 3, "answer_after": None}}),
         json.dumps(DESCRIPTION).replace("61", "9" * 5000),
+        *(json.dumps({**DESCRIPTION, "regrading": {"pass_at": value}}) for value in (2, [], [0], ["2"])),
     ]
     for content in wrong:
         (tmp_path / "evaluation.json").write_text(content)

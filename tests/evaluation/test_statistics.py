@@ -8,8 +8,8 @@ import pytest
 import scipy.stats as scipy_stats
 
 from megatron_rlvr.evaluation.statistics import (
+    FEWEST_CHANGES,
     bootstrap_interval,
-    detectable,
     mean_over_problems,
     pass_at_k,
     percentile,
@@ -98,14 +98,14 @@ def test_the_permutation_test_is_exact_for_few_changes_and_close_for_many():
         d = random.integers(-4, 6, size=problems) / 4
         flips = np.array(list(itertools.product((1, -1), repeat=problems)))
         expected = np.mean(np.abs(flips @ d) >= abs(d.sum()) - 1e-12)
-        assert permutation_test(d, seed=0) == pytest.approx(expected, rel=1e-12)
+        assert permutation_test(d, seed=0).p == pytest.approx(expected, rel=1e-12)
     for shift in (0.0, 0.1, 0.25):
         d = np.round((random.normal(shift, 0.5, size=60)) * 16) / 16
         expected = scipy_stats.permutation_test(
             (d,), np.mean, permutation_type="samples", n_resamples=10_000, random_state=np.random.default_rng(2)
         ).pvalue
-        assert permutation_test(d, seed=0) == pytest.approx(expected, abs=0.015)
-    assert permutation_test(np.zeros(5), seed=0) == 1.0
+        assert permutation_test(d, seed=0).p == pytest.approx(expected, abs=0.015)
+    assert permutation_test(np.zeros(5), seed=0).p == 1.0
     assert permutation_test(d, seed=4) == permutation_test(d, seed=4)
 
 
@@ -131,23 +131,46 @@ def test_students_quantile_is_scipys():
             assert student_quantile(probability, freedom) == pytest.approx(expected, rel=1e-9)
 
 
-def test_what_is_called_noise_is_where_a_paired_t_test_turns_significant():
-    d = np.random.default_rng(9).normal(size=30)
-    found = detectable(d)
-    d = d - d.mean()
-    assert scipy_stats.ttest_1samp(d + 1.0001 * found.noise, 0).pvalue < 0.05
-    assert scipy_stats.ttest_1samp(d + 0.9999 * found.noise, 0).pvalue > 0.05
+def test_the_smallest_significant_difference_is_that_of_all_patterns_of_signs():
+    random = np.random.default_rng(5)
+    for problems in (1, 5, 6, 8, 10):
+        d = random.choice([-1, -0.5, 0.25, 0.5], size=problems)
+        d[problems - problems // 6 :] = 0
+        means = [abs(np.dot(signs, d)) / problems for signs in itertools.product((1, -1), repeat=problems)]
+        significant = [m for m in means if np.mean([other >= m - 1e-12 for other in means]) < 0.05]
+        found = permutation_test(d, seed=0)
+        assert bool(significant) == (np.count_nonzero(d) >= FEWEST_CHANGES)
+        if significant:
+            assert found.smallest == pytest.approx(min(significant), rel=1e-12)
+            assert found.found > found.smallest
+        else:
+            assert math.isnan(found.smallest)
+            assert math.isnan(found.found)
+            assert not found.significant
+
+
+def test_a_difference_is_significant_exactly_from_the_smallest_on():
+    random, significant = np.random.default_rng(6), 0
+    for _ in range(150):
+        d = random.integers(-4, 7, size=random.integers(2, 40)) / 4
+        found = permutation_test(d, seed=0)
+        assert found.significant == (abs(d.mean()) >= found.smallest - 1e-9)  # NaN: never
+        significant += found.significant
+    assert 30 < significant < 120
+
+
+def test_the_fewest_changes_are_those_with_which_a_sign_test_can_be_significant():
+    assert scipy_stats.binomtest(FEWEST_CHANGES, FEWEST_CHANGES).pvalue < 0.05
+    assert scipy_stats.binomtest(FEWEST_CHANGES - 1, FEWEST_CHANGES - 1).pvalue > 0.05
 
 
 def test_a_difference_that_can_be_found_is_found_four_times_out_of_five():
     random = np.random.default_rng(11)
-    population = random.normal(size=30)
-    true = detectable(population).found
-    deviation = population.std(ddof=1)
-    draws = random.normal(true, deviation, size=(4000, 30))
-    significant = scipy_stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
-    assert significant.mean() == pytest.approx(0.8, abs=0.02)
-    assert math.isnan(detectable(population[:1]).noise)
+    population = random.normal(size=12)
+    population -= population.mean()
+    true = permutation_test(population, seed=0).found
+    draws = random.normal(true, population.std(), size=(600, 12))
+    assert np.mean([permutation_test(draw, seed=0).significant for draw in draws]) == pytest.approx(0.8, abs=0.05)
 
 
 def test_percentiles_are_interpolated():

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 import numpy as np
 import pytest
@@ -68,6 +68,15 @@ def test_every_metric_is_a_direct_count():
     assert metrics["accuracy"] == found.accuracy.value
     assert metrics["pass_at_4"] == found.pass_at[4].value
     assert metrics["majority_at_6"] == found.majority.value
+    shares: dict[str, list[float]] = {
+        "accuracy": [mean(r.correct for r in own) for own in table.values()],
+        "score": [mean(r.reward for r in own) for own in table.values()],
+        "pass_at_6": [any(r.correct for r in own) for own in table.values()],
+        "majority_at_6": [majority_by_count(own) for own in table.values()],
+    }
+    for name, values in shares.items():
+        assert metrics[f"{name}_standard_error"] == pytest.approx(stdev(values) / math.sqrt(23))
+    assert "pass_at_4_standard_error" in metrics
     assert summaries["empty"].as_json()["accuracy"] == {"value": None, "standard_error": None, "problems": 0}
 
 

@@ -76,7 +76,7 @@ def _evaluate(options: Namespace, arguments: list[str]) -> int:
         description["sampling"]["two_temperatures"] = options.two_temperatures
     check_folder(options.out, description)
     if _is_complete(options.out, resolved):
-        return _report_again(options, resolved)
+        return _report_again(options, resolved, description)
     if options.serve:
         return _serve(options, arguments, target, description, settings.rollout.api_key_file)
     ranks = options.ranks or (1 if servers else _default_ranks())
@@ -103,9 +103,10 @@ def _sample(options: Namespace, resolved: ResolvedEvaluation, target: Target, de
     return 0
 
 
-def _report_again(options: Namespace, resolved: ResolvedEvaluation) -> int:
+def _report_again(options: Namespace, resolved: ResolvedEvaluation, description: dict[str, Any]) -> int:
     """Report an evaluation of which every completion is recorded already."""
     if is_main():
+        write_description(options.out, description)  # the values of k may be others
         with _graders(resolved) as graders:
             report(options.out, resolved, read_records(options.out), graders, tokens=0, seconds=0, as_json=options.json)
     return 0

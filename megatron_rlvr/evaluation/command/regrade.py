@@ -14,17 +14,25 @@ from megatron_rlvr.config.loading import parse_flags, validate
 from megatron_rlvr.data.records import RecordFile
 from megatron_rlvr.evaluation.command.lease import lease_of
 from megatron_rlvr.evaluation.command.results import publish
-from megatron_rlvr.evaluation.folder import check_folder, read_description, records_of, write_description
+from megatron_rlvr.evaluation.folder import (
+    REGRADING,
+    Regrading,
+    check_folder,
+    read_description,
+    records_of,
+    write_description,
+)
 from megatron_rlvr.evaluation.majority import majorities, same_answers
 from megatron_rlvr.evaluation.records import Record, RecordsError, RecordWriter, read_records, read_responses
 from megatron_rlvr.evaluation.summary import summarize_sets
 from megatron_rlvr.input_files import same_place
+from megatron_rlvr.reward.final_answer import THINK_CLOSE
 from megatron_rlvr.reward.graders import GraderPool, Verdict, grade
 from megatron_rlvr.signals import Stopped
 from megatron_rlvr.types import Prompt
 
 _IN_FLIGHT = 64
-_TEXT_AFTER = "answer_after"
+_TEXT_AFTER, _FUNCTION = "answer_after", "function"
 
 
 def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> None:
@@ -41,7 +49,8 @@ def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> 
         Stopped: After what was graded before a signal has been recorded and reported.
     """
     before = read_description(source)
-    settings, answer_after = _settings(before["reward"], flags, out)
+    recorded = Regrading.model_validate(before.get(REGRADING, {}))
+    settings, answer_after = _settings(before["reward"], recorded, flags, out)
     reward = settings.reward
     own = reward.model_dump(include={"function", "correct", "incorrect"}) | {_TEXT_AFTER: answer_after}
     description = {**before, "reward": own, "regraded_from": str(same_place(source))}
@@ -66,7 +75,7 @@ def regrade(source: Path, out: Path, flags: Sequence[str], *, as_json: bool) -> 
             records,
             {name: each["problems"] for name, each in before["sets"].items()},
             group_size=before["sampling"]["group_size"],
-            pass_at=None,
+            pass_at=recorded.pass_at,
             majority=majorities(records, same_answers(reward, graders, answer_after)),
             names_answers=reward.function == "math",
         )
@@ -98,20 +107,46 @@ def _grade(source: Path, out: Path, prompts: Mapping[str, Prompt], graders: Grad
                 take()
 
 
-def _settings(before: Mapping[str, Any], flags: Sequence[str], out: Path) -> tuple[Settings, str | None]:
-    """Return settings with the reward, and the text after which answers begin: that recorded, unless a flag sets it."""
-    values: dict[str, Any] = {key: value for key, value in before.items() if key != _TEXT_AFTER}
-    answer_after = before[_TEXT_AFTER]
+def _settings(
+    before: Mapping[str, Any], recorded: Regrading, flags: Sequence[str], out: Path
+) -> tuple[Settings, str | None]:
+    """Return settings with the reward, and the text after which answers begin.
+
+    That text is the recorded one, unless a flag sets it or the recorded function read no answers: `reward.answer_after`
+    then decides, with auto by the recorded prompts. Raises SettingsError.
+
+    Args:
+        before: Section `reward` of the description.
+        recorded: Section `regrading` of the description.
+        flags: Flags ``--reward.KEY VALUE``.
+        out: Folder to write.
+    """
+    given: dict[str, Any] = {}
     for key, value in parse_flags(list(flags)):
         section, _, name = key.partition(".")
         if section != "reward" or name not in RewardSettings.model_fields or name == "overlong_buffer":
             raise SettingsError(f"--{key}: no setting of a reward; --regrade reads --reward.function and its like only")
-        values[name] = value
-        if name == _TEXT_AFTER:
-            answer_after = None if value in ("none", "auto") else value
+        given[name] = value
     run = {"dir": str(out), "steps": 1}
-    settings = validate({"run": run, "model": {"path": "-"}, "data": {"train": ["-"]}, "reward": values})
-    return settings, answer_after if settings.reward.function == "math" else None
+    reward = {key: value for key, value in before.items() if key != _TEXT_AFTER} | given
+    settings = validate({"run": run, "model": {"path": "-"}, "data": {"train": ["-"]}, "reward": reward})
+    after = settings.reward.answer_after
+    if after == "none" or not _reads_answers(settings.reward):
+        return settings, None
+    if _TEXT_AFTER not in given and _reads_answers(settings.reward.model_copy(update={_FUNCTION: before[_FUNCTION]})):
+        return settings, before[_TEXT_AFTER]
+    if after != "auto":
+        return settings, after
+    if recorded.opens_thinking is None:
+        raise SettingsError(
+            f"reward.answer_after=auto: the evaluation does not record whether its prompts open a thinking section; "
+            f"set it to none, or to the text that ends one, such as {THINK_CLOSE}"
+        )
+    return settings, THINK_CLOSE if recorded.opens_thinking else None
+
+
+def _reads_answers(reward: RewardSettings) -> bool:
+    return any(call.reads_answers for call in reward.functions.all)
 
 
 def _prompts(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Prompt]:
