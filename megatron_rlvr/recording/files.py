@@ -4,8 +4,8 @@
     pandas.read_parquet(run_dir / "rollouts" / "step_000040.parquet")   # any reader of Parquet
 
 Per-token columns are lists of the length of the response; the columns of alternatives are lists of `LIKELIEST` entries
-for each selected token, one after the other. The text of an alternative is written once a file: in `new_alternative_ids`
-and `new_alternative_texts` of the first row that has it. docs/forks.md describes each column.
+for each selected token, one after the other. The text of an alternative is written once a file, in the first row that
+has it: `new_alternative_ids` and `new_alternative_texts`. docs/forks.md describes each column.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

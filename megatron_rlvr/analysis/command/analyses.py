@@ -128,7 +128,7 @@ def tokens(source: Source, scored: Scored | None, least: int) -> list[Result]:
                 [Curve(name, d.edges[:-1].tolist(), d.counts.tolist())],
                 steps=True,
                 log_y=True,
-                marks={"80th percentile": d.percentiles[80], "in the paper": PAPER_THRESHOLD},
+                marks={"80th percentile": d.percentiles[80], "80th percentile in the paper": PAPER_THRESHOLD},
             ),
         ),
         _listed("forking_tokens", "Tokens of highest mean entropy", most, least),
