@@ -151,7 +151,9 @@ def _recorded(source: Source) -> np.ndarray:
 
 def _listed(name: str, title: str, means: Sequence[TokenMean], least: int) -> Result:
     rows: list[Sequence[Cell]] = [(mean.text, mean.token_id, mean.count, mean.entropy) for mean in means]
-    return Result(name, title, {"fewest occurrences": least}, ("token", "id", "occurrences", "mean entropy"), rows)
+    return Result(
+        name, title, {"fewest occurrences": least}, ("token", "id", "occurrences", "mean entropy"), rows, cloud=True
+    )
 
 
 def _by_step(

@@ -130,7 +130,11 @@
 
   // Axes, scales and points that all plots share. Steps and other integers have no ticks between them.
   function frame(x, labels, widthOfY) {
-    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(6)))));
+    const short = (tick) => {
+      const rounded = Number(tick.toPrecision(6));
+      return rounded && Math.abs(rounded) < 0.001 ? rounded.toExponential() : String(rounded);
+    };
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick)));
     const axis = { values, stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
     const integers = x.every(Number.isInteger) ? [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e)) : null;
     return {
@@ -532,7 +536,7 @@
   function tableOfResult(result) {
     const kinds = result.columns.map((_, i) => (result.rows.some((row) => typeof row[i] === "number") ? "number" : ""));
     const cell = (value, i) => element("td", { class: kinds[i] },
-      ...(result.columns[i] === "token" ? [quoted(value)] : readable(written(value))));
+      ...(result.cloud && i === 0 ? [quoted(value)] : readable(written(value))));
     return element("table", {}, element("thead", {}, element("tr", {}, ...result.columns.map((name, i) =>
       element("th", { class: kinds[i] }, name)))), element("tbody", {}, ...result.rows.map((row) =>
       element("tr", {}, ...row.map(cell)))));
@@ -547,7 +551,7 @@
     const table = element("details", {}, element("summary", {}, `Table: ${result.rows.length} of ${result.allRows} rows`),
       tableOfResult(result));
     const part = element("div", { class: "result" }, element("h3", {}, result.title), plots, metrics, table);
-    if (result.columns[0] === "token" && result.rows.length) {
+    if (result.cloud && result.rows.length) {
       plots.append(cloudOf(result.rows.slice(0, CLOUD).map(([text, , count, entropy]) => ({ text, count, entropy }))));
     }
     return { part, plots };
