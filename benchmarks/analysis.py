@@ -7,7 +7,7 @@ recording   the training step of benchmarks/step.py on 64 prompts x 8 responses 
             their tokens in the score pass, the pass under the updated weights, the Parquet file. The share of a step
             is that of these four parts; beside it is the difference of whole steps, which has the noise of sampling.
 analysis    `rlvr analyze tokens` of so many tokens in responses of 1,000 under the same model: scoring, histogram,
-            percentiles, and mean entropies by token; beside it transformers' forward pass over the same sequences with
+            percentiles, and mean entropies by token, with --tokens-per-micro-batch 2048; beside it transformers' forward pass over the same sequences with
             its logits and nothing else. Both take turns, a block of responses each.
 
 Seconds are process time of this one process, which has one thread; each of a step's is the least of the rounds.
@@ -39,6 +39,7 @@ SHAPES = {"full": Case(64, 8, 64, 128, 512), "tiny": CASES["tiny"]}
 RECORDED = 16
 LENGTH = 1_000
 BLOCK = 50
+BUDGET = 2048  # tokens of a micro-batch, which then fits into a CPU's cache
 
 
 def main() -> None:
@@ -125,7 +126,7 @@ def analysis(arm: Arm, folder: Path, vocabulary: int, count: int) -> dict[str, f
     for first in range(0, len(responses), BLOCK):
         block = responses[first : first + BLOCK]
         start = time.process_time()
-        found += entropies(policy, block, 8192)
+        found += entropies(policy, block, BUDGET)
         middle = time.process_time()
         with torch.inference_mode():
             for response in block:
