@@ -6,9 +6,9 @@ recording   the training step of benchmarks/step.py on 64 prompts x 8 responses 
             vocabulary 512), alternately without and with recording of 16 responses: choosing them, the alternatives of
             their tokens in the score pass, the pass under the updated weights, the Parquet file. The share of a step
             is that of these four parts; beside it is the difference of whole steps, which has the noise of sampling.
-analysis    `rlvr analyze tokens` of so many tokens in responses of 1,000 under the same model: scoring, histogram,
-            percentiles, and mean entropies by token, with --tokens-per-micro-batch 2048; beside it transformers' forward pass over the same sequences with
-            its logits and nothing else. Both take turns, a block of responses each.
+analysis    `rlvr analyze tokens --tokens-per-micro-batch 2048` of so many tokens in responses of 1,000 under the same
+            model: scoring, histogram, percentiles, and mean entropies by token; beside it transformers' forward pass
+            over the same sequences with its logits and nothing else. Both take turns, a block of responses each.
 
 Seconds are process time of this one process, which has one thread; each of a step's is the least of the rounds.
 `--case tiny` only shows that the program runs.
