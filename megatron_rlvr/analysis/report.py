@@ -30,6 +30,10 @@ REPORT, ANALYSES = "report.html", "analysis"
 """Names in a run folder: the report, and the folder of the results of `rlvr analyze`."""
 
 _LISTED, _LEAST, _ROWS = 50, 10, 100
+_ORDER = (
+    *("entropy", "forking_tokens", "sure_tokens", "entropy_by_step", "temperatures", "top_overlap", "entropy_change"),
+    *("parameters", "gradient"),
+)
 
 
 class ReportError(InputError):
@@ -125,12 +129,18 @@ def _forks(run: RunFolder, least: int) -> dict[str, Any]:
 def _analyses(folder: Path) -> list[dict[str, Any]]:
     """Results that `rlvr analyze` has written into a run folder, with the first rows of their tables."""
     found = []
-    for path in sorted((folder / ANALYSES).glob("*.json")):
+    for path in sorted((folder / ANALYSES).glob("*.json"), key=_place):
         result = read_json_object(path, ReportError, "remove the file, or run the analysis again")
         if not isinstance(result.get("rows"), list):
             raise ReportError(f"{path} is no result of rlvr analyze; remove the file")
         found.append(result | {"rows": result["rows"][:_ROWS], "allRows": len(result["rows"])})
     return found
+
+
+def _place(path: Path) -> tuple[int, str]:
+    """Order of a result on the page; the name of one on a set of problems ends with that of the set."""
+    name = "temperatures" if path.stem.startswith("temperatures_") else path.stem
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER), path.stem
 
 
 def _row(mean: TokenMean) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,12 @@ from megatron_rlvr.errors import InputError
 
 Cell = float | int | str | None
 """A value of a table."""
+
+
+_CLOUD = 50
+"""Number of tokens in a cloud."""
+_MARGIN, _LINE = 0.03, 0.42
+"""Space between words, as a share of the width; height of a line in inches."""
 
 
 class MissingPlotsError(InputError):
@@ -61,6 +68,8 @@ class Result:
         columns: Names of the table's columns.
         rows: Rows of the table.
         plot: The plot; None without one.
+        cloud: Whether the rows are tokens (text, id, occurrences, mean entropy), of which the first are drawn, the
+            larger the more often they occur.
     """
 
     name: str
@@ -69,14 +78,15 @@ class Result:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     plot: Plot | None = None
+    cloud: bool = False
 
 
 def write_result(folder: Path, result: Result) -> list[Path]:
     """Write the files of a result into a folder; return them.
 
-    Raises: MissingPlotsError before anything is written, if there is a plot and no matplotlib.
+    Raises: MissingPlotsError before anything is written, if there is a plot or a cloud and no matplotlib.
     """
-    pyplot = _pyplot() if result.plot is not None else None
+    pyplot = _pyplot() if result.plot is not None or result.cloud else None
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{result.name}.json", folder / f"{result.name}.csv"]
     atomic.write_text(files[0], json.dumps(_clean(asdict(result)), ensure_ascii=False, indent=1) + "\n")
@@ -84,10 +94,13 @@ def write_result(folder: Path, result: Result) -> list[Path]:
         writer = csv.writer(file)
         writer.writerow(result.columns)
         writer.writerows(result.rows)
-    if result.plot is not None:
+    if pyplot is not None:
         for suffix in (".png", ".svg"):
             files.append(folder / f"{result.name}{suffix}")
-            _draw(pyplot, result.title, result.plot, files[-1])
+            drawing = _cloud(pyplot, result) if result.plot is None else _plot(pyplot, result.title, result.plot)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # characters that the font lacks
+                drawing.savefig(files[-1], dpi=130, metadata={"Date": None} if suffix == ".svg" else None)
+            pyplot.close(drawing)
     return files
 
 
@@ -108,7 +121,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _draw(pyplot: Any, title: str, plot: Plot, path: Path) -> None:
+def _plot(pyplot: Any, title: str, plot: Plot) -> Any:
     drawing, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     for curve in plot.curves:
         style = {"drawstyle": "steps-post"} if plot.steps else {"marker": "."}
@@ -124,8 +137,36 @@ def _draw(pyplot: Any, title: str, plot: Plot, path: Path) -> None:
     axes.grid(alpha=0.3)
     if len(plot.curves) + len(plot.marks) > 1:
         axes.legend()
-    drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(drawing)
+    return drawing
+
+
+def _cloud(pyplot: Any, result: Result) -> Any:
+    """Draw tokens one after the other in lines, those of the first rows first."""
+    rows = [(str(text), float(count or 0)) for text, _, count, *_ in result.rows[:_CLOUD]]
+    most = max((count for _, count in rows), default=1.0)
+    drawing = pyplot.figure(figsize=(7, 3.6))
+    renderer, width = drawing.canvas.get_renderer(), drawing.bbox.width
+    words, x, line = [], _MARGIN, 0
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        for text, count in rows:
+            word = drawing.text(
+                0, 0, _visible(text), size=8 + 14 * (count / most) ** 0.5, parse_math=False, va="center"
+            )
+            size = word.get_window_extent(renderer).width / width
+            if x + size > 1 - _MARGIN and x > _MARGIN:
+                x, line = _MARGIN, line + 1
+            words.append((word, x, line))
+            x += size + _MARGIN
+    drawing.set_size_inches(7, _LINE * (line + 2))
+    for word, left, number in words:
+        word.set_position((left, 1 - (number + 1.5) / (line + 2)))
+    drawing.suptitle(result.title, y=1 - 0.4 / (line + 2))
+    return drawing
+
+
+def _visible(text: str) -> str:
+    """A token without the spaces around it, and with the numbers of characters that show nothing."""
+    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in text.strip(" ") or "<space>")
 
 
 def _clean(value: Any) -> Any:

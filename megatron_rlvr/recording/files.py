@@ -1,10 +1,11 @@
 """Recorded responses as files: `rollouts/step_N.parquet` in a run folder, one row a response.
 
-    for response in read_recorded(run_dir): ...        # ours
-    pandas.read_parquet(run_dir / "rollouts")          # any reader of Parquet
+    for response in read_recorded(run_dir): ...                         # ours
+    pandas.read_parquet(run_dir / "rollouts" / "step_000040.parquet")   # any reader of Parquet
 
 Per-token columns are lists of the length of the response; the columns of alternatives are lists of `LIKELIEST` entries
-for each selected token, one after the other. docs/forks.md describes each column.
+for each selected token, one after the other. The text of an alternative is written once a file, in the first row that
+has it: `new_alternative_ids` and `new_alternative_texts`. docs/forks.md describes each column.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,9 @@ FOLDER = "rollouts"
 
 LIKELIEST = 5
 """Number of alternatives that are recorded of a selected token."""
+
+_GRID = 2.0**-14
+"""Log-probabilities of alternatives are multiples of it, in nats: the bits below cost a byte and show nothing."""
 
 
 class RecordingError(InputError):
@@ -57,7 +61,7 @@ class RecordedResponse:
         selected: [T] bool.
         alternative_ids: [s, LIKELIEST] int32, likeliest tokens at the selected positions, before the update.
         alternative_texts: s * LIKELIEST texts of them.
-        alternative_logp: [s, LIKELIEST] float32, their log-probabilities, highest first.
+        alternative_logp: [s, LIKELIEST] float32, their log-probabilities, highest first; of a file to 2^-14 nats.
     """
 
     step: int
@@ -91,9 +95,11 @@ class RecordedResponse:
         return self.step - 1 - int(self.weight_versions.min())
 
 
-_INTS = ("prompt_ids", "token_ids", "weight_versions", "alternative_ids")
+_IDS, _INTS = ("token_ids", "alternative_ids"), ("prompt_ids", "weight_versions")
 _FLOATS = ("rollout_logp", "old_logp", "new_logp", "entropy", "alternative_logp")
-_ARRAYS, _TEXTS = (*_INTS, *_FLOATS, "selected"), ("texts", "alternative_texts")
+_ARRAYS = (*_IDS, *_INTS, *_FLOATS, "selected")
+_NEW_IDS, _NEW_TEXTS = "new_alternative_ids", "new_alternative_texts"
+"""Columns instead of `RecordedResponse.alternative_texts`, which would repeat each text."""
 
 
 @cache
@@ -104,13 +110,14 @@ def schema() -> Any:
     types = {
         **dict.fromkeys(("step", "group", "index"), pa.int32()),
         **dict.fromkeys(("reward", "advantage"), pa.float32()),
-        **dict.fromkeys(_INTS, pa.list_(pa.int32())),
+        **dict.fromkeys((*_IDS, *_INTS, _NEW_IDS), pa.list_(pa.int32())),
         **dict.fromkeys(_FLOATS, pa.list_(pa.float32())),
-        **dict.fromkeys(_TEXTS, pa.list_(pa.string())),
+        **dict.fromkeys(("texts", _NEW_TEXTS), pa.list_(pa.string())),
         "correct": pa.bool_(),
         "selected": pa.list_(pa.bool_()),
     }
-    return pa.schema([(field.name, types.get(field.name, pa.string())) for field in fields(RecordedResponse)])
+    names = [field.name for field in fields(RecordedResponse) if field.name != "alternative_texts"]
+    return pa.schema([(name, types.get(name, pa.string())) for name in (*names, _NEW_IDS, _NEW_TEXTS)])
 
 
 def write_recorded(folder: Path, step: int, responses: Sequence[RecordedResponse]) -> Path:
@@ -118,21 +125,37 @@ def write_recorded(folder: Path, step: int, responses: Sequence[RecordedResponse
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{field.name: _plain(getattr(response, field.name)) for field in fields(response)} for response in responses]
     path = folder / FOLDER / f"step_{step:06d}.parquet"
     building = atomic.temporary_path(path)
     with explained(f"the recorded responses of step {step}", folder):
         path.parent.mkdir(exist_ok=True)
         pq.write_table(
-            pa.Table.from_pylist(rows, schema()),
+            pa.Table.from_pylist(list(_rows(responses)), schema()),
             building,
             compression="zstd",
-            # The bytes of floats compress when those of equal weight are neighbours, other values by a dictionary.
-            use_byte_stream_split=[f"{name}.list.element" for name in _FLOATS],
-            use_dictionary=["prompt", "answer", *(f"{name}.list.element" for name in (*_INTS, *_TEXTS))],
+            compression_level=9,
+            # The bytes of numbers compress when those of equal weight are neighbours, repeated values by a dictionary.
+            use_dictionary=["prompt", "answer", *(f"{name}.list.element" for name in (*_INTS, "texts"))],
+            column_encoding={
+                **{f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in (*_IDS, *_FLOATS)},
+                f"{_NEW_IDS}.list.element": "DELTA_BINARY_PACKED",
+                f"{_NEW_TEXTS}.list.element": "DELTA_LENGTH_BYTE_ARRAY",
+            },
         )
         building.replace(path)
     return path
+
+
+def _rows(responses: Sequence[RecordedResponse]) -> Iterator[dict[str, Any]]:
+    """Rows of a file: the text of an alternative is in the first row that has it."""
+    known: set[int] = set()
+    for response in responses:
+        row = {field.name: _plain(getattr(response, field.name)) for field in fields(response)}
+        texts = dict(zip(row["alternative_ids"].tolist(), row.pop("alternative_texts"), strict=True))
+        new = sorted(texts.keys() - known)
+        known.update(new)
+        row["alternative_logp"] = np.round(row["alternative_logp"] / _GRID) * np.float32(_GRID)
+        yield row | {_NEW_IDS: new, _NEW_TEXTS: [texts[i] for i in new]}
 
 
 def recorded_files(folder: Path) -> list[tuple[int, Path]]:
@@ -167,11 +190,14 @@ def _read(path: Path) -> Iterator[RecordedResponse]:
         raise RecordingError(
             f"{path} cannot be read as recorded responses ({' '.join(str(error).split())[:200]}); remove the file"
         ) from None
+    texts: dict[int, str] = {}
     for i in range(table.num_rows):
         values: dict[str, Any] = {}
         for name in table.column_names:
             scalar = table.column(name)[i]
             values[name] = scalar.values.to_numpy(zero_copy_only=False) if name in _ARRAYS else scalar.as_py()
+        texts.update(zip(values.pop(_NEW_IDS), values.pop(_NEW_TEXTS), strict=True))
+        values["alternative_texts"] = [texts[token] for token in values["alternative_ids"].tolist()]
         for name in ("alternative_ids", "alternative_logp"):
             values[name] = values[name].reshape(-1, LIKELIEST)
         yield RecordedResponse(**values)

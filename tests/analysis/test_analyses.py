@@ -1,9 +1,12 @@
 """The analyses as a user runs them, on a run folder and on models of a few parameters."""
 
 import csv
+import html
 import json
+import re
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from megatron_rlvr.analysis.command.sources import Response, Source, SourceError
 from megatron_rlvr.analysis.command.temperatures import Grid, temperatures
 from megatron_rlvr.analysis.command.weights import UnlikeModelsError, parameters
 from megatron_rlvr.analysis.parameters import by, changes
+from megatron_rlvr.analysis.results import Result, write_result
 from megatron_rlvr.errors import InputError
 
 
@@ -37,6 +41,17 @@ def test_tokens_of_a_run_are_written_as_json_csv_png_and_svg_with_the_same_numbe
     assert rows[0] == ["token", "id", "occurrences", "mean entropy"]
     assert [float(row[3]) for row in rows[1:]] == sorted((float(row[3]) for row in rows[1:]), reverse=True)
     assert {row[0] for row in rows[1:]} <= set(WORDS)
+
+
+def test_a_cloud_has_the_tokens_in_their_order_and_larger_the_more_often_they_occur(tmp_path: Path):
+    rows = [(" wait", 7, 100, 2.0), ("$a_b$", 8, 25, 1.0), ("\n", 9, 1, 0.5)]
+    result = Result("forks", "Forks", {}, ("token", "id", "occurrences", "mean entropy"), rows, cloud=True)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        *_, svg = write_result(tmp_path, result)
+    words = re.findall(r"<text style=.font-size: ([0-9.]+)px[^>]*>([^<]*)<", svg.read_text(encoding="utf-8"))
+    sizes = {html.unescape(text): float(size) for size, text in words}
+    assert list(sizes) == ["wait", "$a_b$", "<U+000A>", "Forks"]
+    assert sizes["wait"] > sizes["$a_b$"] > sizes["<U+000A>"]
 
 
 def test_changes_of_several_models_are_one_table():
@@ -97,7 +112,7 @@ def test_changed_parameters_of_two_folders_are_counted_by_layer_and_kind(models:
     tensors = sum(row[0] == "name" for row in result.rows)
     assert result.metrics["changed"] == tensors
     shares = {row[1]: row[3] for row in result.rows if row[0] == "layer"}
-    assert set(shares) == {"none", *(str(layer) for layer in range(layers))}
+    assert list(shares) == ["none", *(str(layer) for layer in range(layers))]
     assert parameters(base, base, tmp_path).metrics["changed"] == 0
 
 

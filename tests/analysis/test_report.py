@@ -1,6 +1,7 @@
 """What a report says of a run, against the run's own files."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_rlvr.analysis.report_command import main
 from megatron_rlvr.analysis.runs import RunError, read_runs
 from megatron_rlvr.analysis.shown_rollouts import show_rollouts
 from megatron_rlvr.analysis.token_means import TokenMeans
-from megatron_rlvr.recording.files import RecordingError, read_recorded
+from megatron_rlvr.recording.files import LIKELIEST, RecordingError, read_recorded, write_recorded
 
 
 def test_mean_entropies_by_token_are_those_of_a_loop():
@@ -56,25 +57,50 @@ def test_shown_steps_are_spread_over_the_run_and_fit_the_page(tmp_path: Path):
     assert len(show_rollouts(read_runs([too_long]), most_tokens=1000).responses) == 1
 
 
-def test_a_recorded_token_takes_at_most_60_bytes_if_a_fifth_is_selected_and_90_if_all_are(tmp_path: Path):
+@pytest.mark.parametrize(("all_selected", "most"), [(False, 40), (True, 60)], ids=["a fifth selected", "all selected"])
+def test_a_recorded_token_takes_at_most_60_bytes_and_is_read_as_it_was(tmp_path: Path, all_selected: bool, most: int):
     # Random tokens of a large vocabulary compress worse than any text does.
     tokens, texts = 2000, tuple(f" word{i}" for i in range(150_000))
     random = np.random.default_rng(0)
 
-    def all_selected() -> dict[str, Any]:
-        ids = random.integers(len(texts), size=(tokens, 5)).astype(np.int32)
+    def alternatives() -> dict[str, Any]:
+        if not all_selected:
+            return {}
+        ids = random.integers(len(texts), size=(tokens, LIKELIEST)).astype(np.int32)
+        logp = -np.sort(random.gamma(1.0, 1.0, ids.shape).astype(np.float32), axis=1)
         return {
             "selected": np.ones(tokens, bool),
             "alternative_ids": ids,
             "alternative_texts": [texts[i] for i in ids.ravel()],
-            "alternative_logp": -random.gamma(1.0, 1.0, ids.shape).astype(np.float32),
+            "alternative_logp": logp,
         }
 
-    for name, changes, most in (("a fifth", dict[str, Any], 60), ("all", all_selected, 90)):
-        responses = [response(1, 0, i, tokens=tokens, texts=texts, **changes()) for i in range(8)]
-        run = write_run(tmp_path / name, 1, recorded={1: responses})
-        size = (run / "rollouts" / "step_000001.parquet").stat().st_size
-        assert size <= most * 8 * tokens, name
+    responses = [response(1, 0, i, tokens=tokens, texts=texts, **alternatives()) for i in range(8)]
+    path = write_recorded(tmp_path, 1, responses)
+    assert path.stat().st_size <= most * 8 * tokens
+    for wrote, read in zip(responses, read_recorded(tmp_path), strict=True):
+        for field in fields(wrote):
+            value, expected = getattr(read, field.name), getattr(wrote, field.name)
+            if isinstance(expected, np.ndarray):
+                assert value.dtype == expected.dtype
+                rounded = 2**-15 if field.name == "alternative_logp" else 0.0
+                np.testing.assert_allclose(value, expected, atol=rounded, rtol=0)
+            else:
+                assert value == expected
+
+
+def test_pandas_reads_recorded_responses_and_the_texts_of_alternatives(tmp_path: Path):
+    pandas = pytest.importorskip("pandas", reason="no pandas")
+    responses = [response(1, group, index) for group in range(2) for index in range(4)]
+    frame = pandas.read_parquet(write_recorded(tmp_path, 1, responses))
+    new = frame[["new_alternative_ids", "new_alternative_texts"]].explode([*frame.columns[-2:]]).dropna()
+    text_of = dict(zip(new.iloc[:, 0], new.iloc[:, 1], strict=True))
+    assert len(new) == len(text_of)
+    for wrote, (_, row) in zip(responses, frame.iterrows(), strict=True):
+        np.testing.assert_array_equal(row.token_ids, wrote.token_ids)
+        assert row.texts.tolist() == wrote.texts
+        np.testing.assert_array_equal(row.entropy, wrote.entropy)
+        assert [text_of[i] for i in row.alternative_ids] == wrote.alternative_texts
 
 
 def test_a_run_without_records_or_with_other_settings_is_reported_all_the_same(tmp_path: Path):

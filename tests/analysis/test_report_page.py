@@ -69,8 +69,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = write_run(place / "one <b>&amp;", recorded={1: STEP_1, 4: STEP_4, 9: STEP_9})
     responses = [Response(r.prompt_ids, r.token_ids, r.step, r.entropy) for r in STEP_1]
     scored = Scored(["<b>model"], [None], [np.concatenate([r.entropy for r in STEP_1])])
-    entropy, *_ = tokens(Source(responses, 1.0, lambda token: WORDS[token]), scored, least=1)
-    write_result(one / "analysis", entropy)
+    for result in tokens(Source(responses, 1.0, lambda token: WORDS[token]), scored, least=1):
+        write_result(one / "analysis", result)
     write_report([one, write_run(place / "two")], place / "report.html", least=1)
     return place / "report.html"
 
@@ -108,6 +108,23 @@ def test_each_tab_shows_its_part_and_arrow_keys_change_it(report: Report):
     report.page.keyboard.press("ArrowLeft")
     assert report.page.locator("#analyses").is_visible()
     assert "<b>model" in report.texts("#analyses")[0]
+
+
+def test_analyses_are_in_the_order_of_the_paper_with_marks_clouds_and_tables(report: Report):
+    report.page.click("#tab-analyses")
+    titles = ["Token entropies", "Tokens of highest mean entropy", "Tokens of lowest mean entropy"]
+    assert report.texts("#analyses h3") == titles
+    entropy = np.percentile(np.concatenate([r.entropy for r in STEP_1]).astype(np.float64), 80)
+    marks = f"Dashed line: 80th percentile, {entropy:.5g}. Dotted line: 80th percentile in the paper, 0.672."
+    assert report.texts("#analyses .note")[0] == marks
+    clouds = report.page.locator("#analyses .cloud").all_inner_texts()
+    assert len(clouds) == 2
+    for word in WORDS:
+        assert all(word.strip() in cloud for cloud in clouds)
+    report.page.locator("#analyses summary").nth(1).click()
+    table = report.page.locator("#analyses .result").nth(1).locator("details table")
+    assert table.locator("th.number").all_inner_texts() == ["id", "occurrences", "mean entropy"]
+    assert table.locator("tbody tr").count() == len(WORDS)
 
 
 def test_a_curve_shows_the_values_of_metrics_jsonl(report: Report):

@@ -128,7 +128,7 @@ def tokens(source: Source, scored: Scored | None, least: int) -> list[Result]:
                 [Curve(name, d.edges[:-1].tolist(), d.counts.tolist())],
                 steps=True,
                 log_y=True,
-                marks={"80th percentile": d.percentiles[80], "in the paper": PAPER_THRESHOLD},
+                marks={"80th percentile": d.percentiles[80], "80th percentile in the paper": PAPER_THRESHOLD},
             ),
         ),
         _listed("forking_tokens", "Tokens of highest mean entropy", most, least),
@@ -151,7 +151,9 @@ def _recorded(source: Source) -> np.ndarray:
 
 def _listed(name: str, title: str, means: Sequence[TokenMean], least: int) -> Result:
     rows: list[Sequence[Cell]] = [(mean.text, mean.token_id, mean.count, mean.entropy) for mean in means]
-    return Result(name, title, {"fewest occurrences": least}, ("token", "id", "occurrences", "mean entropy"), rows)
+    return Result(
+        name, title, {"fewest occurrences": least}, ("token", "id", "occurrences", "mean entropy"), rows, cloud=True
+    )
 
 
 def _by_step(

@@ -33,13 +33,13 @@ def parameters(base: Target, model: Target, place: Path) -> Result:
         found = list(changes(_pairs(folder, model)))
     count, changed = sum(c.count for c in found), sum(c.changed for c in found)
     rows: list[Sequence[Cell]] = []
+    found.sort(key=lambda c: -1 if c.layer is None else c.layer)  # files have layer 10 before layer 2
     for key in ("kind", "layer", "name"):
         rows += [
             (key, "none" if value is None else str(value), n, differ, differ / n)
             for value, (n, differ) in by(found, key).items()
         ]
     layers = [(layer, differ / n) for layer, (n, differ) in by(found, "layer").items() if isinstance(layer, int)]
-    layers.sort()
     return Result(
         "parameters",
         "Changed parameters by layer",

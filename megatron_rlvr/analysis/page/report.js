@@ -102,7 +102,8 @@
       const values = run.values[series.key];
       if (!values || values.every((value) => value === null)) return;
       const errors = series.error ? run.values[series.error] : undefined;
-      const name = data.runs.length > 1 ? `${data.runs[r].name}: ${series.label}` : series.label;
+      const name = data.runs.length === 1 ? series.label
+        : panel.series.length === 1 ? data.runs[r].name : `${data.runs[r].name}: ${series.label}`;
       curves.push({ r, s, name, steps: run.steps, values, errors });
     }));
     const steps = [...new Set(curves.flatMap((curve) => curve.steps.filter((_, i) => curve.values[i] !== null)))];
@@ -127,13 +128,30 @@
     return { columns, tops };
   }
 
-  function axisStyle() {
-    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(6)))));
-    return { values, stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
+  // Axes, scales and points that all plots share. Steps and other integers have no ticks between them.
+  function frame(x, labels, widthOfY) {
+    const short = (tick) => {
+      const rounded = Number(tick.toPrecision(6));
+      return rounded && Math.abs(rounded) < 0.001 ? rounded.toExponential() : String(rounded);
+    };
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick)));
+    const axis = { values, stroke: css("--ink"), grid: { stroke: `${css("--line")}99` }, ticks: { stroke: css("--line") } };
+    const integers = x.every(Number.isInteger) ? [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e)) : null;
+    return {
+      axes: [
+        { ...axis, label: labels.x, labelSize: 18, size: 36, ...(integers ? { incrs: integers.sort((m, n) => m - n) } : {}) },
+        { ...axis, label: labels.y, labelSize: 18, size: widthOfY },
+      ],
+      points: { size: 5, fill: css("--paper") },
+      // Of values that are all alike the library takes a range of a hundred.
+      range: (_, least, most) => (least === most ? [Math.min(0, least), Math.max(1, 2 * most)]
+        : uPlot.rangeNum(least, most, 0.1, true)),
+    };
   }
 
   function plot(panel, into) {
     const table = tableOf(panel);
+    const { axes, points, range } = frame(table.steps, { x: "step", y: panel.unit }, 56);
     const columns = [table.steps];
     const series = [{ label: "step" }];
     const bands = [];
@@ -149,7 +167,7 @@
         width: 1.5,
         dash: DASHES[(several && panel.series.length === 1 ? curve.r : several ? curve.r : curve.s) % DASHES.length],
         spanGaps: true,
-        points: { show: table.steps.length <= 60, size: 5 },
+        points: { ...points, show: table.steps.length <= 60 },
         fill: panel.stacked && !several ? `${colour}66` : undefined,
         value: (_, value, __, x) => {
           const shown = panel.stacked && x !== null ? parts[i][x] : value;
@@ -165,14 +183,13 @@
         bands.push({ series: [series.length - 2, series.length - 1], fill: `${colour}2b` });
       }
     });
-    const axis = axisStyle();
     const chart = new uPlot({
       width: Math.max(320, into.clientWidth),
       height: 230,
-      scales: { x: { time: false }, ...(panel.stacked ? { y: { range: (_, __, most) => [0, most * 1.05] } } : {}) },
+      scales: { x: { time: false }, y: { range: panel.stacked ? (_, __, most) => [0, most * 1.05] : range } },
       series,
       bands,
-      axes: [{ ...axis, label: "step", labelSize: 18, size: 36 }, { ...axis, label: panel.unit, labelSize: 18, size: 56 }],
+      axes,
       cursor: { sync: { key: "steps" } },
       legend: { markers: { dash: (_, i) => (series[i].dash?.length ? "dashed" : "solid") } },
     }, columns, into);
@@ -196,6 +213,8 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     drawn = [];
     if (!at("curves").hidden) drawCurves();
+    analysesShown = false;
+    if (!at("analyses").hidden) showAnalyses();
   });
   addEventListener("resize", () => {
     for (const { chart, into } of drawn) chart.setSize({ width: Math.max(320, into.clientWidth), height: 230 });
@@ -217,7 +236,7 @@
       const fill = (id, options) => at(id).replaceChildren(...options.map(([value, text]) =>
         element("option", { value }, text)));
       fill("run", data.runs.map((run, i) => [i, run.name]));
-      at("legend").append("0 nats", ...[0, ...LEVELS].map((level, i) =>
+      at("legend").append("Entropy in nats:", ...[0, ...LEVELS].map((level, i) =>
         element("span", { class: `e${i}` }, i ? `${level / 1000}+` : "0")));
       at("run").addEventListener("change", () => { this.listSteps(); });
       at("step").addEventListener("change", () => { this.listGroups(); });
@@ -445,17 +464,34 @@
         + "occurrences. In the cloud, a token is the larger the more often it occurs."),
     );
     if (!forks.most.length) continue;
-    at("tokens").append(element("h3", {}, "Highest mean entropy"), cloudOf(forks.most), tableOfTokens(forks.most),
-      element("h2", {}, "Lowest mean entropy"), cloudOf(forks.fewest), tableOfTokens(forks.fewest));
+    const part = (title, rows) => element("div", {}, element("h3", {}, title), cloudOf(rows), tableOfTokens(rows));
+    at("tokens").append(element("div", { class: "panels" }, part("Highest mean entropy", forks.most),
+      part("Lowest mean entropy", forks.fewest)));
   }
 
   // Analyses ---------------------------------------------------------------------------------------------------------
+
+  const MARKS = [[7, 4], [2, 4]];
+
+  function drawMark(chart, x, dash) {
+    const at = Math.round(chart.valToPos(x, "x", true));
+    const { left, top, width, height } = chart.bbox;
+    if (at < left || at > left + width) return;
+    Object.assign(chart.ctx, { strokeStyle: css("--ink"), lineWidth: devicePixelRatio });
+    chart.ctx.setLineDash(dash);
+    chart.ctx.beginPath();
+    chart.ctx.moveTo(at, top);
+    chart.ctx.lineTo(at, top + height);
+    chart.ctx.stroke();
+    chart.ctx.setLineDash([]);
+  }
 
   function plotOf(result, into) {
     const given = result.plot;
     const bounds = (curve, sign) => curve.y.map((value, i) => value + sign * curve.errors[i]);
     const table = uPlot.join(given.curves.map((curve) =>
       [curve.x, curve.y, ...(curve.errors ? [bounds(curve, 1), bounds(curve, -1)] : [])]));
+    const { axes, points, range } = frame(table[0], given, 66);
     const series = [{ label: given.x }];
     const bands = [];
     given.curves.forEach((curve, i) => {
@@ -465,8 +501,8 @@
         stroke,
         dash: DASHES[i % DASHES.length],
         width: 1.5,
-        spanGaps: true,
-        points: { show: !given.steps && curve.x.length <= 60, size: 5 },
+        spanGaps: !given.steps,
+        points: { ...points, show: !given.steps && curve.x.length <= 60 },
         paths: given.steps ? uPlot.paths.stepped({ align: 1 }) : undefined,
       });
       if (!curve.errors) return;
@@ -475,14 +511,20 @@
       }
       bands.push({ series: [series.length - 2, series.length - 1], fill: `${stroke}2b` });
     });
-    const axis = axisStyle();
+    const marks = Object.entries(given.marks ?? {});
+    if (marks.length) {
+      into.append(element("p", { class: "note" }, marks.map(([name, x], i) =>
+        `${["Dashed", "Dotted"][i % 2]} line: ${name}, ${written(x)}`).join(". "), "."));
+    }
     return new uPlot({
-      width: Math.min(900, Math.max(320, into.clientWidth)),
+      width: Math.max(320, into.clientWidth),
       height: 260,
-      scales: { x: { time: false }, y: given.log_y ? { distr: 3 } : {} },
+      scales: { x: { time: false }, y: given.log_y ? { distr: 3 } : { range } },
       series,
       bands,
-      axes: [{ ...axis, label: given.x, labelSize: 18, size: 36 }, { ...axis, label: given.y, labelSize: 18, size: 66 }],
+      axes,
+      hooks: { draw: [(chart) => marks.forEach(([, x], i) => drawMark(chart, x, MARKS[i % 2]))] },
+      legend: { markers: { dash: (_, i) => (series[i].dash?.length ? "dashed" : "solid") } },
     }, given.log_y ? table.map((column, i) => (i ? column.map((value) => value || null) : column)) : table, into);
   }
 
@@ -492,10 +534,27 @@
   }
 
   function tableOfResult(result) {
-    return element("table", {}, element("thead", {}, element("tr", {}, ...result.columns.map((name) => element("th", {}, name)))),
-      element("tbody", {}, ...result.rows.map((row) => element("tr", {}, ...row.map((value) =>
-        element("td", { class: typeof value === "number" ? "number" : "" },
-          typeof value === "number" ? written(value) : quoted(written(value))))))));
+    const kinds = result.columns.map((_, i) => (result.rows.some((row) => typeof row[i] === "number") ? "number" : ""));
+    const cell = (value, i) => element("td", { class: kinds[i] },
+      ...(result.cloud && i === 0 ? [quoted(value)] : readable(written(value))));
+    return element("table", {}, element("thead", {}, element("tr", {}, ...result.columns.map((name, i) =>
+      element("th", { class: kinds[i] }, name)))), element("tbody", {}, ...result.rows.map((row) =>
+      element("tr", {}, ...row.map(cell)))));
+  }
+
+  const CLOUD = 50; // tokens
+
+  function partOf(result) {
+    const plots = element("div");
+    const metrics = element("table", {}, ...Object.entries(result.metrics).map(([name, value]) => element("tr", {},
+      element("th", {}, name), element("td", {}, ...readable(written(value))))));
+    const table = element("details", {}, element("summary", {}, `Table: ${result.rows.length} of ${result.allRows} rows`),
+      tableOfResult(result));
+    const part = element("div", { class: "result" }, element("h3", {}, result.title), plots, metrics, table);
+    if (result.cloud && result.rows.length) {
+      plots.append(cloudOf(result.rows.slice(0, CLOUD).map(([text, , count, entropy]) => ({ text, count, entropy }))));
+    }
+    return { part, plots };
   }
 
   let analysesShown = false;
@@ -503,17 +562,14 @@
     if (analysesShown) return;
     analysesShown = true;
     const section = at("analyses");
+    section.replaceChildren();
     for (const run of data.runs) {
       section.append(element("h2", {}, run.name));
       if (!run.analyses.length) section.append(element("p", { class: "note" }, "None: rlvr analyze writes them."));
       for (const result of run.analyses) {
-        const into = element("div", { class: "panel" }, element("h3", {}, result.title));
-        section.append(into);
-        into.append(element("table", {}, ...Object.entries(result.metrics).map(([name, value]) =>
-          element("tr", {}, element("th", {}, name), element("td", {}, ...readable(written(value)))))));
-        if (result.plot) plotOf(result, into);
-        into.append(element("details", {}, element("summary", {}, `Table: ${result.rows.length} of ${result.allRows} rows`),
-          tableOfResult(result)));
+        const { part, plots } = partOf(result);
+        section.append(part);
+        if (result.plot) plotOf(result, plots);
       }
     }
   }
