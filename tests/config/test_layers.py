@@ -150,6 +150,17 @@ def test_a_file_switches_off_what_the_file_that_it_extends_has_settings_for(flag
     assert settings.model_dump() == load_settings(base, flags).model_dump()
 
 
+@pytest.mark.parametrize("normalizer", ["sequence_mean", "prompt_mean"])
+def test_means_over_sequences_and_prompts_keep_their_effect_when_all_tokens_train(normalizer, base, tmp_path: Path):
+    loss = BASE["loss"] | {"normalizer": normalizer}
+    values = BASE | {"loss": loss, "selection": {"keep": "all"}}
+    whole = load_settings(write(tmp_path / "whole.yaml", values))  # within one file: GRPO
+    layered = load_settings(write(tmp_path / "child.yaml", {"extends": "base.yaml", "loss": loss}), OFF[1][0])
+    for settings in (whole, layered):
+        assert settings.loss.normalizer == normalizer
+        assert "loss.normalizer" not in unused(settings)
+
+
 def test_several_features_are_switched_off_at_once(base: Path):
     flags = [flag for one, _, _ in OFF[:6] for flag in one]
     settings = load_settings(base, flags)
