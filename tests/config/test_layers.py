@@ -203,3 +203,17 @@ def test_a_flag_for_a_feature_that_the_file_has_switched_off_is_an_error(tmp_pat
     path = write(tmp_path / "config.yaml", values)
     with pytest.raises(SettingsError, match=r"evaluate\.group_size=8: has no effect with evaluate\.sets=\[\]"):
         load_settings(path, ["--evaluate.group_size", "8"])
+
+
+def test_what_is_no_section_is_an_error_whatever_a_later_file_says(base: Path, tmp_path: Path):
+    write(tmp_path / "middle.yaml", {"extends": "base.yaml", "loss": 3})
+    last = write(tmp_path / "last.yaml", {"extends": "middle.yaml", "loss": {"objective": "gspo"}})
+    for path in (tmp_path / "middle.yaml", last):
+        with pytest.raises(SettingsError, match="loss=3: not a section; write its keys below it, or remove the line"):
+            load_settings(path)
+
+
+def test_a_key_with_its_section_in_a_file_is_answered_with_how_files_write_it(base: Path, tmp_path: Path):
+    child = write(tmp_path / "child.yaml", {"extends": "base.yaml", "selection.fraction": 0.3})
+    with pytest.raises(SettingsError, match=r"unknown key selection.fraction; .*: selection: \{fraction: 0.3\}$"):
+        load_settings(child)
