@@ -16,7 +16,7 @@ from typing import Any
 from megatron_rlvr import __version__, atomic
 from megatron_rlvr.ablation.comparison import arm_accuracy, compare, conclude
 from megatron_rlvr.ablation.outcomes import Outcome
-from megatron_rlvr.ablation.spec import Ablation
+from megatron_rlvr.ablation.spec import PAGE, Ablation
 from megatron_rlvr.analysis.curves import PANELS, evaluation_panel, panel_curves
 from megatron_rlvr.analysis.report import page
 from megatron_rlvr.analysis.results import Cell as Value
@@ -24,7 +24,6 @@ from megatron_rlvr.analysis.results import Result, write_result
 from megatron_rlvr.config import names_of
 from megatron_rlvr.write_errors import explained
 
-PAGE = "ablation.html"
 _AT_THE_END = ("entropy/mean", "rollout/response_tokens_mean")
 _SEED_ERROR = "/standard_error_over_seeds"
 
