@@ -85,7 +85,7 @@ def _arms(ablation: Ablation, outcomes: Sequence[Outcome], sets: Sequence[str]) 
 
 def _differences(ablation: Ablation, outcomes: Sequence[Outcome], sets: Sequence[str]) -> Result:
     columns = ["set", "arm", "seeds", "problems", "difference", "standard error", "95 % from", "95 % to"]
-    columns += ["for all comparisons at once, from", "to"]
+    columns += ["for all arms at once, on this set, from", "to"]
     rows: list[list[Value]] = [
         [d.evaluation, d.arm, d.seeds, d.problems, d.mean.value, d.mean.error, *d.interval, *d.corrected]
         for name in sets

@@ -11,8 +11,8 @@ The pass rate of a prompt is the share of correct completions in its last finish
 when their turn comes; their next turn is in the next epoch. Weights of files apply to the turns. If the whole set has
 fewer prompts than a call needs, prompts that would be left out follow, in the order of their turns.
 
-No duplicates within a training step: prompts returned since the last `record` are left out as well. They would be needed
-only if a step drew more than the set has, and come last.
+No duplicates within a training step: prompts returned since the last `record` are left out as well. They come last, if
+a step draws more than the set has.
 
 Pass rates change only in `record`, once a training step and on every rank alike, so that what is drawn depends on
 finished steps only. They are a part of the state: a resumed run draws what an uninterrupted one does.

@@ -311,6 +311,25 @@ def test_results_in_another_process_know_which_runs_failed_and_which_are_damaged
     assert rows_of(tmp_path / "out" / "runs.csv")[1]["state"] == "finished"
 
 
+@pytest.mark.parametrize("name", ["a b", "50%", "it's", "a#b"])
+def test_a_folder_that_slurm_would_misread_is_refused(name, tmp_path, capsys):
+    spec = write_spec(tmp_path, dir=str(tmp_path / name))
+    with pytest.raises(SpecError, match="the options of a Slurm script cannot hold blanks"):
+        main([str(spec), "--slurm"], "rlvr ablate")
+    assert capsys.readouterr().out == ""
+
+
+def test_equal_differences_are_no_certainty(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(f"{__name__}.accuracies", lambda fraction, seed: np.full(SETS, 4 if fraction == 0.1 else 0))
+    spec = write_spec(tmp_path)
+    for cell in prepare(spec).cells:
+        write_run(cell.settings)
+    assert main([str(spec), "--results"], "rlvr ablate") == 0
+    text = capsys.readouterr().out
+    assert "no difference to all shown: few +100.0 (no interval)" in text
+    assert "better" not in text
+
+
 def test_what_an_arm_leaves_out_of_the_base_is_printed(tmp_path, capsys):
     arms = {"all": {"selection": {"keep": "all"}}, "few": {}}
     spec = write_spec(tmp_path, settings={"selection": {"scope": "rollout_batch"}}, arms=arms)

@@ -219,7 +219,8 @@ def test_a_run_does_not_resume_with_fewer_steps_than_its_checkpoint_has(root: Pa
     path = tiny.write_settings(root.parent / "config.yaml", values)
     for steps in (20, 30):
         found = checkpoint_to_resume(load_settings(path, [f"--run.steps={steps}"]), ["checkpoints"])
-        assert found is not None and found.step == 20
+        assert found is not None
+        assert found.step == 20
     with pytest.raises(SettingsError, match=r"run.steps=19: the run in .* has done 20 .*step_000020.; give 20 or more"):
         checkpoint_to_resume(load_settings(path, ["--run.steps=19"]), ["checkpoints"])
 
