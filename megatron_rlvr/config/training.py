@@ -84,7 +84,7 @@ class SelectionSettings(Section):
             )
         if self.keep == "band" and self.band == [0, 1]:
             raise ValueError("selection.band=[0, 1]: holds every token; narrow it, or set selection.keep to all")
-        if self.fraction_end == self.fraction:
+        if self.fraction_end == self.fraction and self.keep not in ("all", "band"):  # which read no fraction
             raise ValueError(
                 f"selection.fraction_end={self.fraction_end}: has no effect, as selection.fraction is the same; remove "
                 "it and selection.fraction_steps"

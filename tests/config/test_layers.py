@@ -217,3 +217,9 @@ def test_a_key_with_its_section_in_a_file_is_answered_with_how_files_write_it(ba
     child = write(tmp_path / "child.yaml", {"extends": "base.yaml", "selection.fraction": 0.3})
     with pytest.raises(SettingsError, match=r"unknown key selection.fraction; .*: selection: \{fraction: 0.3\}$"):
         load_settings(child)
+
+
+def test_a_schedule_that_ends_at_all_tokens_is_switched_off_with_the_fraction(base: Path, tmp_path: Path):
+    schedule = BASE | {"selection": {"fraction_end": 1.0, "fraction_steps": 9}}
+    settings = load_settings(write(tmp_path / "schedule.yaml", schedule), ["--selection.keep", "all"])
+    assert {"selection.fraction_end", "selection.fraction_steps"} <= set(unused(settings))
