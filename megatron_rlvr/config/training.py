@@ -84,7 +84,9 @@ class SelectionSettings(Section):
             )
         if self.keep == "band" and self.band == [0, 1]:
             raise ValueError("selection.band=[0, 1]: holds every token; narrow it, or set selection.keep to all")
-        if self.fraction_end == self.fraction and self.keep not in ("all", "band"):  # which read no fraction
+        if self.keep in ("all", "band"):  # no fraction is read, and `no_effect.py` answers a schedule
+            return self
+        if self.fraction_end == self.fraction:
             raise ValueError(
                 f"selection.fraction_end={self.fraction_end}: has no effect, as selection.fraction is the same; remove "
                 "it and selection.fraction_steps"
