@@ -1,7 +1,8 @@
 """Runs of an ablation: how far each is, and running those that are not finished, some beside each other.
 
 Each run is `rlvr train` in a process of its own, with its output in a log. A run that fails does not stop the others; a
-run that was stopped or killed resumes from its last checkpoint when the same command is given again. Imports no torch.
+run that was stopped or killed resumes from its last checkpoint when the same command is given again. Until then,
+DIR/ARM/seed_N.failed says why a run has failed, also to other processes. Imports no torch.
 """
 
 import os
@@ -11,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from megatron_rlvr import atomic
 from megatron_rlvr.ablation.spec import Ablation, Cell, SpecError
+from megatron_rlvr.checkpoint.store import FOLDER, latest_checkpoint
 from megatron_rlvr.child_process import ends_with_parent
 from megatron_rlvr.config import SettingsError
 from megatron_rlvr.config.loading import load_settings
 from megatron_rlvr.errors import one_line
 from megatron_rlvr.evaluation.folder import differences
-from megatron_rlvr.input_files import is_file, read_json_object
+from megatron_rlvr.input_files import BadFileError, is_file, read_json_object, read_text
 from megatron_rlvr.write_errors import explained
 
 _POLL_SECONDS = 0.2
@@ -28,33 +32,76 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def is_finished(cell: Cell) -> bool:
-    """Return whether a run has done all its steps. SpecError if its summary.json is damaged."""
+    """Return whether a run has done all its steps."""
+    return unfinished(cell) is None
+
+
+def unfinished(cell: Cell) -> str | None:
+    """Return why a run has no results yet: it is not finished, has failed, or its summary.json is damaged; or None."""
     try:
-        summary = read_json_object(cell.folder / "summary.json", SpecError, f"remove {cell.folder}, to run it again")
+        if _summary(cell).get("steps") == cell.settings.run.steps:
+            return None
     except FileNotFoundError:
-        return False
-    return summary.get("steps") == cell.settings.run.steps
+        pass
+    except SpecError as error:
+        return str(error)
+    why = failure(cell)
+    return "not finished" if why is None else f"failed, {why}"
+
+
+def failure(cell: Cell) -> str | None:
+    """Return why a run failed when it was last started; None if it did not fail."""
+    try:
+        return one_line(read_text(_failed(cell), _TAIL_BYTES + 100)) or "for a reason that was not written"
+    except FileNotFoundError:
+        return None
+    except BadFileError as error:
+        return f"{_failed(cell)} cannot be read: {error}"
+
+
+def _failed(cell: Cell) -> Path:
+    return cell.file.with_suffix(".failed")
+
+
+def _summary(cell: Cell) -> dict[str, Any]:
+    """Return summary.json. Raises: FileNotFoundError; SpecError if it is damaged."""
+    return read_json_object(cell.folder / "summary.json", SpecError, f"remove {cell.folder}, to run it again")
 
 
 def check_unchanged(cells: Sequence[Cell]) -> None:
     """Check that what is in the folders belongs to these cells: a changed arm must not be taken for its former self.
 
-    `run.steps` may change: runs are then continued.
+    `run.steps` may be raised: runs are then continued.
 
     Raises:
-        SpecError: A run in the folder has other settings.
+        SpecError: A run in the folder has other settings, or has done more steps.
     """
     for cell in cells:
         config = cell.folder / "config.yaml"
         if not is_file(config):
             continue
         remedy = f"choose another dir, or remove {cell.folder}"
+        if (done := _steps_done(cell)) > cell.settings.run.steps:
+            raise SpecError(
+                f"{cell.name}: its run has done {done} steps, and the specification has run.steps="
+                f"{cell.settings.run.steps}; give {done} or more, {remedy}"
+            )
         try:
             before = load_settings(config)
         except SettingsError as error:
             raise SpecError(f"{config} cannot be compared with the specification ({error}); {remedy}") from None
         for key, then, now in differences(_compared(before), _compared(cell.settings)):
             raise SpecError(f"{cell.name}: its run has {key}={then}, and the specification {now}; {remedy}")
+
+
+def _steps_done(cell: Cell) -> int:
+    """Return the number of steps that a run has saved or finished; a damaged summary counts as none."""
+    latest = latest_checkpoint(cell.folder / FOLDER)
+    try:
+        steps = _summary(cell).get("steps")
+    except (FileNotFoundError, SpecError):
+        steps = None
+    return max(latest.step if latest else 0, steps if type(steps) is int else 0)
 
 
 def _compared(settings: Any) -> dict[str, Any]:
@@ -86,6 +133,8 @@ def run_cells(
         while waiting or running:
             while waiting and len(running) < jobs and not received:
                 cell = waiting.pop(0)
+                with explained("the output of a run", cell.log.parent):
+                    _failed(cell).unlink(missing_ok=True)
                 say(f"{cell.index + 1}/{total}  {cell.name}: started")
                 running[cell.index] = cell, _start(cell, ranks), time.monotonic()
             if received:
@@ -110,6 +159,8 @@ def run_cells(
                     say(f"{index + 1}/{total}  {cell.name}: stopped")
                 else:
                     failed[index] = f"status {status}: {_last_line(cell)}"
+                    with explained("why a run failed", cell.log.parent):
+                        atomic.write_text(_failed(cell), failed[index] + "\n")
                     say(f"{index + 1}/{total}  {cell.name}: failed, {failed[index]}")
         return failed, received[0] if received else 0
 

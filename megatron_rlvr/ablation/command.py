@@ -7,13 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rlvr.ablation.cells import check_unchanged, is_finished, run_cells
+from megatron_rlvr.ablation.cells import check_unchanged, failure, run_cells, unfinished
 from megatron_rlvr.ablation.outcomes import read_outcomes
 from megatron_rlvr.ablation.results import make_results, write_results
 from megatron_rlvr.ablation.slurm import slurm_script
-from megatron_rlvr.ablation.spec import prepare
+from megatron_rlvr.ablation.spec import Ablation, prepare, write_files
 from megatron_rlvr.analysis.results import Result
 from megatron_rlvr.command_line import Parser, path, positive_int, small_int
+from megatron_rlvr.config.yaml_format import shown
 
 DESCRIPTION = """\
 Runs the arms of an ablation over its seeds, and compares them with the baseline: accuracy with its standard error,
@@ -53,14 +54,15 @@ def main(arguments: Sequence[str], prog: str) -> int:
     if options.index is not None and not 0 <= options.index < len(cells):
         parser.error(f"--index {options.index}: no cell; give one from 0 to {len(cells) - 1}")
     check_unchanged(cells)
+    write_files(ablation)
     if options.slurm:
         sys.stdout.write(slurm_script(ablation, jobs=options.jobs or 8, ranks=options.ranks))
         return 0
     if options.list:
         for cell in cells:
-            _say(f"{cell.index}\t{cell.arm}\t{cell.seed}\t{'finished' if is_finished(cell) else 'not finished'}")
+            _say(f"{cell.index}\t{cell.arm}\t{cell.seed}\t{unfinished(cell) or 'finished'}")
         return 0
-    failed: dict[int, str] = {}
+    _show_unused(ablation)
     if not options.results:
         chosen_cells = cells if options.index is None else [cells[options.index]]
         failed, signum = run_cells(ablation, chosen_cells, jobs=options.jobs or 1, ranks=options.ranks, say=_say)
@@ -69,13 +71,22 @@ def main(arguments: Sequence[str], prog: str) -> int:
         if options.index is not None:
             return 1 if failed else 0
     outcomes, missing = read_outcomes(ablation)
-    results = make_results(ablation, outcomes, missing | {index: f"failed, {why}" for index, why in failed.items()})
+    results = make_results(ablation, outcomes, missing)
     written = write_results(ablation, outcomes, results)
     _show(results)
-    for index, why in failed.items():
+    failures = {index: why for index in missing if (why := failure(cells[index])) is not None}
+    for index, why in failures.items():
         _say(f"{cells[index].name}: failed, {why}; see {cells[index].log}")
     _say(f"results: {written}")
-    return 1 if failed else 0
+    return 1 if failures else 0
+
+
+def _show_unused(ablation: Ablation) -> None:
+    """Print what arms leave out of the settings of the base and of all arms: a difference that no one wrote."""
+    for cell in ablation.cells[: len(ablation.spec.arms)]:
+        for each in cell.settings.unused:
+            other = f"{each.other}={shown(each.other_value)}"
+            _say(f"{cell.arm}: {each.key}={shown(each.value)} is not used with {other}")
 
 
 def _show(results: Sequence[Result]) -> None:

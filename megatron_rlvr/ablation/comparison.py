@@ -19,7 +19,7 @@ class Difference:
     Attributes:
         seeds: Number of seeds that both have finished.
         problems: Number of problems.
-        corrected: Interval that holds for all comparisons of the ablation at once, at the same level (Bonferroni).
+        corrected: Interval that holds for all arms on this set at once, at the same level (Bonferroni).
     """
 
     arm: str
@@ -62,7 +62,7 @@ def compare(ablation: Ablation, outcomes: Sequence[Outcome], evaluation: str) ->
 
 
 def conclude(ablation: Ablation, differences: Sequence[Difference]) -> str:
-    """Return one line that claims no more than the intervals allow, which hold for all comparisons at once."""
+    """Return one line that claims no more than the intervals allow, which hold for all arms on the set at once."""
     steps = ablation.cells[0].settings.run.steps
     spec = ablation.spec
     if not differences:
@@ -78,7 +78,7 @@ def conclude(ablation: Ablation, differences: Sequence[Difference]) -> str:
     if unclear:
         parts.append(f"no difference to {spec.baseline} shown: {', '.join(unclear)}")
     comparisons, seeds, problems = len(spec.arms) - 1, min(d.seeds for d in differences), differences[0].problems
-    together = f"95 % intervals for all {comparisons} comparisons at once" if comparisons > 1 else "95 % interval"
+    together = f"95 % intervals for all {comparisons} comparisons on it at once" if comparisons > 1 else "95 % interval"
     over = f"{seeds} seeds and {problems} problems"
     if seeds == 1:
         over = f"{problems} problems of one seed, which says nothing about other seeds"

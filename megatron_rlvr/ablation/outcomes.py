@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_rlvr.ablation.cells import is_finished
+from megatron_rlvr.ablation.cells import unfinished
 from megatron_rlvr.ablation.spec import Ablation, Cell
 from megatron_rlvr.analysis.runs import RunError, read_runs
 from megatron_rlvr.evaluation.folder import evaluation_folder, read_description, records_of
@@ -53,8 +53,8 @@ def read_outcomes(ablation: Ablation) -> tuple[list[Outcome], dict[int, str]]:
     """Return the outcomes of all finished runs, and {index: why it has none} of the other cells."""
     outcomes, missing = [], dict[int, str]()
     for cell in ablation.cells:
-        if not is_finished(cell):
-            missing[cell.index] = "not finished"
+        if (why := unfinished(cell)) is not None:
+            missing[cell.index] = why
             continue
         try:
             outcomes.append(_read(ablation, cell))
@@ -65,6 +65,9 @@ def read_outcomes(ablation: Ablation) -> tuple[list[Outcome], dict[int, str]]:
 
 def _read(ablation: Ablation, cell: Cell) -> Outcome:
     metrics = read_runs([cell.folder])[0].metrics
+    for step in range(1, cell.settings.run.steps + 1):
+        if "time/step" not in metrics.get(step, {}):
+            raise RunError(f"{cell.folder / 'metrics.jsonl'} has no step {step}; remove {cell.folder}, to run it again")
     folder = evaluation_folder(cell.folder, cell.settings.run.steps)
     description = read_description(folder)
     records = records_of(folder, description)

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_rlvr import __version__, atomic
 from megatron_rlvr.ablation.comparison import arm_accuracy, compare, conclude
 from megatron_rlvr.ablation.outcomes import Outcome
-from megatron_rlvr.ablation.spec import Ablation
+from megatron_rlvr.ablation.spec import PAGE, Ablation
 from megatron_rlvr.analysis.curves import PANELS, evaluation_panel, panel_curves
 from megatron_rlvr.analysis.report import page
 from megatron_rlvr.analysis.results import Cell as Value
@@ -24,7 +24,6 @@ from megatron_rlvr.analysis.results import Result, write_result
 from megatron_rlvr.config import names_of
 from megatron_rlvr.write_errors import explained
 
-PAGE = "ablation.html"
 _AT_THE_END = ("entropy/mean", "rollout/response_tokens_mean")
 _SEED_ERROR = "/standard_error_over_seeds"
 
@@ -86,7 +85,7 @@ def _arms(ablation: Ablation, outcomes: Sequence[Outcome], sets: Sequence[str]) 
 
 def _differences(ablation: Ablation, outcomes: Sequence[Outcome], sets: Sequence[str]) -> Result:
     columns = ["set", "arm", "seeds", "problems", "difference", "standard error", "95 % from", "95 % to"]
-    columns += ["for all comparisons at once, from", "to"]
+    columns += ["for all arms at once, on this set, from", "to"]
     rows: list[list[Value]] = [
         [d.evaluation, d.arm, d.seeds, d.problems, d.mean.value, d.mean.error, *d.interval, *d.corrected]
         for name in sets

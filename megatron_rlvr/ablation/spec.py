@@ -15,6 +15,7 @@ A *cell* is one arm with one seed: one run. Imports no torch.
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,22 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_rlvr import atomic
 from megatron_rlvr.config import Settings, SettingsError, names_of
-from megatron_rlvr.config.layers import EXTENDS
-from megatron_rlvr.config.loading import load_settings, read_yaml
+from megatron_rlvr.config.layers import EXTENDS, read_layers
+from megatron_rlvr.config.loading import merge, read_sections, read_yaml
 from megatron_rlvr.config.section import FreeForm, PathText, Section
 from megatron_rlvr.config.yaml_format import Dumper, shown
 from megatron_rlvr.errors import InputError
-from megatron_rlvr.input_files import is_file
+from megatron_rlvr.input_files import is_file, same_place
 from megatron_rlvr.write_errors import explained
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # Set for each cell; `overwrite` and `resume` so that the same command resumes.
 _OWN = ("dir", "seed", "overwrite", "resume")
+_SETTINGS = "settings.yaml"
+PAGE = "ablation.html"
+RESULT_FILES = (PAGE, *(f"{table}.{kind}" for table in ("arms", "differences", "runs") for kind in ("json", "csv")))
+"""Names of the results in the folder of the ablation."""
+_TAKEN = re.compile("|".join([*map(re.escape, (_SETTINGS, *RESULT_FILES)), r"slurm_.*\.log", r".*\.incomplete"]))
 
 
 class SpecError(InputError):
@@ -65,11 +71,19 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _combination(self) -> "Spec":
+        folders: dict[str, str] = {}
         for name, changes in self.arms.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(
                     f"arms.{shown(name)}: no name of an arm, which is that of a folder; use at most 64 letters, digits "
                     "and _ . + -"
+                )
+            if _TAKEN.fullmatch(name.lower()):
+                raise ValueError(f"arms.{name}: rlvr ablate has a file of this name; choose another name")
+            if (other := folders.setdefault(name.lower(), name)) != name:
+                raise ValueError(
+                    f"arms.{name}: differs from arms.{other} in upper and lower case only, which some file systems "
+                    "take for the same folder; choose another name"
                 )
             if not isinstance(changes, dict):
                 raise ValueError(f"arms.{name}={shown(changes)}: not a mapping of sections; write {{}} for the base")
@@ -77,6 +91,9 @@ class Spec(Section):
             raise ValueError(f"arms: {len(self.arms)} given, and one alone compares nothing; give two or more")
         if self.baseline not in self.arms:
             raise ValueError(f"baseline={shown(self.baseline)}: none of the arms; choose from {', '.join(self.arms)}")
+        for name, values in {"settings": self.settings, **{f"arms.{n}": v for n, v in self.arms.items()}}.items():
+            if EXTENDS in values:
+                raise ValueError(f"{name}.{EXTENDS}: all arms extend the base; remove it, or set base")
         for key in _OWN:
             if key in _section(self.settings, "run"):
                 raise ValueError(f"settings.run.{key}: is set for each run by rlvr ablate; remove it")
@@ -100,7 +117,7 @@ class Cell:
 
     Attributes:
         index: Place among all cells, from 0; all arms of the first seed come first.
-        file: Settings file of the run.
+        file: Settings file of the run, which `write_files` writes.
         folder: Its run folder (`run.dir`).
         log: Output of the run.
         settings: Its settings.
@@ -122,14 +139,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A specification whose settings files are written and checked.
+    """A specification whose settings are checked.
 
     Attributes:
+        base: The settings file that all runs extend.
         evaluation: Problem set whose accuracy the conclusion is about.
     """
 
     path: Path
     spec: Spec
+    base: Path
     cells: tuple[Cell, ...]
     evaluation: str
 
@@ -162,36 +181,89 @@ def _explain(error: Any) -> str:
 
 
 def prepare(path: Path) -> Ablation:
-    """Read a specification, write the settings files of all cells, and check them.
+    """Read a specification, and make the settings of all cells; nothing is written.
 
-    A settings file extends that of its arm, which extends the common one, which extends the base; so that an arm may
+    The settings of a cell are those of the base, under those of all arms, under those of its arm; so that an arm may
     switch off what the others have settings for, as in any settings file.
 
     Raises:
-        SpecError: If the specification or the settings of an arm cannot be used; WriteError.
+        SpecError: If the specification or the settings of an arm cannot be used.
     """
     spec = read_spec(path)
     folder = Path(spec.dir)
     base = path.parent / spec.base
     if not is_file(base):
         raise SpecError(f"{path}: base={spec.base} does not exist; correct the path, which starts at {path.parent}")
-    with explained("the settings files of the ablation", folder):
-        common = _write(folder / "settings.yaml", base, spec.settings)
-        cells: list[Cell] = []
-        for seed in spec.seeds:
-            for arm, changes in spec.arms.items():
-                own = folder / arm
-                file = own / f"seed_{seed}.yaml"
-                place = own / f"seed_{seed}"
-                run = {"dir": str(place), "seed": seed, "overwrite": False, "resume": "auto"}
-                _write(file, _write(own / "arm.yaml", common, changes), {"run": run})
-                try:
-                    settings = load_settings(file)
-                except SettingsError as error:
-                    raise SpecError(f"{path}, arm {arm}: {error}") from None
-                log = own / f"seed_{seed}.log"
-                cells.append(Cell(len(cells), arm, seed, file, place, log, settings))
-    return Ablation(path, spec, tuple(cells), _evaluation(path, spec, cells[0].settings))
+    files = [base]
+
+    def read(file: Path) -> dict[str, Any]:
+        files.append(file)
+        return read_sections(file)
+
+    try:
+        layers = read_layers(base, read)
+    except SettingsError as error:
+        raise SpecError(f"{path}: base={spec.base}: {error}") from None
+    cells: list[Cell] = []
+    for seed in spec.seeds:
+        for arm, changes in spec.arms.items():
+            own = folder / arm
+            place = own / f"seed_{seed}"
+            try:
+                settings = merge([*layers, spec.settings, changes, {"run": _run(place, seed)}])
+            except SettingsError as error:
+                raise SpecError(f"{path}, arm {arm}: {error}") from None
+            cells.append(
+                Cell(len(cells), arm, seed, own / f"seed_{seed}.yaml", place, own / f"seed_{seed}.log", settings)
+            )
+    _check_arms(path, cells[: len(spec.arms)])
+    ablation = Ablation(path, spec, base, tuple(cells), _evaluation(path, spec, cells[0].settings))
+    read_files = {same_place(file): file for file in (path, *files)}
+    for file in (*(file for file, _, _ in _files(ablation)), *(folder / name for name in RESULT_FILES)):
+        if same_place(file) in read_files:
+            raise SpecError(
+                f"{path}: dir={spec.dir}: {read_files[same_place(file)]} would be replaced, which is read; choose "
+                "another dir"
+            )
+    return ablation
+
+
+def write_files(ablation: Ablation) -> None:
+    """Write the settings files of all cells: each extends that of its arm, that the common one, that the base.
+
+    Raises: WriteError.
+    """
+    with explained("the settings files of the ablation", ablation.folder):
+        for file, extended, values in _files(ablation):
+            _write(file, extended, values)
+
+
+def _files(ablation: Ablation) -> Iterable[tuple[Path, Path, dict[str, Any]]]:
+    """(settings file, the one that it extends, its content) of all files of an ablation."""
+    common = ablation.folder / _SETTINGS
+    yield common, ablation.base, ablation.spec.settings
+    for arm, changes in ablation.spec.arms.items():
+        yield ablation.folder / arm / "arm.yaml", common, changes
+    for cell in ablation.cells:
+        yield cell.file, cell.file.parent / "arm.yaml", {"run": _run(cell.folder, cell.seed)}
+
+
+def _run(folder: Path, seed: int) -> dict[str, Any]:
+    return {"dir": str(folder), "seed": seed, "overwrite": False, "resume": "auto"}
+
+
+def _check_arms(path: Path, cells: Sequence[Cell]) -> None:
+    """Check that the arms differ, in what they may differ in; ``cells`` are those of one seed."""
+    run, evaluate = ({**cells[0].settings.run.model_dump(), "dir": ""}, cells[0].settings.evaluate)
+    different: list[tuple[str, dict[str, Any]]] = []
+    for cell in cells:
+        values = cell.settings.model_dump()
+        values["run"]["dir"] = ""
+        assert (values["run"], cell.settings.evaluate) == (run, evaluate), "all arms run and are evaluated alike"
+        for other, theirs in different:
+            if values == theirs:
+                raise SpecError(f"{path}: arms.{cell.arm}: the same settings as arms.{other}; remove one")
+        different.append((cell.arm, values))
 
 
 def _evaluation(path: Path, spec: Spec, settings: Settings) -> str:
@@ -203,11 +275,10 @@ def _evaluation(path: Path, spec: Spec, settings: Settings) -> str:
     return spec.evaluation or names[0]
 
 
-def _write(file: Path, extended: Path, values: dict[str, Any]) -> Path:
-    """Write a settings file that extends another, unless it is there; return its path."""
+def _write(file: Path, extended: Path, values: dict[str, Any]) -> None:
+    """Write a settings file that extends another, unless it is there."""
     content = {EXTENDS: os.path.relpath(extended, file.parent)} | values
     text = yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     if not is_file(file) or file.read_text(encoding="utf-8", errors="replace") != text:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(file, text)
-    return file

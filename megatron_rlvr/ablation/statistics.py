@@ -18,6 +18,8 @@ import numpy as np
 
 from megatron_rlvr.evaluation.statistics import LEVEL, student_quantile
 
+_ROUNDING = 1e-12  # of values such as accuracies, whose size is 1
+
 
 @dataclass(frozen=True)
 class CrossedMean:
@@ -35,8 +37,11 @@ class CrossedMean:
     freedom: int
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Return the interval that holds the true mean with this probability; NaN without a standard error."""
-        if not math.isfinite(self.error):
+        """Return the interval that holds the true mean with this probability.
+
+        NaN without a standard error, and with one of 0: values that are all equal say nothing of how far others vary.
+        """
+        if not math.isfinite(self.error) or self.error <= _ROUNDING:
             return math.nan, math.nan
         half = student_quantile((1 + level) / 2, self.freedom) * self.error
         return self.value - half, self.value + half

@@ -67,6 +67,11 @@ def checkpoint_to_resume(settings: Settings, earlier: list[str]) -> Checkpoint |
             "folder, or set run.overwrite to true to replace it"
         )
     _check_settings(started_with, settings)
+    if latest is not None and run.steps < latest.step:
+        raise SettingsError(
+            f"run.steps={run.steps}: the run in run.dir={run.dir} has done {latest.step} (its checkpoint "
+            f"{latest.folder.name}); give {latest.step} or more, or start a new run in another folder"
+        )
     if latest is None and _SUMMARY in earlier:
         raise SettingsError(
             f"run.dir={run.dir}: the folder holds a finished run without a checkpoint (run.save_every=0); choose "

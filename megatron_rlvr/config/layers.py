@@ -83,8 +83,9 @@ class Layers:
             mine = self.values.get(section)
             if isinstance(keys, dict) and isinstance(mine, dict):
                 mine.update(keys)
-            else:
+            elif section not in self.values or isinstance(mine, dict):
                 self.values[section] = dict(keys) if isinstance(keys, dict) else keys
+            # else no section, and an error whatever a later layer says
         self.close(_dotted(layer))
 
     def close(self, keys: Sequence[str]) -> None:
@@ -95,7 +96,7 @@ class Layers:
     def drop_settings_of_other_objectives(self) -> None:
         """Leave out clip bounds that an earlier layer has set for another objective than the last layer's."""
         for key in _OF_THE_OBJECTIVE:
-            layer = self._layer_of.get(key)
+            layer = self._layer_of.get(key) if isinstance(self.values.get("loss"), dict) else None
             if layer is not None and self._objectives[layer] != self._objectives[-1]:
                 self._drop(key, "loss.objective")
 

@@ -6,6 +6,7 @@ file may extend another, and a flag may switch off what a file has settings for 
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,8 +49,13 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
 
     Raises: SettingsError for the first error found.
     """
+    return merge(read_layers(Path(path), read_sections), overrides)
+
+
+def merge(layered: Sequence[Mapping[str, Any]], overrides: list[str] | None = None) -> Settings:
+    """Make settings from the content of files, of which a later one extends an earlier; as `load_settings`."""
     layers = Layers()
-    for layer in read_layers(Path(path), _read_yaml):
+    for layer in layered:
         layers.add(layer)
     flags = parse_flags(overrides or [])
     for key, value in flags:
@@ -114,7 +120,8 @@ def _shown_path(path: Path) -> str:
     return shown(str(path)) if len(str(path)) > _LONG_PATH else str(path)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_sections(path: Path) -> dict[str, Any]:
+    """Return the content of one settings file. Raises: SettingsError."""
     values = read_yaml(path)
     if not isinstance(values, dict):
         found = "is empty" if values is None else "holds no sections"
@@ -204,6 +211,8 @@ def _explain(error: ErrorDetails) -> str:
     if "at" in context:  # inside of a value
         key, value = key + context["at"], context["value"]
     if kind == "extra_forbidden":
+        if len(error["loc"]) == 1 and (path := _nested(key, value)):
+            return f"unknown key {key}; files have keys below their section: {path}"
         return f"unknown key {key}; {_suggestion(key) or 'see --help for the keys'}"
     if kind == "missing":
         if key in Settings.model_fields:
@@ -232,6 +241,12 @@ def _problem(key: str, value: Any, kind: str, context: dict[str, Any]) -> tuple[
     problem, remedy = _PROBLEMS[kind]
     bounds = {name: f"{context[name]:.15g}" for name in ("gt", "ge", "lt", "le") if name in context}
     return problem, remedy.format(**bounds)
+
+
+def _nested(key: str, value: Any) -> str:
+    """`run: {steps: 3}` for the key "run.steps"; empty if there is no such key."""
+    section, _, name = key.rpartition(".")
+    return f"{section}: {{{name}: {shown(value)}}}" if name in _keys(section) else ""
 
 
 def _suggestion(key: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from megatron_rlvr.config.yaml_format import shown
 
-_DEFAULT = object()
+_DEFAULT, _ANY = object(), object()
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class NoEffect:
         remedy: What to do about it.
         unset: Value of ``key`` that counts as not written; the default of the field unless given.
         unless: A setting that gives it an effect all the same, if it is not its default.
+        only: The one value of ``key`` that has no effect; any unless given.
     """
 
     key: str
@@ -34,11 +35,14 @@ class NoEffect:
     remedy: str = "remove it"
     unset: Any = _DEFAULT
     unless: str | None = None
+    only: Any = _ANY
 
     def message(self, settings: BaseModel) -> str | None:
         """Return the error of these settings, or None if the row does not apply to them."""
         (value, default), (other, _) = _lookup(settings, self.key), _lookup(settings, self.other)
         if other not in self.values or value == (default if self.unset is _DEFAULT else self.unset):
+            return None
+        if self.only is not _ANY and value != self.only:
             return None
         if self.unless is not None and _is_set(settings, self.unless):
             return None
@@ -110,6 +114,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(
         *("loss.normalizer", "selection.keep", ("all",), "selected_tokens is then all_tokens"),
         unless="selection.guard_probability",
+        only="selected_tokens",
     ),
     NoEffect("loss.clip_low", "loss.objective", ("cispo",), "its ratio has no lower bound", unset=None),
     NoEffect("loss.dual_clip", "loss.objective", ("gspo", "cispo", "dppo"), "only dapo has it", unset=None),

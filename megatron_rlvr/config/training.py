@@ -82,6 +82,15 @@ class SelectionSettings(Section):
                 f"selection.band={shown(self.band)}: selection.keep=band needs two quantiles, rising within 0 .. 1; "
                 "give [low, high]"
             )
+        if self.keep == "band" and self.band == [0, 1]:
+            raise ValueError("selection.band=[0, 1]: holds every token; narrow it, or set selection.keep to all")
+        if self.keep in ("all", "band"):  # no fraction is read, and `no_effect.py` answers a schedule
+            return self
+        if self.fraction_end == self.fraction:
+            raise ValueError(
+                f"selection.fraction_end={self.fraction_end}: has no effect, as selection.fraction is the same; remove "
+                "it and selection.fraction_steps"
+            )
         if (self.fraction_end is None) != (self.fraction_steps is None):
             there, missing = ("fraction_end", "fraction_steps")[:: 1 if self.fraction_steps is None else -1]
             raise ValueError(
@@ -158,6 +167,11 @@ class LossSettings(Section):
             raise ValueError(
                 "loss.correction_level=geometric: a geometric mean is no importance weight, which "
                 "loss.rollout_correction=tis multiplies by; choose mis, or level sequence"
+            )
+        if self.entropy_target is not None and self.entropy_step > self.entropy_max:
+            raise ValueError(
+                f"loss.entropy_step={self.entropy_step}: above loss.entropy_max={self.entropy_max}, which bounds the "
+                "coefficient that it changes; lower it"
             )
         if self.objective == "dppo" and self.clip_high >= 1:
             raise ValueError(

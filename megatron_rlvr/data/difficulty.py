@@ -11,6 +11,9 @@ The pass rate of a prompt is the share of correct completions in its last finish
 when their turn comes; their next turn is in the next epoch. Weights of files apply to the turns. If the whole set has
 fewer prompts than a call needs, prompts that would be left out follow, in the order of their turns.
 
+No duplicates within a training step: prompts returned since the last `record` are left out as well. They come last, if
+a step draws more than the set has.
+
 Pass rates change only in `record`, once a training step and on every rank alike, so that what is drawn depends on
 finished steps only. They are a part of the state: a resumed run draws what an uninterrupted one does.
 """
@@ -50,6 +53,8 @@ class DifficultyCursor(PromptCursor):
         self._rest_steps = rest_steps
         self._returned = 0
         self._step = 0
+        self._in_step: set[str] = set()
+        """Ids of the prompts returned since the last `record`."""
         self._last: dict[str, tuple[int, int, int]] = {}
         """{prompt id: (correct completions, completions, training step) of its last finished group}."""
 
@@ -72,19 +77,18 @@ class DifficultyCursor(PromptCursor):
         turns = n
         while True:
             upcoming = self._upcoming(turns)
-            if turns == self.prompts or sum(map(self._is_drawn, upcoming)) >= n:
+            ranks = [self._rank(prompt) for prompt in upcoming]
+            if turns == self.prompts or ranks.count(0) >= n:
                 break
             turns = min(2 * turns, self.prompts)
-        places = [place for place, prompt in enumerate(upcoming) if self._is_drawn(prompt)][:n]
-        if len(places) < n:
-            left_out = [place for place in range(turns) if place not in set(places)]
-            places += left_out[: n - len(places)]
-            turns = self.prompts
-        else:
+        places = sorted(range(turns), key=ranks.__getitem__)[:n]  # stable: of equal ranks in the order of turns
+        if all(ranks[place] == 0 for place in places):
             turns = places[-1] + 1 if places else 0
         super().take(turns)
         self._returned += n
-        return [upcoming[place] for place in places]
+        prompts = [upcoming[place] for place in places]
+        self._in_step.update(prompt.id for prompt in prompts)
+        return prompts
 
     def record(self, step: int, groups: Iterable[tuple[str, int, int]]) -> None:
         """Remember the pass rates of a training step.
@@ -94,6 +98,7 @@ class DifficultyCursor(PromptCursor):
             groups: (prompt id, correct completions, completions) of every group that finished, on every rank the same.
         """
         self._step = step
+        self._in_step.clear()
         for prompt_id, correct, completions in groups:
             if completions:
                 self._last[prompt_id] = (correct, completions, step)
@@ -114,6 +119,7 @@ class DifficultyCursor(PromptCursor):
         difficulty = {
             "returned": self._returned,
             "step": self._step,
+            "in_step": sorted(self._in_step),
             "last": {each: list(values) for each, values in self._last.items()},
         }
         return super().state() | {"difficulty": difficulty}
@@ -121,9 +127,9 @@ class DifficultyCursor(PromptCursor):
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state`, also from that of a `PromptCursor`, which has no pass rates. Raises: DataError."""
         super().restore(state)
-        saved = state.get("difficulty", {"returned": super().drawn, "step": 0, "last": {}})
+        saved = state.get("difficulty", {"returned": super().drawn, "step": 0, "in_step": [], "last": {}})
         known = {prompt.id for prompt in self._set.prompts}
-        self._returned, self._step = saved["returned"], saved["step"]
+        self._returned, self._step, self._in_step = saved["returned"], saved["step"], set(saved["in_step"])
         self._last = {
             each: (correct, completions, step)
             for each, (correct, completions, step) in saved["last"].items()
@@ -137,8 +143,11 @@ class DifficultyCursor(PromptCursor):
         super().restore(before)
         return prompts
 
-    def _is_drawn(self, prompt: Prompt) -> bool:
-        return not (self._is_retired(prompt.id) or self._is_resting(prompt.id))
+    def _rank(self, prompt: Prompt) -> int:
+        """0 for a prompt that is drawn; 1 if it is retired or rests; 2 if this step has had it. The smallest first."""
+        if prompt.id in self._in_step:
+            return 2
+        return int(self._is_retired(prompt.id) or self._is_resting(prompt.id))
 
     def _is_retired(self, prompt_id: str) -> bool:
         last = self._last.get(prompt_id)

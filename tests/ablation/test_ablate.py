@@ -18,7 +18,7 @@ from scipy import stats
 
 from megatron_rlvr.ablation import cells as cells_module
 from megatron_rlvr.ablation.command import main
-from megatron_rlvr.ablation.spec import Cell, SpecError, prepare
+from megatron_rlvr.ablation.spec import Cell, SpecError, prepare, write_files
 from megatron_rlvr.config.loading import load_settings, to_yaml
 from megatron_rlvr.evaluation.folder import evaluation_folder
 
@@ -222,6 +222,18 @@ def test_a_run_of_other_settings_is_not_taken_for_an_arm(tmp_path, fake_runs):
         ({"arms": {"all": {}, "few": 3}}, "arms.few=3: not a mapping"),
         ({"arms": {"all": {}, "few": {"run": {"steps": 3}}}}, "arms.few.run: all arms run and are evaluated alike"),
         ({"arms": {"all": {}, "few": {"selection": {"fractoin": 1}}}}, "arm few: .*did you mean selection.fraction"),
+        (
+            {"arms": {"all": {}, "few": {"selection": {"fraction": 0.2}}}},
+            "arms.few: the same settings as arms.all; remove one",
+        ),
+        ({"arms": {"all": {}, "few": {"extends": "x.yaml"}}}, "arms.few.extends: all arms extend the base; remove it"),
+        ({"settings": {"extends": "x.yaml"}}, "settings.extends: all arms extend the base; remove it"),
+        ({"arms": {"all": {}, "All": {}}}, "arms.All: differs from arms.all in upper and lower case only"),
+        ({"arms": {"all": {}, "Settings.yaml": {}}}, "arms.Settings.yaml: rlvr ablate has a file of this name"),
+        ({"arms": {"all": {}, "arms.json": {}}}, "arms.arms.json: rlvr ablate has a file of this name"),
+        ({"arms": {"all": {}, "slurm_0.log": {}}}, "arms.slurm_0.log: rlvr ablate has a file of this name"),
+        ({"settings": {"run": 3}}, "run=3: not a section"),
+        ({"arms": {"all": {}, "few": {"selection.fraction": 0.1}}}, r"few: unknown key .*: selection: .fraction: 0.1"),
         ({"settings": {"run": {"seed": 1}}}, "settings.run.seed: is set for each run"),
         ({"settings": {"evaluate": {"sets": []}}}, "evaluate.sets is empty"),
         ({"evaluation": "other"}, "evaluation=.*other.*: no set; choose from held_out"),
@@ -235,11 +247,107 @@ def test_a_wrong_specification_is_one_line(tmp_path, changes, message):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "directory", "replaced"),
+    [
+        ("settings.yaml", ".", "settings.yaml"),
+        ("above.yaml", ".", "settings.yaml"),
+        ("base.yaml", "few/..", "spec.yaml"),
+        ("few/arm.yaml", ".", "few/arm.yaml"),
+    ],
+)
+def test_a_specification_that_would_replace_what_it_reads_is_refused(base, directory, replaced, tmp_path):
+    spec = write_spec(tmp_path, base=base, dir=str(tmp_path / directory))
+    content = (tmp_path / "base.yaml").read_text()
+    (tmp_path / "few").mkdir()
+    for name in ("settings.yaml", "few/arm.yaml"):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "above.yaml").write_text("extends: settings.yaml\n")
+    if replaced == "spec.yaml":
+        spec = spec.rename(tmp_path / "settings.yaml")
+        replaced = spec.name
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SpecError, match=f"{tmp_path / replaced} would be replaced, which is read; choose another dir"):
+        main([str(spec), "--list"], "rlvr ablate")
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_nothing_is_written_if_a_run_has_other_settings_or_has_done_more_steps(tmp_path):
+    spec = write_spec(tmp_path)
+    assert main([str(spec), "--list"], "rlvr ablate") == 0
+    first = prepare(spec).cells[0]
+    write_run(first.settings)
+    (tmp_path / "out" / "few" / "seed_0" / "checkpoints" / "step_000002").mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    for values, message in (
+        ({"optimizer": {"learning_rate": 0.5}}, "all, seed 0: its run has optimizer.learning_rate=0.01"),
+        ({"run": {"steps": 1}}, "all, seed 0: its run has done 2 steps, and .* run.steps=1; give 2 or more"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            main([str(write_spec(tmp_path, settings=values)), "--list"], "rlvr ablate")
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert main([str(write_spec(tmp_path, settings={"run": {"steps": 3}})), "--list"], "rlvr ablate") == 0
+
+
+def test_results_in_another_process_know_which_runs_failed_and_which_are_damaged(tmp_path, fake_runs, capsys):
+    spec = write_spec(tmp_path, seeds=[0, 1])
+    cells = prepare(spec).cells
+    fake_runs["fails"] = "few"
+    assert main([str(spec), "--index", "1"], "rlvr ablate") == 1
+    for cell in (cells[0], cells[2], cells[3]):
+        write_run(cell.settings)
+    (cells[2].folder / "summary.json").write_text("[")
+    metrics = cells[3].folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n{")
+    assert main([str(spec), "--results"], "rlvr ablate") == 1
+    states = [row["state"] for row in rows_of(tmp_path / "out" / "runs.csv")]
+    assert states[:2] == ["finished", "failed, status 1: out of luck; try again"]
+    assert "summary.json" in states[2]
+    assert states[3] == f"{metrics} has no step 1; remove {cells[3].folder}, to run it again"
+    assert "few, seed 0: failed, status 1: out of luck; try again; see" in capsys.readouterr().out
+    fake_runs["fails"] = ""
+    assert main([str(spec), "--index", "1"], "rlvr ablate") == 0
+    assert main([str(spec), "--results"], "rlvr ablate") == 0
+    assert rows_of(tmp_path / "out" / "runs.csv")[1]["state"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "it's", "a#b"])
+def test_a_folder_that_slurm_would_misread_is_refused(name, tmp_path, capsys):
+    spec = write_spec(tmp_path, dir=str(tmp_path / name))
+    with pytest.raises(SpecError, match="the options of a Slurm script cannot hold blanks"):
+        main([str(spec), "--slurm"], "rlvr ablate")
+    assert capsys.readouterr().out == ""
+
+
+def test_equal_differences_are_no_certainty(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(f"{__name__}.accuracies", lambda fraction, seed: np.full(SETS, 4 if fraction == 0.1 else 0))
+    spec = write_spec(tmp_path)
+    for cell in prepare(spec).cells:
+        write_run(cell.settings)
+    assert main([str(spec), "--results"], "rlvr ablate") == 0
+    text = capsys.readouterr().out
+    assert "no difference to all shown: few +100.0 (no interval)" in text
+    assert "better" not in text
+
+
+def test_what_an_arm_leaves_out_of_the_base_is_printed(tmp_path, capsys):
+    arms = {"all": {"selection": {"keep": "all"}}, "few": {}}
+    spec = write_spec(tmp_path, settings={"selection": {"scope": "rollout_batch"}}, arms=arms)
+    assert main([str(spec), "--results"], "rlvr ablate") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "not used" in line] == [
+        "all: selection.scope=rollout_batch is not used with selection.keep=all"
+    ]
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_has_settings_that_differ_between_its_arms(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ablation = prepare(example)
+    write_files(ablation)
     first = [cell.settings for cell in ablation.cells if cell.seed == ablation.spec.seeds[0]]
     texts = [to_yaml(settings).split("data:", 1)[1] for settings in first]
     assert len(set(texts)) == len(ablation.spec.arms)
-    assert load_settings(ablation.cells[0].file) == ablation.cells[0].settings
+    for cell in ablation.cells:
+        loaded = load_settings(cell.file)
+        assert (loaded, loaded.unused) == (cell.settings, cell.settings.unused)

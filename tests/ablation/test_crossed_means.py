@@ -33,9 +33,9 @@ def test_with_one_seed_or_one_problem_the_interval_is_that_of_scipy_s_t_test(sha
         np.testing.assert_allclose(crossed_mean(values).interval(level), expected)
 
 
-def test_one_value_has_no_interval_and_equal_values_have_one_of_width_0():
-    assert math.isnan(crossed_mean(np.array([[0.5]])).error)
-    assert crossed_mean(np.full((3, 4), 0.25)).interval() == (0.25, 0.25)
+@pytest.mark.parametrize("values", [[[0.5]], [[1.0, 1.0], [1.0, 1.0]], [[0.1] * 3] * 7, [[0.0] * 3] * 2, [[0.3] * 9]])
+def test_one_value_and_equal_values_have_no_interval(values):
+    assert all(math.isnan(bound) for bound in crossed_mean(np.array(values)).interval())
 
 
 @pytest.mark.parametrize(("by_seed", "by_problem"), [(0.3, 0.02), (0.03, 0.3), (0.0, 0.0)])

@@ -126,7 +126,7 @@ def test_a_run_killed_before_its_settings_were_written_starts_from_scratch(
 
 
 def test_without_latest_the_newest_complete_checkpoint_is_used(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent)
+    values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent, run={"steps": 10})
     settings = load_settings(tiny.write_settings(root.parent / "config.yaml", values))
     (root / "settings.json").write_text(json.dumps(settings.model_dump()), encoding="utf-8")
     assert checkpoint_to_resume(settings, ["checkpoints"]) is None
@@ -209,6 +209,20 @@ def test_finish_changes_files_of_a_new_checkpoint_but_not_linked_ones(root: Path
     for step in (1, 1, 2):
         checkpoints.save(step, {}, write)
     assert finished == [root / "step_000001", root / "step_000002"]
+
+
+def test_a_run_does_not_resume_with_fewer_steps_than_its_checkpoint_has(root: Path) -> None:
+    values = tiny.settings_for(root.parent / "model", root.parent / "problems.jsonl", root.parent)
+    settings = load_settings(tiny.write_settings(root.parent / "config.yaml", values))
+    (root / "settings.json").write_text(json.dumps(settings.model_dump()), encoding="utf-8")
+    (root / "step_000020").mkdir()
+    path = tiny.write_settings(root.parent / "config.yaml", values)
+    for steps in (20, 30):
+        found = checkpoint_to_resume(load_settings(path, [f"--run.steps={steps}"]), ["checkpoints"])
+        assert found is not None
+        assert found.step == 20
+    with pytest.raises(SettingsError, match=r"run.steps=19: the run in .* has done 20 .*step_000020.; give 20 or more"):
+        checkpoint_to_resume(load_settings(path, ["--run.steps=19"]), ["checkpoints"])
 
 
 # No checkpoints --------------------------------------------------------------------------------------------

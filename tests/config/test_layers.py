@@ -150,6 +150,17 @@ def test_a_file_switches_off_what_the_file_that_it_extends_has_settings_for(flag
     assert settings.model_dump() == load_settings(base, flags).model_dump()
 
 
+@pytest.mark.parametrize("normalizer", ["sequence_mean", "prompt_mean"])
+def test_means_over_sequences_and_prompts_keep_their_effect_when_all_tokens_train(normalizer, base, tmp_path: Path):
+    loss = BASE["loss"] | {"normalizer": normalizer}
+    values = BASE | {"loss": loss, "selection": {"keep": "all"}}
+    whole = load_settings(write(tmp_path / "whole.yaml", values))  # within one file: GRPO
+    layered = load_settings(write(tmp_path / "child.yaml", {"extends": "base.yaml", "loss": loss}), OFF[1][0])
+    for settings in (whole, layered):
+        assert settings.loss.normalizer == normalizer
+        assert "loss.normalizer" not in unused(settings)
+
+
 def test_several_features_are_switched_off_at_once(base: Path):
     flags = [flag for one, _, _ in OFF[:6] for flag in one]
     settings = load_settings(base, flags)
@@ -192,3 +203,23 @@ def test_a_flag_for_a_feature_that_the_file_has_switched_off_is_an_error(tmp_pat
     path = write(tmp_path / "config.yaml", values)
     with pytest.raises(SettingsError, match=r"evaluate\.group_size=8: has no effect with evaluate\.sets=\[\]"):
         load_settings(path, ["--evaluate.group_size", "8"])
+
+
+def test_what_is_no_section_is_an_error_whatever_a_later_file_says(base: Path, tmp_path: Path):
+    write(tmp_path / "middle.yaml", {"extends": "base.yaml", "loss": 3})
+    last = write(tmp_path / "last.yaml", {"extends": "middle.yaml", "loss": {"objective": "gspo"}})
+    for path in (tmp_path / "middle.yaml", last):
+        with pytest.raises(SettingsError, match="loss=3: not a section; write its keys below it, or remove the line"):
+            load_settings(path)
+
+
+def test_a_key_with_its_section_in_a_file_is_answered_with_how_files_write_it(base: Path, tmp_path: Path):
+    child = write(tmp_path / "child.yaml", {"extends": "base.yaml", "selection.fraction": 0.3})
+    with pytest.raises(SettingsError, match=r"unknown key selection.fraction; .*: selection: \{fraction: 0.3\}$"):
+        load_settings(child)
+
+
+def test_a_schedule_that_ends_at_all_tokens_is_switched_off_with_the_fraction(base: Path, tmp_path: Path):
+    schedule = BASE | {"selection": {"fraction_end": 1.0, "fraction_steps": 9}}
+    settings = load_settings(write(tmp_path / "schedule.yaml", schedule), ["--selection.keep", "all"])
+    assert {"selection.fraction_end", "selection.fraction_steps"} <= set(unused(settings))

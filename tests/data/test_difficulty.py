@@ -93,6 +93,41 @@ def test_no_prompt_is_drawn_while_it_is_retired_or_rests_if_enough_others_are_th
         }
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), min_size=4, max_size=8),
+    st.integers(0, 2**32),
+)
+def test_no_prompt_is_drawn_twice_in_a_step_and_a_step_resumed_in_its_middle_is_the_same(counts, steps, seed):
+    prompt_set = make_set(*counts)
+    cursor = DifficultyCursor(prompt_set, seed, **RULE)
+    random = np.random.default_rng(seed)
+    for step, parts in enumerate(steps, start=1):
+        most = cursor.most_in_a_step(parts[0])
+        drawn: list[str] = []
+        for part in parts:
+            peeked = [prompt.id for prompt in cursor.peek(most - len(drawn))]
+            again = DifficultyCursor(prompt_set, seed, **RULE)
+            again.restore(json.loads(json.dumps(cursor.state())))
+            size = min(part, most - len(drawn))
+            ids = [prompt.id for prompt in cursor.take(size)]
+            assert ids == peeked[:size] == [prompt.id for prompt in again.take(size)]
+            drawn += ids
+        assert len(set(drawn)) == len(drawn)
+        cursor.record(step, [(i, int(random.integers(5)), 4) for i in drawn])
+
+
+def test_with_most_prompts_retired_no_step_of_two_draws_has_one_twice():
+    cursor = DifficultyCursor(make_set(100), 0, retire_above=0.7)
+    cursor.record(1, [(f"a/{i}", 4, 4) for i in range(90)])
+    for step in range(2, 102):
+        ids = [prompt.id for prompt in cursor.take(4) + cursor.take(4)]
+        assert len(set(ids)) == 8
+        assert all(int(i[2:]) >= 90 for i in ids)
+        cursor.record(step, [])
+
+
 def test_the_others_are_drawn_in_the_order_that_they_have_without_difficulty():
     prompt_set = make_set(7, 5)
     plain = PromptCursor(prompt_set, 3)
@@ -103,6 +138,7 @@ def test_the_others_are_drawn_in_the_order_that_they_have_without_difficulty():
     cursor.record(1, [(i, 3, 4) for i in retired])
     second = [prompt.id for prompt in plain.take(12)]
     assert [prompt.id for prompt in cursor.take(8)] == [i for i in second if i not in retired]
+    cursor.record(2, [])
     third = [prompt.id for prompt in plain.take(12)]
     drawn = [i for i in third if i not in retired]
     assert [prompt.id for prompt in cursor.peek(5)] == drawn[:5]

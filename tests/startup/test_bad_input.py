@@ -192,6 +192,15 @@ IMPOSSIBLE_TOGETHER = [
     ),
     ("--evaluate.sets=[a/x.jsonl, b/x.jsonl]", "evaluate.sets: ", "two sets have the name 'x'", "set name beside"),
     ("--evaluate.sets=a.jsonl --evaluate.temperature=0", "evaluate.group_size=32", "temperature=0", "set 1"),
+    ("--selection.keep=band --selection.band=[0, 1]", "selection.band=[0, 1]", "every token", "set selection.keep"),
+    (
+        "--selection.fraction=0.3 --selection.fraction_end=0.3 --selection.fraction_steps=9",
+        "selection.fraction_end=0.3", "selection.fraction is the same", "remove it",
+    ),
+    (
+        "--loss.entropy_target=0.3 --loss.entropy_step=0.1 --loss.entropy_max=0.01",
+        "loss.entropy_step=0.1", "loss.entropy_max=0.01", "lower it",
+    ),
     ("--rollout.max_batch_tokens=20000", "rollout.max_batch_tokens=20000", "20480", "raise it"),
 ]  # fmt: skip
 
