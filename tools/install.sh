@@ -47,9 +47,13 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet "torch==$torch+cpu" 2>/dev/null ||
     pip install --quiet "torch==$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
     pip install --quiet "torch==$torch"
-constraints=$(mktemp)
-trap 'rm -f "$constraints"' EXIT
-echo "torch==$torch" >"$constraints"
-pip install --quiet --constraint "$constraints" --requirement "$root/requirements.txt"
+files=$(mktemp -d)
+trap 'rm -rf "$files"' EXIT
+echo "torch==$torch" >"$files/constraints.txt"
+# A build for CUDA has come with a Triton of its own.
+pinned='^$'
+if "$venv/bin/python" -m pip show --quiet triton 2>/dev/null; then pinned='^triton=='; fi
+grep -v "$pinned" "$root/requirements.txt" >"$files/requirements.txt"
+pip install --quiet --constraint "$files/constraints.txt" --requirement "$files/requirements.txt"
 pip install --quiet --no-deps --no-build-isolation --editable "$root"
 echo "$wanted" >"$stamp"

@@ -67,10 +67,10 @@ def alone(place: Path, model: Path, problems: Path) -> dict[str, Any]:
 
 
 def interrupted_run(folder: Path, config: Path) -> None:
-    """Create a run folder with a checkpoint of step 7 that the rehearsal would fail to read."""
-    (folder / "checkpoints" / "step_000007").mkdir(parents=True)
-    write_manifest(folder / "checkpoints" / "step_000007", {"checkpoint": "step_000007"})
-    (folder / "checkpoints" / "latest").write_text("step_000007\n", encoding="utf-8")
+    """Create a run folder with a checkpoint of step 1 that the rehearsal would fail to read."""
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    write_manifest(folder / "checkpoints" / "step_000001", {"checkpoint": "step_000001"})
+    (folder / "checkpoints" / "latest").write_text("step_000001\n", encoding="utf-8")
     settings = load_settings(config).model_dump_json()
     (folder / "checkpoints" / "settings.json").write_text(settings, encoding="utf-8")
     (folder / "metrics.jsonl").write_text('{"step": 7}\n', encoding="utf-8")
@@ -95,7 +95,7 @@ def test_every_check_passes_for_a_run_that_can_start(alone: dict[str, Any]) -> N
 
 def test_the_run_folder_is_unchanged_and_nothing_is_resumed(alone: dict[str, Any]) -> None:
     assert alone["before"] == alone["after"]
-    assert "resuming after step 7" in alone["passing"].checks["settings"]["message"], "what a run would do"
+    assert "resuming after step 1" in alone["passing"].checks["settings"]["message"], "what a run would do"
 
 
 def test_a_disk_that_is_too_small_fails_and_checks_that_do_not_need_it_run(alone: dict[str, Any]) -> None:
