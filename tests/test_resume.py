@@ -334,8 +334,8 @@ def write_run_folder(place: Path, *, saved: bool) -> list[str]:
     settings = load_settings(place.with_suffix(".yaml"))
     (root / "settings.json").write_text(json.dumps(settings.model_dump()), encoding="utf-8")
     if saved:
-        (root / "step_000020").mkdir()
-        (root / "latest").write_text("step_000020\n", encoding="utf-8")
+        (root / "step_000004").mkdir()
+        (root / "latest").write_text("step_000004\n", encoding="utf-8")
     return ["metrics.jsonl", "checkpoints"]
 
 
@@ -346,7 +346,7 @@ def start_of(place: Path, name: str, earlier: list[str], **sections: Any) -> Che
 def test_resume_and_overwrite_decide_from_which_checkpoint_a_run_starts(place: Path) -> None:
     config(place, "decided")
     earlier = write_run_folder(place / "decided", saved=True)
-    last = Checkpoint(place / "decided" / "checkpoints" / "step_000020", 20)
+    last = Checkpoint(place / "decided" / "checkpoints" / "step_000004", 4)
     assert start_of(place, "decided", earlier) == last
     assert start_of(place, "decided", earlier, run={"resume": "must"}) == last
     assert start_of(place, "decided", earlier, run={"overwrite": True}) is None
