@@ -43,7 +43,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5]], ids=["1", "4 replicas", "2 replicas of 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(LAYOUTS[0], id="1"),
+        pytest.param(LAYOUTS[3], id="4 replicas", marks=pytest.mark.soak),
+        pytest.param(LAYOUTS[5], id="2 replicas of 2"),
+    ],
+)
 def test_nothing_is_graded_or_trained_twice_and_nothing_is_lost(layout: Layout, folder: Path):
     assert_nothing_is_lost_or_done_twice(layout, folder)
 
