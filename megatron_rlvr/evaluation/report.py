@@ -11,27 +11,36 @@ from megatron_rlvr.evaluation.statistics import Estimate
 from megatron_rlvr.evaluation.summary import SetSummary
 
 
-def table_of(summaries: Mapping[str, SetSummary], *, tokens_per_second: float | None) -> Table:
-    """Return the metrics of all sets as a table.
+SETS_IN_A_TABLE = 4
+"""More columns are narrower than their figures where a terminal has 100 characters."""
+
+
+def tables_of(summaries: Mapping[str, SetSummary], *, tokens_per_second: float | None) -> list[Table]:
+    """Return the metrics of all sets as tables of a few sets each.
 
     Args:
         tokens_per_second: Response tokens per second of sampling; None if nothing was sampled.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in summaries:
-        table.add_column(Text(name), justify="right")
-    for label, values in _rows(list(summaries.values())):
-        table.add_row(label, *values)
-    if tokens_per_second is not None:
-        table.add_row("tokens/s (all sets)", f"{tokens_per_second:,.0f}")
-    return table
+    names, tables = list(summaries), []
+    for start in range(0, len(names), SETS_IN_A_TABLE):
+        some = names[start : start + SETS_IN_A_TABLE]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("")
+        for name in some:
+            table.add_column(Text(name), justify="right")
+        for label, values in _rows([summaries[name] for name in some]):
+            table.add_row(label, *values)
+        tables.append(table)
+    if tables and tokens_per_second is not None:
+        tables[-1].add_row("tokens/s (all sets)", f"{tokens_per_second:,.0f}")
+    return tables
 
 
-def show(table: Table, lines: Sequence[str]) -> None:
-    """Print a table and some lines to stdout."""
+def show(tables: Sequence[Table], lines: Sequence[str]) -> None:
+    """Print tables, an empty line between them, and some lines to stdout."""
     console = Console(highlight=False)
-    console.print(table, soft_wrap=True)
+    for i, table in enumerate(tables):
+        console.print(*([""] if i else []), table, sep="\n", soft_wrap=True)
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rlvr.evaluation.majority import SameByGrader, majorities, majority_correct, same_by_text
 from megatron_rlvr.evaluation.records import Record
+from megatron_rlvr.evaluation.report import show, shown, tables_of
 from megatron_rlvr.evaluation.summary import hints, summarize, summarize_sets
 from megatron_rlvr.reward.graders import GraderPool
 from megatron_rlvr.types import Prompt
@@ -172,3 +173,27 @@ def test_a_hint_names_the_cause_and_the_setting():
     (hint,) = hints_of([record(f"s/{i}", 0, "1", failure="timeout after 2 s" if i else None) for i in range(4)], "")
     assert hint.startswith("graders reached no verdict on 75 % of the responses (first: timeout after 2 s); raise")
     assert hints_of([record(f"s/{i}", 0, "1") for i in range(4)], "") == []
+
+
+def test_the_figures_of_many_sets_are_whole_on_a_terminal_of_100_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    sets = {f"set_{i}": [record(f"set_{i}/{p}", 0, "0", p % (i + 2) == 0) for p in range(60)] for i in range(9)}
+    summaries = summarize_sets(
+        [r for own in sets.values() for r in own],
+        dict.fromkeys(sets, 60),
+        group_size=1,
+        pass_at=None,
+        majority=None,
+        names_answers=True,
+    )
+    show(tables_of(summaries, tokens_per_second=1234.0), ["the end"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [name for line in lines for name in line.split() if name in sets] == list(sets)
+    accuracies = [line.split("%", 1)[1].split("  ") for line in lines if line.startswith("avg@1")]
+    cells = [cell.strip() for row in accuracies for cell in row if cell.strip()]
+    assert cells == [shown(s.accuracy) for s in summaries.values()]
+    assert lines[-2].split() == ["tokens/s", "(all", "sets)", "1,234"]
+    assert lines[-1] == "the end"

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rlvr.evaluation.folder import SUMMARY, write_summary
 from megatron_rlvr.evaluation.majority import majorities, same_answers
 from megatron_rlvr.evaluation.records import Record, RecordsError
-from megatron_rlvr.evaluation.report import show, table_of
+from megatron_rlvr.evaluation.report import show, tables_of
 from megatron_rlvr.evaluation.summary import SetSummary, hints, summarize_sets
 from megatron_rlvr.input_files import read_json_object
 from megatron_rlvr.reward.graders import GraderPool
@@ -85,7 +85,7 @@ def publish(
     lines = [f"hint: {name}: {hint}" for name, own in found.items() for hint in own]
     if done < expected:
         lines.append(f"not complete: {done:,} of {expected:,} completions; the same command resumes the evaluation")
-    show(table_of(summaries, tokens_per_second=rate), [*lines, f"records and {SUMMARY}: {out}"])
+    show(tables_of(summaries, tokens_per_second=rate), [*lines, f"records and {SUMMARY}: {out}"])
 
 
 def _expected(summaries: dict[str, SetSummary]) -> int:
