@@ -59,7 +59,7 @@ def config(place: Path, steps: int, **sections: Any) -> Path:
         place / "train.jsonl",
         place / "run",
         run={"steps": steps},
-        # No two starts have the same prompts: how far a step moves the policy from its surplus groups is left to chance.
+        # No two starts have the same prompts: how far a step moves the policy is left to chance.
         rollout={"max_response_tokens": 8, "max_logprob_gap": 1e6},
         reward={"function": "rewards:even"},
         evaluate={"sets": str(place / "held_out.jsonl"), "group_size": 1},

@@ -10,7 +10,6 @@ from rich.text import Text
 from megatron_rlvr.evaluation.statistics import Estimate
 from megatron_rlvr.evaluation.summary import SetSummary
 
-
 SETS_IN_A_TABLE = 4
 """More columns are narrower than their figures where a terminal has 100 characters."""
 
