@@ -180,12 +180,13 @@ def test_the_figures_of_many_sets_are_whole_on_a_terminal_of_100_characters(
 ):
     monkeypatch.setenv("COLUMNS", "100")
     sets = {f"set_{i}": [record(f"set_{i}/{p}", 0, "0", p % (i + 2) == 0) for p in range(60)] for i in range(9)}
+    records = [r for own in sets.values() for r in own]
     summaries = summarize_sets(
-        [r for own in sets.values() for r in own],
+        records,
         dict.fromkeys(sets, 60),
         group_size=1,
         pass_at=None,
-        majority=None,
+        majority=majorities(records, same_by_text),
         names_answers=True,
     )
     show(tables_of(summaries, tokens_per_second=1234.0), ["the end"])
