@@ -1,5 +1,5 @@
 # make quickstart   install, then train a tiny Qwen3 to reason on two CPU cores
-# make smollm2      install, then train SmolLM2-135M-Instruct on sums, on two CPU cores
+# make smollm2      install, then teach SmolLM2-135M-Instruct arithmetic on two CPU cores
 # make check        install, then lint, types, unit tests and one test of each promise (a minute and a half)
 # make test         install, then lint, types and all tests but those of `make soak`
 # make soak         install, then the tests that take patience, and the container (hours)

