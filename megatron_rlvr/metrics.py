@@ -45,7 +45,7 @@ class MetricsLog:
     ) -> None:
         self._enabled = enabled
         self._folder = folder
-        self._samples = log.rollouts
+        self._samples = log.most_rollouts
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not enabled:
@@ -56,7 +56,8 @@ class MetricsLog:
             if after is not None:
                 self._evaluated = _truncate(path, after)
                 for recorded in (folder / "rollouts").glob("step_*"):
-                    if int(recorded.name.removeprefix("step_").partition(".")[0]) > after:
+                    step = recorded.name.removeprefix("step_").partition(".")[0]
+                    if step.isdecimal() and int(step) > after:
                         recorded.unlink()
             self._file = atomic.AppendedFile(path)
         if log.tensorboard:

@@ -1,6 +1,5 @@
 """Curves of the report: which metrics share a panel, with their units, their words and their standard errors."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,24 +28,24 @@ class Panel:
     stacked: bool = False
 
 
-_GROUP_ERROR = "reward/accuracy_standard_error"
+_OVER_GROUPS = "Bands are standard errors over groups, as the responses of a group are not independent."
+
+
+def _with_errors(title: str, unit: str, key: str, label: str) -> Panel:
+    """A panel of a mean over responses."""
+    return Panel(title, unit, {key: label}, {key: f"{key}_standard_error"}, _OVER_GROUPS)
+
 
 PANELS = (
-    Panel(
-        "Accuracy of sampled responses",
-        "share",
-        {"reward/accuracy": "correct"},
-        {"reward/accuracy": _GROUP_ERROR},
-        "Bands are an upper bound of the standard error, as if the responses of a group were all alike.",
-    ),
-    Panel("Reward", "reward", {"reward/mean": "mean"}),
+    _with_errors("Accuracy of sampled responses", "share", "reward/accuracy", "correct"),
+    _with_errors("Reward", "reward", "reward/mean", "mean"),
     Panel(
         "Entropy",
         "nats",
         {"entropy/mean": "all", "entropy/selected_mean": "selected", "entropy/dropped_mean": "dropped"},
     ),
     Panel("Entropy threshold", "nats", {"selection/threshold": "threshold"}),
-    Panel("Response length", "tokens", {"rollout/response_tokens_mean": "mean"}),
+    _with_errors("Response length", "tokens", "rollout/response_tokens_mean", "mean"),
     Panel(
         "Dynamic sampling",
         "groups",
@@ -57,7 +56,7 @@ PANELS = (
         "prompts",
         {"data/prompts_retired": "retired", "data/prompts_resting": "resting", "data/prompts_new": "not yet sampled"},
     ),
-    Panel("Truncated responses", "share", {"rollout/truncated_fraction": "truncated"}),
+    _with_errors("Truncated responses", "share", "rollout/truncated_fraction", "truncated"),
     Panel("Clipping", "share", {"train/clip_fraction": "clipped tokens"}),
     Panel("KL divergence", "nats", {"train/kl": "old to new policy"}),
     Panel("Train-inference mismatch", "nats", {"rollout/logprob_gap_mean": "mean", "rollout/logprob_gap_max": "most"}),
@@ -82,7 +81,7 @@ PANELS = (
 
 def curves(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Return panels and values of runs for the page; see `panel_curves`."""
-    by_run = [{step: values | _group_error(run, values) for step, values in run.metrics.items()} for run in runs]
+    by_run = [run.metrics for run in runs]
     return panel_curves([evaluation_panel(by_run), *PANELS], by_run)
 
 
@@ -137,14 +136,6 @@ def evaluation_panel(by_run: Sequence[Mapping[int, Mapping[str, float]]]) -> Pan
         {key: f"{key}_standard_error" for key in keys},
         "Bands are standard errors over problems.",
     )
-
-
-def _group_error(run: RunFolder, values: dict[str, float]) -> dict[str, float]:
-    """Bound of the standard error of `reward/accuracy`: that of one response a group."""
-    accuracy, groups = values.get("reward/accuracy"), values.get("rollout/groups_sampled")
-    if accuracy is None or not groups:
-        return {}
-    return {_GROUP_ERROR: math.sqrt(max(0.0, accuracy * (1 - accuracy)) / groups)}
 
 
 def _short(value: float | None) -> float | None:

@@ -25,7 +25,7 @@ class Distribution:
         percentiles: {percent: nats}.
         near_zero: Share of entropies below 0.01 nats.
         edges: [b + 1] edges of the histogram's bins, in nats.
-        counts: [b] entropies in each bin; the last bin includes its upper edge.
+        counts: [b] entropies in each bin, of which the sum is n; the last bin includes its upper edge.
     """
 
     tokens: int
@@ -40,7 +40,9 @@ def distribution(entropy: np.ndarray, width: float = 0.05) -> Distribution:
     """Return the distribution of entropies [n], n >= 1, with a histogram of bins of ``width`` nats from 0."""
     values = entropy.astype(np.float64)
     bins = int(np.floor(values.max() / width)) + 1
-    counts, edges = np.histogram(values, bins=np.arange(bins + 1) * width)
+    edges = np.arange(bins + 1) * width
+    # Rounding may put the highest entropy above the last edge, and that of a sure token a little below 0.
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
     return Distribution(
         tokens=len(values),
         mean=float(values.mean()),

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import json
+import logging
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,12 +20,14 @@ import numpy as np
 from megatron_rlvr import __version__, atomic
 from megatron_rlvr.analysis.curves import curves
 from megatron_rlvr.analysis.runs import RunFolder, read_runs
-from megatron_rlvr.analysis.shown_rollouts import MOST_TOKENS, show_rollouts
+from megatron_rlvr.analysis.shown_rollouts import MOST_BYTES, OnError, show_rollouts
 from megatron_rlvr.analysis.token_means import TokenMean, TokenMeans
 from megatron_rlvr.config.describe import describe_settings
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.input_files import read_json_object
-from megatron_rlvr.recording.files import read_recorded
+from megatron_rlvr.recording.files import RecordingError, read_recorded
+
+logger = logging.getLogger(__name__)
 
 REPORT, ANALYSES = "report.html", "analysis"
 """Names in a run folder: the report, and the folder of the results of `rlvr analyze`."""
@@ -40,19 +43,26 @@ class ReportError(InputError):
     """A report that cannot be made from what is in a run folder."""
 
 
-def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, most_tokens: int = MOST_TOKENS) -> None:
+def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, most_bytes: int = MOST_BYTES) -> None:
     """Write the report of runs.
 
     Args:
         folders: Run folders.
         output: File of the page, which is replaced as a whole.
         least: Fewest occurrences of a token in the table of forking tokens.
-        most_tokens: Number of tokens of recorded responses in the page.
+        most_bytes: Bytes of recorded responses in the page, about.
 
-    Raises: RunError, RecordingError, ReportError if a folder cannot be read; OSError if the page cannot be written.
+    A file of recorded responses that cannot be read is left out, and a warning names it.
+
+    Raises: RunError, ReportError if a folder cannot be read; OSError if the page cannot be written.
     """
     runs = read_runs(list(folders))
-    rollouts = show_rollouts(runs, most_tokens)
+    unreadable: dict[str, None] = {}
+
+    def leave_out(error: RecordingError) -> None:
+        unreadable[str(error)] = None
+
+    rollouts = show_rollouts(runs, most_bytes, leave_out)
     data = {
         "version": __version__,
         "parts": ["runs", "curves", "rollouts", "tokens", "analyses"],
@@ -66,7 +76,7 @@ def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, 
                 "fraction": _fraction(run),
                 "recordedSteps": recorded,
                 "shownSteps": shown,
-                "forks": _forks(run, least),
+                "forks": _forks(run, least, leave_out),
                 "analyses": _analyses(run.folder),
             }
             for run, recorded, shown in zip(runs, rollouts.recorded_steps, rollouts.shown_steps, strict=True)
@@ -75,6 +85,8 @@ def write_report(folders: Sequence[Path], output: Path, *, least: int = _LEAST, 
         "responses": rollouts.responses,
         "least": least,
     }
+    for error in unreadable:
+        logger.warning("the report leaves out a file: %s", error)
     atomic.write_text(output, page(", ".join(run.name for run in runs), data))
 
 
@@ -113,10 +125,10 @@ def _fraction(run: RunFolder) -> float:
     return 0.2 if settings is None or settings.selection.keep != "top" else settings.selection.fraction
 
 
-def _forks(run: RunFolder, least: int) -> dict[str, Any]:
+def _forks(run: RunFolder, least: int, on_error: OnError) -> dict[str, Any]:
     """Tokens of highest and lowest mean entropy over all recorded responses of a run."""
     means, texts, tokens = TokenMeans(), dict[int, str](), 0
-    for response in read_recorded(run.folder):
+    for response in read_recorded(run.folder, on_error=on_error):
         means.add(response.token_ids, response.entropy, response.selected)
         tokens += len(response.token_ids)
         ids, first = np.unique(response.token_ids, return_index=True)

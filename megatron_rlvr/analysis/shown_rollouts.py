@@ -3,17 +3,21 @@
 Log-probabilities and entropies are rounded to a thousandth of a nat. A text is stored once and named by its number.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from megatron_rlvr.analysis.runs import RunFolder
-from megatron_rlvr.recording.files import LIKELIEST, RecordedResponse, read_recorded, recorded_files
+from megatron_rlvr.recording.files import LIKELIEST, RecordedResponse, RecordingError, read_recorded, recorded_files
 
-MOST_TOKENS = 200_000
-"""Number of tokens that a page shows at most, over all runs: about 5 MB."""
+OnError = Callable[[RecordingError], object]
+
+MOST_BYTES = 6_000_000
+"""Bytes of the responses that a page shows at most, over all runs; a page of 10 MB has room for much else."""
+_TOKEN, _SELECTED, _RESPONSE = 24, 62, 400
+"""Bytes of a token on the page, of a selected one on top, and of a response, at most on average."""
 
 
 @dataclass
@@ -33,21 +37,26 @@ class ShownRollouts:
     shown_steps: list[int] = field(default_factory=list)
 
 
-def show_rollouts(runs: Sequence[RunFolder], most_tokens: int = MOST_TOKENS) -> ShownRollouts:
-    """Choose recorded steps of each run until their tokens fill the page.
+def show_rollouts(
+    runs: Sequence[RunFolder], most_bytes: int = MOST_BYTES, on_error: OnError | None = None
+) -> ShownRollouts:
+    """Choose recorded steps of each run until they fill the page.
 
-    The first step that does not fit ends the choice; the first response of a run is shown whatever its length.
+    The first step that does not fit ends the choice; the first response of a run is shown whatever its length. Files
+    that cannot be read are left out, and ``on_error`` gets the error.
     """
     shown, numbers = ShownRollouts(), _Numbers()
     for run_number, run in enumerate(runs):
         steps = [step for step, _ in recorded_files(run.folder)]
-        budget, chosen = most_tokens // len(runs), set[int]()
+        budget, chosen = most_bytes // len(runs), set[int]()
         for step in _spread(steps):
-            responses = _that_fit(list(read_recorded(run.folder, [step])), budget, must=not chosen)
-            if not responses:
+            recorded = list(read_recorded(run.folder, [step], on_error))
+            responses = _that_fit(recorded, budget, must=not chosen)
+            if recorded and not responses:
                 break
-            chosen.add(step)
-            budget -= sum(len(response.token_ids) for response in responses)
+            if responses:
+                chosen.add(step)
+            budget -= sum(map(_bytes, responses))
             shown.responses += [_shown(run_number, response, numbers) for response in responses]
         shown.recorded_steps.append(len(steps))
         shown.shown_steps.append(len(chosen))
@@ -58,9 +67,14 @@ def show_rollouts(runs: Sequence[RunFolder], most_tokens: int = MOST_TOKENS) -> 
 
 def _that_fit(responses: list[RecordedResponse], budget: int, *, must: bool) -> list[RecordedResponse]:
     """Return the responses of a step if all fit; if it must have any, as many as fit, and at least one."""
-    lengths = np.cumsum([len(response.token_ids) for response in responses])
-    fitting = int((lengths <= budget).sum())
+    fitting = int((np.cumsum([_bytes(response) for response in responses]) <= budget).sum())
     return responses if fitting == len(responses) else responses[: max(1, fitting)] if must else []
+
+
+def _bytes(response: RecordedResponse) -> int:
+    """Return about how many bytes a response takes on the page."""
+    tokens = _TOKEN * len(response.token_ids) + _SELECTED * int(response.selected.sum())
+    return _RESPONSE + len(response.prompt.encode("utf-8", "replace")) + tokens
 
 
 def _spread(steps: Sequence[int]) -> Iterator[int]:
@@ -128,4 +142,4 @@ def _shown(run: int, response: RecordedResponse, number: _Numbers) -> dict[str, 
 
 
 def _thousandths(values: np.ndarray) -> list[int]:
-    return np.rint(np.nan_to_num(values.astype(np.float64), neginf=-1e6) * 1000).astype(np.int64).tolist()
+    return np.rint(np.nan_to_num(values.astype(np.float64), posinf=1e6, neginf=-1e6) * 1000).astype(np.int64).tolist()

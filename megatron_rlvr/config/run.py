@@ -69,8 +69,19 @@ class LogSettings(Section):
     """Send the metrics to Weights & Biases."""
     wandb_project: str | None = None
     """Weights & Biases project; null: megatron_rlvr."""
-    rollouts: int = Field(default=16, ge=0)
+    rollouts: int | None = Field(default=None, ge=0)
     """Number of responses to record in `DIR/rollouts` in each step, whole groups while they fit: as text when they are
-    sampled, and after the step with entropies, log-probabilities and alternatives of the tokens trained on."""
+    sampled, and after the step with entropies, log-probabilities and alternatives of the tokens trained on. Null:
+    16, but with tokens at most an eighth of the step's responses."""
     report_every: int = Field(default=0, ge=0)
     """Number of steps after which `DIR/report.html` is written again; 0: only by `rlvr report`."""
+
+    @property
+    def most_rollouts(self) -> int:
+        """Largest number of responses that are recorded of a step."""
+        return 16 if self.rollouts is None else self.rollouts
+
+    @property
+    def rollout_share(self) -> float:
+        """Largest share of a step's responses that are recorded with their tokens, of two responses at least."""
+        return 1 / 8 if self.rollouts is None else 1.0

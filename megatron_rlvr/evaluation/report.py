@@ -11,7 +11,7 @@ from megatron_rlvr.evaluation.statistics import Estimate
 from megatron_rlvr.evaluation.summary import SetSummary
 
 SETS_IN_A_TABLE = 4
-"""More columns are narrower than their figures where a terminal has 100 characters."""
+"""More columns are narrower than their values where a terminal has 100 characters."""
 
 
 def tables_of(summaries: Mapping[str, SetSummary], *, tokens_per_second: float | None) -> list[Table]:

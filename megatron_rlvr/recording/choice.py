@@ -1,4 +1,4 @@
-"""Choice of the responses of a step that are recorded: whole groups, among them the stalest and truncated ones.
+"""Choice of the responses of a step that are recorded: whole groups, and of each kind of response one.
 
 Groups with both correct and incorrect responses precede others, which are trained on without dynamic sampling only. Of
 a group that does not fit whole, each kind is taken in turn.
@@ -30,8 +30,10 @@ class Candidate:
 def choose(candidates: Sequence[Candidate], count: int) -> list[int]:
     """Return the numbers of at most ``count`` responses, ascending; the same for any order of the candidates.
 
-    First the group of the stalest response, then the group with most truncated responses, then the others in the order
-    of the batch, those first that have correct and incorrect responses.
+    Of each kind that the step has there is one, if so many fit: the stalest response, a truncated one, a correct and an
+    incorrect one. The others are those of the same groups, the group of the stalest response first, the one with most
+    truncated responses second, and then of the groups in the order of the batch, those first that have correct and
+    incorrect responses.
     """
     groups: dict[int, list[Candidate]] = {}
     for candidate in sorted(candidates, key=lambda c: c.number):
@@ -43,8 +45,11 @@ def choose(candidates: Sequence[Candidate], count: int) -> list[int]:
     truncated = min(groups, key=lambda g: (-sum(c.truncated for c in groups[g]), g))
     mixed = {g: len({c.correct for c in groups[g]}) == 2 for g in groups}
     order = dict.fromkeys([stalest, truncated, *sorted(groups, key=lambda g: (not mixed[g], g))])
-    chosen = [candidate.number for group in order for candidate in _kinds_in_turn(groups[group])]
-    return sorted(chosen[:count])
+    ordered = [candidate for group in order for candidate in _kinds_in_turn(groups[group])]
+    kinds = (lambda c: c.truncated, lambda c: c.correct, lambda c: not c.correct)
+    one_of_each = [ordered[0], *(c for kind in kinds if (c := next(filter(kind, ordered), None)) is not None)]
+    chosen = dict.fromkeys(candidate.number for candidate in (*one_of_each, *ordered))
+    return sorted(list(chosen)[:count])
 
 
 def _kinds_in_turn(group: Sequence[Candidate]) -> list[Candidate]:

@@ -8,7 +8,8 @@ for each selected token, one after the other. The text of an alternative is writ
 has it: `new_alternative_ids` and `new_alternative_texts`. docs/forks.md describes each column.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ FOLDER = "rollouts"
 
 LIKELIEST = 5
 """Number of alternatives that are recorded of a selected token."""
+
+_STEP = re.compile(r"step_([0-9]{6,9})\.parquet")
 
 _GRID = 2.0**-14
 """Log-probabilities of alternatives are multiples of it, in nats: the bits below cost a byte and show nothing."""
@@ -107,14 +110,17 @@ def schema() -> Any:
     """Schema of the files. pyarrow, which starts threads, is only imported by a rank that reads or writes them."""
     import pyarrow as pa
 
+    def lists(of: Any) -> Any:
+        return pa.list_(pa.field("element", of))  # as Parquet names it
+
     types = {
         **dict.fromkeys(("step", "group", "index"), pa.int32()),
         **dict.fromkeys(("reward", "advantage"), pa.float32()),
-        **dict.fromkeys((*_IDS, *_INTS, _NEW_IDS), pa.list_(pa.int32())),
-        **dict.fromkeys(_FLOATS, pa.list_(pa.float32())),
-        **dict.fromkeys(("texts", _NEW_TEXTS), pa.list_(pa.string())),
+        **dict.fromkeys((*_IDS, *_INTS, _NEW_IDS), lists(pa.int32())),
+        **dict.fromkeys(_FLOATS, lists(pa.float32())),
+        **dict.fromkeys(("texts", _NEW_TEXTS), lists(pa.string())),
         "correct": pa.bool_(),
-        "selected": pa.list_(pa.bool_()),
+        "selected": lists(pa.bool_()),
     }
     names = [field.name for field in fields(RecordedResponse) if field.name != "alternative_texts"]
     return pa.schema([(name, types.get(name, pa.string())) for name in (*names, _NEW_IDS, _NEW_TEXTS)])
@@ -134,6 +140,10 @@ def write_recorded(folder: Path, step: int, responses: Sequence[RecordedResponse
             building,
             compression="zstd",
             compression_level=9,
+            # Without minima and maxima, and without Arrow's copy of the schema: half of the bytes of a small file.
+            write_statistics=False,
+            store_schema=False,
+            write_page_checksum=True,
             # The bytes of numbers compress when those of equal weight are neighbours, repeated values by a dictionary.
             use_dictionary=["prompt", "answer", *(f"{name}.list.element" for name in (*_INTS, "texts"))],
             column_encoding={
@@ -160,22 +170,33 @@ def _rows(responses: Sequence[RecordedResponse]) -> Iterator[dict[str, Any]]:
 
 def recorded_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, file) of all recorded steps in a run folder, in their order."""
-    return [(int(path.stem.removeprefix("step_")), path) for path in sorted((folder / FOLDER).glob("step_*.parquet"))]
+    steps = ((_STEP.fullmatch(path.name), path) for path in (folder / FOLDER).glob("step_*.parquet"))
+    return sorted((int(match[1]), path) for match, path in steps if match is not None)
 
 
-def read_recorded(folder: Path, steps: Iterable[int] | None = None) -> Iterator[RecordedResponse]:
+def read_recorded(
+    folder: Path, steps: Iterable[int] | None = None, on_error: Callable[[RecordingError], object] | None = None
+) -> Iterator[RecordedResponse]:
     """Yield the recorded responses of a run folder, by step, group and index.
 
     Args:
         folder: Run folder.
         steps: Steps to read; None for all.
+        on_error: Takes the error of a file that cannot be read, whose responses are left out.
 
-    Raises: RecordingError if a file cannot be read.
+    Raises: RecordingError if a file cannot be read, without ``on_error``.
     """
     wanted = None if steps is None else set(steps)
     for step, path in recorded_files(folder):
         if wanted is None or step in wanted:
-            yield from _read(path)
+            try:
+                responses = list(_read(path))
+            except RecordingError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+                continue
+            yield from responses
 
 
 def _read(path: Path) -> Iterator[RecordedResponse]:
@@ -183,24 +204,24 @@ def _read(path: Path) -> Iterator[RecordedResponse]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         if not table.schema.equals(schema()):
             raise pa.ArrowInvalid("its columns are others")
-    except (OSError, pa.ArrowException) as error:
+        texts: dict[int, str] = {}
+        for i in range(table.num_rows):
+            values: dict[str, Any] = {}
+            for name in table.column_names:
+                scalar = table.column(name)[i]
+                values[name] = scalar.values.to_numpy(zero_copy_only=False) if name in _ARRAYS else scalar.as_py()
+            texts.update(zip(values.pop(_NEW_IDS), values.pop(_NEW_TEXTS), strict=True))
+            values["alternative_texts"] = [texts[token] for token in values["alternative_ids"].tolist()]
+            for name in ("alternative_ids", "alternative_logp"):
+                values[name] = values[name].reshape(-1, LIKELIEST)
+            yield RecordedResponse(**values)
+    except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecordingError(
             f"{path} cannot be read as recorded responses ({' '.join(str(error).split())[:200]}); remove the file"
         ) from None
-    texts: dict[int, str] = {}
-    for i in range(table.num_rows):
-        values: dict[str, Any] = {}
-        for name in table.column_names:
-            scalar = table.column(name)[i]
-            values[name] = scalar.values.to_numpy(zero_copy_only=False) if name in _ARRAYS else scalar.as_py()
-        texts.update(zip(values.pop(_NEW_IDS), values.pop(_NEW_TEXTS), strict=True))
-        values["alternative_texts"] = [texts[token] for token in values["alternative_ids"].tolist()]
-        for name in ("alternative_ids", "alternative_logp"):
-            values[name] = values[name].reshape(-1, LIKELIEST)
-        yield RecordedResponse(**values)
 
 
 def _plain(value: Any) -> Any:

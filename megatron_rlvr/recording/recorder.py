@@ -15,6 +15,9 @@ from megatron_rlvr.recording.token_texts import TokenTexts
 from megatron_rlvr.recording.tokens import TokenRecorder, TokenValues
 from megatron_rlvr.types import Completion, Grade, Group, Prompt
 
+_LEAST = 2
+"""Responses that are recorded of any step: a correct and an incorrect one, as a rule."""
+
 
 @dataclass(frozen=True)
 class _Sampled:
@@ -30,7 +33,14 @@ class RolloutRecorder:
     """Writes the recorded responses of a run, at most so many a step."""
 
     def __init__(
-        self, folder: Path, count: int, tokenizer: Tokenizer, data_objects: dist.ProcessGroup, *, is_main: bool
+        self,
+        folder: Path,
+        count: int,
+        tokenizer: Tokenizer,
+        data_objects: dist.ProcessGroup,
+        *,
+        share: float = 1.0,
+        is_main: bool,
     ) -> None:
         """Create a recorder.
 
@@ -39,9 +49,10 @@ class RolloutRecorder:
             count: Most responses of a step; 0 records none.
             tokenizer: Tokenizer of the responses.
             data_objects: Data-parallel ranks of this rank, by a back end that carries Python objects.
+            share: Most responses of a step as a share of all that it trains on, if these are more than two.
             is_main: True on the rank that writes, which is the first of its data-parallel ranks.
         """
-        self._folder, self._count, self._tokenizer = folder, count, tokenizer
+        self._folder, self._count, self._share, self._tokenizer = folder, count, share, tokenizer
         self._data_objects, self._is_main = data_objects, is_main
         self._texts: TokenTexts | None = None
         self._group_size = 0
@@ -68,7 +79,8 @@ class RolloutRecorder:
             for order, group in groups
             for i, (completion, grade) in enumerate(zip(group.completions, group.grades, strict=True))
         ]
-        chosen = choose([c for part in gather(here, self._data_objects) for c in part], self._count)
+        candidates = [c for part in gather(here, self._data_objects) for c in part]
+        chosen = choose(candidates, min(self._count, max(_LEAST, int(self._share * len(candidates)))))
         return TokenRecorder(chosen) if chosen else None
 
     def write(self, step: int, groups: Sequence[tuple[int, Group]], tokens: TokenRecorder) -> None:

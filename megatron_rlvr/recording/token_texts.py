@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 from megatron_rlvr.data.tokenizer import Tokenizer
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""In the text of a token that has a part of a character."""
 # Bytes that are still no character after so many tokens are none: the joined texts may then have other U+FFFD.
 _MOST_TOKENS = 16
 
@@ -31,12 +32,12 @@ class TokenTexts:
         for token_id in map(int, ids):
             if part and (len(part) == _MOST_TOKENS or token_id in self._tokenizer.special_ids):
                 texts[-1], part = self._behind(part), []
-            if not part and _INCOMPLETE not in self.one(token_id):
+            if not part and INCOMPLETE not in self.one(token_id):
                 texts.append(self.one(token_id))
                 continue
             part.append(token_id)
             text = self._behind(part)
-            if text.endswith(_INCOMPLETE):
+            if text.endswith(INCOMPLETE):
                 texts.append("")
             else:
                 texts.append(text)

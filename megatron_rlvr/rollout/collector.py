@@ -7,9 +7,12 @@ with `finish_step`.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
 
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.distributed.collectives import gather
@@ -139,6 +142,7 @@ def _sums(sampled: Sequence[Group], informative: int, in_progress: int, ranks: R
         "tokens": sum(len(c.token_ids) for c in completions),
         "truncated": sum(c.finish_reason == "length" for c in completions),
     }
+    sums |= _squares(sampled)
     for name in {name for grade in grades for name in grade.parts}:
         values = [grade.parts[name] for grade in grades if name in grade.parts]
         sums |= {f"part/{name}": sum(values), f"part_count/{name}": len(values)}
@@ -147,6 +151,41 @@ def _sums(sampled: Sequence[Group], informative: int, in_progress: int, ranks: R
     keys = dict.fromkeys(key for part, _ in gathered for key in part)
     total: dict[str, Any] = {key: sum(part.get(key, 0) for part, _ in gathered) for key in keys}
     return total | {"first_failure": next((text for _, text in gathered if text is not None), None)}
+
+
+_WITH_ERROR = {
+    "reward": "reward/mean",
+    "correct": "reward/accuracy",
+    "tokens": "rollout/response_tokens_mean",
+    "truncated": "rollout/truncated_fraction",
+}
+"""{sum: metric that is its mean over responses}, of those that get a standard error."""
+
+
+def _squares(sampled: Sequence[Group]) -> dict[str, float]:
+    """Return the sums over groups from which `_standard_error` follows: of n n, x n and x x of each quantity x."""
+    size = np.array([len(group.completions) for group in sampled], np.float64)
+    by_group = {
+        "reward": [sum(g.reward for g in group.grades) for group in sampled],
+        "correct": [sum(g.correct for g in group.grades) for group in sampled],
+        "tokens": [sum(len(c.token_ids) for c in group.completions) for group in sampled],
+        "truncated": [sum(c.finish_reason == "length" for c in group.completions) for group in sampled],
+    }
+    sums = {"n n": float(size @ size)}
+    for name, values in by_group.items():
+        x = np.array(values, np.float64)
+        sums |= {f"{name} n": float(x @ size), f"{name} {name}": float(x @ x)}
+    return sums
+
+
+def _standard_error(sums: Mapping[str, Any], name: str) -> float:
+    """Standard error of a mean over the responses of at least two groups; those of a group are not independent.
+
+    Of a ratio m = sum(x_g) / sum(n_g) over G groups it is sqrt(G / (G - 1) * sum((x_g - m n_g)^2)) / sum(n_g).
+    """
+    mean, groups = sums[name] / sums["completions"], sums["groups"]
+    square = sums[f"{name} {name}"] - 2 * mean * sums[f"{name} n"] + mean**2 * sums["n n"]
+    return math.sqrt(max(0.0, square) * groups / (groups - 1)) / sums["completions"]
 
 
 def _metrics(sums: Mapping[str, Any]) -> dict[str, float]:
@@ -166,6 +205,8 @@ def _metrics(sums: Mapping[str, Any]) -> dict[str, float]:
             "rollout/response_tokens_mean": sums["tokens"] / sums["completions"],
             "rollout/truncated_fraction": sums["truncated"] / sums["completions"],
         }
+    if sums["completions"] and sums["groups"] > 1:
+        metrics |= {f"{metric}_standard_error": _standard_error(sums, name) for name, metric in _WITH_ERROR.items()}
     for key in sorted(sums):
         if key.startswith("part/"):
             name = key.removeprefix("part/")

@@ -98,7 +98,12 @@ def build_trainer(
         inputs=resolved.inputs,
     )
     recorder = RolloutRecorder(
-        folder, settings.log.rollouts, resolved.tokenizer, ranks.data_objects, is_main=ranks.is_main
+        folder,
+        settings.log.most_rollouts,
+        resolved.tokenizer,
+        ranks.data_objects,
+        share=settings.log.rollout_share,
+        is_main=ranks.is_main,
     )
     progress = resources.enter_context(Progress(settings.run.steps, enabled=ranks.is_main))
 

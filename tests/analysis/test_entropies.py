@@ -28,6 +28,14 @@ def test_the_distribution_is_that_of_a_sorted_list():
         assert count == sum(low <= x < high for x in values)
 
 
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.3, 0.7])
+def test_every_entropy_is_in_a_bin(width: float):
+    for last in range(1, 200):
+        for most in (last * width, math.nextafter(last * width, math.inf), math.nextafter(last * width, 0)):
+            values = np.array([-1e-7, 0.0, most])
+            assert distribution(values, width).counts.sum() == len(values)
+
+
 def test_changes_are_means_over_bins_of_equally_many_tokens_by_base_entropy():
     bins = change_by_bin(BASE, OTHER)
     pairs = sorted(zip(BASE.tolist(), range(1003), OTHER.tolist(), strict=True))

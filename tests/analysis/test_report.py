@@ -1,6 +1,7 @@
 """What a report says of a run, against the run's own files."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from megatron_rlvr.analysis.runs import RunError, read_runs
 from megatron_rlvr.analysis.shown_rollouts import show_rollouts
 from megatron_rlvr.analysis.token_means import TokenMeans
 from megatron_rlvr.recording.files import LIKELIEST, RecordingError, read_recorded, write_recorded
+
+
+def page_data(report: Path) -> dict[str, Any]:
+    """Data of a page."""
+    block = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', report.read_text(encoding="utf-8"), re.S)
+    assert block is not None
+    return json.loads(block[1])
 
 
 def test_mean_entropies_by_token_are_those_of_a_loop():
@@ -42,7 +50,8 @@ def test_mean_entropies_by_token_are_those_of_a_loop():
 def test_shown_steps_are_spread_over_the_run_and_fit_the_page(tmp_path: Path):
     recorded = {step: [response(step, 0, index, tokens=100) for index in range(2)] for step in range(1, 101)}
     run = write_run(tmp_path / "run", 100, recorded=recorded)
-    shown = show_rollouts(read_runs([run]), most_tokens=1000)
+    step_bytes = 2 * (400 + len(recorded[1][0].prompt) + 100 * 24 + 20 * 62)
+    shown = show_rollouts(read_runs([run]), most_bytes=5 * step_bytes + 99)
     assert (shown.recorded_steps, shown.shown_steps) == ([100], [5])
     assert sorted({r["step"] for r in shown.responses}) == [1, 26, 51, 75, 100]
     first = shown.responses[0]
@@ -54,7 +63,7 @@ def test_shown_steps_are_spread_over_the_run_and_fit_the_page(tmp_path: Path):
     assert first["s"] == np.flatnonzero(original.selected).tolist()
     np.testing.assert_allclose(np.array(first["a"])[:, 1::2] / 1000, np.exp(original.alternative_logp), atol=6e-4)
     too_long = write_run(tmp_path / "long", 2, recorded={1: [response(1, 0, 0, tokens=5000)] * 3})
-    assert len(show_rollouts(read_runs([too_long]), most_tokens=1000).responses) == 1
+    assert len(show_rollouts(read_runs([too_long]), most_bytes=1000).responses) == 1
 
 
 @pytest.mark.parametrize(("all_selected", "most"), [(False, 40), (True, 60)], ids=["a fifth selected", "all selected"])
@@ -89,6 +98,12 @@ def test_a_recorded_token_takes_at_most_60_bytes_and_is_read_as_it_was(tmp_path:
                 assert value == expected
 
 
+def test_a_recorded_token_takes_at_most_60_bytes_in_short_responses_too(tmp_path: Path):
+    texts = tuple(f" word{i}" for i in range(50_000))
+    responses = [response(1, i // 8, i % 8, tokens=20, texts=texts) for i in range(16)]
+    assert write_recorded(tmp_path, 1, responses).stat().st_size <= 60 * 16 * 20
+
+
 def test_pandas_reads_recorded_responses_and_the_texts_of_alternatives(tmp_path: Path):
     pandas = pytest.importorskip("pandas", reason="no pandas")
     responses = [response(1, group, index) for group in range(2) for index in range(4)]
@@ -119,9 +134,49 @@ def test_wrong_folders_and_files_are_one_line_with_the_remedy(tmp_path: Path):
     run = write_run(tmp_path / "run", 2)
     with pytest.raises(RunError, match=r"a run folder is given twice; give each once"):
         main([str(run), str(run)], "rlvr report")
+
+
+def test_a_recorded_file_that_cannot_be_read_is_named_and_left_out_of_the_report(tmp_path: Path, caplog):
+    recorded = {step: [response(step, 0, index) for index in range(2)] for step in (1, 2, 3, 4)}
+    run = write_run(tmp_path / "run", 4, recorded=recorded)
     (run / "rollouts" / "step_000001.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(RecordingError, match=r"step_000001.parquet cannot be read as recorded .*; remove the file"):
-        main([str(run)], "rlvr report")
+    content = bytearray((run / "rollouts" / "step_000002.parquet").read_bytes())
+    content[len(content) // 4] ^= 1  # of a page, which has a checksum
+    (run / "rollouts" / "step_000002.parquet").write_bytes(content)
+    whole = (run / "rollouts" / "step_000003.parquet").read_bytes()
+    (run / "rollouts" / "step_000003.parquet").write_bytes(whole[:-100])
+    (run / "rollouts" / "step_of_mine.parquet").write_bytes(b"not ours")
+    write_report([run], run / "report.html")
+    named = [record.getMessage() for record in caplog.records if "leaves out a file" in record.getMessage()]
+    assert len(named) == 3
+    for step, message in enumerate(sorted(named), 1):
+        assert f"step_00000{step}.parquet cannot be read as recorded" in message
+        assert message.endswith("; remove the file")
+    data = page_data(run / "report.html")
+    assert {r["step"] for r in data["responses"]} == {4}
+    for step in (1, 2, 3):
+        with pytest.raises(RecordingError, match=f"step_00000{step}.parquet cannot be read as recorded .*; remove"):
+            list(read_recorded(run, [step]))
+
+
+@pytest.mark.parametrize("length", [29_696, 300], ids=["long", "short"])
+def test_a_page_of_1000_steps_takes_at_most_10_mb_even_if_all_tokens_are_selected(tmp_path: Path, length: int):
+    texts = tuple(f" word{i}" for i in range(20_000))
+    ids = np.random.default_rng(0).integers(len(texts), size=(length, LIKELIEST)).astype(np.int32)
+    every = {
+        "selected": np.ones(length, bool),
+        "alternative_ids": ids,
+        "alternative_texts": [texts[i] for i in ids.ravel()],
+        "alternative_logp": np.full(ids.shape, -1.6, np.float32),
+    }
+    recorded = {
+        step: [response(step, 0, i, tokens=length, texts=texts, **every) for i in range(2 if length > 1000 else 16)]
+        for step in ((1, 500, 1000) if length > 1000 else range(10, 1001, 25))
+    }
+    run = write_run(tmp_path / "run", 1000, recorded=recorded)
+    write_report([run], run / "report.html")
+    assert 3e6 < (run / "report.html").stat().st_size <= 10e6
+    assert page_data(run / "report.html")["runs"][0]["shownSteps"] < len(recorded)
 
 
 def test_the_command_writes_the_page_into_the_first_run_and_prints_its_path(tmp_path: Path, capsys):

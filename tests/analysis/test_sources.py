@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from recorded_runs import response, write_run
 
-from megatron_rlvr.analysis.command.sources import SourceError, read_source
+from megatron_rlvr.analysis.command.sources import SourceError, check_tokens, read_source
 from megatron_rlvr.data.tokenizer import load_tokenizer
+from megatron_rlvr.recording.token_texts import TokenTexts
 
 
 def write_evaluation(folder: Path, model: Path, train: Path, texts: list[list[str]], **sampling: object) -> Path:
@@ -94,6 +96,8 @@ def test_responses_of_a_file_are_tokenized_and_so_many_are_spread_over_all(tmp_p
         ('{"prompt": "a"}', "no text as prompt or response"),
         ('{"prompt": "", "response": "a"}', "an empty prompt"),
         ('{"prompt": "a", "response": "b", "advantage": "1"}', "an advantage that is no number"),
+        ('{"prompt": "a", "response": "b", "advantage": 1e999}', "an advantage that is no number"),
+        ('{"prompt": "a", "response": "\\ud83d"}', "half of a character"),
         ('{"problem": "set/1", "response": "b"}', "give the folder of the evaluation"),
     ],
 )
@@ -122,3 +126,28 @@ def test_recorded_responses_keep_steps_entropies_and_advantages(tmp_path: Path):
     for found, wanted in zip(source.responses, given[1] + given[4], strict=True):
         np.testing.assert_array_equal(found.entropy, wanted.entropy)
         assert found.advantage == wanted.advantage
+
+
+def test_token_ids_of_another_tokenizer_are_refused_with_the_first_that_differs(
+    tmp_path: Path, model: Path, train: Path
+):
+    evaluation = read_source(write_evaluation(tmp_path / "out", model, train, TEXTS), model, None)
+    check_tokens(evaluation, [model, model])
+    tokenizer = load_tokenizer(model)
+    texts = TokenTexts(tokenizer)
+    ids = tokenizer.encode("so the answer \U0001f469\u200d\U0001f52c is 4")
+    own = replace(response(1, 0, 0, tokens=len(ids)), token_ids=np.array(ids, np.int32), texts=texts(ids))
+    run = read_source(write_run(tmp_path / "own", 2, recorded={1: [own]}), model, None)
+    check_tokens(run, [model])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((model / "config.json").read_text(), encoding="utf-8")
+    check_tokens(run, [bare])
+    # The run's words have the numbers 0 to 11.
+    other = read_source(write_run(tmp_path / "other", 2, recorded={1: [response(1, 0, 0)]}), model, None)
+    with pytest.raises(SourceError, match=r"token 0 of the responses is 'The', and .* in its tokenizer; give a model"):
+        check_tokens(other, [model])
+    high = replace(response(1, 0, 0, tokens=1), token_ids=np.array([999_999], np.int32))
+    beyond = read_source(write_run(tmp_path / "beyond", 2, recorded={1: [high]}), None, None)
+    with pytest.raises(SourceError, match=r"token id 999999, and its vocabulary is of \d+ tokens; give a model"):
+        check_tokens(beyond, [bare])

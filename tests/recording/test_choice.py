@@ -20,9 +20,9 @@ def candidates() -> list[Candidate]:
     ]
 
 
-def test_the_stalest_group_then_the_most_truncated_one_then_the_others_in_order_are_chosen_whole():
+def test_after_one_of_each_kind_groups_are_chosen_whole_the_stalest_then_the_most_truncated_then_in_order():
     groups = [sorted({number // 4 for number in choose(candidates(), count)}) for count in (4, 8, 12, 16, 20, 99)]
-    assert groups == [[3], [2, 3], [0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert groups == [[2, 3], [2, 3], [0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
     assert choose(candidates(), 8) == [8, 9, 10, 11, 12, 13, 14, 15]
 
 
@@ -50,3 +50,24 @@ def test_groups_with_both_correct_and_incorrect_responses_precede_others():
         for i in (0, 1)
     ]
     assert [n // 2 for n in choose(given, 4)] == [0, 0, 2, 2]
+
+
+def test_each_kind_has_one_although_one_group_would_fill_all_places():
+    # Groups of 16: the stalest response is in group 0, whose responses all ended by themselves and are incorrect.
+    given = [
+        Candidate(
+            number=16 * group + i,
+            group=group,
+            correct=group == 1 and i % 2 == 0,
+            truncated=group == 2 and i == 9,
+            oldest_version=3 if (group, i) == (0, 5) else 4,
+        )
+        for group in range(3)
+        for i in range(16)
+    ]
+    for count in (4, 8, 16):
+        chosen = choose(given, count)
+        assert len(chosen) == count
+        assert {5, 16 * 2 + 9} < set(chosen)
+        assert {given[n].correct for n in chosen} == {True, False}
+    assert sum(given[n].group == 0 for n in choose(given, 16)) >= 13

@@ -5,10 +5,10 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -314,6 +314,12 @@ def test_a_step_draws_no_more_prompts_than_it_may(folder: Path):
     assert used_up > 10
 
 
+def error_over_groups(case: Case, step: Step, value: Callable[[CompletionRequest], float]) -> float:
+    """Standard error of a mean over responses, of groups of one size: that of the mean of the groups' means."""
+    means = [mean([float(value(r)) for r in group]) for group in groups_drawn(case, step)]
+    return stdev(means) / math.sqrt(len(means))
+
+
 def test_metrics_are_a_direct_count_of_what_was_sampled(folder: Path):
     for case, steps in zip(CASES, random_runs(ONE_RANK, folder), strict=True):
         for (step,) in steps:
@@ -339,7 +345,21 @@ def test_metrics_are_a_direct_count_of_what_was_sampled(folder: Path):
                     "rollout/response_tokens_mean": mean([len(c.token_ids) for c in answers]),
                     "rollout/truncated_fraction": mean([c.finish_reason == "length" for c in answers]),
                 }
-            assert step.metrics == pytest.approx(expected)
+            if drawn > 1:
+                expected |= {
+                    "reward/mean_standard_error": error_over_groups(case, step, functools.partial(reward_of, case)),
+                    "reward/accuracy_standard_error": error_over_groups(
+                        case, step, functools.partial(is_correct, case)
+                    ),
+                    "rollout/response_tokens_mean_standard_error": error_over_groups(
+                        case, step, lambda r: len(answer(r).token_ids)
+                    ),
+                    "rollout/truncated_fraction_standard_error": error_over_groups(
+                        case, step, lambda r: answer(r).finish_reason == "length"
+                    ),
+                }
+            # A variance that is zero is a difference of large numbers.
+            assert step.metrics == pytest.approx(expected, abs=1e-6)
             assert step.finished == len(step.requests)
             assert step.sampled == [group[0].prompt.id for group in groups_drawn(case, step)]
 

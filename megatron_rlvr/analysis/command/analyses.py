@@ -232,7 +232,10 @@ def change(source: Source, scored: Scored, bins: int) -> list[Result]:
 
 
 def gradient(source: Source, model: Target, how: Scoring, bins: int) -> list[Result] | None:
-    """Return how much of the policy gradient each bin of entropies adds; None on a rank that writes no results."""
+    """Return how much of the policy gradient each bin of entropies adds; None on a rank that writes no results.
+
+    The number of bins is a multiple of five, so that the highest fifth of the tokens are whole bins.
+    """
     from megatron_rlvr.analysis.command.scoring import entropies, gradients_by_bin, load
     from megatron_rlvr.distributed.collectives import on_main_rank
 
@@ -251,7 +254,7 @@ def gradient(source: Source, model: Target, how: Scoring, bins: int) -> list[Res
         return None
     ends = np.cumsum([0, *map(len, parts)]) / len(entropy) * 100
     squares = found.norms**2 / max(float((found.norms**2).sum()), np.finfo(float).tiny)
-    top = [number for number in range(len(parts)) if ends[number] >= 100 * (1 - _TOP) - 1e-9]
+    top = slice(len(parts) - len(parts) // 5, None)
     rows: list[Sequence[Cell]] = [
         (
             float(ends[i]),

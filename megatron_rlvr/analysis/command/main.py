@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rlvr.analysis.command import analyses, temperatures
 from megatron_rlvr.analysis.command.models import find_models
 from megatron_rlvr.analysis.command.sampling import sample
-from megatron_rlvr.analysis.command.sources import read_source
+from megatron_rlvr.analysis.command.sources import check_tokens, read_source
 from megatron_rlvr.analysis.command.weights import parameters
 from megatron_rlvr.analysis.entropies import PAPER_THRESHOLD
 from megatron_rlvr.analysis.report import ANALYSES
@@ -98,6 +98,7 @@ def _place(options: argparse.Namespace) -> Path:
 def _scored(options: argparse.Namespace, out: Path) -> list[Result] | None:
     models = _models(options)
     source = read_source(options.source, models[0].folder if models else None, options.responses)
+    check_tokens(source, [model.folder for model in models])
     if not models:
         return analyses.tokens(source, None, options.least)
     how = analyses.Scoring(
@@ -151,6 +152,8 @@ def _check(options: argparse.Namespace, evaluate: Sequence[str] | None, parser: 
         values = [options.threshold, *options.high, *options.low]
         if not all(0 <= value < math.inf for value in values):
             parser.error("--threshold, --high, --low: not finite or below 0; give nats and temperatures")
+    if name == "gradient" and options.bins % 5:
+        parser.error(f"--bins {options.bins}: the highest fifth of the tokens is no whole bin; give a multiple of 5")
     if name == "parameters" and evaluate is not None:
         parser.error("--: parameters samples no responses; remove it and the words after it")
     if name == "tokens" and options.model is None:

@@ -1,5 +1,6 @@
 """Responses that are analysed: those that a run has recorded, those of an evaluation, or those of a file."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from megatron_rlvr.analysis.runs import read_runs
-from megatron_rlvr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rlvr.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from megatron_rlvr.errors import InputError
+from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.input_files import BadFileError, decode, is_file, parse_json, read_lines
 from megatron_rlvr.recording.files import read_recorded, recorded_files
-from megatron_rlvr.recording.token_texts import TokenTexts
+from megatron_rlvr.recording.token_texts import INCOMPLETE, TokenTexts
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SourceError(InputError):
@@ -96,6 +100,35 @@ def read_source(path: Path, model: Path | None, count: int | None) -> Source:
     if count is not None and count < len(responses):
         responses = [responses[i * len(responses) // count] for i in range(count)]
     return Source(responses, source.temperature, source.text_of, source.notes)
+
+
+def check_tokens(source: Source, models: Sequence[Path]) -> None:
+    """Raise SourceError if the token ids of the responses mean other texts to a model, or nothing.
+
+    A model whose folder has no tokenizer is only known by the size of its vocabulary.
+    """
+    prompts = np.unique(np.concatenate([response.prompt_ids for response in source.responses]))
+    ids = np.unique(np.concatenate([response.token_ids for response in source.responses]))
+    last = max(int(ids[-1]), *prompts[-1:].tolist())
+    for model in dict.fromkeys(models):
+        vocabulary = read_config(model).get("vocab_size")
+        if type(vocabulary) is int and last >= vocabulary:
+            raise SourceError(
+                f"{model}: the responses have the token id {last}, and its vocabulary is of {vocabulary} tokens; give "
+                "a model with the tokenizer that they were sampled with"
+            )
+        try:
+            texts = TokenTexts(load_tokenizer(model))
+        except TokenizerError:
+            continue
+        for token in ids.tolist():
+            here, there = source.text_of(token), texts.one(token)
+            # A part of a character has the text that its neighbours give it.
+            if here and INCOMPLETE not in here + there and here != there:
+                raise SourceError(
+                    f"{model}: token {token} of the responses is {here[:20]!r}, and {there[:20]!r} in its tokenizer; "
+                    "give a model with the tokenizer that they were sampled with"
+                )
 
 
 def _of_run(run: Path, *, needs_temperature: bool) -> Source:
@@ -197,7 +230,10 @@ def _problem(row: Any) -> str | None:
         return "a record of an evaluation, which has no prompt; give the folder of the evaluation"
     if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
         return "no text as prompt or response"
-    if type(row.get("advantage", 0.0)) not in (int, float):
+    if any(_LONE_SURROGATE.search(row[key]) for key in ("prompt", "response")):
+        return "half of a character (a surrogate) in its prompt or response"
+    advantage = row.get("advantage")
+    if advantage is not None and not (type(advantage) in (int, float) and abs(advantage) < 1e30):
         return "an advantage that is no number"
     return None
 

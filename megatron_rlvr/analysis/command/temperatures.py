@@ -41,7 +41,8 @@ class Grid:
 
     def folder(self, out: Path, high: float, low: float) -> Path:
         """Return the folder of a point's evaluation."""
-        return out / f"threshold_{self.threshold:g}_high_{high:g}_low_{low:g}"
+        values = (str(float(value)).removesuffix(".0") for value in (self.threshold, high, low))  # all digits
+        return out / "threshold_{}_high_{}_low_{}".format(*values)
 
 
 def sample_grid(model: Path, step: int | None, out: Path, grid: Grid, words: Sequence[str]) -> int:
