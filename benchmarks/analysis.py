@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/analysis.py [--only recording] [--rounds 5] [--tokens 1000000] [--model FOLDER]
 
 recording   the training step of benchmarks/step.py on 64 prompts x 8 responses of 64 tokens (4 layers of 128,
-            vocabulary 512), alternately without and with recording of 16 responses: choosing them, the alternatives of
+            vocabulary 512; --case few: 8 prompts), alternately without and with recording as log.rollouts is by default: choosing them, the alternatives of
             their tokens in the score pass, the pass under the updated weights, the Parquet file. The share of a step
             is that of these four parts; beside it is the difference of whole steps, which has the noise of sampling.
 analysis    `rlvr analyze tokens --tokens-per-micro-batch 2048` of so many tokens in responses of 1,000 under the same
@@ -31,14 +31,13 @@ from step_arms.workload import CASES, Case, write_model
 from megatron_rlvr.analysis.command.analyses import Scored, tokens
 from megatron_rlvr.analysis.command.scoring import entropies, load
 from megatron_rlvr.analysis.command.sources import Response, Source
-from megatron_rlvr.config import ParallelSettings
+from megatron_rlvr.config import LogSettings, ParallelSettings
 from megatron_rlvr.data.tokenizer import load_tokenizer
 from megatron_rlvr.distributed import process_group
 from megatron_rlvr.hf.files import read_config
 from megatron_rlvr.recording.recorder import RolloutRecorder
 
-SHAPES = {"full": Case(64, 8, 64, 128, 512), "tiny": CASES["tiny"]}
-RECORDED = 16
+SHAPES = {"full": Case(64, 8, 64, 128, 512), "few": Case(8, 8, 64, 128, 512), "tiny": CASES["tiny"]}
 LENGTH = 1_000
 BLOCK = 50
 BUDGET = 2048  # tokens of a micro-batch, which then fits into a CPU's cache
@@ -75,7 +74,10 @@ def main() -> None:
 def recording(arm: Arm, folder: Path, place: Path, rounds: int) -> dict[str, float]:
     """Seconds of a step with and without recording, and of the parts of recording."""
     ranks, watch = arm.policy.ranks, arm.watch
-    recorder = RolloutRecorder(place, RECORDED, load_tokenizer(folder), ranks.data_objects, is_main=True)
+    log, tokenizer = LogSettings(), load_tokenizer(folder)
+    recorder = RolloutRecorder(
+        place, log.most_rollouts, tokenizer, ranks.data_objects, share=log.rollout_share, is_main=True
+    )
     seconds: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for number in range(2 * rounds + 2):
         step, recorded = number + 1, bool(number % 2)
