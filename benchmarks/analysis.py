@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/analysis.py [--only recording] [--rounds 5] [--tokens 1000000] [--model FOLDER]
 
 recording   the training step of benchmarks/step.py on 64 prompts x 8 responses of 64 tokens (4 layers of 128,
-            vocabulary 512; --case few: 8 prompts), alternately without and with recording as log.rollouts is by default: choosing them, the alternatives of
-            their tokens in the score pass, the pass under the updated weights, the Parquet file. The share of a step
-            is that of these four parts; beside it is the difference of whole steps, which has the noise of sampling.
+            vocabulary 512; --case few: 8 prompts), alternately without and with recording of as many responses as
+            by default: choosing them, the alternatives of their tokens in the score pass, the pass under the updated
+            weights, the Parquet file. The share of a step is that of these four parts; beside it is the difference
+            of whole steps, which has the noise of sampling.
 analysis    `rlvr analyze tokens --tokens-per-micro-batch 2048` of so many tokens in responses of 1,000 under the same
             model: scoring, histogram, percentiles, and mean entropies by token; beside it transformers' forward pass
             over the same sequences with its logits and nothing else. Both take turns, a block of responses each.
