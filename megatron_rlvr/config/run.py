@@ -72,7 +72,7 @@ class LogSettings(Section):
     rollouts: int | None = Field(default=None, ge=0)
     """Number of responses to record in `DIR/rollouts` in each step, whole groups while they fit: as text when they are
     sampled, and after the step with entropies, log-probabilities and alternatives of the tokens trained on. Null:
-    16, but with tokens at most an eighth of the step's responses."""
+    16, but with tokens at most a twelfth of the step's responses."""
     report_every: int = Field(default=0, ge=0)
     """Number of steps after which `DIR/report.html` is written again; 0: only by `rlvr report`."""
 
@@ -84,4 +84,4 @@ class LogSettings(Section):
     @property
     def rollout_share(self) -> float:
         """Largest share of a step's responses that are recorded with their tokens, of two responses at least."""
-        return 1 / 8 if self.rollouts is None else 1.0
+        return 1 / 12 if self.rollouts is None else 1.0

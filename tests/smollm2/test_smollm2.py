@@ -92,7 +92,7 @@ def test_no_held_out_problem_is_trained_on_and_kinds_have_equal_shares(smollm2: 
         expression = re.search(r"\d [+*-] \d", row["question"])
         assert expression is not None
         assert eval(expression[0]) == int(row["answer"])
-    with pytest.raises(SystemExit, match="--problems=400: .* ask for fewer"):
+    with pytest.raises(SystemExit, match=r"--problems=400: .* ask for fewer"):
         smollm2.write_held_out(tmp_path / "too_many.jsonl", 400)
 
 

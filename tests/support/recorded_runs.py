@@ -97,6 +97,7 @@ def metrics_of(step: int, random: np.random.Generator) -> dict[str, float]:
     return {
         "reward/accuracy": float(np.clip(0.3 + 0.3 * (1 - np.exp(-step / 10)) + noise[0], 0, 1)),
         "rollout/groups_sampled": 16.0,
+        "reward/accuracy_standard_error": 0.02 + step / 1000,
         "reward/mean": 0.2 + noise[1],
         "entropy/mean": 0.4 + noise[2],
         "entropy/selected_mean": 1.5 + noise[2],
