@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ class WeightMap:
                 if _HEAD in parameters:
                     parameters[_HEAD].copy_(embedding)
         # Only here, since a rank that raised earlier would leave the others waiting in a broadcast.
-        if problems := [each for each in gather(reader.problem, dist.group.WORLD) if each]:
+        if problems := [each for each in gather(reader.problem, cast(dist.ProcessGroup, dist.group.WORLD)) if each]:
             raise ModelError(problems[0])
 
     def _shard(self, reader: "_SliceReader", row: Row, parameter: Tensor, holders: dist.ProcessGroup) -> Tensor:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +86,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
-def loaded(folders: Sequence[str], dtypes: Sequence[str], layout: Layout) -> list[tuple[int, dict[str, Any], int]]:
-    """Of each folder: this tensor-parallel rank, its parameters, and the bytes that it has read."""
+def loaded(folder: str, dtype: str, layout: Layout) -> tuple[int, dict[str, Any], int]:
+    """This tensor-parallel rank, its parameters, and the bytes that it has read."""
     from megatron_rlvr.policy.weights import global_parameters
 
-    found, counts = [], [0]
-    read = os.preadv
+    counts, read = [0], os.preadv
 
     def counting(*arguments: Any) -> int:
         counts[0] += (count := read(*arguments))
@@ -100,25 +98,23 @@ def loaded(folders: Sequence[str], dtypes: Sequence[str], layout: Layout) -> lis
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "preadv", counting)
-        for folder, dtype in zip(folders, dtypes, strict=True):
-            counts[0] = 0
-            with policy_of(folder, layout, None, dtype) as policy:
-                parameters = {n: p.detach().clone() for n, p in global_parameters(policy.chunks).items()}
-                found.append((policy.ranks.tensor_rank, parameters, counts[0]))
-    return found
+        with policy_of(folder, layout, None, dtype) as policy:
+            parameters = {n: p.detach().clone() for n, p in global_parameters(policy.chunks).items()}
+            return policy.ranks.tensor_rank, parameters, counts[0]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_rank_holds_its_shard_and_the_folder_is_read_once(ranks: Ranks, folders, name: str, layout: Layout):
-    given = [folders[name, kind] for kind in GIVEN]
-    found = ranks.run(loaded, layout.size, [str(folder) for folder in given], list(GIVEN.values()), layout)
-    for folder, dtype, parts in zip(given, GIVEN.values(), zip(*found, strict=True), strict=True):
+    for kind, dtype in GIVEN.items():
+        folder = folders[name, kind]
+        parts = ranks.run(loaded, layout.size, str(folder), dtype, layout)
         tensors, config = weights_of(folder), read_config(folder)
         rows = {row.megatron: row for (row,) in rows_of(config)}
         if tied(config):
             rows["output_layer.weight"] = rows["embedding.word_embeddings.weight"]
         geometry = Geometry.of(config, padded_vocab_size(config["vocab_size"], layout.tensor))
-        held, replicated = set(), set()
+        held: set[str] = set()
+        replicated: set[str] = set()
         for tensor_rank, parameters, _ in parts:
             for parameter, value in parameters.items():
                 row = rows[parameter]
@@ -130,10 +126,10 @@ def test_every_rank_holds_its_shard_and_the_folder_is_read_once(ranks: Ranks, fo
                 held.add(parameter)
                 replicated |= set(row.hugging_face) if row.layout == "replicated" else set()
         assert held | {"output_layer.weight"} == rows.keys() | {"output_layer.weight"}
-        whole = sum(tensor.nbytes for tensor in tensors.values())
+        stored = sum(tensor.nbytes for tensor in tensors.values())
         again = (layout.tensor - 1) * sum(tensors[each].nbytes for each in replicated)
-        assert sum(count for *_, count in parts) == whole + again
-        assert again <= whole / 10
+        assert sum(count for *_, count in parts) == stored + again
+        assert again <= stored / 10
 
 
 def failing(folder: str, layout: Layout, rank: int, kind: str) -> str:
@@ -172,6 +168,6 @@ def test_a_read_that_fails_on_one_rank_is_the_error_of_all(ranks: Ranks, folders
 
 
 def test_ranks_without_a_share_of_the_vocabulary_hold_zeros(ranks: Ranks, folders):
-    parts = ranks.run(loaded, 4, [str(folders["biases", "float32"])], ["float32"], Layout(tensor=4))
-    filled = [part["embedding.word_embeddings.weight"].any(dim=1).tolist() for ((_, part, _),) in parts]
+    parts = ranks.run(loaded, 4, str(folders["biases", "float32"]), "float32", Layout(tensor=4))
+    filled = [part["embedding.word_embeddings.weight"].any(dim=1).tolist() for _, part, _ in parts]
     assert filled == [[True] * 128, [True] * 22 + [False] * 106, [False] * 128, [False] * 128]
