@@ -68,9 +68,10 @@ class RandomReader:
             for name, shape in zip(row.hugging_face, tensor_shapes(row, config), strict=True)
         }
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         """Return ones for a norm, and otherwise normal numbers of standard deviation 0.02."""
         shape = self._shapes[name]
+        shape = shape if rows is None else (len(rows), *shape[1:])
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=accelerator.device())
         return tensor.fill_(1.0) if len(shape) == 1 else tensor.normal_(std=0.02)
 

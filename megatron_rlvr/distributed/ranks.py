@@ -36,7 +36,9 @@ class Ranks:
     expert_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     data_context_group: dist.ProcessGroup
-    """Ranks that hold the same weights and process different tokens."""
+    """Ranks that hold the same weights, except for experts, and process different tokens."""
+    expert_data_group: dist.ProcessGroup
+    """Ranks that hold the same experts."""
     data_objects: dist.ProcessGroup
     """Ranks at the same position in every data-parallel replica, ordered by data rank."""
     replica_objects: dist.ProcessGroup
@@ -103,6 +105,7 @@ def initialize_replicas(timeout_minutes: float) -> Ranks:
         expert_group=alone,
         data_group=everyone,
         data_context_group=everyone,
+        expert_data_group=everyone,
         data_objects=everyone,
         replica_objects=alone,
     )
@@ -159,6 +162,7 @@ def initialize_ranks(parallel: ParallelSettings, timeout_minutes: float) -> Rank
         expert_group=parallel_state.get_expert_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_data_group=parallel_state.get_expert_data_parallel_group(),
         data_objects=across[own],
         replica_objects=groups[data_rank],
     )

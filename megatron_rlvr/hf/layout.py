@@ -7,7 +7,7 @@ All four functions only move elements, so a round trip is exact in any dtype.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,12 @@ class Geometry:
         heads, groups, size = attention_sizes(config)
         vocab = config["vocab_size"]
         return cls(groups, heads // groups, size, vocab, vocab if padded_vocab is None else padded_vocab)
+
+    def of_shard(self, rank: int, size: int) -> "Geometry":
+        """Return the sizes of what tensor-parallel rank ``rank`` of ``size`` holds."""
+        padded = self.padded_vocab // size
+        vocab = min(max(self.vocab - rank * padded, 0), padded)
+        return replace(self, groups=self.groups // size, vocab=vocab, padded_vocab=padded)
 
 
 def merge(layout: Layout, tensors: Sequence[Tensor], geometry: Geometry) -> Tensor:
@@ -79,6 +85,27 @@ def shard(layout: Layout, full: Tensor, rank: int, size: int) -> Tensor:
     if layout == "gate_up":
         return torch.cat([part.chunk(size)[rank] for part in full.chunk(2)])
     return full.chunk(size)[rank]
+
+
+def rows_of_shard(layout: Layout, rows: int, geometry: Geometry, rank: int, size: int) -> range:
+    """Return the rows of a Hugging Face tensor that belong to the shard of tensor-parallel rank ``rank`` of ``size``.
+
+    They are contiguous, and merged with ``geometry.of_shard(rank, size)`` they are the shard. Layout "row" is sharded
+    along columns instead: these are the rows that the rank reads for all ranks, about the same number on each.
+
+    Args:
+        layout: Layout of the parameter.
+        rows: Number of rows of the tensor.
+        geometry: Sizes of the model.
+        rank: Tensor-parallel rank.
+        size: Tensor-parallel size.
+    """
+    if layout == "replicated":
+        return range(rows)
+    if layout == "vocab":
+        padded = geometry.padded_vocab // size
+        return range(min(rank * padded, rows), min((rank + 1) * padded, rows))
+    return range(rank * rows // size, (rank + 1) * rows // size)
 
 
 def unshard(layout: Layout, parts: Tensor) -> Tensor:

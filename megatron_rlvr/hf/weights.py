@@ -6,6 +6,7 @@ Thus no more than one tensor is in memory at a time, whatever the size of the fi
 """
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_rlvr.atomic import new_folder
-from megatron_rlvr.hf.families import FAMILIES
+from megatron_rlvr.hf.families import FAMILIES, ModelError
 from megatron_rlvr.hf.files import INDEX, OTHER_FORMATS, SINGLE, read_config
 from megatron_rlvr.hf.headers import DTYPES, ModelTensors, model_tensors, read_headers
 
@@ -52,14 +53,41 @@ class TensorReader:
         """Return the names of the tensors."""
         return set(self._stored)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, on the CPU, in the precision of the file."""
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """Return a tensor, on the CPU, in the precision of the file.
+
+        Args:
+            name: Name of the tensor.
+            rows: Rows to read, which are contiguous; None for all. No other part of the file is read.
+
+        Raises:
+            ModelError: If the file cannot be read, or ends before the tensor does.
+        """
         stored = self._stored[name]
-        tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
-        with stored.path.open("rb") as file:
-            file.seek(stored.start)
-            file.readinto(_bytes_of(tensor))
+        rows = range(stored.shape[0]) if rows is None and stored.shape else rows
+        shape = (len(rows), *stored.shape[1:]) if rows is not None else ()
+        tensor = torch.empty(shape, dtype=_DTYPES[stored.dtype])
+        if not tensor.numel():
+            return tensor
+        offset = stored.start + (rows.start * (tensor.nbytes // len(rows)) if rows else 0)
+        try:
+            with stored.path.open("rb", buffering=0) as file:
+                complete = _read_into(_bytes_of(tensor), file.fileno(), offset)
+        except OSError as error:
+            raise ModelError(f"{stored.path} cannot be read ({error.strerror or error}); download it again") from None
+        if not complete:
+            raise ModelError(f"{stored.path} ends within {name}; download it again")
         return tensor
+
+
+def _read_into(memory: memoryview, descriptor: int, offset: int) -> bool:
+    """Fill memory from an offset of a file; return whether the file is long enough. One call reads at most 2 GiB."""
+    while memory:
+        count = os.preadv(descriptor, [memory], offset)
+        if not count:
+            return False
+        memory, offset = memory[count:], offset + count
+    return True
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -2,19 +2,22 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlvr.distributed import accelerator
+from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
-from megatron_rlvr.hf.families import NORMS_IN_LINEARS, Row, rows_of, tied
-from megatron_rlvr.hf.layout import Geometry, merge, shard, unmerge, unshard
+from megatron_rlvr.hf.families import NORMS_IN_LINEARS, ModelError, Row, rows_of, tensor_shapes, tied
+from megatron_rlvr.hf.layout import Geometry, merge, rows_of_shard, unmerge, unshard
 from megatron_rlvr.hf.weights import TensorReader
+
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class WeightMap:
@@ -26,18 +29,70 @@ class WeightMap:
         self._geometry = Geometry.of(hf_config, padded_vocab)
 
     def load(self, parameters: Mapping[str, torch.nn.Parameter], folder: str | Path) -> None:
-        """Fill this rank's parameters from a model folder. Raises ModelError naming missing or misshapen tensors."""
-        reader = TensorReader(folder, self._config)
+        """Fill this rank's parameters from a model folder.
+
+        A collective over the world. Of the ranks that hold the same shard the first one reads it, and no other part of
+        the folder, and broadcasts it; tensors that are the same on all tensor-parallel ranks (norms and routers) are
+        read by each of these.
+
+        Raises:
+            ModelError: On every rank, naming missing or misshapen tensors, or a file that cannot be read.
+        """
+        reader = _SliceReader(TensorReader(folder, self._config))
         rows = {row.megatron: row for (row,) in rows_of(self._config)}
-        if tied(self._config):  # the last pipeline stage holds a copy of the embedding as its output layer
-            embedding = rows["embedding.word_embeddings.weight"]
-            rows["output_layer.weight"] = replace(embedding, megatron="output_layer.weight")
-        for name, parameter in parameters.items():
-            row = rows[name]
-            rank, size = (0, 1) if row.of_expert else (self._ranks.tensor_rank, self._ranks.tensor_size)
-            tensors = [reader.read(hf_name) for hf_name in row.hugging_face]
-            with torch.no_grad():
-                parameter.copy_(shard(row.layout, merge(row.layout, tensors, self._geometry), rank, size))
+        owners = self._owners(parameters)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name in rows:  # all but a tied output layer
+                    group = self._ranks.expert_data_group if rows[name].of_expert else self._ranks.data_context_group
+                    parameter.copy_(self._shard(reader, rows[name], parameter, group))
+            if tied(self._config):  # the last pipeline stage holds a copy of the embedding as its output layer
+                embedding = self._from_stage(owners[_EMBEDDING], parameters.get(_EMBEDDING))
+                if _HEAD in parameters:
+                    parameters[_HEAD].copy_(embedding)
+        # Only here, since a rank that raised earlier would leave the others waiting in a broadcast.
+        if problems := [each for each in gather(reader.problem, cast(dist.ProcessGroup, dist.group.WORLD)) if each]:
+            raise ModelError(problems[0])
+
+    def _shard(self, reader: "_SliceReader", row: Row, parameter: Tensor, holders: dist.ProcessGroup) -> Tensor:
+        """Return this rank's shard of a parameter, in its dtype: read by the first of the holders, sent to the others.
+
+        The tensor is no memory of the parameter, so that a parameter of any tensor class can be filled from it.
+        """
+        if dist.get_rank(holders):
+            part = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        else:
+            part = self._read_shard(reader, row, parameter)
+        if dist.get_world_size(holders) > 1:
+            dist.broadcast(part, src=dist.get_global_rank(holders, 0), group=holders)
+        return part
+
+    def _read_shard(self, reader: "_SliceReader", row: Row, parameter: Tensor) -> Tensor:
+        rank, size = (0, 1) if row.of_expert else (self._ranks.tensor_rank, self._ranks.tensor_size)
+        shapes = tensor_shapes(row, self._config)
+        tensors = [
+            reader.read(name, rows_of_shard(row.layout, shape[0], self._geometry, rank, size), shape)
+            for name, shape in zip(row.hugging_face, shapes, strict=True)
+        ]
+        part = merge(row.layout, tensors, self._geometry.of_shard(rank, size))
+        part = part.to(device=parameter.device, dtype=parameter.dtype)
+        return self._columns(part, shapes[0][0]) if row.layout == "row" and size > 1 else part
+
+    def _columns(self, part: Tensor, rows: int) -> Tensor:
+        """Exchange whole rows for this rank's columns of all rows, over the tensor-parallel ranks.
+
+        Reading columns from the file would take a read for each row.
+
+        Args:
+            part: [rows of this rank, columns].
+            rows: Number of rows on all ranks.
+        """
+        size = self._ranks.tensor_size
+        by_rank = part.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)  # [ranks x rows here, columns / size]
+        received = part.new_empty(rows, part.shape[1] // size)
+        counts = [len(rows_of_shard("row", rows, self._geometry, rank, size)) for rank in range(size)]
+        dist.all_to_all_single(received, by_rank, counts, [len(part)] * size, group=self._ranks.tensor_group)
+        return received
 
     def export(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, whole tensor) of every weight, one parameter at a time, in the same order on all
@@ -82,6 +137,26 @@ class WeightMap:
         parts = _all_gather(part, self._ranks.tensor_group, self._ranks.tensor_size)
         del part
         return [unshard(row.layout, parts)]
+
+
+class _SliceReader:
+    """Reads rows of tensors; after a failure, the values are zeros.
+
+    Attributes:
+        problem: The first failure in one line, or "".
+    """
+
+    def __init__(self, reader: TensorReader) -> None:
+        self.problem = ""
+        self._reader = reader
+
+    def read(self, name: str, rows: range, shape: Sequence[int]) -> Tensor:
+        """Return ``rows`` of a tensor, on the CPU; ``shape`` is that of the whole tensor."""
+        try:
+            return self._reader.read(name, rows)
+        except ModelError as error:
+            self.problem = self.problem or str(error)
+            return torch.zeros(len(rows), *shape[1:])
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,10 @@ class ShapeReader:
         }
         self._dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: range | None = None) -> Tensor:
         """Return a tensor of the right shape."""
-        return torch.empty(self._shapes[name], dtype=self._dtype)
+        shape = self._shapes[name]
+        return torch.empty(shape if rows is None else (len(rows), *shape[1:]), dtype=self._dtype)
 
 
 class _Separately:

@@ -69,7 +69,7 @@ def one_rank() -> Iterator[Any]:
     places = {f"{name}_rank": 0 for name in ("tensor", "pipeline", "context", "expert", "data")}
     sizes = {f"{name}_size": 1 for name in ("tensor", "pipeline", "context", "expert", "data")}
     names = ("tensor_group", "pipeline_group", "context_group", "expert_group", "data_group", "data_context_group")
-    groups = dict.fromkeys((*names, "data_objects", "replica_objects"), world)
+    groups = dict.fromkeys((*names, "expert_data_group", "data_objects", "replica_objects"), world)
     yield Ranks(rank=0, world_size=1, **places, **sizes, **groups)  # type: ignore[arg-type]
     dist.destroy_process_group()
 

@@ -171,6 +171,7 @@ def ranks_of(layout: Layout) -> Any:
         expert_group=inside[data_rank],
         data_group=across[within],
         data_context_group=across[within],
+        expert_data_group=across[within],
         data_objects=across[within],
         replica_objects=inside[data_rank],
     )
