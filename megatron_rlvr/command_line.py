@@ -6,12 +6,17 @@ Imports no torch.
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rich.console import Console
 
 from megatron_rlvr.errors import one_line
 
 _SHOWN_CHARACTERS = 60
+_PIPE_CHARACTERS = 200
+"""Width of tables that go to no terminal; lines are only as long as their columns."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +35,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line on stderr."""
         self.exit(2, "" if self._quiet else f"{self.prog}: {one_line(message)}\n")
+
+
+def table_console() -> Console:
+    """Return a console for tables on stdout, whose columns a pipe or a file does not cut to 80 characters."""
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if narrow else _PIPE_CHARACTERS)
 
 
 def positive_int(text: str) -> int:

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +12,7 @@ from megatron_rlvr.ablation.results import make_results, write_results
 from megatron_rlvr.ablation.slurm import slurm_script
 from megatron_rlvr.ablation.spec import Ablation, prepare, write_files
 from megatron_rlvr.analysis.results import Result
-from megatron_rlvr.command_line import Parser, path, positive_int, small_int
+from megatron_rlvr.command_line import Parser, path, positive_int, small_int, table_console
 from megatron_rlvr.config.yaml_format import shown
 
 DESCRIPTION = """\
@@ -91,7 +90,7 @@ def _show_unused(ablation: Ablation) -> None:
 
 def _show(results: Sequence[Result]) -> None:
     """Print the tables of arms and differences, and the conclusion."""
-    console = Console(highlight=False)
+    console = table_console()
     for result in results[:2]:
         table = Table(title=result.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(result.columns):
