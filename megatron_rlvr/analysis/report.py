@@ -20,12 +20,12 @@ import numpy as np
 from megatron_rlvr import __version__, atomic
 from megatron_rlvr.analysis.curves import curves
 from megatron_rlvr.analysis.runs import RunFolder, read_runs
-from megatron_rlvr.analysis.shown_rollouts import MOST_BYTES, OnError, show_rollouts
+from megatron_rlvr.analysis.shown_rollouts import MOST_BYTES, show_rollouts
 from megatron_rlvr.analysis.token_means import TokenMean, TokenMeans
 from megatron_rlvr.config.describe import describe_settings
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.input_files import read_json_object
-from megatron_rlvr.recording.files import RecordingError, read_recorded
+from megatron_rlvr.recording.files import OnError, RecordingError, read_recorded
 
 logger = logging.getLogger(__name__)
 

@@ -3,16 +3,14 @@
 Log-probabilities and entropies are rounded to a thousandth of a nat. A text is stored once and named by its number.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from megatron_rlvr.analysis.runs import RunFolder
-from megatron_rlvr.recording.files import LIKELIEST, RecordedResponse, RecordingError, read_recorded, recorded_files
-
-OnError = Callable[[RecordingError], object]
+from megatron_rlvr.recording.files import LIKELIEST, OnError, RecordedResponse, read_recorded, recorded_files
 
 MOST_BYTES = 6_000_000
 """Bytes of the responses that a page shows at most, over all runs; a page of 10 MB has room for much else."""

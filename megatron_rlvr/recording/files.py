@@ -36,6 +36,10 @@ class RecordingError(InputError):
     """Recorded responses that cannot be read."""
 
 
+OnError = Callable[[RecordingError], object]
+"""Takes the error of a file whose responses are left out."""
+
+
 @dataclass(frozen=True)
 class RecordedResponse:
     """A response of T tokens, of which s were selected, with what its tokens did; floats are in nats.
@@ -175,7 +179,7 @@ def recorded_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_recorded(
-    folder: Path, steps: Iterable[int] | None = None, on_error: Callable[[RecordingError], object] | None = None
+    folder: Path, steps: Iterable[int] | None = None, on_error: OnError | None = None
 ) -> Iterator[RecordedResponse]:
     """Yield the recorded responses of a run folder, by step, group and index.
 

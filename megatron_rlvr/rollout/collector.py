@@ -19,7 +19,7 @@ from megatron_rlvr.distributed.collectives import gather
 from megatron_rlvr.distributed.ranks import Ranks
 from megatron_rlvr.errors import InputError
 from megatron_rlvr.rollout.group_buffer import FinishedGroup, GroupBuffer
-from megatron_rlvr.types import Group
+from megatron_rlvr.types import Completion, Grade, Group
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +135,10 @@ def _sums(sampled: Sequence[Group], informative: int, in_progress: int, ranks: R
         "in_progress": in_progress,
         "completions": len(completions),
         "left_out": sum(group.left_out for group in sampled),
-        "reward": sum(g.reward for g in grades),
         "score": sum(g.score for g in grades),
-        "correct": sum(g.correct for g in grades),
         "failures": sum(g.failure is not None for g in grades),
-        "tokens": sum(len(c.token_ids) for c in completions),
-        "truncated": sum(c.finish_reason == "length" for c in completions),
+        **_sums_over_groups(sampled),
     }
-    sums |= _squares(sampled)
     for name in {name for grade in grades for name in grade.parts}:
         values = [grade.parts[name] for grade in grades if name in grade.parts]
         sums |= {f"part/{name}": sum(values), f"part_count/{name}": len(values)}
@@ -153,28 +149,23 @@ def _sums(sampled: Sequence[Group], informative: int, in_progress: int, ranks: R
     return total | {"first_failure": next((text for _, text in gathered if text is not None), None)}
 
 
-_WITH_ERROR = {
-    "reward": "reward/mean",
-    "correct": "reward/accuracy",
-    "tokens": "rollout/response_tokens_mean",
-    "truncated": "rollout/truncated_fraction",
+_WITH_ERROR: dict[str, tuple[str, Callable[[Completion, Grade], float]]] = {
+    "reward": ("reward/mean", lambda completion, grade: grade.reward),
+    "correct": ("reward/accuracy", lambda completion, grade: grade.correct),
+    "tokens": ("rollout/response_tokens_mean", lambda completion, grade: len(completion.token_ids)),
+    "truncated": ("rollout/truncated_fraction", lambda completion, grade: completion.finish_reason == "length"),
 }
-"""{sum: metric that is its mean over responses}, of those that get a standard error."""
+"""{name of a quantity x of a response: (metric that is its mean, x)}, of those that get a standard error."""
 
 
-def _squares(sampled: Sequence[Group]) -> dict[str, float]:
-    """Return the sums over groups from which `_standard_error` follows: of n n, x n and x x of each quantity x."""
-    size = np.array([len(group.completions) for group in sampled], np.float64)
-    by_group = {
-        "reward": [sum(g.reward for g in group.grades) for group in sampled],
-        "correct": [sum(g.correct for g in group.grades) for group in sampled],
-        "tokens": [sum(len(c.token_ids) for c in group.completions) for group in sampled],
-        "truncated": [sum(c.finish_reason == "length" for c in group.completions) for group in sampled],
-    }
-    sums = {"n n": float(size @ size)}
-    for name, values in by_group.items():
-        x = np.array(values, np.float64)
-        sums |= {f"{name} n": float(x @ size), f"{name} {name}": float(x @ x)}
+def _sums_over_groups(sampled: Sequence[Group]) -> dict[str, float]:
+    """Return the sums over groups of x, x n, x x and n n for each quantity x, n completions: see `_standard_error`."""
+    n = np.array([len(group.completions) for group in sampled], np.float64)
+    sums = {"n n": float(n @ n)}
+    for name, (_, of) in _WITH_ERROR.items():
+        by_group = [sum(map(of, group.completions, group.grades)) for group in sampled]
+        x = np.array(by_group, np.float64)
+        sums |= {name: sum(by_group), f"{name} n": float(x @ n), f"{name} {name}": float(x @ x)}
     return sums
 
 
@@ -199,14 +190,13 @@ def _metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     }
     if sums["completions"]:  # a batch of carried-over groups samples nothing, and has no means
         metrics |= {
-            "reward/mean": sums["reward"] / sums["completions"],
+            **{metric: sums[name] / sums["completions"] for name, (metric, _) in _WITH_ERROR.items()},
             "reward/score": sums["score"] / sums["completions"],
-            "reward/accuracy": sums["correct"] / sums["completions"],
-            "rollout/response_tokens_mean": sums["tokens"] / sums["completions"],
-            "rollout/truncated_fraction": sums["truncated"] / sums["completions"],
         }
-    if sums["completions"] and sums["groups"] > 1:
-        metrics |= {f"{metric}_standard_error": _standard_error(sums, name) for name, metric in _WITH_ERROR.items()}
+        if sums["groups"] > 1:
+            metrics |= {
+                f"{metric}_standard_error": _standard_error(sums, name) for name, (metric, _) in _WITH_ERROR.items()
+            }
     for key in sorted(sums):
         if key.startswith("part/"):
             name = key.removeprefix("part/")
